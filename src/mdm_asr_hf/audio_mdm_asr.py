@@ -1,0 +1,417 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Audio in any usual form to mono float32 at the model's sampling rate."""
+
+import io
+import math
+import numbers
+import os
+import re
+import stat
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MAX_NUM_CHANNELS = 8
+# Zero point and full scale of integer PCM, by (kind, bytes); 8-bit WAV is unsigned, everything else signed.
+PCM_SCALES = {("u", 1): (128, 128), ("i", 1): (0, 128), ("i", 2): (0, 2**15), ("i", 4): (0, 2**31)}
+# Float audio lies in -1..1, and clipped or hot recordings a little outside. Far outside are integers cast to float
+# without scaling, whose level the features would take for real.
+MAX_PEAK = 128.0
+MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 1_000_000
+# What resampling's rounding may add to a clip of exactly the longest duration.
+DURATION_TOLERANCE_S = 1e-3
+# No codec packs more frames than this into a byte; a header that says so is damaged, and believing it costs memory.
+MAX_FRAMES_PER_BYTE = 2**14
+# WAV writers that cannot seek (pipes) put a size like 0x7FFFF000 or 0xFFFFFFFF where the true one is unknown.
+UNKNOWN_SIZE = 0x7FFF0000
+# Without a Xing header the length of an MP3 is an estimate from its size, good to a frame or two.
+MP3_TOLERANCE_S = 0.1
+
+CONVERT = "convert it first, for example with `ffmpeg -i INPUT output.wav`"
+
+
+class _Content(io.BytesIO):
+    """Bytes of a file for libsndfile, which may seek before the start of a damaged one and expects no exception."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
+def load_audio(
+    audio: Any,
+    *,
+    sampling_rate: float | None = None,
+    target_sampling_rate: float = 16_000,
+    max_duration_s: float | None = None,
+) -> np.ndarray:
+    """
+    Reads one clip, mixes it to mono, then resamples it.
+
+    Args:
+        audio: one of
+            - a path of an audio file, its content as `bytes`, or a file opened in binary mode;
+            - samples as a NumPy array, a torch tensor or a list of floats, mono or (channels, samples) or
+              (samples, channels); float samples lie in -1..1, int8, uint8, int16 and int32 are scaled to that;
+            - `(samples, sampling rate)`;
+            - a dict with `"array"` or `"raw"`, and `"sampling_rate"`; or with `"bytes"` or `"path"`, as `datasets`
+              gives undecoded audio;
+            - an `AudioDecoder` of torchcodec, as `datasets` >= 4 gives.
+        sampling_rate (`float`, *optional*): rate in Hz of samples that do not carry their own. None says they are at
+            `target_sampling_rate` already, except in a dict, where it is an error. Files and decoders know theirs.
+        target_sampling_rate (`float`): rate in Hz of the result.
+        max_duration_s (`float`, *optional*): longer audio is an error; a file's header tells before it is decoded.
+
+    Returns:
+        `np.ndarray` of shape (number of samples,), float32; empty for a clip without samples.
+
+    Raises:
+        ValueError: anything else, with what to do on one line.
+    """
+    target_sampling_rate = check_rate(target_sampling_rate, "target_sampling_rate")
+    if sampling_rate is not None:
+        sampling_rate = check_rate(sampling_rate, "sampling_rate")
+    waveform, rate = _decode(audio, sampling_rate, target_sampling_rate, max_duration_s)
+    if rate != target_sampling_rate and waveform.size:
+        # Mixing before resampling costs one channel's work and gives the same samples: both are linear.
+        waveform = soxr.resample(np.ascontiguousarray(waveform), rate, target_sampling_rate, quality="HQ")
+    return waveform
+
+
+def load_audio_batch(audio: Any, **kwargs: Any) -> list[np.ndarray]:
+    """[`load_audio`] for one clip or a batch of them; an error in a batch says which clip it is about."""
+    if not is_audio_batch(audio):
+        return [load_audio(audio, **kwargs)]
+    waveforms = []
+    for i, clip in enumerate(audio):
+        try:
+            waveforms.append(load_audio(clip, **kwargs))
+        except ValueError as error:
+            raise ValueError(f"Clip {i} of {len(audio)}: {error}") from error
+    return waveforms
+
+
+def is_audio_batch(audio: Any) -> bool:
+    """Whether `audio` is a list or tuple of clips, and not one clip (a list of floats, or `(samples, rate)`)."""
+    if not isinstance(audio, (list, tuple)) or _is_samples_and_rate(audio):
+        return False
+    if len(audio) == 0:
+        raise ValueError("`audio` is an empty list. Pass at least one clip; a clip without samples is `np.zeros(0)`.")
+    return not _is_number(audio[0])
+
+
+def check_rate(rate: Any, name: str) -> float:
+    """Returns a sampling rate in Hz, or raises ValueError."""
+    if not _is_number(rate) or not math.isfinite(rate) or rate <= 0:
+        raise ValueError(f"`{name}` must be a positive number of Hz, got {rate!r}.")
+    if not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
+        raise ValueError(f"`{name}` must be in Hz, from {MIN_RATE_HZ} to {MAX_RATE_HZ}, got {rate!r}. Is it in kHz?")
+    return int(rate) if rate == int(rate) else float(rate)
+
+
+def check_duration(num_samples: int, rate: float, max_duration_s: float | None, name: str = "the audio") -> None:
+    """Raises ValueError if a clip lasts longer than `max_duration_s`."""
+    duration_s = num_samples / rate
+    if max_duration_s is not None and duration_s > max_duration_s + DURATION_TOLERANCE_S:
+        raise ValueError(
+            f"{name} lasts {duration_s:.2f} s, more than the {max_duration_s:g} s this model takes at once. Split it "
+            f"into pieces of at most {max_duration_s:g} s; nothing is cut off silently."
+        )
+
+
+def to_mono_float32(samples: Any, channel_axis: int | None = None) -> np.ndarray:
+    """
+    Checks samples in memory and brings them to one float32 channel.
+
+    Args:
+        samples: a NumPy array, torch tensor, or list, of one or two dimensions.
+        channel_axis (`int`, *optional*): which axis of two counts the channels. By default the one with at most
+            8 entries: torchcodec and transformers write (channels, samples), soundfile (samples, channels).
+    """
+    samples = _to_numpy(samples)
+    if samples.ndim not in (1, 2):
+        raise ValueError(
+            f"`audio` must have one or two dimensions (samples, or channels and samples), got shape {samples.shape}. "
+            "Pass several clips as a list."
+        )
+    samples = _to_float32(samples)
+    if samples.size == 0:
+        return np.zeros(0, dtype=np.float32)
+    if not np.isfinite(samples).all():
+        raise ValueError("`audio` holds NaN or infinity. Replace these samples, for example with `np.nan_to_num`.")
+    peak = np.abs(samples).max()
+    if peak > MAX_PEAK:
+        raise ValueError(
+            f"`audio` is float with a peak of {peak:.6g}, but float samples must lie in -1..1. Divide by the integer "
+            "full scale (32768 for 16 bit), or pass the integers as they are (dtype int16 or int32)."
+        )
+    if samples.ndim == 2:
+        axis = _channel_axis(samples.shape) if channel_axis is None else channel_axis
+        samples = samples.mean(axis=axis, dtype=np.float32)
+    return samples
+
+
+def _decode(
+    audio: Any, sampling_rate: float | None, target_sampling_rate: float, max_duration_s: float | None
+) -> tuple[np.ndarray, float]:
+    """One clip of any form to its mono samples and their rate."""
+    if isinstance(audio, (str, os.PathLike)):
+        return _read_path(os.fspath(audio), max_duration_s)
+    if isinstance(audio, (bytes, bytearray, memoryview)):
+        return _read_bytes(bytes(audio), max_duration_s)
+    if hasattr(audio, "get_all_samples"):
+        return _read_decoder(audio, max_duration_s)
+    if hasattr(audio, "read"):
+        return _read_bytes(_content(audio), max_duration_s)
+    if isinstance(audio, Mapping) or (not _is_array_like(audio) and hasattr(audio, "__getitem__")):
+        return _read_mapping(audio, sampling_rate, target_sampling_rate, max_duration_s)
+    if _is_samples_and_rate(audio):
+        audio, sampling_rate = audio[0], check_rate(audio[1], "sampling_rate")
+    if sampling_rate is None and _is_array_like(audio):
+        logger.warning_once(
+            f"Audio samples came without `sampling_rate`: they are taken to be at {target_sampling_rate} Hz."
+        )
+    return _read_samples(audio, sampling_rate or target_sampling_rate, max_duration_s)
+
+
+def _read_samples(samples: Any, rate: float, max_duration_s: float | None) -> tuple[np.ndarray, float]:
+    if not _is_array_like(samples):
+        raise ValueError(
+            f"`audio` of type {type(samples).__name__} is not supported. Pass a path, bytes, samples with their "
+            "sampling rate, or an entry of an audio dataset."
+        )
+    waveform = to_mono_float32(samples)
+    check_duration(len(waveform), rate, max_duration_s)
+    return waveform, rate
+
+
+def _read_mapping(
+    audio: Mapping, sampling_rate: float | None, target_sampling_rate: float, max_duration_s: float | None
+) -> tuple[np.ndarray, float]:
+    def get(key):
+        try:
+            return audio[key]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return None
+
+    samples = get("array") if get("array") is not None else get("raw")
+    if samples is not None:
+        rate = get("sampling_rate") if get("sampling_rate") is not None else sampling_rate
+        if rate is None:
+            raise ValueError("`audio` is a dict without a `sampling_rate`. Add the rate of its samples in Hz.")
+        return _read_samples(samples, check_rate(rate, "sampling_rate"), max_duration_s)
+    for key in ("bytes", "path"):
+        if isinstance(get(key), (str, bytes, os.PathLike)):
+            return _decode(get(key), None, target_sampling_rate, max_duration_s)
+    raise ValueError(
+        "`audio` is a dict, but has neither 'array' (or 'raw') and 'sampling_rate' nor 'bytes' or 'path'. "
+        "Pass one of these."
+    )
+
+
+def _read_decoder(decoder: Any, max_duration_s: float | None) -> tuple[np.ndarray, float]:
+    """torchcodec's AudioDecoder, known by its methods, so that torchcodec need not be installed."""
+    duration_s = getattr(getattr(decoder, "metadata", None), "duration_seconds", None)
+    if _is_number(duration_s):
+        check_duration(duration_s, 1.0, max_duration_s)
+    try:
+        samples = decoder.get_all_samples()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"`audio` cannot be decoded ({_one_line(error)}). Is the file damaged?") from error
+    waveform, rate = to_mono_float32(samples.data, channel_axis=0), check_rate(samples.sample_rate, "sampling_rate")
+    check_duration(len(waveform), rate, max_duration_s)
+    return waveform, rate
+
+
+def _read_path(path: str | bytes, max_duration_s: float | None) -> tuple[np.ndarray, float]:
+    name = f"{os.fsdecode(path)!r}"
+    if re.match(r"[a-z][a-z0-9+.-]+://", os.fsdecode(path), flags=re.IGNORECASE):
+        raise ValueError(f"{name} is a URL. Download it first and pass the file.")
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError(f"{name} is a directory. Pass the audio files in it one by one.")
+        if stat.S_ISFIFO(mode):
+            with open(path, "rb") as file:
+                return _read_bytes(file.read(), max_duration_s, name)
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{name} is not a regular file. Pass an audio file.")
+        # By descriptor, libsndfile reads the file itself and judges it by its content, not by its name. It shares the
+        # descriptor's position, which only an unbuffered file keeps in step.
+        with open(path, "rb", buffering=0) as file:
+            return _read_file(file, file.fileno(), os.fstat(file.fileno()).st_size, max_duration_s, name)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} does not exist. Check the path.") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror or _one_line(error)}.") from error
+
+
+def _read_bytes(content: bytes, max_duration_s: float | None, name: str = "the audio") -> tuple[np.ndarray, float]:
+    file = _Content(content)
+    return _read_file(file, file, len(content), max_duration_s, name)
+
+
+def _read_file(
+    file: BinaryIO, source: Any, num_bytes: int, max_duration_s: float | None, name: str
+) -> tuple[np.ndarray, float]:
+    """Decodes an audio file; `source` is what libsndfile opens, `file` the same content for a look at it."""
+    if num_bytes == 0:
+        raise ValueError(f"{name} is empty (0 bytes). Record or download it again.")
+    if _is_unfinished_ogg(file, num_bytes):
+        logger.warning(f"{name} has no end-of-stream mark: it may be cut off. What it holds is read.")
+    try:
+        with soundfile.SoundFile(source, closefd=False) as sound:
+            rate = check_rate(sound.samplerate, f"sampling_rate of {name}")
+            _check_header(sound, num_bytes, name)
+            check_duration(sound.frames, rate, max_duration_s, name)
+            num_frames, is_mp3 = sound.frames, sound.format == "MP3"
+            samples = sound.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, TypeError, MemoryError) as error:
+        reason = _one_line(getattr(error, "error_string", error))
+        # The first bytes of a file that was recognised fit its format, so what failed is what follows them.
+        if _is_recognised(file):
+            raise ValueError(f"{name} is truncated or damaged ({reason}). Copy or convert it again.") from error
+        raise ValueError(
+            f"{name} is not audio of a format that can be read ({', '.join(_formats())}). If it is audio, {CONVERT}."
+        ) from error
+    missing_s = (num_frames - len(samples)) / rate
+    if missing_s > (MP3_TOLERANCE_S if is_mp3 else 0):
+        raise ValueError(
+            f"{name} is truncated: {len(samples) / rate:.2f} s of {num_frames / rate:.2f} s are there. Copy or "
+            "convert it again."
+        )
+    try:
+        return to_mono_float32(samples, channel_axis=1), rate
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _check_header(sound: soundfile.SoundFile, num_bytes: int, name: str) -> None:
+    """Raises ValueError where libsndfile would quietly read less than the header promises."""
+    if sound.frames > num_bytes * MAX_FRAMES_PER_BYTE:
+        raise ValueError(f"{name} does not say how long it is (a streamed file?). To read it, {CONVERT}.")
+    if sound.frames == 0 and num_bytes > 4096:
+        raise ValueError(f"{name} says it holds no audio, yet has {num_bytes} bytes. To repair it, {CONVERT}.")
+    # libsndfile reads as much as there is and notes the difference in its log only.
+    pattern = r"^\s*(?:data|Data Size|SSND)\s*:\s*(\d+) \(should be (\d+)\)"
+    for promised, present in re.findall(pattern, sound.extra_info, flags=re.MULTILINE):
+        if int(present) + 8 < int(promised) < UNKNOWN_SIZE:
+            raise ValueError(
+                f"{name} is truncated: {present} of {promised} bytes of samples are there. Copy it again, or "
+                f"if this is all there is, {CONVERT}."
+            )
+
+
+def _is_unfinished_ogg(file: BinaryIO, num_bytes: int) -> bool:
+    """Whether an Ogg file's last page lacks the end-of-stream flag (bit 2 of byte 5, RFC 3533)."""
+    head = file.read(4)
+    # A page is at most 65,307 bytes long.
+    file.seek(max(0, num_bytes - 65_307) if head == b"OggS" else 0)
+    tail = file.read() if head == b"OggS" else b""
+    file.seek(0)
+    last = tail.rfind(b"OggS")
+    return last >= 0 and len(tail) > last + 5 and not tail[last + 5] & 4
+
+
+def _is_recognised(file: BinaryIO) -> bool:
+    file.seek(0)
+    head = file.read(12)
+    return head[:4] in (b"fLaC", b"OggS", b"FORM", b"caff", b".snd") or (head[:4] == b"RIFF" and head[8:] == b"WAVE")
+
+
+def _formats() -> list[str]:
+    return [
+        name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF") if name in soundfile.available_formats()
+    ]
+
+
+def _content(file: Any) -> bytes:
+    try:
+        content = file.read()
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`audio` is a file that cannot be read ({_one_line(error)}).") from error
+    if not isinstance(content, bytes):
+        raise ValueError("`audio` is a file opened as text. Open it in binary mode: `open(path, 'rb')`.")
+    return content
+
+
+def _to_numpy(samples: Any) -> np.ndarray:
+    try:
+        if hasattr(samples, "detach"):
+            samples = samples.detach().cpu()
+            # NumPy has no bfloat16; float64 needs no more digits than float32 has either.
+            samples = (samples.float() if samples.is_floating_point() else samples).numpy()
+        is_list = isinstance(samples, (list, tuple))
+        samples = np.asarray(samples)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"`audio` of type {type(samples).__name__} is not an array of samples ({_one_line(error)})."
+        ) from error
+    if is_list and samples.dtype.kind in "iu":
+        # Python has one type of integer: [0, 1, 0] are floats someone wrote short, not PCM of a known width.
+        samples = samples.astype(np.float64)
+    return samples
+
+
+def _to_float32(samples: np.ndarray) -> np.ndarray:
+    kind, width = samples.dtype.kind, samples.dtype.itemsize
+    if kind == "f":
+        with np.errstate(over="ignore"):
+            return samples.astype(np.float32, copy=False)
+    if (kind, width) not in PCM_SCALES:
+        raise ValueError(
+            f"`audio` of dtype {samples.dtype} is not supported. Pass floats in -1..1, or int8, uint8, int16 or int32."
+        )
+    zero, full_scale = PCM_SCALES[kind, width]
+    return (samples.astype(np.float32) - np.float32(zero)) / np.float32(full_scale)
+
+
+def _channel_axis(shape: tuple[int, int]) -> int:
+    small = [size <= MAX_NUM_CHANNELS for size in shape]
+    # One entry along an axis is one channel, however short the clip is.
+    if shape[0] == 1 or (small[0] and not small[1]):
+        return 0
+    if shape[1] == 1 or (small[1] and not small[0]):
+        return 1
+    raise ValueError(
+        f"`audio` of shape {shape}: "
+        + ("both axes could count the channels" if all(small) else f"no axis has at most {MAX_NUM_CHANNELS} channels")
+        + ". Mix it to one channel first, or pass several clips as a list."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _is_array_like(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or hasattr(value, "__array__")
+
+
+def _is_samples_and_rate(value: Any) -> bool:
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    return is_pair and _is_number(value[1]) and _is_array_like(value[0]) and not _is_number(value[0])
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())
+
+
+__all__ = [
+    "check_duration",
+    "check_rate",
+    "is_audio_batch",
+    "load_audio",
+    "load_audio_batch",
+    "to_mono_float32",
+]

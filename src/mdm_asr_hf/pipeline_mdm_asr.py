@@ -1,0 +1,65 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The ASR pipeline with what the stock one drops: confidences, the number of decoder evaluations, and every form of audio."""
+
+from typing import Any
+
+import torch
+from transformers import AutomaticSpeechRecognitionPipeline
+
+from .audio_mdm_asr import load_audio
+
+
+class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
+    """
+    `pipeline("automatic-speech-recognition", model=folder, pipeline_class=MDMASRPipeline)`.
+
+    Takes audio in every form the processor takes (files without ffmpeg, any sampling rate without torchaudio), and returns
+    `{"text": ..., "confidence": ..., "nfe": ..., "tokens": [{"text": ..., "confidence": ...}, ...]}`: the utterance's confidence is
+    the geometric mean over its tokens and the end of text.
+    """
+
+    def preprocess(self, inputs: Any, **kwargs):
+        sampling_rate = self.feature_extractor.sampling_rate
+        samples = load_audio(
+            inputs,
+            target_sampling_rate=sampling_rate,
+            max_duration_s=getattr(self.feature_extractor, "max_duration_s", None),
+        )
+        yield from super().preprocess(samples, **kwargs)
+
+    def _forward(self, model_inputs: dict[str, Any], **kwargs) -> dict[str, Any]:
+        is_last = model_inputs.pop("is_last")
+        features = model_inputs.pop("input_features")
+        attention_mask = model_inputs.pop("attention_mask", None)
+        kwargs.pop("return_timestamps", None)
+        kwargs.pop("return_language", None)
+        output = self.model.generate(
+            features,
+            attention_mask=attention_mask,
+            **self._prepare_generate_kwargs({**kwargs, "return_dict_in_generate": True}),
+        )
+        return {
+            "is_last": is_last,
+            "tokens": output.sequences,
+            "confidence": output.confidence,
+            "nfe": output.nfe,
+            **model_inputs,
+        }
+
+    def postprocess(self, model_outputs: list[dict[str, Any]], **kwargs) -> dict[str, Any]:
+        output = model_outputs[0]
+        ids, confidence = output["tokens"][0].tolist(), output["confidence"][0]
+        eos_token_id = self.model.config.eos_token_id
+        length = ids.index(eos_token_id) if eos_token_id in ids else len(ids)
+        text = self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+        tokens = [
+            {"text": self.tokenizer.decode([token_id]), "confidence": value}
+            for token_id, value in zip(ids[:length], confidence[:length].tolist(), strict=True)
+        ]
+        # A row without speech was given its end of text, not by the model: it has no confidence.
+        scored = confidence[: length + 1] if int(output["nfe"][0]) else confidence[:0]
+        mean = float(scored.clamp(min=torch.finfo(scored.dtype).tiny).log().mean().exp()) if len(scored) else None
+        return {"text": text, "confidence": mean, "nfe": int(output["nfe"][0]), "tokens": tokens}
+
+
+__all__ = ["MDMASRPipeline"]

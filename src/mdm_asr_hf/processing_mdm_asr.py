@@ -1,0 +1,210 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The processor: audio to features, text to labels, token ids to text."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from .audio_mdm_asr import load_audio_batch
+from .prompt_mdm_asr import build_prompt_ids, validate_prompt_template
+
+IGNORED_LABEL = -100
+
+
+class MDMASRProcessor(ProcessorMixin):
+    r"""
+    A feature extractor and a tokenizer behind one call.
+
+    Args:
+        feature_extractor ([`MDMASRFeatureExtractor`]): or a stock feature extractor.
+        tokenizer ([`PreTrainedTokenizerBase`]): with an end-of-text token. One whose `takes_language` is true is
+            called with `language=`, as an aggregate of one tokenizer per language needs.
+        prompt_template (`dict`, *optional*): the decoder prompt, the same as in generation_config.json.
+        text_prefix (`str`): what the donor put before every text; Whisper a space, Canary nothing.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: Any,
+        tokenizer: Any,
+        prompt_template: dict[str, Any] | None = None,
+        text_prefix: str = "",
+    ):
+        if prompt_template is not None:
+            validate_prompt_template(prompt_template)
+        if not isinstance(text_prefix, str):
+            raise ValueError(f"`text_prefix` must be a string, got {text_prefix!r}.")
+        super().__init__(feature_extractor, tokenizer)
+        self.prompt_template = prompt_template
+        self.text_prefix = text_prefix
+
+    @classmethod
+    def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
+        """The processor of a Whisper donor, see `convert_whisper.whisper_processor`."""
+        try:
+            from mdm_asr_hf.convert_whisper import whisper_processor
+        except ImportError as error:
+            raise ImportError("`from_whisper` needs the package: `pip install mdm_asr_hf`.") from error
+        return whisper_processor(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
+        """The processor of a Canary donor or .nemo file, see `convert_canary.canary_processor`."""
+        try:
+            from mdm_asr_hf.convert_canary import canary_processor
+        except ImportError as error:
+            raise ImportError("`from_canary` needs the package: `pip install mdm_asr_hf`.") from error
+        return canary_processor(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.feature_extractor.model_input_names, "labels"]
+
+    def __call__(
+        self,
+        audio: Any = None,
+        text: str | list[str] | None = None,
+        sampling_rate: float | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool | str = True,
+        return_attention_mask: bool = True,
+        language: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Args:
+            audio: one clip, or a list of B clips, of any form [`load_audio`] takes. Other rates are resampled.
+            text (`str` or `list[str]`, *optional*): transcripts, for training.
+            sampling_rate (`int`): rate in Hz of samples that do not carry their own.
+            return_tensors (`str`, *optional*): `"pt"`, `"np"`, or None for NumPy arrays and lists.
+            padding (`bool` or `str`): of the features, see [`MDMASRFeatureExtractor`].
+            return_attention_mask (`bool`): the model needs the mask wherever clips were padded.
+            language (`str` or `list[str]`, *optional*): of the text, for tokenizers that take one. By default the
+                prompt's.
+            kwargs: further arguments of the feature extractor. Unknown ones raise.
+
+        Returns:
+            [`BatchFeature`] with `input_features` and `attention_mask` (see [`MDMASRFeatureExtractor`]) if there is
+            audio, and with **labels** (B, L) if there is text: its tokens, end of text, then -100.
+
+        Raises:
+            ValueError: audio that cannot be used, texts that do not match it, unknown arguments.
+        """
+        if audio is None and text is None:
+            raise ValueError("`audio` and `text` are both None. Pass audio to transcribe, text for labels, or both.")
+        data = {}
+        if audio is not None:
+            clips = load_audio_batch(
+                audio,
+                sampling_rate=sampling_rate,
+                target_sampling_rate=self.feature_extractor.sampling_rate,
+                max_duration_s=getattr(self.feature_extractor, "max_duration_s", None),
+            )
+            features = self.feature_extractor(
+                clips,
+                sampling_rate=self.feature_extractor.sampling_rate,
+                return_tensors=return_tensors,
+                padding=padding,
+                return_attention_mask=return_attention_mask,
+                **kwargs,
+            )
+            data.update(features)
+        elif kwargs:
+            raise ValueError(f"Unknown argument {sorted(kwargs)[0]!r} of {type(self).__name__}. Leave it out.")
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
+                raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.80}.")
+            if audio is not None and len(texts) != len(clips):
+                raise ValueError(f"`text` has {len(texts)} entries for {len(clips)} clips. Pass one per clip.")
+            data["labels"] = self._labels(texts, language)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def get_prompt_ids(
+        self,
+        language: str | list[str] | None = None,
+        target_language: str | list[str] | None = None,
+        punctuation: bool | list[bool] | None = None,
+        batch_size: int = 1,
+        **slots: Any,
+    ) -> torch.LongTensor:
+        """
+        The decoder prompt (B, P) that `generate` builds from the same arguments.
+
+        Raises:
+            ValueError: the processor has no prompt, or the prompt does not know a value.
+        """
+        if self.prompt_template is None:
+            raise ValueError("This processor has no `prompt_template`. Give it the one of generation_config.json.")
+        slots.update(language=language, target_language=target_language, punctuation=punctuation)
+        return build_prompt_ids(self.prompt_template, batch_size, **slots)
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:
+        """
+        Text of token ids (L,), or the texts of a batch (B, L), as `generate` returns them.
+
+        Args:
+            token_ids: a list, array, tensor, or the output of `generate(return_dict_in_generate=True)`. Negative ids,
+                such as the -100 of labels, are padding.
+            skip_special_tokens (`bool`): leave end of text, padding and prompt tokens out.
+            kwargs: further arguments of the tokenizer's `decode`.
+        """
+        rows = _to_list(token_ids)
+        if isinstance(rows, list) and any(isinstance(row, list) for row in rows):
+            return [self.decode(row, skip_special_tokens, **kwargs) for row in rows]
+        ids = [i for i in (rows if isinstance(rows, list) else [rows]) if i >= 0]
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs).strip()
+
+    def batch_decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
+        """[`~MDMASRProcessor.decode`] of every row of a batch (B, L)."""
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in _to_list(token_ids)]
+
+    def _labels(self, texts: list[str], language: str | list[str] | None) -> np.ndarray:
+        """Labels (B, L): text tokens, end of text, -100."""
+        eos_token_id = self.tokenizer.eos_token_id
+        if eos_token_id is None:
+            raise ValueError("The tokenizer has no `eos_token`, which ends every label. Set it.")
+        languages = self._languages(len(texts), language)
+        rows = []
+        for one, its_language in zip(texts, languages, strict=True):
+            arguments = {} if its_language is None else {"language": its_language}
+            # Nothing said has no tokens, not the prefix's.
+            text = one.strip() and self.text_prefix + one.strip()
+            ids = self.tokenizer.encode(text, add_special_tokens=False, **arguments) if text else []
+            rows.append([*ids, eos_token_id])
+        labels = np.full((len(rows), max(map(len, rows))), IGNORED_LABEL, dtype=np.int64)
+        for label, row in zip(labels, rows, strict=True):
+            label[: len(row)] = row
+        return labels
+
+    def _languages(self, batch_size: int, language: str | list[str] | None) -> list[str | None]:
+        """The language to tokenize each text with; None where the tokenizer takes none."""
+        if not getattr(self.tokenizer, "takes_language", False):
+            # One vocabulary for all languages: the argument may still be given, since the prompt needs it.
+            return [None] * batch_size
+        if language is None:
+            language = ((self.prompt_template or {}).get("defaults") or {}).get("language")
+        if language is None:
+            raise ValueError("This tokenizer needs the `language` of `text`. Pass one, or one per text.")
+        if isinstance(language, str):
+            return [language] * batch_size
+        if len(language) != batch_size:
+            raise ValueError(
+                f"`language` has {len(language)} values for {batch_size} texts. Pass one, or one per text."
+            )
+        return list(language)
+
+
+def _to_list(token_ids: Any) -> Any:
+    token_ids = getattr(token_ids, "sequences", token_ids)
+    if hasattr(token_ids, "tolist"):
+        return token_ids.tolist()
+    if isinstance(token_ids, (list, tuple)):
+        return [_to_list(item) for item in token_ids]
+    return token_ids
+
+
+__all__ = ["MDMASRProcessor"]

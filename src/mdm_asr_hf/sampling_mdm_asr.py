@@ -1,0 +1,274 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The five samplers of MDM-ASR (arXiv 2602.18952): given logits and a canvas, which masked positions to commit."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+# Log-probabilities are ranked on this grid and ties go to the left. Near-certain tokens differ by less than the rounding of
+# a matrix product, which changes with the batch: without the grid a batch would commit in another order than its rows.
+RANK_RESOLUTION = 1e-3
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Base of the samplers' settings; `name` is the sampler's name in generation_config.json and in `generate`."""
+
+    name: ClassVar[str] = ""
+    needs_noise: ClassVar[bool] = False
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class RandomConfig(SamplerConfig):
+    """Random: a random subset, as large as needed to finish within the steps left."""
+
+    name: ClassVar[str] = "random"
+    needs_noise: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class DFMConfig(SamplerConfig):
+    """
+    Discrete flow matching (arXiv 2407.15595): each masked position jumps with the probability of its rate. With alpha_t = 1 - t
+    and n steps left that is dt / t = 1 / n. A row in which no position jumps commits one, so that no decoder evaluation is lost.
+    """
+
+    name: ClassVar[str] = "dfm"
+    needs_noise: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class ConfTopKConfig(SamplerConfig):
+    """Conf Top-K: the `k` positions of highest confidence; None takes as many as needed to finish within the steps left."""
+
+    name: ClassVar[str] = "conf_top_k"
+    k: int | None = None
+
+    def __post_init__(self):
+        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(f"`k` must be an integer of at least 1 or None, got {self.k!r}.")
+
+
+@dataclass(frozen=True)
+class EBConfConfig(SamplerConfig):
+    """
+    EB-Conf (arXiv 2505.24857): positions sorted by confidence; the longest prefix whose entropies sum, less the largest of them,
+    to at most `gamma` (nats). gamma = 0 commits one token a step, gamma = inf all in one step.
+    """
+
+    name: ClassVar[str] = "eb_conf"
+    gamma: float = 0.05
+
+    def __post_init__(self):
+        _check_at_least_zero("gamma", self.gamma)
+
+
+@dataclass(frozen=True)
+class PBEBConfConfig(EBConfConfig):
+    """
+    PBEB-Conf (arXiv 2602.18952): as EB-Conf, with the confidence multiplied by the position bias exp(-lambda_ * i), i counted
+    from the start of the canvas. lambda_ = 0 is EB-Conf.
+    """
+
+    name: ClassVar[str] = "pbeb_conf"
+    lambda_: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_at_least_zero("lambda_", self.lambda_)
+        if math.isinf(self.lambda_):
+            raise ValueError("`lambda_` must be finite. For strictly left to right, one token a step, set `gamma=0`.")
+
+
+SAMPLERS: dict[str, type[SamplerConfig]] = {
+    config.name: config for config in (RandomConfig, DFMConfig, ConfTopKConfig, EBConfConfig, PBEBConfConfig)
+}
+
+
+@dataclass(frozen=True)
+class SamplerOutput:
+    """
+    What one step decides.
+
+    Attributes:
+        canvas (`torch.LongTensor` of shape (B, L)): the canvas with the committed tokens written in.
+        committed (`torch.BoolTensor` of shape (B, L)): the positions committed by this step.
+        tokens (`torch.LongTensor` of shape (B, L)): the tokens proposed for every position.
+        confidence (`torch.FloatTensor` of shape (B, L)): the probability of each proposal.
+    """
+
+    canvas: torch.LongTensor
+    committed: torch.BoolTensor
+    tokens: torch.LongTensor
+    confidence: torch.Tensor
+
+
+def _check_at_least_zero(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value) or value < 0:
+        raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
+
+
+def make_sampler(sampler: str | dict | SamplerConfig, **settings) -> SamplerConfig:
+    """
+    Builds a sampler's settings from its name ("pbeb_conf", "PBEB-Conf", ...), from what `to_dict` gave, or from another
+    configuration; `settings` override.
+
+    Raises:
+        ValueError: an unknown sampler, or a setting the sampler does not have.
+    """
+    if isinstance(sampler, SamplerConfig):
+        name, values = sampler.name, dataclasses.asdict(sampler)
+    elif isinstance(sampler, dict):
+        values = dict(sampler)
+        name = values.pop("name", None)
+    else:
+        name, values = sampler, {}
+    key = str(name).lower().replace("-", "_").replace(" ", "_")
+    if key not in SAMPLERS:
+        raise ValueError(f"`sampler` {name!r} is unknown. Use one of {sorted(SAMPLERS)}.")
+    values.update(settings)
+    known = {field.name for field in dataclasses.fields(SAMPLERS[key])}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{unknown} are not settings of the sampler {key!r}, which takes {sorted(known)}.")
+    return SAMPLERS[key](**values)
+
+
+def propose_tokens(
+    logits: torch.Tensor, temperature: float = 0.0, token_noise: torch.Tensor | None = None
+) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor]:
+    """
+    Proposes a token for every position: the arg-max at temperature 0, a draw from softmax(logits / temperature) above.
+
+    Args:
+        logits (`torch.Tensor` of shape (B, L, V)).
+        temperature (`float`): 0 is greedy.
+        token_noise (`torch.Tensor` of shape (B, L), *optional*): uniform on [0, 1), needed when temperature > 0.
+
+    Returns:
+        tokens (B, L), their log-probabilities (B, L), and the entropies in nats (B, L).
+    """
+    log_probs = torch.log_softmax(logits.float() / temperature if temperature > 0 else logits.float(), dim=-1)
+    probs = log_probs.exp()
+    # A suppressed token has log-probability -inf; 0 * -inf would be NaN.
+    entropy = -(probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
+    if temperature > 0:
+        if token_noise is None:
+            raise ValueError("`token_noise` is needed when `temperature` > 0. Draw it uniformly from [0, 1).")
+        # Inverse transform: one uniform number per position, whatever the vocabulary. The last possible token bounds it, since a
+        # cumulative sum may end just below 1.
+        cumulative = probs.cumsum(dim=-1)
+        tokens = torch.searchsorted(cumulative, (token_noise.float()[..., None] * cumulative[..., -1:]), right=True)
+        tokens = tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    else:
+        tokens = log_probs.argmax(dim=-1)
+    return tokens, log_probs.gather(-1, tokens[..., None]).squeeze(-1), entropy.clamp(min=0.0)
+
+
+def _ranked(scores: torch.Tensor, candidates: torch.BoolTensor) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Order (B, L) of the positions by falling score, candidates first, ties to the left; and its inverse, the ranks."""
+    order = scores.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return order, ranks
+
+
+def _select_count(scores: torch.Tensor, candidates: torch.BoolTensor, count: torch.Tensor | int) -> torch.BoolTensor:
+    """The `count` (B, 1) candidates of highest score."""
+    _, ranks = _ranked(scores, candidates)
+    return (ranks < count) & candidates
+
+
+def _select_entropy_bounded(
+    scores: torch.Tensor, entropy: torch.Tensor, candidates: torch.BoolTensor, gamma: float
+) -> torch.BoolTensor:
+    """The longest prefix by score with sum(H) - max(H) <= gamma (arXiv 2505.24857); at least one candidate."""
+    order, ranks = _ranked(scores, candidates)
+    if gamma == 0:
+        # Two entropies that underflow to exactly 0 would pass the bound together.
+        return (ranks < 1) & candidates
+    ranked_entropy = entropy.masked_fill(~candidates, 0.0).gather(-1, order)
+    spent = ranked_entropy.cumsum(dim=-1) - ranked_entropy.cummax(dim=-1).values
+    # cummin keeps the prefix contiguous when rounding makes the sum fall by an ulp.
+    within = (spent <= gamma).int().cummin(dim=-1).values.bool()
+    return within.gather(-1, ranks) & candidates
+
+
+def sampler_step(
+    sampler: SamplerConfig,
+    logits: torch.Tensor,
+    canvas: torch.LongTensor,
+    *,
+    mask_token_id: int,
+    steps_left: int,
+    candidates: torch.BoolTensor | None = None,
+    temperature: float = 0.0,
+    noise: torch.Tensor | None = None,
+) -> SamplerOutput:
+    """
+    One denoising step of any of the five samplers: stateless, vectorised over the batch.
+
+    Args:
+        sampler ([`SamplerConfig`]): which sampler, with its settings.
+        logits (`torch.Tensor` of shape (B, L, V)).
+        canvas (`torch.LongTensor` of shape (B, L)): `mask_token_id` where nothing is committed yet.
+        steps_left (`int`): denoising steps left, this one included. The last one commits everything.
+        candidates (`torch.BoolTensor` of shape (B, L), *optional*): the masked positions that may be committed; default all
+            masked ones. Rows without candidates are left alone.
+        temperature (`float`): 0 takes the arg-max tokens.
+        noise (`torch.Tensor` of shape (B, L, 2), *optional*): uniform on [0, 1). [..., 0] draws tokens when temperature > 0,
+            [..., 1] positions for the random and the DFM sampler.
+
+    Returns:
+        [`SamplerOutput`]
+
+    Raises:
+        ValueError: `steps_left` < 1, or missing noise.
+    """
+    if steps_left < 1:
+        raise ValueError(f"`steps_left` must be at least 1, got {steps_left}.")
+    if noise is None and (temperature > 0 or sampler.needs_noise):
+        raise ValueError(f"`noise` of shape (B, L, 2) is needed by the sampler {sampler.name!r} at temperature {temperature}.")
+    masked = canvas == mask_token_id
+    candidates = masked if candidates is None else candidates & masked
+    tokens, log_confidence, entropy = propose_tokens(logits, temperature, noise[..., 0] if noise is not None else None)
+
+    num_candidates = candidates.sum(dim=-1, keepdim=True)
+    even_share = (num_candidates + steps_left - 1) // steps_left
+    ranking = torch.round(log_confidence / RANK_RESOLUTION) * RANK_RESOLUTION
+    if steps_left == 1:
+        committed = candidates
+    elif isinstance(sampler, RandomConfig):
+        committed = _select_count(-noise[..., 1], candidates, even_share)
+    elif isinstance(sampler, DFMConfig):
+        jumps = (noise[..., 1] < 1.0 / steps_left) & candidates
+        committed = jumps | _select_count(-noise[..., 1], candidates, 1)
+    elif isinstance(sampler, ConfTopKConfig):
+        committed = _select_count(ranking, candidates, even_share if sampler.k is None else sampler.k)
+    elif isinstance(sampler, EBConfConfig):
+        if isinstance(sampler, PBEBConfConfig):
+            # log(c_i * exp(-lambda * i)): in the log, far positions do not underflow into ties.
+            ranking = ranking - sampler.lambda_ * torch.arange(canvas.shape[-1], device=canvas.device)
+        committed = _select_entropy_bounded(ranking, entropy, candidates, sampler.gamma)
+    else:
+        raise ValueError(f"`sampler` must be one of {sorted(SAMPLERS)}, got {sampler!r}.")
+    return SamplerOutput(torch.where(committed, tokens, canvas), committed, tokens, log_confidence.exp())
+
+
+__all__ = [
+    "SAMPLERS",
+    "ConfTopKConfig",
+    "DFMConfig",
+    "EBConfConfig",
+    "PBEBConfConfig",
+    "RandomConfig",
+    "SamplerConfig",
+    "SamplerOutput",
+    "make_sampler",
+    "propose_tokens",
+    "sampler_step",
+]

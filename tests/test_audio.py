@@ -1,0 +1,369 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""load_audio: every usual form of audio gives the samples written, and everything else a one-line ValueError."""
+
+import io
+import os
+import struct
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mdm_asr_hf.audio_mdm_asr import is_audio_batch, load_audio, load_audio_batch
+
+RATE = 16_000
+
+
+def sine(frequency_hz, duration_s, rate, amplitude=0.5):
+    return (amplitude * np.sin(2 * np.pi * frequency_hz * np.arange(round(duration_s * rate)) / rate)).astype(
+        np.float32
+    )
+
+
+def encode(samples, rate=RATE, format="WAV", subtype=None):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
+    return file.getvalue()
+
+
+@pytest.fixture
+def noise():
+    return (np.random.default_rng(0).standard_normal(RATE) * 0.1).astype(np.float32)
+
+
+def one_line_error(audio, match, **kwargs):
+    with pytest.raises(ValueError, match=match) as error:
+        load_audio(audio, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- forms of audio: all give the same samples ---
+
+
+def test_every_form_of_a_clip_gives_its_samples(noise, tmp_path):
+    wav = encode(noise, subtype="FLOAT")
+    path = tmp_path / "clip.wav"
+    path.write_bytes(wav)
+
+    class Decoder:
+        metadata = SimpleNamespace(duration_seconds=1.0)
+
+        def get_all_samples(self):
+            return SimpleNamespace(data=torch.tensor(noise)[None], sample_rate=RATE)
+
+    class OldDecoder:
+        def __getitem__(self, key):
+            return {"array": noise, "sampling_rate": RATE}[key]
+
+    with open(path, "rb") as file:
+        forms = [
+            str(path),
+            path,
+            wav,
+            io.BytesIO(wav),
+            file,
+            noise,
+            noise.astype(np.float64),
+            torch.tensor(noise),
+            noise.tolist(),
+            (noise, RATE),
+            (noise.tolist(), float(RATE)),
+            {"array": noise, "sampling_rate": RATE, "path": "gone.wav"},
+            {"raw": noise, "sampling_rate": RATE},
+            {"array": None, "bytes": wav, "path": None},
+            {"bytes": None, "path": str(path)},
+            Decoder(),
+            OldDecoder(),
+        ]
+        for form in forms:
+            waveform = load_audio(form, sampling_rate=RATE)
+            assert waveform.dtype == np.float32 and waveform.shape == (RATE,)
+            np.testing.assert_array_equal(waveform, noise)
+
+
+def test_a_named_pipe_is_read(noise, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_bytes(encode(noise, subtype="FLOAT")))
+    writer.start()
+    np.testing.assert_array_equal(load_audio(path), noise)
+    writer.join()
+
+
+def test_content_decides_not_the_name(noise, tmp_path):
+    for name in ("flac.wav", "flac.raw", "flac"):
+        path = tmp_path / name
+        path.write_bytes(encode(noise, format="FLAC", subtype="PCM_24"))
+        np.testing.assert_allclose(load_audio(path), noise, atol=2**-23)
+
+
+def test_integers_are_scaled_by_their_width():
+    # Full scale is 2 ** (bits - 1), and unsigned 8 bit is centred at 128.
+    cases = {
+        np.int8: ([-128, 0, 64], [-1.0, 0.0, 0.5]),
+        np.uint8: ([0, 128, 192], [-1.0, 0.0, 0.5]),
+        np.int16: ([-32768, 0, 16384], [-1.0, 0.0, 0.5]),
+        np.int32: ([-(2**31), 0, 2**30], [-1.0, 0.0, 0.5]),
+        np.dtype(">i2"): ([-32768, 0, 16384], [-1.0, 0.0, 0.5]),
+    }
+    for dtype, (samples, expected) in cases.items():
+        np.testing.assert_array_equal(load_audio(np.array(samples, dtype), sampling_rate=RATE), expected)
+    np.testing.assert_array_equal(load_audio(torch.tensor([16384], dtype=torch.int16), sampling_rate=RATE), [0.5])
+    np.testing.assert_array_equal(load_audio(torch.tensor([0.5], dtype=torch.bfloat16), sampling_rate=RATE), [0.5])
+    # Integers of Python have no width: they are floats written short.
+    np.testing.assert_array_equal(load_audio([0, 1, -1], sampling_rate=RATE), [0.0, 1.0, -1.0])
+
+
+def test_channels_are_averaged_whichever_axis_they_are_on():
+    left, right = np.full(100, 0.5, np.float32), np.full(100, -0.25, np.float32)
+    for samples in (np.stack([left, right]), np.stack([left, right], axis=1)):
+        np.testing.assert_array_equal(load_audio(samples, sampling_rate=RATE), np.full(100, 0.125))
+    stereo = np.stack([np.full(50, 16384, np.int16), np.zeros(50, np.int16)], axis=1)
+    np.testing.assert_array_equal(load_audio(encode(stereo)), np.full(50, 0.25))
+    # A file says which axis is which, so even two stereo samples are clear.
+    np.testing.assert_array_equal(load_audio(encode(stereo[:2])), [0.25, 0.25])
+    # One entry is one channel, however short the clip.
+    np.testing.assert_array_equal(load_audio(np.array([[0.5, 0.25]]), sampling_rate=RATE), [0.5, 0.25])
+    np.testing.assert_array_equal(load_audio(np.array([[0.5], [0.25]]), sampling_rate=RATE), [0.5, 0.25])
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 96_000])
+def test_resampling_keeps_frequency_and_duration(rate):
+    waveform = load_audio(sine(1000, 1.0, rate), sampling_rate=rate)
+    assert abs(len(waveform) - RATE) <= 1
+    # The samples are the same sine at the new rate, but for the filter's edges.
+    np.testing.assert_allclose(waveform[1000:-1000], sine(1000, 1.0, RATE)[1000 : len(waveform) - 1000], atol=1e-3)
+
+
+def test_resampling_does_not_alias():
+    # 15 kHz is above the Nyquist frequency of 16 kHz audio: it must vanish, not come back at 1 kHz.
+    assert np.abs(load_audio(sine(15_000, 1.0, 48_000), sampling_rate=48_000)[1000:-1000]).max() < 1e-3
+
+
+def test_own_rate_goes_before_the_argument():
+    waveform = sine(440, 0.5, 8_000)
+    for audio in ((waveform, 8_000), {"array": waveform, "sampling_rate": 8_000}, encode(waveform, 8_000)):
+        assert len(load_audio(audio, sampling_rate=RATE)) == RATE // 2
+
+
+def test_empty_clips_are_empty_arrays(tmp_path):
+    for audio in (np.zeros(0), [[]], np.zeros((0, 2)), np.zeros((2, 0)), torch.zeros(0), encode(np.zeros(0))):
+        waveform = load_audio(audio, sampling_rate=44_100)
+        assert waveform.shape == (0,) and waveform.dtype == np.float32
+
+
+# --- batches ---
+
+
+def test_what_is_a_batch():
+    clip = np.zeros(10, np.float32)
+    for one in (clip, [0.0, 0.1], (0.0, 0.1), (clip, RATE), np.zeros((2, 99)), "a.wav", {"array": clip}):
+        assert not is_audio_batch(one)
+    for batch in ([clip], [clip, clip], (clip, clip), ["a.wav"], [(clip, RATE)], [[0.0], [0.1]], [{"array": clip}]):
+        assert is_audio_batch(batch)
+    with pytest.raises(ValueError, match="empty list"):
+        is_audio_batch([])
+
+
+def test_a_batch_names_the_clip_at_fault():
+    clips = load_audio_batch([np.zeros(3), np.ones(2)], sampling_rate=RATE)
+    assert [len(c) for c in clips] == [3, 2]
+    with pytest.raises(ValueError, match="Clip 1 of 2: .*NaN"):
+        load_audio_batch([np.zeros(3), np.array([np.nan])], sampling_rate=RATE)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_samples_that_are_not_finite(bad):
+    samples = np.zeros(100)
+    samples[50] = bad
+    one_line_error(samples, "NaN or infinity", sampling_rate=RATE)
+    one_line_error(np.stack([samples, samples]), "NaN or infinity", sampling_rate=RATE)
+
+
+def test_samples_that_are_no_audio():
+    one_line_error(np.zeros(10, bool), "dtype bool", sampling_rate=RATE)
+    one_line_error(np.zeros(10, complex), "dtype complex", sampling_rate=RATE)
+    one_line_error(np.array([None, 1]), "dtype object", sampling_rate=RATE)
+    one_line_error(np.zeros(10, np.int64), "dtype int64", sampling_rate=RATE)
+    one_line_error([[0.0, 1.0], [0.0]], "not an array", sampling_rate=RATE)
+    one_line_error(np.float32(0.5), "one or two dimensions", sampling_rate=RATE)
+    one_line_error(np.zeros((1, 2, 10)), "one or two dimensions", sampling_rate=RATE)
+    one_line_error(np.zeros((2, 8)), "both axes could", sampling_rate=RATE)
+    one_line_error(np.zeros((9, 20)), "no axis has at most", sampling_rate=RATE)
+    one_line_error(None, "NoneType")
+    one_line_error(7, "type int")
+    # int16 cast to float without scaling would be taken for very loud audio.
+    one_line_error(sine(440, 0.1, RATE, amplitude=20_000), "Divide by", sampling_rate=RATE)
+
+
+@pytest.mark.parametrize("rate", [0, -1, np.nan, np.inf, 16, 1e9, True, "16000", [16000]])
+def test_rates_that_are_none(rate):
+    one_line_error(np.zeros(10), "`sampling_rate` must be", sampling_rate=rate)
+    one_line_error({"array": np.zeros(10), "sampling_rate": rate}, "`sampling_rate` must be")
+    one_line_error(np.zeros(10), "`target_sampling_rate` must be", target_sampling_rate=rate)
+
+
+def test_a_dict_must_know_its_rate():
+    one_line_error({"array": np.zeros(10)}, "without a `sampling_rate`")
+    assert len(load_audio({"array": np.zeros(10)}, sampling_rate=8_000)) == 20
+    one_line_error({"audio": np.zeros(10)}, "neither 'array'")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    text = tmp_path / "text.wav"
+    text.write_text("This is not audio. " * 100)
+    empty = tmp_path / "empty.wav"
+    empty.touch()
+    assert "text.wav" in one_line_error(text, "not audio of a format that can be read.*FLAC.*convert")
+    assert "empty.wav" in one_line_error(empty, r"0 bytes")
+    assert "gone.wav" in one_line_error(tmp_path / "gone.wav", "does not exist")
+    one_line_error(tmp_path, "is a directory")
+    one_line_error("", "does not exist")
+    one_line_error("/dev/null", "not a regular file")
+    one_line_error("a\0b", "null")
+    one_line_error("https://example.com/a.wav", "Download it first")
+    one_line_error(io.StringIO("text"), "binary mode")
+    one_line_error(b"", "0 bytes")
+    one_line_error(b"\0\0\0\x20ftypM4A " + bytes(100), "WAV, FLAC")
+    with open(text) as file:
+        one_line_error(file, "binary mode")
+
+
+@pytest.mark.parametrize("format", ["FLAC", "WAV", "AIFF", "AU", "MP3"])
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.9])
+def test_a_truncated_file_is_never_read_as_if_it_were_whole(format, part, noise, tmp_path):
+    whole = encode(np.tile(noise, 5), format=format)
+    path = tmp_path / f"clip.{format.lower()}"
+    path.write_bytes(whole)
+    assert len(load_audio(path)) == 5 * RATE
+    path.write_bytes(whole[: int(len(whole) * part)])
+    one_line_error(path, "truncated|not audio")
+    one_line_error(path.read_bytes(), "truncated|not audio")
+
+
+def test_a_truncated_ogg_is_reported(noise, caplog):
+    from mdm_asr_hf import audio_mdm_asr
+
+    whole = encode(np.tile(noise, 5), format="OGG")
+    warnings = []
+    original, audio_mdm_asr.logger.warning = audio_mdm_asr.logger.warning, warnings.append
+    try:
+        assert len(load_audio(whole)) == 5 * RATE and warnings == []
+        assert 0 < len(load_audio(whole[: len(whole) // 2])) < 5 * RATE
+        assert "may be cut off" in warnings[0]
+    finally:
+        audio_mdm_asr.logger.warning = original
+
+
+def test_wav_headers_with_unknown_sizes(noise):
+    wav = bytearray(encode(noise, subtype="PCM_16"))
+    assert wav[36:40] == b"data"
+    for size in (0xFFFFFFFF, 0x7FFFF000):  # as ffmpeg and sox write to a pipe
+        wav[40:44] = struct.pack("<I", size)
+        assert len(load_audio(bytes(wav))) == RATE
+    wav[40:44] = struct.pack("<I", 0)
+    one_line_error(bytes(wav), "says it holds no audio")
+
+
+def test_a_flac_of_unknown_length_is_refused(noise):
+    flac = bytearray(encode(noise, format="FLAC"))
+    flac[21] &= 0xF0  # the 36 bits of the total number of samples in STREAMINFO
+    flac[22:26] = bytes(4)
+    one_line_error(bytes(flac), "does not say how long")
+
+
+def test_too_long_a_file_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "3h.wav"
+    soundfile.write(path, np.zeros(3 * 3600 * 8_000, np.int16), 8_000, subtype="PCM_U8")
+    start = time.perf_counter()
+    message = one_line_error(path, "lasts 10800.00 s", max_duration_s=30)
+    assert time.perf_counter() - start < 0.1
+    assert "3h.wav" in message and "30 s" in message and "Split" in message
+
+
+def test_the_longest_duration_is_inclusive():
+    for rate in (16_000, 44_100, 48_000):
+        clip = np.zeros(rate, np.float32)
+        assert abs(len(load_audio(clip, sampling_rate=rate, max_duration_s=1)) - RATE) <= 1
+        one_line_error(np.zeros(rate + rate // 100), "lasts 1.01 s", sampling_rate=rate, max_duration_s=1)
+
+    class Decoder:
+        metadata = SimpleNamespace(duration_seconds=99.0)
+
+        def get_all_samples(self):
+            raise AssertionError("decoded although the header says it is too long")
+
+    one_line_error(Decoder(), "lasts 99.00 s", max_duration_s=30)
+
+
+# --- properties: a result or a ValueError, never another exception ---
+
+
+def result_or_value_error(audio, **kwargs):
+    try:
+        waveform = load_audio(audio, **kwargs)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return None
+    assert waveform.dtype == np.float32 and waveform.ndim == 1 and np.isfinite(waveform).all()
+    return waveform
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    hnp.arrays(
+        dtype=hnp.scalar_dtypes(),
+        shape=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=20),
+        fill=st.nothing(),
+    ),
+    st.sampled_from([None, 8_000, 16_000, 44_100, 11_025.5, 0, 1e12]),
+)
+def test_any_array(samples, rate):
+    result_or_value_error(samples, sampling_rate=rate)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.binary(max_size=20),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["array", "raw", "sampling_rate", "bytes", "path"]), inner, max_size=3)
+        ),
+    )
+)
+def test_any_object(audio):
+    result_or_value_error(audio)
+
+
+HEADERS = {name: encode(sine(440, 0.05, RATE), format=name) for name in ("WAV", "FLAC", "OGG", "AIFF", "AU")}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes(content):
+    result_or_value_error(content, max_duration_s=60)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sampled_from(sorted(HEADERS)),
+    st.lists(st.tuples(st.integers(0, 120), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
+)
+def test_any_damage_to_a_file(format, changes, part):
+    content = bytearray(HEADERS[format])
+    for position, value in changes:
+        content[position % len(content)] = value
+    result_or_value_error(bytes(content[: int(len(content) * part)]), max_duration_s=60)
