@@ -54,12 +54,12 @@ class MDMASRDecoderConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-        super().__post_init__(**kwargs)
-        self.validate_architecture()
+            self.head_dim = self.hidden_size // self.num_attention_heads
 
     def validate_architecture(self):
         """The one validator of the decoder's settings."""
@@ -75,12 +75,19 @@ class MDMASRDecoderConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             value = getattr(self, name)
+            if value is None and name in ("num_key_value_heads", "head_dim"):
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if self.num_attention_heads % self.num_key_value_heads != 0:
+        if self.num_attention_heads % (self.num_key_value_heads or 1) != 0:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads}), or set `head_dim`."
             )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(

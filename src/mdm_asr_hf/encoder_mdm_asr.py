@@ -160,6 +160,10 @@ def run_encoder(
     """
     if isinstance(encoder, OwnLengthWhisperEncoder):
         return encoder(input_features, attention_mask, trailing_silence_s=trailing_silence_s, **kwargs)
+    if attention_mask is not None:
+        # What lies in the padding must not matter; the convolutions of these encoders look at it, and expect zeros.
+        outside = ~attention_mask.bool().to(input_features.device)
+        input_features = input_features.masked_fill(outside[..., None] if input_features.dim() == 3 else outside, 0.0)
     outputs = encoder(input_features, attention_mask=attention_mask, **kwargs)
     frames = outputs.last_hidden_state
     frame_mask = None if attention_mask is None else _frame_mask(encoder, outputs, frames.shape[1], attention_mask)

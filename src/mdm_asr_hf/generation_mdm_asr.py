@@ -2,6 +2,7 @@
 """generate(): from audio features to token ids in a few denoising steps, for MDM-ASR (arXiv 2602.18952)."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -355,7 +356,8 @@ class MDMASRGenerationMixin:
             lengths, remedy = [settings.canvas_length] * batch_size, "Set a shorter `canvas_length`."
         elif duration_s is not None:
             per_s, extra = settings.canvas_tokens_per_s, settings.canvas_extra_tokens
-            lengths = [int(-(-seconds * per_s // 1)) + extra for seconds in duration_s.tolist()]
+            # Rounded first: 0.6 s is 0.60000002 in fp32, which must not cost a token.
+            lengths = [math.ceil(round(seconds * per_s, 3)) + extra for seconds in duration_s.tolist()]
             remedy = "Split the audio into shorter pieces, or set `canvas_length` if it holds little speech."
         else:
             raise ValueError("The canvas needs `input_features`, `attention_mask` or a fixed `canvas_length`.")

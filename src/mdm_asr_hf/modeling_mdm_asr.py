@@ -303,8 +303,8 @@ class MDMASRModel(MDMASRPreTrainedModel):
             decoder_input_ids,
             self.project(encoder_outputs.last_hidden_state),
             attention_mask=decoder_attention_mask,
-            encoder_attention_mask=encoder_outputs.get("attention_mask"),
-            cross_attention_states=encoder_outputs.get("cross_attention_states"),
+            encoder_attention_mask=getattr(encoder_outputs, "attention_mask", None),
+            cross_attention_states=getattr(encoder_outputs, "cross_attention_states", None),
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -313,8 +313,8 @@ class MDMASRModel(MDMASRPreTrainedModel):
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.get("hidden_states"),
-            encoder_attentions=encoder_outputs.get("attentions"),
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
 
 
@@ -372,7 +372,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def prepare_cross_attention(self, encoder_outputs: MDMASREncoderOutput) -> MDMASREncoderOutput:
         """Adds the decoder's cross-attention keys and values, so that every later step reuses them."""
-        if encoder_outputs.get("cross_attention_states") is not None:
+        if getattr(encoder_outputs, "cross_attention_states", None) is not None:
             return encoder_outputs
         states = self.model.decoder.cross_attention_states(self.model.project(encoder_outputs.last_hidden_state))
         return MDMASREncoderOutput(**{**encoder_outputs, "cross_attention_states": states})

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import torch
 from transformers import AutomaticSpeechRecognitionPipeline
 
 from .audio_mdm_asr import load_audio
@@ -48,18 +47,23 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
 
     def postprocess(self, model_outputs: list[dict[str, Any]], **kwargs) -> dict[str, Any]:
         output = model_outputs[0]
-        ids, confidence = output["tokens"][0].tolist(), output["confidence"][0]
-        eos_token_id = self.model.config.eos_token_id
-        length = ids.index(eos_token_id) if eos_token_id in ids else len(ids)
-        text = self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+        # Every committed token has a probability above 0; padding, and the end of text given to a row without speech, have 0.
+        confidence = output["confidence"][0]
+        confidence = confidence[confidence > 0]
+        ids = output["tokens"][0][: len(confidence)].tolist()
+        utterance_confidence = float(confidence.log().mean().exp()) if len(confidence) else None
+        special = set(self.tokenizer.all_special_ids)
         tokens = [
             {"text": self.tokenizer.decode([token_id]), "confidence": value}
-            for token_id, value in zip(ids[:length], confidence[:length].tolist(), strict=True)
+            for token_id, value in zip(ids, confidence.tolist(), strict=True)
+            if token_id not in special
         ]
-        # A row without speech was given its end of text, not by the model: it has no confidence.
-        scored = confidence[: length + 1] if int(output["nfe"][0]) else confidence[:0]
-        mean = float(scored.clamp(min=torch.finfo(scored.dtype).tiny).log().mean().exp()) if len(scored) else None
-        return {"text": text, "confidence": mean, "nfe": int(output["nfe"][0]), "tokens": tokens}
+        return {
+            "text": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "confidence": utterance_confidence,
+            "nfe": int(output["nfe"][0]),
+            "tokens": tokens,
+        }
 
 
 __all__ = ["MDMASRPipeline"]

@@ -1,0 +1,439 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command line, `mdm-asr`: a thin shell over the Python API."""
+
+import copy
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# torch and transformers take seconds to import, and help and usage errors need neither.
+if TYPE_CHECKING:
+    from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationConfig
+    from .modeling_mdm_asr import MDMASRForConditionalGeneration
+    from .processing_mdm_asr import MDMASRProcessor
+
+app = typer.Typer(
+    help="Speech recognition by masked diffusion (arXiv 2602.18952).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class DonorKind(str, Enum):
+    whisper = "whisper"
+    canary = "canary"
+
+
+class Failure(Exception):
+    """What ends a command with one line on stderr and exit code 1."""
+
+
+def one_line(error: Any) -> str:
+    """An error's message on one line, without terminal codes."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
+
+
+def report(kind: str, message: Any) -> None:
+    print(f"{kind}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+class _Collector(logging.Handler):
+    """Keeps the library's warnings, so that the command can say which file they are about."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def flush_to_stderr(self, about: str = "") -> None:
+        for message in self.messages:
+            report("warning", f"{about}: {message}" if about else message)
+        self.messages.clear()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[_Collector]:
+    """Keeps transformers' bars, logs and deprecations off the terminal; collects the warnings of this package."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    collector = _Collector()
+    # Code that came with a checkpoint (trust_remote_code) logs under the second name.
+    loggers = [logging.getLogger(name) for name in ("mdm_asr_hf", "transformers_modules")]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [collector], False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield collector
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+
+
+def load_model(
+    model: str, device: str | None = None, trust_remote_code: bool = False
+) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
+    """
+    Loads a checkpoint, in fp32, and its processor.
+
+    Raises:
+        ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` {device!r} cannot be used ({one_line(error)}). Leave it out, or use 'cpu'.") from error
+    looks_like_path = "/" not in model.strip("/") or model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_path and not Path(model).exists():
+        raise ValueError(f"`model` {model!r} is neither a folder nor an id of the form owner/name. Check the path.")
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if config.model_type != "mdm_asr":
+        raise ValueError(
+            f"`model` {model!r} is a {config.model_type!r} checkpoint, not MDM-ASR's. `mdm-asr convert` makes one of a "
+            "Whisper or Canary checkpoint, which then has to be trained."
+        )
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    loaded, info = AutoModelForSpeechSeq2Seq.from_pretrained(
+        model,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    # transformers only logs these, and a missing weight is a random one.
+    problems = [f"{kind.removesuffix('_keys')} {name}" for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
+    problems += [f"mismatched {entry}" for entry in info.get("mismatched_keys", ())]
+    if problems:
+        raise ValueError(f"The weights of {model!r} do not fit its configuration: {'; '.join(map(str, problems[:5]))}.")
+    return loaded.to(device).eval(), processor
+
+
+def generation_settings(
+    model: "MDMASRForConditionalGeneration",
+    *,
+    sampler: str | None = None,
+    max_denoising_steps: int | None = None,
+    canvas_length: int | None = None,
+    **sampler_settings: float | None,
+) -> "MDMASRGenerationConfig":
+    """The checkpoint's generation settings with those given, checked. None keeps the checkpoint's."""
+    from .sampling_mdm_asr import make_sampler
+
+    settings = copy.deepcopy(model.generation_config)
+    given = {name: value for name, value in sampler_settings.items() if value is not None}
+    # As a dict: a checkpoint that brings its code has sampler classes of its own.
+    settings.sampler = make_sampler(sampler or settings.sampler, **given).to_dict()
+    if max_denoising_steps is not None:
+        settings.max_denoising_steps = max_denoising_steps
+    if canvas_length is not None:
+        settings.canvas_length = canvas_length
+    settings.return_dict_in_generate = True
+    settings.validate()
+    return settings
+
+
+def utterance_confidences(output: "MDMASRGenerateOutput") -> list[float | None]:
+    """Per row, the geometric mean of its tokens' probabilities, end of text included; None where nothing was decoded."""
+    rows = []
+    for confidence in output.confidence.float():
+        # 0 marks padding, and the end of text that a silent row is given.
+        scored = confidence[confidence > 0]
+        rows.append(float(scored.log().mean().exp()) if len(scored) else None)
+    return rows
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Audio files: WAV, FLAC, OGG, MP3, ...")],
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line: file, text, confidence, nfe, duration_s.")
+    ] = False,
+    sampler: Annotated[
+        str | None, typer.Option(help="random, dfm, conf_top_k, eb_conf or pbeb_conf. Default: the checkpoint's.")
+    ] = None,
+    max_denoising_steps: Annotated[
+        int | None, typer.Option("--steps", help="The most decoder evaluations a file.")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")] = None,
+    canvas_length: Annotated[
+        int | None, typer.Option(help="Tokens a text may have. Default: adapted to the duration.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files decoded together. Does not change the text.")] = 1,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """
+    Transcribe audio files.
+
+    Prints the text of one file, or a line "file<TAB>text" for each of several. A file that cannot be transcribed is reported on
+    stderr, the others are still done, and the exit code is 1.
+    """
+    from . import default_checkpoint
+    from .prompt_mdm_asr import build_prompt_ids
+
+    with quiet_libraries() as collector:
+        source = model or str(default_checkpoint())
+        try:
+            with Console(stderr=True).status(f"loading {escape(source)}"):
+                loaded, processor = load_model(source, device, trust_remote_code)
+        except Exception as error:
+            # Whatever a folder can be damaged by: transformers, tokenizers and safetensors each raise their own classes.
+            name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            raise Failure(f"cannot load the model {source}: {name}{error}") from error
+        try:
+            settings = generation_settings(
+                loaded,
+                sampler=sampler,
+                max_denoising_steps=max_denoising_steps,
+                canvas_length=canvas_length,
+                gamma=gamma,
+                lambda_=lambda_,
+            )
+            if language is not None:
+                build_prompt_ids(settings.prompt_template or {"tokens": [0]}, language=language)
+        except ValueError as error:
+            raise Failure(error) from error
+
+        num_failed = 0
+        for path, result in _transcribe_files(files, batch_size, loaded, processor, settings, language, collector):
+            if isinstance(result, ValueError):
+                num_failed += 1
+                report("error", result)
+            elif as_json:
+                print(json.dumps({"file": str(path), **result}, ensure_ascii=False), flush=True)
+            else:
+                print(result["text"] if len(files) == 1 else f"{path}\t{result['text']}", flush=True)
+    if num_failed:
+        raise typer.Exit(1)
+
+
+def _transcribe_files(
+    files: list[Path],
+    batch_size: int,
+    model: "MDMASRForConditionalGeneration",
+    processor: "MDMASRProcessor",
+    settings: "MDMASRGenerationConfig",
+    language: str | None,
+    collector: _Collector,
+) -> Iterator[tuple[Path, dict[str, Any] | ValueError]]:
+    """Yields, in order, each file with its result or its error."""
+    from .audio_mdm_asr import load_audio
+
+    console = Console(stderr=True)
+    # On a terminal the texts themselves show how far it is, and a bar would break their lines.
+    is_shown = len(files) > 1 and console.is_terminal and not sys.stdout.isatty()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not is_shown,
+        redirect_stdout=False,
+    )
+    rate_hz = processor.feature_extractor.sampling_rate
+    max_duration_s = getattr(processor.feature_extractor, "max_duration_s", None)
+    with bar:
+        task = bar.add_task("transcribing", total=len(files))
+        for path_batch in (files[i : i + batch_size] for i in range(0, len(files), batch_size)):
+            results: dict[int, dict[str, Any] | ValueError] = {}
+            clips = {}
+            for i, path in enumerate(path_batch):
+                try:
+                    clip = load_audio(path, target_sampling_rate=rate_hz, max_duration_s=max_duration_s)
+                    if len(clip) == 0:
+                        raise ValueError(f"{str(path)!r} is empty (no samples). Record or export it again.")
+                    clips[i] = clip
+                except ValueError as error:
+                    results[i] = error
+            collector.flush_to_stderr()
+            if clips:
+                decoded = _decode(list(clips.values()), model, processor, settings, language)
+                for i, result in zip(clips, decoded, strict=True):
+                    results[i] = ValueError(f"{str(path_batch[i])!r}: {result}") if isinstance(result, ValueError) else result
+                # A full canvas is a matter of single files, also where a batch warns as one.
+                full = [str(path_batch[i]) for i in clips if isinstance(results[i], dict) and results[i].pop("is_full")]
+                collector.flush_to_stderr(", ".join(full))
+            for i, path in enumerate(path_batch):
+                yield path, results[i]
+            bar.advance(task, len(path_batch))
+
+
+def _decode(
+    clips: list, model: Any, processor: Any, settings: Any, language: str | None
+) -> list[dict[str, Any] | ValueError]:
+    """Results of a batch of clips, each (number of samples,); one that cannot be decoded does not stop the others."""
+    import torch
+
+    rate_hz = processor.feature_extractor.sampling_rate
+    try:
+        inputs = processor(clips, sampling_rate=rate_hz, return_tensors="pt").to(model.device)
+        # The random and DFM samplers draw: a generator per row makes a file's text the same every time, in any batch.
+        generators = [torch.Generator().manual_seed(0) for _ in clips]
+        output = model.generate(**inputs, generation_config=settings, language=language, generator=generators)
+    except ValueError as error:
+        if len(clips) == 1:
+            return [error]
+        return [result for clip in clips for result in _decode([clip], model, processor, settings, language)]
+    eos_token_id = model.config.eos_token_id
+    rows = zip(
+        clips,
+        processor.batch_decode(output.sequences),
+        utterance_confidences(output),
+        output.nfe.tolist(),
+        (eos_token_id not in row for row in output.sequences.tolist()),
+        strict=True,
+    )
+    return [
+        {"text": text, "confidence": confidence, "nfe": nfe, "duration_s": round(len(clip) / rate_hz, 3), "is_full": full}
+        for clip, text, confidence, nfe, full in rows
+    ]
+
+
+@app.command()
+def convert(
+    donor: Annotated[str, typer.Argument(metavar="DONOR", help="A Whisper or Canary checkpoint: folder, .nemo file or id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.")],
+    kind: Annotated[
+        DonorKind | None, typer.Option(help="Of the donor. Default: what its config.json or suffix says.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Keep the first N ids of a Whisper donor's vocabulary.")
+    ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the code, for trust_remote_code where this package is not installed.")
+    ] = False,
+) -> None:
+    """
+    Make an MDM-ASR model of a Whisper or Canary checkpoint.
+
+    Writes model, processor and generation settings. All weights are the donor's but the mask's embedding, so the result is a start
+    for training and transcribes nothing yet.
+    """
+    from .modeling_mdm_asr import MDMASRForConditionalGeneration
+    from .processing_mdm_asr import MDMASRProcessor
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise Failure(f"`OUTPUT` {str(output)!r} exists and is not an empty folder. Remove it or choose another.")
+    with quiet_libraries() as collector:
+        try:
+            kind = kind or _guess_kind(donor)
+            options = {}
+            if vocab_size is not None:
+                if kind is not DonorKind.whisper:
+                    raise ValueError(f"`--vocab-size {vocab_size}` is for Whisper donors only. Leave it out.")
+                options["vocab_size"] = vocab_size
+            with _with_code(with_code):
+                model = getattr(MDMASRForConditionalGeneration, f"from_{kind.value}")(donor, **options)
+                processor = getattr(MDMASRProcessor, f"from_{kind.value}")(donor, **options)
+                model.save_pretrained(output)
+                processor.save_pretrained(output)
+        except (ValueError, OSError) as error:
+            raise Failure(f"cannot convert {donor}: {error}") from error
+        collector.flush_to_stderr()
+    print(f"wrote {output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters of {donor} ({kind.value})")
+
+
+def _guess_kind(donor: str) -> DonorKind:
+    from transformers import PretrainedConfig
+
+    if donor.endswith(".nemo") or (Path(donor).is_dir() and any(Path(donor).glob("*.nemo"))):
+        return DonorKind.canary
+    model_type = PretrainedConfig.get_config_dict(donor)[0].get("model_type")
+    if model_type is None:
+        raise ValueError("no config.json says what it is. Check the path; for a .nemo checkpoint, pass `--kind canary`.")
+    if model_type not in DonorKind.__members__:
+        raise ValueError(f"its config.json says {model_type!r}, but only Whisper and Canary checkpoints can be donors.")
+    return DonorKind(model_type)
+
+
+@contextmanager
+def _with_code(enabled: bool) -> Iterator[None]:
+    """Makes `save_pretrained` copy the code too, for the time of the context."""
+    from .configuration_mdm_asr import MDMASRConfig
+    from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
+    from .modeling_mdm_asr import MDMASRForConditionalGeneration
+    from .processing_mdm_asr import MDMASRProcessor
+    from .tokenization_mdm_asr import MDMASRAggregateTokenizer
+
+    auto_classes = {
+        MDMASRConfig: "AutoConfig",
+        MDMASRFeatureExtractor: "AutoFeatureExtractor",
+        MDMASRForConditionalGeneration: "AutoModelForSpeechSeq2Seq",
+        MDMASRProcessor: "AutoProcessor",
+        MDMASRAggregateTokenizer: "AutoTokenizer",
+    }
+    before = {one_class: one_class._auto_class for one_class in auto_classes}
+    try:
+        if enabled:
+            for one_class, name in auto_classes.items():
+                one_class.register_for_auto_class(name)
+        yield
+    finally:
+        for one_class, name in before.items():
+            one_class._auto_class = name
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"mdm-asr {version('mdm_asr_hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    try:
+        app()
+    except Failure as error:
+        report("error", error)
+        sys.exit(1)
+
+
+__all__ = ["app", "convert", "generation_settings", "load_model", "main", "transcribe", "utterance_confidences"]

@@ -1,0 +1,313 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command line: what it prints where, and one line for everything that goes wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from mdm_asr_hf import MDMASRConfig, MDMASRForConditionalGeneration, MDMASRProcessor, default_checkpoint
+from mdm_asr_hf.cli import main, utterance_confidences
+from mdm_asr_hf.generation_mdm_asr import MDMASRGenerateOutput
+
+DEMO = Path(__file__).parents[1] / "demo"
+RECORDING = DEMO / "common_voice_en_48.flac"
+TEXT = (DEMO / "transcript.txt").read_text().strip()
+RATE_HZ = 16_000
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; gives exit code, the lines on stdout and those on stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mdm-asr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def bad_files(tmp_path):
+    """Name -> what the error says about it."""
+    (tmp_path / "notes.wav").write_text("These are notes and no audio.\n" * 100)
+    (tmp_path / "zero_bytes.wav").touch()
+    soundfile.write(tmp_path / "no_samples.wav", np.zeros(0), RATE_HZ)
+    soundfile.write(tmp_path / "long.wav", np.zeros(31 * RATE_HZ), RATE_HZ)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan] * 8000), RATE_HZ, subtype="FLOAT")
+    (tmp_path / "cut.flac").write_bytes(RECORDING.read_bytes()[:40_000])
+    (tmp_path / "folder").mkdir()
+    return {
+        tmp_path / "missing.wav": "does not exist",
+        tmp_path / "notes.wav": "not audio",
+        tmp_path / "zero_bytes.wav": "is empty",
+        tmp_path / "no_samples.wav": "is empty",
+        tmp_path / "long.wav": "31.00 s, more than the 30 s",
+        tmp_path / "nan.wav": "NaN",
+        tmp_path / "cut.flac": "truncated",
+        tmp_path / "folder": "is a directory",
+    }
+
+
+@pytest.fixture
+def silence(tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(RATE_HZ), RATE_HZ)
+    return tmp_path / "silence.wav"
+
+
+def test_one_file_gives_its_text_alone(run):
+    assert run("transcribe", RECORDING) == (0, [TEXT], [])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_several_files_give_lines_in_order(run, silence, batch_size):
+    code, out, err = run("transcribe", RECORDING, silence, RECORDING, "--batch-size", batch_size)
+    assert (code, err) == (0, [])
+    assert out == [f"{RECORDING}\t{TEXT}", f"{silence}\t", f"{RECORDING}\t{TEXT}"]
+
+
+def test_json_lines(run, silence):
+    code, out, _ = run("transcribe", "--json", RECORDING, silence)
+    spoken, silent = map(json.loads, out)
+    assert list(spoken) == ["file", "text", "confidence", "nfe", "duration_s"] and code == 0
+    assert (spoken["file"], spoken["text"]) == (str(RECORDING), TEXT)
+    assert spoken["duration_s"] == round(soundfile.info(RECORDING).duration, 3)
+    # This clip is one the model is sure of; 15 words in at most 32 steps.
+    assert 0.5 < spoken["confidence"] <= 1 and 1 < spoken["nfe"] <= 32
+    assert silent == {"file": str(silence), "text": "", "confidence": None, "nfe": 0, "duration_s": 1.0}
+
+
+def test_settings_reach_generate(run):
+    def nfe(*options):
+        return json.loads(run("transcribe", "--json", RECORDING, *options)[1][0])["nfe"]
+
+    assert nfe("--steps", 1) == 1
+    # gamma = inf commits everything in one step, gamma = 0 one token a step.
+    assert nfe("--gamma", "inf") == 1
+    one_a_step = nfe("--gamma", 0, "--steps", 100)
+    assert nfe() < one_a_step
+    # Without position bias, end of text and words compete, so that it takes another number of steps.
+    assert nfe("--gamma", 0, "--steps", 100, "--lambda", 0) != one_a_step
+    assert nfe("--sampler", "conf_top_k", "--steps", 3) <= 3
+
+
+def test_random_samplers_repeat_themselves(run, silence):
+    def text(*files):
+        return run("transcribe", *files, "--sampler", "random", "--steps", 8, "--batch-size", 2)[1][0].split("\t")[-1]
+
+    torch.manual_seed(1)
+    first = text(RECORDING)
+    torch.manual_seed(2)
+    assert text(RECORDING, silence) == first
+
+
+def test_each_bad_file_gives_one_line(run, bad_files):
+    for path, message in bad_files.items():
+        code, out, err = run("transcribe", path)
+        assert (code, out, len(err)) == (1, [], 1), (path, err)
+        assert err[0].startswith("error: ") and str(path) in err[0] and message in err[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_good_files_are_transcribed_beside_bad_ones(run, bad_files, batch_size):
+    files = [RECORDING, *bad_files, RECORDING]
+    code, out, err = run("transcribe", *files, "--batch-size", batch_size)
+    assert code == 1
+    assert out == [f"{RECORDING}\t{TEXT}"] * 2
+    assert len(err) == len(bad_files)
+    assert all(str(path) in line for path, line in zip(bad_files, err, strict=True))
+
+
+def test_a_full_canvas_warns_and_names_the_file(run, silence):
+    code, out, err = run("transcribe", silence, RECORDING, "--canvas-length", 3, "--batch-size", 2)
+    assert code == 0 and len(out) == 2 and len(err) == 1
+    assert err[0].startswith(f"warning: {RECORDING}: ") and "canvas_length" in err[0] and str(silence) not in err[0]
+
+
+def test_a_clip_that_fails_in_generate_does_not_stop_its_batch(run, silence):
+    # 440 positions are fewer than a canvas of 1,000 needs: the error comes from `generate`, for every file.
+    code, out, err = run("transcribe", silence, RECORDING, "--canvas-length", 1000, "--batch-size", 2)
+    assert (code, out, len(err)) == (1, [], 2)
+    assert str(silence) in err[0] and str(RECORDING) in err[1] and "canvas" in err[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gamma", "-1"], "gamma"),
+        (["--sampler", "best"], "pbeb_conf"),
+        (["--sampler", "random", "--gamma", "1"], "gamma"),
+        (["--steps", "0"], "max_denoising_steps"),
+        (["--language", "de"], "language"),
+        (["--device", "abacus"], "device"),
+        (["--model", "/no/such/folder"], "Check the path"),
+        (["--model", "no_such_folder"], "Check the path"),
+    ],
+)
+def test_bad_options_give_one_line_for_all_files(run, options, message):
+    code, out, err = run("transcribe", RECORDING, RECORDING, *options)
+    assert (code, out, len(err)) == (1, [], 1)
+    assert err[0].startswith("error: ") and message in err[0]
+
+
+def test_bad_checkpoints_give_one_line(run, tmp_path):
+    def fails(folder, message):
+        code, out, err = run("transcribe", RECORDING, "--model", folder)
+        assert (code, out, len(err)) == (1, [], 1), err
+        assert str(folder) in err[0] and message in err[0], err
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(empty, "config.json")
+
+    other = tmp_path / "other"
+    WhisperConfig(d_model=8).save_pretrained(other)
+    fails(other, "mdm-asr convert")
+
+    folder = tmp_path / "copy"
+    shutil.copytree(default_checkpoint(), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.decoder.layer_norm.bias"
+    save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+    fails(folder, f"missing {name}")
+    save_file(weights | {"extra.weight": weights[name].clone()}, folder / "model.safetensors", {"format": "pt"})
+    fails(folder, "unexpected extra.weight")
+    (folder / "model.safetensors").write_bytes(b"not weights" * 10)
+    fails(folder, "Safetensor")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    fails(folder, "model.safetensors")
+
+
+def test_confidence_is_the_geometric_mean_of_the_tokens():
+    output = MDMASRGenerateOutput(confidence=torch.tensor([[0.5, 0.125, 1.0], [0.25, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    # (0.5 * 0.125 * 1) ** (1/3) = 0.3969, (0.25 * 1) ** (1/2) = 0.5
+    assert utterance_confidences(output) == [pytest.approx(0.39685, abs=1e-5), pytest.approx(0.5), None]
+
+
+def run_python(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_fresh_process_prints_nothing_else(silence):
+    """No load bars, library logs or deprecations, on neither stream."""
+    command = "from mdm_asr_hf.cli import main; main()"
+    done = run_python(command, "transcribe", RECORDING, silence)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{RECORDING}\t{TEXT}\n{silence}\t\n", "")
+
+
+def test_version_and_help(run):
+    assert run("--version") == (0, ["mdm-asr 0.1.0"], [])
+    code, out, _ = run("--help")
+    assert code == 0 and all(any(name in line for line in out) for name in ("transcribe", "convert"))
+    assert run("transcribe")[0] == 2
+
+
+# --- convert ---
+
+
+@pytest.fixture(scope="module")
+def whisper_donor(tmp_path_factory):
+    """A Whisper checkpoint of width 8 whose vocabulary is the bytes, three merges, and the special tokens."""
+    folder = tmp_path_factory.mktemp("whisper")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+    vocab = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    eos = "<|endoftext|>"
+    names = [eos, "<|startoftranscript|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+    backend.add_special_tokens(names)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos).save_pretrained(folder)
+    config = WhisperConfig(
+        vocab_size=len(vocab) + len(names),
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        pad_token_id=len(vocab),
+        eos_token_id=len(vocab),
+        bos_token_id=len(vocab),
+        decoder_start_token_id=len(vocab) + 1,
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def test_convert_whisper(run, whisper_donor, tmp_path):
+    code, out, err = run("convert", whisper_donor, tmp_path / "model", "--vocab-size", 258)
+    assert (code, len(out), err) == (0, 1, []) and str(tmp_path / "model") in out[0]
+    model = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "model")
+    donor = WhisperForConditionalGeneration.from_pretrained(whisper_donor)
+    # 256 bytes and two merges, and end of text, which the donor has at 259.
+    embeddings = model.get_input_embeddings().weight
+    assert embeddings.shape == (259, 8)
+    assert torch.equal(embeddings[258], donor.get_input_embeddings().weight[259])
+    processor = MDMASRProcessor.from_pretrained(tmp_path / "model")
+    # " the" is Ġ and the second merge: the third was cut off.
+    assert processor.tokenizer.tokenize(" the") == ["Ġ", "the"]
+    assert model.generation_config.prompt_template == processor.prompt_template
+    # What was written transcribes, if only nonsense.
+    assert run("transcribe", RECORDING, "--model", tmp_path / "model", "--steps", 2)[0] == 0
+
+
+def test_convert_with_code_loads_without_the_package(run, whisper_donor, tmp_path):
+    assert run("convert", whisper_donor, tmp_path / "model", "--with-code")[0] == 0
+    assert (tmp_path / "model" / "modeling_mdm_asr.py").is_file()
+    # Later saves of this process are not changed.
+    assert MDMASRConfig._auto_class is None and MDMASRForConditionalGeneration._auto_class is None
+    script = """
+import sys
+sys.modules["mdm_asr_hf"] = None  # importing it fails, whether or not it is installed
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+model = AutoModelForSpeechSeq2Seq.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+output = model.generate(**processor(sys.argv[2]), max_denoising_steps=1)
+print(type(model).__name__, len(processor.batch_decode(output)))
+"""
+    done = run_python(script, tmp_path / "model", RECORDING, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["MDMASRForConditionalGeneration", "1"]
+
+
+def test_convert_errors_give_one_line(run, whisper_donor, tmp_path):
+    def fails(message, *arguments):
+        code, out, err = run("convert", *arguments)
+        assert (code, out, len(err)) == (1, [], 1), err
+        assert err[0].startswith("error: ") and message in err[0], err
+
+    output = tmp_path / "output"
+    fails("--kind", tmp_path, output)
+    fails("no `.nemo` file", tmp_path / "missing.nemo", output)
+    fails("for Whisper donors only", tmp_path / "missing.nemo", output, "--vocab-size", 300)
+    fails("'mdm_asr'", default_checkpoint(), output)
+    fails("`vocab_size` must be", whisper_donor, output, "--vocab-size", 10)
+    assert not output.exists()
+    output.mkdir()
+    (output / "precious.txt").touch()
+    fails("not an empty folder", whisper_donor, output)
+    assert os.listdir(output) == ["precious.txt"]

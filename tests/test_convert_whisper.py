@@ -1,0 +1,547 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Whisper donors: tiny random models with a real byte-level BPE, English-only and multilingual."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from canary_donors import make_causal, randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+import mdm_asr_hf  # registers the Auto classes
+from mdm_asr_hf.convert_whisper import (
+    load_whisper_named,
+    whisper_processor,
+    whisper_prompt_template,
+    whisper_tokenizer,
+)
+from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
+
+MASK_EMBEDDING = "model.decoder.input_only_embeddings.weight"
+EMBEDDING = "model.decoder.embed_tokens.weight"
+NUM_MEL_BINS, WIDTH, NUM_MERGES = 8, 16, 30
+# Ids: 256 bytes, 30 merges, and in a multilingual vocabulary one empty token, as Whisper's has it.
+NUM_TEXT = {False: 256 + NUM_MERGES, True: 256 + NUM_MERGES + 1}
+SPECIALS = [
+    *("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|de|>", "<|translate|>", "<|transcribe|>"),
+    *("<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
+]
+NUM_TIMESTAMPS = 6
+SENTENCES = ["the cat sat on the mat", "the dog and the cat", "der hund und die katze", "that is the end of the day"]
+
+
+def train_bpe():
+    """Vocabulary and merges of a byte-level BPE in GPT-2's order: bytes first, then one id per merge."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256 + NUM_MERGES, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    bpe = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in bpe["merges"]]
+    assert [bpe["vocab"][left + right] for left, right in merges] == list(range(256, 256 + NUM_MERGES))
+    return bpe["vocab"], merges
+
+
+def save_tokenizer(folder, multilingual):
+    vocab, merges = train_bpe()
+    if multilingual:
+        vocab[""] = len(vocab)
+    vocab["<|endoftext|>"] = len(vocab)
+    tokenizer = WhisperTokenizer(vocab=vocab, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS[1:]})
+    # The first two timestamps have a name, the others do not: both is found in tokenizer files.
+    tokenizer.add_tokens(["<|0.00|>", "<|0.02|>"])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_donor(folder, multilingual, dtype=torch.float32):
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = save_tokenizer(folder, multilingual)
+    eos = NUM_TEXT[multilingual]
+    config = WhisperConfig(
+        vocab_size=eos + len(SPECIALS) + NUM_TIMESTAMPS,
+        num_mel_bins=NUM_MEL_BINS,
+        d_model=WIDTH,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=40,
+        max_target_positions=32,
+        pad_token_id=eos,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        decoder_start_token_id=eos + 1,
+    )
+    donor = randomize(WhisperForConditionalGeneration(config))
+    donor.generation_config = GenerationConfig(is_multilingual=multilingual, eos_token_id=eos)
+    donor.to(dtype).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=NUM_MEL_BINS).save_pretrained(folder)
+    return donor, tokenizer
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["english", "multilingual"])
+def donor(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisper") / "donor"
+    model, tokenizer = save_donor(folder, request.param)
+    return {"folder": folder, "model": model, "tokenizer": tokenizer, "multilingual": request.param}
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisper") / "english"
+    return folder, save_donor(folder, False)[0]
+
+
+@pytest.fixture(scope="module")
+def multilingual(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisper") / "multilingual"
+    return folder, save_donor(folder, True)[0]
+
+
+def from_whisper(folder, **kwargs):
+    return mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper(folder, **kwargs)
+
+
+def copy_with(folder, target, change_weights=None, change_config=None):
+    """A copy of the donor in `folder` with other weights or another config.json."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    if change_weights is not None:
+        weights = load_file(folder / "model.safetensors")
+        change_weights(weights)
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    if change_config is not None:
+        config = json.loads((folder / "config.json").read_text())
+        change_config(config)
+        (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def donor_logits(model, features, ids):
+    with torch.no_grad():
+        return model(input_features=features, decoder_input_ids=ids).logits
+
+
+# Weights
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_equal_the_donors(donor, attention):
+    stock = donor["model"]
+    stock.set_attn_implementation(attention)
+    model = make_causal(from_whisper(donor["folder"], encoder_trailing_silence_s=0), attention)
+    model.model.encoder.set_attn_implementation(attention)
+    assert not model.training and model.dtype == torch.float32
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 3000, NUM_MEL_BINS, generator=generator)
+    ids = torch.randint(0, stock.config.vocab_size, (2, 20), generator=generator)
+    expected = donor_logits(stock, features.transpose(1, 2), ids)
+    assert expected.std() > 0.1  # the comparison would be empty on logits near zero
+    with torch.no_grad():
+        logits = model(input_features=features, decoder_input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_short_audio_and_full_silence_equal_the_donors_30_seconds(english):
+    folder, stock = english
+    audio = np.random.default_rng(0).normal(size=24_000).astype(np.float32)
+    audio[-800:] = 0  # so that no window reaches from the audio into what lies behind it
+    padded = WhisperFeatureExtractor(feature_size=NUM_MEL_BINS)(audio, sampling_rate=16_000, return_tensors="pt")
+    inputs = whisper_processor(folder)(audio, sampling_rate=16_000)
+    assert inputs["input_features"].shape == (1, 150, NUM_MEL_BINS)
+    ids = torch.randint(0, stock.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(2))
+    expected = donor_logits(stock, padded["input_features"], ids)
+
+    def distance(silence_s):
+        model = make_causal(from_whisper(folder, encoder_trailing_silence_s=silence_s), "sdpa")
+        with torch.no_grad():
+            return (model(**inputs, decoder_input_ids=ids).logits - expected).abs().max()
+
+    assert distance(28.5) < 1e-5 < 1e-3 < distance(0)
+
+
+def test_every_tensor_arrives_and_the_mask_embedding_is_new(donor):
+    model, stock = from_whisper(donor["folder"]), donor["model"]
+    state, theirs = model.state_dict(), stock.state_dict()
+    names = {"encoder_attn": "cross_attn", "encoder_attn_layer_norm": "cross_attn_layer_norm"}
+    names |= {"final_layer_norm": "mlp_layer_norm", "out_proj": "o_proj"}
+    seen = set()
+    for name, tensor in theirs.items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "decoder"]:
+            parts = [names.get(part, part) for part in parts]
+        seen.add(".".join(parts))
+        assert torch.equal(state[".".join(parts)], tensor), name
+    assert set(state) - seen == {MASK_EMBEDDING}
+    vocab_size = stock.config.vocab_size
+    assert state[EMBEDDING].shape[0] == model.config.vocab_size == model.config.mask_token_id == vocab_size
+    torch.testing.assert_close(state[MASK_EMBEDDING], theirs[EMBEDDING].mean(dim=0, keepdim=True))
+    num_parameters = sum(p.numel() for p in stock.parameters())
+    assert sum(p.numel() for p in model.parameters()) == num_parameters + WIDTH
+    assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
+
+
+KEY = "model.decoder.layers.1.encoder_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.pop(KEY), f"1 missing: {KEY}"),
+        (lambda w: w.pop("model.encoder.conv1.bias"), "1 missing: model.encoder.conv1.bias"),
+        (lambda w: w.pop(EMBEDDING), f"2 missing: .*{EMBEDDING}"),
+        (
+            lambda w: w.update({"model.decoder.layers.1.encoder_attn.k_proj.bias": torch.ones(16)}),
+            "1 unknown: .*k_proj",
+        ),
+        (lambda w: w.update({"model.decoder.layers.2.fc1.bias": torch.ones(40)}), "1 unknown: .*layers.2.fc1.bias"),
+        (lambda w: w.update({MASK_EMBEDDING: torch.ones(1, 16)}), "1 unknown: .*input_only"),
+        (lambda w: w.update({KEY: torch.ones(16, 15)}), rf"{KEY} is \(16, 15\), not \(16, 16\)"),
+        (lambda w: w.update({EMBEDDING: w[EMBEDDING][:-1]}), rf"{EMBEDDING} is \(302, 16\), not \(303, 16\)"),
+        (lambda w: w.update({"proj_out.weight": w[EMBEDDING] + 1}), "output weights differ"),
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [None, 260])
+def test_loading_is_strict(english, tmp_path, vocab_size, change, message):
+    folder = copy_with(english[0], tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=message):
+        from_whisper(folder, vocab_size=vocab_size)
+
+
+def test_tied_weights_may_be_stored_twice(english, tmp_path):
+    folder = copy_with(english[0], tmp_path / "twice", lambda w: w.update({"proj_out.weight": w[EMBEDDING].clone()}))
+    assert torch.equal(from_whisper(folder).state_dict()[EMBEDDING], english[1].state_dict()[EMBEDDING])
+
+
+def test_sharded_donor(english, tmp_path):
+    folder = copy_with(english[0], tmp_path / "shards")
+    (folder / "model.safetensors").unlink()
+    english[1].save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert torch.equal(from_whisper(folder).state_dict()[EMBEDDING], english[1].state_dict()[EMBEDDING])
+
+
+def test_half_precision_donor(tmp_path):
+    stock, _ = save_donor(tmp_path / "half", False, torch.float16)
+    model = from_whisper(tmp_path / "half")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # ready to train
+    theirs = stock.state_dict()
+    assert torch.equal(model.state_dict()[EMBEDDING], theirs[EMBEDDING].float())
+    torch.testing.assert_close(model.state_dict()[MASK_EMBEDDING][0], theirs[EMBEDDING].double().mean(dim=0).float())
+    for dtype, expected in [(None, torch.float16), ("auto", torch.float16), ("bfloat16", torch.bfloat16)]:
+        assert {p.dtype for p in from_whisper(tmp_path / "half", dtype=dtype).parameters()} == {expected}
+    model.save_pretrained(tmp_path / "saved")
+    assert {p.dtype for p in AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "saved").parameters()} == {
+        torch.float32
+    }
+    for dtype in ("float33", torch.int8):
+        with pytest.raises(ValueError, match=f"`dtype` .*{str(dtype)}"):
+            from_whisper(tmp_path / "half", dtype=dtype)
+
+
+def test_pickled_weights_are_refused(english, tmp_path):
+    folder = copy_with(english[0], tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save(english[1].state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="lacks model.safetensors.*safetensors only"):
+        from_whisper(folder)
+
+
+def test_other_donors_are_refused(english, tmp_path):
+    folder = copy_with(english[0], tmp_path / "other", change_config=lambda c: c.update(model_type="speech_to_text"))
+    with pytest.raises(ValueError, match="no Whisper donor.*'speech_to_text'"):
+        from_whisper(folder)
+    with pytest.raises(ValueError, match="no Whisper donor.*None"):
+        whisper_processor(tmp_path)
+    folder = copy_with(english[0], tmp_path / "without_tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="tokenizer"):
+        from_whisper(folder)
+    folder = copy_with(english[0], tmp_path / "more_bins", change_config=lambda c: c.update(num_mel_bins=9))
+    with pytest.raises(ValueError, match="gives 8 mel bins, its encoder takes 9"):
+        whisper_processor(folder)
+
+
+def test_own_weights_under_whispers_names(english):
+    """The embedding holds the input-only rows, the mask's last."""
+    folder, stock = english
+    model = from_whisper(folder, vocab_size=256)
+    rows = torch.randn(model.config.num_token_ids, WIDTH, generator=torch.Generator().manual_seed(5))
+    tensors = {name: t + 1 for name, t in stock.state_dict().items() if name != "proj_out.weight"} | {EMBEDDING: rows}
+    load_whisper_named(model, tensors)
+    state = model.state_dict()
+    # 256 bytes and the end of text can be predicted.
+    assert torch.equal(state[EMBEDDING], rows[:257]) and torch.equal(state[MASK_EMBEDDING], rows[257:])
+    assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
+    ours, theirs = "layers.1.cross_attn.o_proj.bias", "layers.1.encoder_attn.out_proj.bias"
+    assert torch.equal(state[f"model.decoder.{ours}"], tensors[f"model.decoder.{theirs}"])
+    with pytest.raises(ValueError, match=f"1 missing: model.decoder.{theirs}"):
+        load_whisper_named(model, {n: t for n, t in tensors.items() if n != f"model.decoder.{theirs}"})
+
+
+# Vocabulary
+
+
+def test_whole_vocabulary(donor):
+    tokenizer, donor_ids = whisper_tokenizer(donor["folder"])
+    num_ids = donor["model"].config.vocab_size
+    assert donor_ids == list(range(num_ids))
+    assert tokenizer.mask_token_id == num_ids and len(tokenizer) == num_ids + 1
+    assert sorted(tokenizer.get_vocab().values()) == list(range(num_ids + 1))
+    eos = NUM_TEXT[donor["multilingual"]]
+    assert tokenizer.convert_tokens_to_ids(SPECIALS) == list(range(eos, eos + len(SPECIALS)))
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (eos, eos)
+    # Two timestamps had a name, four are named here.
+    first = eos + len(SPECIALS)
+    times = [f"<|0.{hundredth:02}|>" for hundredth in (0, 2, 4, 6, 8, 10)]
+    assert tokenizer.convert_tokens_to_ids(times) == list(range(first, first + NUM_TIMESTAMPS))
+    for text in [*SENTENCES, "été 🦜"]:
+        ids = tokenizer(text).input_ids
+        assert ids == donor["tokenizer"](text, add_special_tokens=False).input_ids
+    assert tokenizer.decode([*ids, first, eos, num_ids], skip_special_tokens=True) == "été 🦜"
+
+
+@pytest.mark.parametrize("vocab_size", [256, 270, 256 + NUM_MERGES])
+def test_truncated_vocabulary(donor, vocab_size):
+    tokenizer, donor_ids = whisper_tokenizer(donor["folder"], vocab_size)
+    kept = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    if donor["multilingual"]:
+        languages = ["<|en|>", "<|zh|>", "<|de|>", "<|transcribe|>", "<|translate|>"]
+        kept = [*kept[:2], *languages, kept[2]]
+    expected = {**{token: vocab_size + i for i, token in enumerate(kept)}, "<|mask|>": vocab_size + len(kept)}
+    vocab = tokenizer.get_vocab()
+    assert {token: i for token, i in vocab.items() if i >= vocab_size} == expected
+    assert sorted(vocab.values()) == list(range(vocab_size + len(kept) + 1))
+    theirs = donor["tokenizer"].get_vocab()
+    assert donor_ids == [*range(vocab_size), *(theirs[token] for token in kept)]
+    assert all(vocab[token] == i for token, i in theirs.items() if i < vocab_size)
+    _, merges = train_bpe()
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    assert [tuple(pair) for pair in bpe["merges"]] == merges[: vocab_size - 256]
+
+
+@pytest.fixture(scope="module")
+def shrunk(multilingual):
+    return [whisper_tokenizer(multilingual[0], vocab_size)[0] for vocab_size in (256, 270)]
+
+
+@given(text=st.text())
+@settings(deadline=None)
+def test_any_text_survives_a_truncated_vocabulary(shrunk, text):
+    for tokenizer, vocab_size in zip(shrunk, (256, 270), strict=True):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert max(ids, default=0) < vocab_size
+
+
+def test_bytes_and_merges_are_used_in_order(shrunk):
+    num_ids = [len(tokenizer("the cat and the 🦜").input_ids) for tokenizer in shrunk]
+    assert num_ids[0] == 16 + 4  # every character one byte, the parrot four
+    assert num_ids[1] < num_ids[0]
+    assert [tokenizer.decode(tokenizer("the 🦜 été").input_ids) for tokenizer in shrunk] == ["the 🦜 été"] * 2
+
+
+@pytest.mark.parametrize("vocab_size", [None, 270])
+def test_embeddings_follow_the_tokens(donor, vocab_size):
+    model = from_whisper(donor["folder"], vocab_size=vocab_size)
+    tokenizer, _ = whisper_tokenizer(donor["folder"], vocab_size)
+    decoder, stock = model.model.decoder, donor["model"].model.decoder.embed_tokens.weight
+    ours = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight])
+    assert len(ours) == len(tokenizer) == model.config.num_token_ids
+    theirs = donor["tokenizer"].get_vocab()
+    rows = []
+    for token, i in tokenizer.get_vocab().items():
+        if token in theirs:
+            rows.append(i)
+            assert torch.equal(ours[i], stock[theirs[token]]), token
+    assert len(rows) == len(tokenizer) - 1 - (NUM_TIMESTAMPS - 2 if vocab_size is None else 0)
+    assert model.config.mask_token_id == tokenizer.mask_token_id
+    # The end of text is the last that can be predicted of a shrunk vocabulary.
+    assert model.config.vocab_size == (donor["model"].config.vocab_size if vocab_size is None else 271)
+    torch.testing.assert_close(ours[-1], ours[:-1].mean(dim=0))
+
+
+@pytest.mark.parametrize("vocab_size", [255, 257 + NUM_MERGES, -1, 300.0, True])
+def test_vocab_size_out_of_range(donor, vocab_size):
+    with pytest.raises(ValueError, match=rf"from 256 \(bytes only\) to 286, got {vocab_size}"):
+        from_whisper(donor["folder"], vocab_size=vocab_size)
+
+
+def test_merges_out_of_order_cannot_be_cut(english, tmp_path):
+    folder = copy_with(english[0], tmp_path / "swapped")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    names = {i: token for token, i in vocab.items()}
+    vocab[names[260]], vocab[names[261]] = 261, 260
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="merges in order"):
+        whisper_tokenizer(folder, 270)
+    assert len(whisper_tokenizer(folder)[0]) == 304  # as a whole it is fine
+
+
+def test_tokenizer_must_fit_the_embedding(english, tmp_path):
+    folder = copy_with(english[0], tmp_path / "more")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"word{i}" for i in range(NUM_TIMESTAMPS)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="exceed the 303 rows"):
+        whisper_tokenizer(folder)
+
+
+def test_added_words_stay_words(english, tmp_path):
+    folder = copy_with(english[0], tmp_path / "words")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zirkonium"])
+    tokenizer.save_pretrained(folder)
+    tokenizer, _ = whisper_tokenizer(folder)
+    ids = tokenizer("the zirkonium").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids)[-1] == "zirkonium"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the zirkonium"
+    assert ids[-1] not in from_whisper(folder).generation_config.suppress_tokens
+
+
+# Prompt
+
+
+def test_english_prompt(english):
+    model = from_whisper(english[0])
+    template = model.generation_config.prompt_template
+    # Of SPECIALS, from 286 on: start of transcript is the second, no timestamps the eleventh.
+    assert build_prompt_ids(template, batch_size=2).tolist() == [[287, 296]] * 2
+    assert model.config.decoder_start_token_id == 287
+    assert model.generation_config.max_new_tokens == 32 - 2
+    with pytest.raises(ValueError, match="`language='de'` has no place"):
+        build_prompt_ids(template, language="de")
+    with pytest.raises(ValueError, match="`language='de'` has no place"):
+        model.generate(torch.randn(1, 100, NUM_MEL_BINS), language="de")
+
+
+@pytest.mark.parametrize("vocab_size", [None, 260])
+def test_multilingual_prompt(multilingual, vocab_size):
+    model = from_whisper(multilingual[0], vocab_size=vocab_size)
+    processor = whisper_processor(multilingual[0], vocab_size=vocab_size)
+    template = model.generation_config.prompt_template
+    assert processor.prompt_template == template
+    assert model.generation_config.max_new_tokens == 32 - 4
+
+    def prompts(**slots):
+        batch = build_prompt_ids(template, **slots)
+        return [" ".join(processor.tokenizer.convert_ids_to_tokens(row)) for row in batch.tolist()]
+
+    start, end = "<|startoftranscript|> ", " <|notimestamps|>"
+    assert prompts() == [f"{start}<|en|> <|transcribe|>{end}"]
+    for language in ("de", "german", "German", "<|de|>"):
+        assert prompts(language=language, task="translate") == [f"{start}<|de|> <|translate|>{end}"]
+    rows = prompts(batch_size=3, language=["mandarin", "en", "de"], task=["transcribe", "translate", "transcribe"])
+    assert rows == [
+        f"{start}<|zh|> <|transcribe|>{end}",
+        f"{start}<|en|> <|translate|>{end}",
+        f"{start}<|de|> <|transcribe|>{end}",
+    ]
+    features = torch.randn(2, 100, NUM_MEL_BINS, generator=torch.Generator().manual_seed(3))
+    assert len(model.generate(features, language=["de", "chinese"])) == 2
+    # The tokenizer has no token for French.
+    for unknown in ("fr", "french", "klingon"):
+        with pytest.raises(ValueError, match=f"`language='{unknown}'` is not known"):
+            model.generate(features, language=unknown)
+    with pytest.raises(ValueError, match="3 values for a batch of 2"):
+        model.generate(features, language=["de", "en", "de"])
+    with pytest.raises(ValueError, match="`task='sing'`"):
+        model.generate(features, task="sing")
+
+
+def test_what_makes_a_donor_multilingual(english, multilingual, tmp_path):
+    """Both kinds list the languages: generation_config.json tells, or else the number of tokens."""
+
+    def num_prompt_tokens(folder):
+        return len(whisper_processor(folder, vocab_size=256).prompt_template["tokens"])
+
+    assert (num_prompt_tokens(english[0]), num_prompt_tokens(multilingual[0])) == (2, 4)
+    silent = copy_with(multilingual[0], tmp_path / "silent")
+    (silent / "generation_config.json").unlink()
+    assert num_prompt_tokens(silent) == 2  # as few tokens as no multilingual model has
+    for size, expected in [(51864, 2), (51865, 4), (51866, 4)]:
+        folder = copy_with(silent, tmp_path / str(size), change_config=lambda c, size=size: c.update(vocab_size=size))
+        assert num_prompt_tokens(folder) == expected
+
+
+def test_prompt_without_languages_is_refused():
+    ids = {"<|startoftranscript|>": 1, "<|transcribe|>": 2, "<|translate|>": 3, "<|notimestamps|>": 4}
+    with pytest.raises(ValueError, match="no language tokens"):
+        whisper_prompt_template(ids, multilingual=True)
+    template = whisper_prompt_template({**ids, "<|de|>": 5}, multilingual=True)
+    assert template["defaults"]["language"] == "de"
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("vocab_size", [None, 270])
+def test_round_trip_through_auto_classes(donor, tmp_path, vocab_size):
+    model = from_whisper(donor["folder"], vocab_size=vocab_size, encoder_trailing_silence_s=0.5)
+    processor = mdm_asr_hf.MDMASRProcessor.from_whisper(donor["folder"], vocab_size=vocab_size)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, its_processor = (
+        AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
+    assert type(loaded) is type(model) and type(its_processor) is type(processor)
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.config.encoder_trailing_silence_s == 0.5
+
+    settings = loaded.generation_config
+    assert settings.to_dict() == model.generation_config.to_dict()
+    assert settings.prompt_template == its_processor.prompt_template == processor.prompt_template
+    eos = NUM_TEXT[donor["multilingual"]]
+    if vocab_size is None:
+        # Everything behind the end of text that the donor can predict.
+        assert settings.suppress_tokens == list(range(eos + 1, donor["model"].config.vocab_size))
+    else:
+        assert settings.suppress_tokens is None  # what remains cannot be predicted
+
+    assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert its_processor.tokenizer.mask_token_id == loaded.config.mask_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
+    audio = np.random.default_rng(1).normal(size=16_000).astype(np.float32)
+    inputs, expected = (p(audio, text="the 🦜", sampling_rate=16_000) for p in (its_processor, processor))
+    assert torch.equal(inputs["input_features"], expected["input_features"])
+    assert torch.equal(inputs["labels"], expected["labels"])
+    # Whisper's texts begin with a space.
+    assert its_processor.tokenizer.decode(inputs["labels"][0, :-1]) == " the 🦜"
+    assert inputs["labels"][0, -1] == loaded.config.eos_token_id
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**expected).logits)
+    del inputs["labels"]
+    sequences = loaded.generate(**inputs)
+    assert torch.equal(sequences, model.generate(**inputs))
+    assert its_processor.decode(sequences) == processor.decode(sequences)
+    if vocab_size is None:
+        assert not set(sequences.flatten().tolist()) & set(settings.suppress_tokens)
+
+
+def test_longer_audio_than_the_donor_takes_is_refused(english):
+    with pytest.raises(ValueError, match="30"):
+        whisper_processor(english[0])(np.zeros(16_000 * 31, np.float32), sampling_rate=16_000)

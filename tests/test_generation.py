@@ -1,0 +1,363 @@
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import ENCODERS, VOCAB_SIZE, tiny_inputs, tiny_model
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from mdm_asr_hf import MDMASRGenerateOutput, MDMASRGenerationConfig, PBEBConfConfig
+from mdm_asr_hf.sampling_mdm_asr import SAMPLERS
+
+EOS, PAD, START, MASK = 1, 2, VOCAB_SIZE, VOCAB_SIZE + 1
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("whisper")
+
+
+class ScriptedModel:
+    """Replaces the decoder by a script: the logits of every step are given, the calls are recorded."""
+
+    def __init__(self, model, monkeypatch, texts, confidence=50.0):
+        self.calls = []
+        length = 10
+        self.logits = torch.zeros(len(texts), length, VOCAB_SIZE)
+        for row, text in enumerate(texts):
+            for i in range(length):
+                self.logits[row, i, text[i] if i < len(text) else EOS] = confidence
+        monkeypatch.setattr(model, "_canvas_logits", self)
+
+    def __call__(self, prompt_ids, canvas, canvas_mask, encoder_outputs, suppress_tokens):
+        self.calls.append((prompt_ids.clone(), canvas.clone()))
+        return self.logits[:, : canvas.shape[1]].clone()
+
+
+# --- rows, EOS and counting, on scripted logits ---
+
+
+def generate(model, seconds=(1.0, 0.6), **kwargs):
+    features, mask = tiny_inputs("whisper", seconds=seconds)
+    return model.generate(features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
+
+
+def test_text_ends_at_the_first_eos_and_rows_count_their_own_steps(monkeypatch):
+    model = tiny_model("whisper")
+    script = ScriptedModel(model, monkeypatch, [[5, 6, 7], [8]])
+    out = generate(model, canvas_length=8, gamma=0.0)
+    assert out.sequences.tolist() == [[5, 6, 7, EOS], [8, EOS, PAD, PAD]]
+    # gamma = 0 commits one token a step, left to right under PBEB: the text and its EOS.
+    assert out.nfe.tolist() == [4, 2] and out.num_steps == len(script.calls) == 4
+    assert isinstance(out, MDMASRGenerateOutput)
+    torch.testing.assert_close(out.confidence, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]]))
+    prompt, first = script.calls[0]
+    assert prompt.tolist() == [[START]] * 2 and (first == MASK).all() and first.shape == (2, 8)
+    # The finished row does not change any more.
+    assert all(canvas[1].tolist() == script.calls[2][1][1].tolist() for _, canvas in script.calls[2:])
+
+
+def test_a_large_gamma_takes_one_step(monkeypatch):
+    model = tiny_model("whisper")
+    ScriptedModel(model, monkeypatch, [[5, 6, 7], [8]])
+    out = generate(model, canvas_length=8, gamma=float("inf"))
+    assert out.sequences.tolist() == [[5, 6, 7, EOS], [8, EOS, PAD, PAD]] and out.nfe.tolist() == [1, 1]
+
+
+def test_positions_behind_a_committed_eos_are_not_refined(monkeypatch):
+    model = tiny_model("whisper")
+    # Without position bias the sure EOS at position 3 is committed first; 4 to 7 stay masked and are cut.
+    script = ScriptedModel(model, monkeypatch, [[5, 6, 7]], confidence=5.0)
+    script.logits[0, 3, EOS] = 50.0
+    script.logits[0, 4:] = 0.0
+    out = generate(model, seconds=(1.0,), canvas_length=8, sampler="eb_conf", gamma=0.0)
+    assert out.sequences.tolist() == [[5, 6, 7, EOS]] and out.nfe.tolist() == [4]
+    assert script.calls[1][1].tolist() == [[MASK] * 3 + [EOS] + [MASK] * 4]
+
+
+def test_the_last_step_commits_what_is_left(monkeypatch):
+    model = tiny_model("whisper")
+    ScriptedModel(model, monkeypatch, [[5, 6, 7, 8, 9, 10]])
+    out = generate(model, seconds=(1.0,), canvas_length=8, gamma=0.0, max_denoising_steps=3)
+    assert out.sequences.tolist() == [[5, 6, 7, 8, 9, 10, EOS]] and out.nfe.tolist() == [3]
+
+
+def test_confidence_is_the_probability_at_the_committing_step(monkeypatch):
+    model = tiny_model("whisper")
+    script = ScriptedModel(model, monkeypatch, [[5, 6]])
+    script.logits[0, 1] = torch.zeros(VOCAB_SIZE).index_fill(0, torch.tensor([6, 7]), 20.0) + torch.eye(VOCAB_SIZE)[6]
+    out = generate(model, seconds=(1.0,), canvas_length=3, gamma=0.0)
+    # softmax(21, 20) = 1 / (1 + e^-1) = 0.7311
+    assert out.sequences.tolist() == [[5, 6, EOS]]
+    torch.testing.assert_close(out.confidence[0, 1], torch.tensor(0.7311), atol=1e-4, rtol=0)
+
+
+def test_a_full_canvas_warns_with_the_remedy(monkeypatch, caplog):
+    model = tiny_model("whisper")
+    ScriptedModel(model, monkeypatch, [[5, 6, 7, 8], [8]])
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level("WARNING"):
+        logger = logging.getLogger("mdm_asr_hf.generation_mdm_asr")
+        logger.addHandler(caplog.handler)
+        out = generate(model, canvas_length=4)
+        logger.removeHandler(caplog.handler)
+    assert "1 of 2 canvases" in caplog.text and "`canvas_length`" in caplog.text
+    assert out.sequences.tolist() == [[5, 6, 7, 8], [8, EOS, PAD, PAD]]
+
+
+def test_streamer_sees_every_canvas(monkeypatch):
+    model = tiny_model("whisper")
+    ScriptedModel(model, monkeypatch, [[5, 6, 7]])
+
+    class Streamer(BaseStreamer):
+        drafts, values, ended = [], [], False
+
+        def put(self, value):
+            self.values.append(value.tolist())
+
+        def put_draft(self, value):
+            self.drafts.append(value.tolist())
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    generate(model, seconds=(1.0,), canvas_length=5, gamma=0.0, streamer=streamer)
+    assert streamer.drafts == [
+        [[5, MASK, MASK, MASK, MASK]],
+        [[5, 6, MASK, MASK, MASK]],
+        [[5, 6, 7, MASK, MASK]],
+        [[5, 6, 7, EOS, MASK]],
+    ]
+    assert streamer.values == [[[START]], [[5, 6, 7, EOS]]] and streamer.ended
+
+
+# --- the canvas ---
+
+
+def test_the_canvas_adapts_to_each_rows_duration(model):
+    settings = MDMASRGenerationConfig(canvas_tokens_per_s=7.0, canvas_extra_tokens=10)
+    # ceil(7 * 1.0) + 10, ceil(7 * 0.6 = 4.2) + 10, ceil(2.45) + 10
+    assert model.canvas_lengths(torch.tensor([1.0, 0.6, 0.35]), 3, 1, settings) == [17, 15, 13]
+    settings.canvas_length = 256
+    assert model.canvas_lengths(None, 2, 1, settings) == [256, 256]
+    settings.max_new_tokens = 100
+    assert model.canvas_lengths(None, 2, 1, settings) == [100, 100]
+    settings.max_length = 50  # prompt included
+    assert model.canvas_lengths(None, 2, 4, settings) == [46, 46]
+
+
+def test_audio_beyond_the_canvas_raises_with_the_remedy(model):
+    settings = MDMASRGenerationConfig(canvas_tokens_per_s=7.0)
+    with pytest.raises(ValueError, match="canvas of 437 tokens.*positions for 299.*Split the audio"):
+        model.canvas_lengths(torch.tensor([61.0]), 1, 1, settings)
+    with pytest.raises(ValueError, match="canvas of 400 tokens.*shorter `canvas_length`"):
+        generate(model, canvas_length=400)
+
+
+# --- batch and single ---
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+@pytest.mark.parametrize("sampler", ["conf_top_k", "eb_conf", "pbeb_conf"])
+def test_a_batch_and_its_utterances_give_the_same_tokens(encoder, sampler):
+    model = tiny_model(encoder)
+    seconds = (1.0, 0.6, 0.35)
+    features, mask = tiny_inputs(encoder, seconds=seconds)
+    batch = model.generate(features, attention_mask=mask, sampler=sampler, return_dict_in_generate=True)
+    assert len(set(batch.sequences.flatten().tolist())) > 5
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        alone = model.generate(
+            features[row : row + 1, :length],
+            attention_mask=mask[row : row + 1, :length],
+            sampler=sampler,
+            return_dict_in_generate=True,
+        )
+        width = alone.sequences.shape[1]
+        assert alone.sequences[0].tolist() == batch.sequences[row, :width].tolist()
+        assert (batch.sequences[row, width:] == PAD).all()
+        assert alone.nfe[0] == batch.nfe[row]
+        torch.testing.assert_close(alone.confidence[0], batch.confidence[row, :width], atol=1e-4, rtol=1e-3)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.floats(0.1, 2.0), min_size=1, max_size=4), st.integers(0, 2**31), st.integers(0, 40))
+def test_whatever_the_padding(model, seconds, seed, extra):
+    features, mask = tiny_inputs("whisper", seconds=tuple(seconds), seed=seed)
+    padded = torch.nn.functional.pad(features, (0, 0, 0, extra), value=3.0)
+    padded_mask = torch.nn.functional.pad(mask, (0, extra))
+    expected = model.generate(features, attention_mask=mask)
+    assert torch.equal(model.generate(padded, attention_mask=padded_mask), expected)
+    order = torch.arange(len(seconds)).flip(0)
+    assert torch.equal(model.generate(features[order], attention_mask=mask[order]), expected[order])
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_every_sampler_ends_within_the_limit(model, name):
+    out = generate(model, sampler=name, max_denoising_steps=4, generator=torch.Generator().manual_seed(0))
+    assert (out.nfe <= 4).all() and (out.nfe >= 1).all() and not (out.sequences == MASK).any()
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(sampler="random"), dict(sampler="dfm", temperature=0.7)])
+def test_sampling_is_seeded_and_a_row_samples_alike_in_every_batch(model, settings):
+    features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
+
+    def sample(rows, seeds):
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return model.generate(features[rows], attention_mask=mask[rows], generator=generators, **settings)
+
+    both = sample([0, 1], [1, 2])
+    assert torch.equal(both, sample([0, 1], [1, 2]))
+    alone = sample([1], [2])
+    assert alone[0].tolist() == both[1, : alone.shape[1]].tolist()
+    assert not torch.equal(both, sample([0, 1], [3, 4]))
+    one_seed = [model.generate(features, attention_mask=mask, generator=torch.Generator().manual_seed(7), **settings) for _ in "ab"]
+    assert torch.equal(*one_seed)
+    with pytest.raises(ValueError, match="`generator` has 1 entries for a batch of 2"):
+        sample([0, 1], [1])
+
+
+# --- settings and their sources ---
+
+
+def test_a_plain_tensor_by_default_and_settings_from_the_file(model, tmp_path):
+    features, mask = tiny_inputs()
+    assert isinstance(model.generate(features, attention_mask=mask), torch.Tensor)
+    model = tiny_model()
+    model.generation_config.sampler = PBEBConfConfig(gamma=float(0.7), lambda_=0.4).to_dict()
+    model.generation_config.max_denoising_steps = 3
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert isinstance(loaded.generation_config, MDMASRGenerationConfig)
+    assert loaded.generation_config.sampler_config == PBEBConfConfig(gamma=0.7, lambda_=0.4)
+    out = loaded.generate(features, attention_mask=mask, return_dict_in_generate=True)
+    assert out.num_steps <= 3
+    assert torch.equal(out.sequences, model.generate(features, attention_mask=mask))
+
+
+def test_arguments_override_and_do_not_stick(model):
+    features, mask = tiny_inputs()
+    before = model.generation_config.to_dict()
+    model.generate(features, attention_mask=mask, gamma=1.0, lambda_=0.5, max_denoising_steps=2, canvas_length=9, language=None)
+    assert model.generation_config.to_dict() == before
+    settings, _ = model._prepare_generation_config(None, dict(sampler="conf_top_k", k=3, max_denoising_steps=5))
+    assert settings.sampler == {"name": "conf_top_k", "k": 3} and settings.max_denoising_steps == 5
+    mine = MDMASRGenerationConfig(sampler="eb_conf", max_denoising_steps=7)
+    settings, _ = model._prepare_generation_config(mine, dict(gamma=0.4))
+    assert settings.sampler == {"name": "eb_conf", "gamma": 0.4} and settings.max_denoising_steps == 7
+    assert mine.sampler["gamma"] == 0.05
+
+
+def test_what_stock_code_passes_is_accepted(model):
+    features, mask = tiny_inputs()
+    expected = model.generate(features, attention_mask=mask)
+    stock = dict(labels=torch.tensor([[1]]), synced_gpus=False, max_new_tokens=256, num_beams=5, pad_token_id=PAD)
+    assert torch.equal(model.generate(input_features=features, attention_mask=mask, **stock), expected)
+    plain = GenerationConfig(max_length=200, num_beams=3)
+    assert torch.equal(model.generate(features, attention_mask=mask, generation_config=plain), expected)
+    assert torch.equal(model.generate(input_values=features, attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(gama=0.1), "gama.*not arguments"),
+        (dict(top_p=0.9), "top_p.*not arguments"),
+        (dict(sampler="random", gamma=0.5), "gamma.*not settings of the sampler 'random'"),
+        (dict(language="en"), "`language='en'` has no place.*fixed"),
+        (dict(max_denoising_steps=0), "`max_denoising_steps`"),
+        (dict(eos_token_id=7), "`eos_token_id=7` contradicts"),
+        (dict(decoder_input_ids=torch.ones(2, 3, dtype=torch.long)), "`decoder_input_ids` of shape"),
+    ],
+)
+def test_unknown_and_contradictory_arguments_raise(model, arguments, message):
+    features, mask = tiny_inputs()
+    with pytest.raises(ValueError, match=message):
+        model.generate(features, attention_mask=mask, **arguments)
+
+
+def test_suppressed_tokens_are_never_predicted(model):
+    features, mask = tiny_inputs()
+    used = [i for i in model.generate(features, attention_mask=mask).unique().tolist() if i not in (EOS, PAD)]
+    assert used
+    out = model.generate(features, attention_mask=mask, suppress_tokens=used)
+    assert not set(used) & set(out.unique().tolist())
+
+
+def test_prompts_steer_the_decoder():
+    model = tiny_model()
+    model.generation_config.prompt_template = {
+        "tokens": [START, "language"],
+        "slots": {"language": {"en": 10, "de": 11}},
+        "defaults": {"language": "en"},
+    }
+    features, mask = tiny_inputs()
+    english = model.generate(features, attention_mask=mask)
+    german = model.generate(features, attention_mask=mask, language="de")
+    assert torch.equal(english, model.generate(features, attention_mask=mask, language="en"))
+    assert english.tolist() != german.tolist()
+    mixed = model.generate(features, attention_mask=mask, language=["en", "de", "en"])
+    assert mixed[1, : german.shape[1]].tolist()[:3] == german[1, : mixed.shape[1]].tolist()[:3]
+    ids = torch.tensor([[START, 11]])
+    assert torch.equal(model.generate(features, attention_mask=mask, decoder_input_ids=ids), german)
+    with pytest.raises(ValueError, match="both set the prompt"):
+        model.generate(features, attention_mask=mask, decoder_input_ids=ids, language="de")
+
+
+def test_encoder_outputs_can_be_reused(model):
+    features, mask = tiny_inputs()
+    frames = model.encode(features, mask)
+    expected = model.generate(features, attention_mask=mask)
+    assert torch.equal(model.generate(encoder_outputs=frames, attention_mask=mask), expected)
+    with pytest.raises(ValueError, match="canvas needs"):
+        model.generate(encoder_outputs=frames)
+
+
+# --- no speech, and input that is none ---
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+def test_silence_and_too_short_clips_give_an_empty_text_beside_speech(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6, 1.0, 0.03))
+    features[2] = -1.5
+    batch = model.generate(features, attention_mask=mask, return_dict_in_generate=True)
+    assert batch.nfe.tolist()[2:] == [0, 0] and (batch.nfe[:2] > 0).all()
+    assert batch.sequences[2:, 0].tolist() == [EOS, EOS]
+    length = int(mask[1].sum())
+    alone = model.generate(features[1:2, :length], attention_mask=mask[1:2, :length])
+    assert alone[0].tolist() == batch.sequences[1, : alone.shape[1]].tolist()
+    silent = model.generate(features[2:3], return_dict_in_generate=True)
+    assert silent.sequences.tolist() == [[EOS]] and silent.nfe.tolist() == [0] and silent.num_steps == 0
+
+
+def test_an_all_masked_row_is_empty_not_nan(model):
+    features, mask = tiny_inputs()
+    mask[1] = 0
+    out = generate_from(model, features, mask)
+    assert out.sequences[1, 0] == EOS and out.nfe[1] == 0 and out.confidence.isfinite().all()
+
+
+def generate_from(model, features, mask):
+    return model.generate(features, attention_mask=mask, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_raise(model, value):
+    features, mask = tiny_inputs()
+    features[0, 3, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.generate(features, attention_mask=mask)
+
+
+def test_missing_and_misshapen_features_raise(model):
+    with pytest.raises(ValueError, match="needs `input_features`"):
+        model.generate()
+    with pytest.raises(ValueError, match="T or N at least 1"):
+        model.generate(torch.zeros(1, 0, 80))
+    with pytest.raises(ValueError, match="`attention_mask` of shape"):
+        model.generate(torch.randn(1, 100, 80), attention_mask=torch.ones(1, 90))
+    with pytest.raises(ValueError, match="31.0 s of audio"):
+        model.generate(torch.randn(1, 3100, 80))

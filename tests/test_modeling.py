@@ -1,0 +1,351 @@
+import pytest
+import torch
+from tiny_models import ENCODERS, VOCAB_SIZE, tiny_inputs, tiny_model
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from mdm_asr_hf import MDMASRForConditionalGeneration
+from mdm_asr_hf.diffusion_mdm_asr import masked_diffusion_loss
+
+EOS, PAD, START, MASK = 1, 2, VOCAB_SIZE, VOCAB_SIZE + 1
+
+
+@pytest.fixture(params=sorted(ENCODERS))
+def encoder(request):
+    return request.param
+
+
+def canvas_inputs(batch_size, length=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator)
+    ids[:, 0] = START
+    ids[:, ::3] = torch.where(torch.arange(0, length, 3) > 0, MASK, ids[:, ::3])
+    return ids
+
+
+# --- encoders ---
+
+
+def test_frames_do_not_depend_on_padding(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    with torch.no_grad():
+        batch = model.encode(features, mask)
+        assert batch.attention_mask.shape == batch.last_hidden_state.shape[:2]
+        for row, length in enumerate(mask.sum(-1).tolist()):
+            alone = model.encode(features[row : row + 1, :length], mask[row : row + 1, :length])
+            inside = batch.attention_mask[row].bool()
+            assert int(inside.sum()) == int(alone.attention_mask.sum()) > 0
+            torch.testing.assert_close(
+                batch.last_hidden_state[row, inside], alone.last_hidden_state[0, alone.attention_mask[0].bool()],
+                atol=2e-5, rtol=1e-4,
+            )
+
+
+def test_the_frame_mask_reaches_the_cross_attention(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    ids = canvas_inputs(3)
+    with torch.no_grad():
+        frames = model.encode(features, mask)
+        expected = model(decoder_input_ids=ids, encoder_outputs=frames).logits
+        outside = ~frames.attention_mask.bool()
+        assert outside.any()
+        frames.last_hidden_state[outside] = 1e3
+        torch.testing.assert_close(model(decoder_input_ids=ids, encoder_outputs=frames).logits, expected)
+        frames.attention_mask = None
+        unmasked = model(decoder_input_ids=ids, encoder_outputs=frames).logits
+        assert not torch.allclose(unmasked[1:], expected[1:], atol=1e-2)
+
+
+def test_whisper_encoder_on_30_seconds_is_the_stock_one():
+    model = tiny_model("whisper")
+    stock = WhisperEncoder(WhisperConfig(**{k: v for k, v in ENCODERS["whisper"].items() if k != "model_type"})).eval()
+    stock.load_state_dict(model.model.encoder.state_dict())
+    features = torch.randn(1, 3000, 80)
+    with torch.no_grad():
+        ours = model.encode(features).last_hidden_state
+        theirs = stock(features.transpose(1, 2)).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_frames, silence_s, positions", [(100, 0.0, 50), (101, 0.0, 51), (100, 5.0, 300), (2900, 5.0, 1500)])
+def test_whisper_encoder_takes_the_own_length_and_a_trailing_silence(num_frames, silence_s, positions):
+    model = tiny_model("whisper", encoder_trailing_silence_s=silence_s)
+    with torch.no_grad():
+        out = model.encode(torch.randn(1, num_frames, 80), torch.ones(1, num_frames))
+    assert out.last_hidden_state.shape[1] == positions == int(out.attention_mask.sum())
+
+
+def test_trailing_silence_is_what_silence_looks_like_in_the_features():
+    # Two seconds of audio, then silence as the stock extractor writes it: the loudest value - 2, but not below -1.5.
+    model = tiny_model("whisper", encoder_trailing_silence_s=1.0)
+    speech = torch.rand(1, 200, 80) * 2 - 1
+    silence = torch.full((1, 100, 80), max(float(speech.max()) - 2.0, -1.5))
+    with torch.no_grad():
+        appended = model.encode(speech).last_hidden_state
+        model.config.encoder_trailing_silence_s = 0.0
+        written = model.encode(torch.cat([speech, silence], dim=1)).last_hidden_state
+    torch.testing.assert_close(appended, written)
+
+
+def test_whisper_encoder_refuses_what_it_cannot_hold():
+    model = tiny_model("whisper")
+    with pytest.raises(ValueError, match="30.2 s of audio.*at most 30.0 s. Split"):
+        model.encode(torch.randn(1, 3020, 80))
+    with pytest.raises(ValueError, match=r"must be \(B, T, 80\)"):
+        model.encode(torch.randn(1, 80, 3000))
+    # Padding beyond 30 s is no audio.
+    mask = torch.zeros(1, 3020)
+    mask[:, :100] = 1
+    model.encode(torch.randn(1, 3020, 80), mask)
+
+
+# --- decoder ---
+
+
+def test_attention_is_not_causal_unless_asked():
+    for is_causal in (False, True):
+        model = tiny_model("parakeet", decoder_config=dict(is_causal=is_causal))
+        features, mask = tiny_inputs("parakeet", seconds=(0.5,))
+        ids = canvas_inputs(1)
+        changed = ids.clone()
+        changed[0, -1] = 5
+        with torch.no_grad():
+            first, second = (model(features, mask, decoder_input_ids=i).logits[0, 0] for i in (ids, changed))
+        assert torch.allclose(first, second) == is_causal
+
+
+def test_the_mask_has_no_logit(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    logits = model(features, mask, decoder_input_ids=canvas_inputs(3)).logits
+    assert logits.shape == (3, 12, VOCAB_SIZE) and model.config.mask_token_id == MASK >= VOCAB_SIZE
+
+
+def test_masked_and_visible_tokens_are_told_apart():
+    model = tiny_model()
+    embed = model.model.decoder.embed
+    ids = torch.tensor([[START, 5, MASK]])
+    with torch.no_grad():
+        got = embed(ids)[0] - model.model.decoder.embed_positions.weight[:3]
+    decoder = model.model.decoder
+    rows = [decoder.input_only_embeddings.weight[0], decoder.embed_tokens.weight[5], decoder.input_only_embeddings.weight[1]]
+    torch.testing.assert_close(got, torch.stack(rows))
+
+
+def test_positions_outside_a_rows_canvas_have_no_influence(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    ids = canvas_inputs(3)
+    canvas_mask = torch.ones_like(ids)
+    canvas_mask[1, 8:] = 0
+    with torch.no_grad():
+        batch = model(features, mask, decoder_input_ids=ids, decoder_attention_mask=canvas_mask).logits
+        length = int(mask[1].sum())
+        alone = model(features[1:2, :length], mask[1:2, :length], decoder_input_ids=ids[1:2, :8]).logits
+    torch.testing.assert_close(batch[1, :8], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_cross_attention_states_are_computed_once(encoder, monkeypatch):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    ids = canvas_inputs(3)
+    with torch.no_grad():
+        expected = model(features, mask, decoder_input_ids=ids).logits
+        prepared = model.prepare_cross_attention(model.encode(features, mask))
+
+        def fail(*args, **kwargs):
+            raise AssertionError("computed again")
+
+        monkeypatch.setattr(model.model.decoder, "cross_attention_states", fail)
+        for layer in model.model.decoder.layers:
+            monkeypatch.setattr(layer.cross_attn, "project_key_value", fail)
+        torch.testing.assert_close(model(decoder_input_ids=ids, encoder_outputs=prepared).logits, expected)
+        assert model.prepare_cross_attention(prepared) is prepared
+
+
+def test_sdpa_and_eager_agree(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    ids = canvas_inputs(3)
+    canvas_mask = torch.ones_like(ids)
+    canvas_mask[1, 8:] = 0
+    with torch.no_grad():
+        outputs = []
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            assert model.model.decoder.config._attn_implementation == implementation
+            outputs.append(model(features, mask, decoder_input_ids=ids, decoder_attention_mask=canvas_mask).logits)
+    inside = canvas_mask.bool()
+    torch.testing.assert_close(outputs[0][inside], outputs[1][inside], atol=1e-4, rtol=1e-4)
+
+
+def test_attentions_and_hidden_states_on_request():
+    model = tiny_model("whisper")
+    model.set_attn_implementation("eager")
+    features, mask = tiny_inputs("whisper", seconds=(1.0, 0.5))
+    out = model(
+        features, mask, decoder_input_ids=canvas_inputs(2), output_attentions=True, output_hidden_states=True
+    )
+    num_frames = 65  # 1.0 s + 0.3 s of silence at 50 frames per second
+    assert [a.shape for a in out.cross_attentions] == [(2, 2, 12, num_frames)] * 2
+    assert [a.shape for a in out.decoder_attentions] == [(2, 2, 12, 12)] * 2
+    assert len(out.decoder_hidden_states) == 3 and len(out.encoder_attentions) == 2
+    torch.testing.assert_close(out.cross_attentions[0].sum(-1), torch.ones(2, 2, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_single(encoder, dtype):
+    model = tiny_model(encoder)
+    with torch.no_grad():
+        for parameter in model.model.decoder.parameters():
+            parameter.mul_(0.3)
+    features, mask = tiny_inputs(encoder)
+    ids = canvas_inputs(3)
+    with torch.no_grad():
+        single = model(features, mask, decoder_input_ids=ids).logits.softmax(-1)
+        half = model.to(dtype)(features, mask, decoder_input_ids=ids).logits
+    assert half.dtype == dtype
+    assert (half.float().softmax(-1) - single).abs().max() < 0.05
+
+
+def test_save_and_load(encoder, tmp_path):
+    model = tiny_model(encoder)
+    model.save_pretrained(tmp_path)
+    loaded, report = MDMASRForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    features, mask = tiny_inputs(encoder)
+    ids = canvas_inputs(3)
+    with torch.no_grad():
+        ours, theirs = (m(features, mask, decoder_input_ids=ids).logits for m in (model, loaded))
+    assert torch.equal(ours, theirs)
+    assert loaded.proj_out.weight.data_ptr() == loaded.model.decoder.embed_tokens.weight.data_ptr()
+    assert [p.name for p in tmp_path.glob("*.bin")] == []
+
+
+def test_vocabulary_cannot_be_resized_silently():
+    model = tiny_model()
+    assert model.resize_token_embeddings(VOCAB_SIZE) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match="cannot grow or shrink"):
+        model.resize_token_embeddings(VOCAB_SIZE + 5)
+
+
+def test_bad_calls_name_the_remedy():
+    model = tiny_model()
+    features, mask = tiny_inputs()
+    with pytest.raises(ValueError, match="`decoder_input_ids`.*missing"):
+        model(features, mask)
+    with pytest.raises(ValueError, match="`input_features` or `encoder_outputs`"):
+        model(decoder_input_ids=canvas_inputs(1))
+    with pytest.raises(ValueError, match="301 tokens.*300 positions"):
+        model(features, mask, decoder_input_ids=torch.ones(3, 301, dtype=torch.long))
+
+
+# --- the objective ---
+
+LABELS = torch.tensor([[5, 6, 7, 8], [9, 10, -100, -100], [11, -100, -100, -100]])
+
+
+def test_loss_is_the_masked_diffusion_loss_on_an_eos_filled_canvas(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6, 0.35))
+    t = torch.tensor([1.0, 0.5, 0.7])
+    model.generation_config.canvas_tokens_per_s, model.generation_config.canvas_extra_tokens = 10.0, 3
+    out = model(features, mask, labels=LABELS, timesteps=t, generator=torch.Generator().manual_seed(5))
+    # Canvases of 10 * 1.0 + 3, 10 * 0.6 + 3 and ceil(10 * 0.35) + 3 tokens.
+    lengths, length = torch.tensor([13, 9, 7]), 13
+    assert out.logits.shape == (3, length, VOCAB_SIZE)
+    targets = torch.full((3, length), EOS)
+    targets[0, :4], targets[1, :2], targets[2, :1] = torch.tensor([5, 6, 7, 8]), torch.tensor([9, 10]), 11
+    inside = torch.arange(length) < lengths[:, None]
+    masked = (torch.rand(3, length, generator=torch.Generator().manual_seed(5)) < t[:, None]) & inside
+    assert masked[0].all()
+    ids = torch.cat([torch.full((3, 1), START), targets.masked_fill(masked, MASK)], dim=-1)
+    attention = torch.cat([torch.ones(3, 1, dtype=torch.bool), inside], dim=-1)
+    logits = model(features, mask, decoder_input_ids=ids, decoder_attention_mask=attention).logits[:, 1:]
+    torch.testing.assert_close(out.loss, masked_diffusion_loss(logits, targets, masked, 1 / t, inside))
+
+
+def test_the_fixed_canvas_is_a_setting():
+    model = tiny_model()
+    model.generation_config.canvas_length = 256
+    features, mask = tiny_inputs()
+    assert model(features, mask, labels=LABELS).logits.shape[1] == 256
+
+
+def test_a_text_longer_than_the_canvas_keeps_all_its_tokens():
+    model = tiny_model()
+    model.generation_config.canvas_tokens_per_s = model.generation_config.canvas_extra_tokens = 0
+    features, mask = tiny_inputs()
+    assert model(features, mask, labels=LABELS).logits.shape[1] == 5  # four tokens and an end of text
+
+
+def test_masking_can_be_seeded_and_is_in_evaluation():
+    model = tiny_model()
+    features, mask = tiny_inputs()
+
+    def loss(seed=None):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return model(features, mask, labels=LABELS, generator=generator).loss.item()
+
+    assert loss() == loss() and loss(3) == loss(3) != loss(4)
+    model.train()
+    assert loss(3) == loss(3) and loss() != loss()
+
+
+def test_gradients_reach_every_trained_parameter_with_and_without_checkpointing(encoder):
+    model = tiny_model(encoder).train()
+    features, mask = tiny_inputs(encoder)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.model.decoder.gradient_checkpointing
+        torch.manual_seed(0)
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.model.encoder.eval()
+        model(features, mask, labels=LABELS, timesteps=torch.ones(3), generator=generator).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    untrained = {n for n, p in model.named_parameters() if p.requires_grad} - set(gradients[0])
+    # Wav2vec2's mask embedding belongs to its own pre-training.
+    assert untrained <= {"model.encoder.masked_spec_embed"}
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_the_prompt_and_visible_tokens_bear_no_loss():
+    model = tiny_model()
+    features, mask = tiny_inputs(seconds=(1.0,))
+    labels = torch.tensor([[5, 6, 7]])
+    ids = torch.tensor([[START, 5, MASK, 7]])
+    logits = model(features, mask, decoder_input_ids=ids).logits
+    expected = -logits[0, 2].log_softmax(-1)[6] / 3 / 0.5
+    out = model(features, mask, decoder_input_ids=ids, labels=labels, timesteps=torch.tensor([0.5]))
+    torch.testing.assert_close(out.loss, expected)
+    # A wrong visible token is not penalised either: that is what ISCT's second step trains on.
+    wrong = torch.tensor([[START, 9, 8, 9]])
+    assert model(features, mask, decoder_input_ids=wrong, labels=labels).loss.item() == 0
+
+
+def test_a_prompt_of_ones_own():
+    model = tiny_model()
+    features, mask = tiny_inputs()
+    t = torch.ones(3)
+    default = model(features, mask, labels=LABELS, timesteps=t).loss
+    same = model(features, mask, labels=LABELS, timesteps=t, prompt_ids=torch.tensor([[START]])).loss
+    other = model(features, mask, labels=LABELS, timesteps=t, prompt_ids=torch.tensor([[4, 7]])).loss
+    assert default == same != other
+
+
+def test_labels_with_holes_raise():
+    model = tiny_model()
+    features, mask = tiny_inputs(seconds=(1.0,))
+    with pytest.raises(ValueError, match="-100 before a token"):
+        model(features, mask, labels=torch.tensor([[5, -100, 7]]))
+    with pytest.raises(ValueError, match="must hold the prompt and a canvas"):
+        model(features, mask, labels=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[5, MASK]]))

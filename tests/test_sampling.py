@@ -1,0 +1,237 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdm_asr_hf.sampling_mdm_asr import (
+    SAMPLERS,
+    ConfTopKConfig,
+    DFMConfig,
+    EBConfConfig,
+    PBEBConfConfig,
+    RandomConfig,
+    make_sampler,
+    propose_tokens,
+    sampler_step,
+)
+
+MASK = 9
+# Four positions, three tokens. Entropies in nats, by hand:
+#   0: -(0.7 ln 0.7 + 0.2 ln 0.2 + 0.1 ln 0.1)     = 0.8018
+#   1: -(0.9 ln 0.9 + 2 * 0.05 ln 0.05)            = 0.3944
+#   2: -(0.98 ln 0.98 + 2 * 0.01 ln 0.01)          = 0.1119
+#   3: -(0.6 ln 0.6 + 0.3 ln 0.3 + 0.1 ln 0.1)     = 0.8979
+PROBS = torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.9, 0.05], [0.01, 0.01, 0.98], [0.3, 0.6, 0.1]])
+LOGITS = PROBS.log()[None]
+CANVAS = torch.full((1, 4), MASK)
+
+
+def committed(config, *, logits=LOGITS, canvas=CANVAS, steps_left=10, **kwargs):
+    """The positions committed in the first row."""
+    out = sampler_step(config, logits, canvas, mask_token_id=MASK, steps_left=steps_left, **kwargs)
+    return out.committed[0].nonzero().flatten().tolist()
+
+
+def noise_at(*positions):
+    """Position noise of the given values; token noise is not used by greedy steps."""
+    return torch.stack([torch.zeros(len(positions)), torch.tensor(positions)], dim=-1)[None]
+
+
+def test_tokens_confidences_and_entropies():
+    tokens, log_confidence, entropy = propose_tokens(LOGITS)
+    assert tokens.tolist() == [[0, 1, 2, 1]]
+    torch.testing.assert_close(log_confidence.exp(), torch.tensor([[0.7, 0.9, 0.98, 0.6]]))
+    torch.testing.assert_close(entropy, torch.tensor([[0.8018, 0.3944, 0.1119, 0.8979]]), atol=1e-4, rtol=0)
+
+
+def test_suppressed_tokens_leave_the_entropy_finite():
+    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])
+    tokens, log_confidence, entropy = propose_tokens(logits)
+    torch.testing.assert_close(entropy, torch.tensor([[math.log(2)]]))
+    assert log_confidence.exp().item() == pytest.approx(0.5)
+
+
+# By confidence the order is 2, 1, 0, 3. sum(H) - max(H) of the prefixes:
+#   2: 0;   2,1: 0.5063 - 0.3944 = 0.1119;   2,1,0: 1.3081 - 0.8018 = 0.5063;   all: 2.2060 - 0.8979 = 1.3081
+@pytest.mark.parametrize(
+    "gamma, expected",
+    [(0.0, [2]), (0.05, [2]), (0.111, [2]), (0.113, [1, 2]), (0.6, [0, 1, 2]), (1.30, [0, 1, 2]), (1.31, [0, 1, 2, 3])],
+)
+def test_eb_conf_takes_the_longest_prefix_in_the_budget(gamma, expected):
+    assert committed(EBConfConfig(gamma=gamma)) == expected
+
+
+# With lambda = 0.2 the biased confidences are 0.7, 0.9 e^-0.2 = 0.7369, 0.98 e^-0.4 = 0.6569, 0.6 e^-0.6 = 0.3293: order 1, 0, 2, 3.
+#   1: 0;   1,0: 1.1962 - 0.8018 = 0.3944;   1,0,2: 1.3081 - 0.8018 = 0.5063
+@pytest.mark.parametrize("gamma, expected", [(0.05, [1]), (0.39, [1]), (0.4, [0, 1]), (0.51, [0, 1, 2])])
+def test_pbeb_conf_prefers_the_left(gamma, expected):
+    assert committed(PBEBConfConfig(gamma=gamma, lambda_=0.2)) == expected
+
+
+def test_pbeb_conf_does_not_underflow_on_a_long_canvas():
+    # exp(-0.2 * 600) = 7e-53 is 0 in fp32: a product would make all far positions tie.
+    logits = torch.zeros(1, 700, 3)
+    logits[0, 690, 1] = 5.0
+    canvas = torch.full((1, 700), MASK)
+    candidates = torch.zeros(1, 700, dtype=torch.bool)
+    candidates[0, [680, 690]] = True
+    # 690 is 10 further right (a factor e^-2) but its confidence is 0.987 against 0.333 (a factor e^1.09): 680 goes first.
+    assert committed(PBEBConfConfig(gamma=0.0), logits=logits, canvas=canvas, candidates=candidates) == [680]
+    assert committed(PBEBConfConfig(gamma=0.0, lambda_=0.1), logits=logits, canvas=canvas, candidates=candidates) == [690]
+
+
+def test_conf_top_k():
+    assert committed(ConfTopKConfig(k=1)) == [2]
+    assert committed(ConfTopKConfig(k=3)) == [0, 1, 2]
+    # Without k, four positions over two steps are two a step, over three steps ceil(4 / 3) = 2.
+    assert committed(ConfTopKConfig(), steps_left=2) == [1, 2]
+    assert committed(ConfTopKConfig(), steps_left=3) == [1, 2]
+
+
+def test_random_commits_an_even_share_by_noise():
+    assert committed(RandomConfig(), steps_left=2, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1, 3]
+    assert committed(RandomConfig(), steps_left=4, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1]
+
+
+def test_dfm_jumps_with_probability_one_over_the_steps_left():
+    # Four steps left: a position jumps if its noise is below 1 / 4.
+    assert committed(DFMConfig(), steps_left=4, noise=noise_at(0.2, 0.9, 0.24, 0.3)) == [0, 2]
+    # None below: the lowest jumps.
+    assert committed(DFMConfig(), steps_left=4, noise=noise_at(0.5, 0.9, 0.4, 0.6)) == [2]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_the_last_step_commits_everything(name):
+    assert committed(make_sampler(name), steps_left=1, noise=torch.rand(1, 4, 2)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_only_candidates_are_committed_and_finished_rows_left_alone(name):
+    canvas = torch.tensor([[MASK, 0, MASK, MASK], [1, 2, 0, 1]])
+    candidates = torch.tensor([[True, True, False, True], [True] * 4])
+    out = sampler_step(
+        make_sampler(name),
+        LOGITS.expand(2, -1, -1),
+        canvas,
+        mask_token_id=MASK,
+        steps_left=1,
+        candidates=candidates,
+        noise=torch.rand(2, 4, 2),
+    )
+    assert out.committed.tolist() == [[True, False, False, True], [False] * 4]
+    assert out.canvas.tolist() == [[0, 0, MASK, 1], [1, 2, 0, 1]]
+
+
+def test_equal_confidences_go_left_to_right():
+    logits = torch.tensor([8.0, 0.0, 0.0]).expand(1, 4, 3) + torch.tensor([0.0, 3e-6, 1e-6, 2e-6])[None, :, None]
+    assert committed(ConfTopKConfig(k=1), logits=logits) == [0]
+    assert committed(EBConfConfig(gamma=0.0), logits=logits) == [0]
+
+
+def test_temperature_draws_by_inverse_transform():
+    noise = torch.zeros(1, 4, 2)
+    # Cumulative probabilities of position 0 are 0.7, 0.9, 1.0; of position 1: 0.05, 0.95, 1.0; and so on.
+    noise[0, :, 0] = torch.tensor([0.85, 0.02, 0.999, 0.3])
+    tokens, log_confidence, _ = propose_tokens(LOGITS, 1.0, noise[..., 0])
+    assert tokens.tolist() == [[1, 0, 2, 1]]
+    torch.testing.assert_close(log_confidence.exp(), torch.tensor([[0.2, 0.05, 0.98, 0.6]]))
+    # A low temperature sharpens: 0.7^10 : 0.2^10 leaves nothing to the second token.
+    assert propose_tokens(LOGITS, 0.1, noise[..., 0])[0].tolist() == [[0, 1, 2, 1]]
+
+
+def test_temperature_draws_the_distribution():
+    noise = torch.rand(1, 20000, generator=torch.Generator().manual_seed(0))
+    tokens, *_ = propose_tokens(LOGITS[:, :1].expand(1, 20000, 3), 1.0, noise)
+    shares = torch.bincount(tokens[0], minlength=3) / 20000
+    torch.testing.assert_close(shares, PROBS[0], atol=0.012, rtol=0)
+
+
+def test_names_and_settings():
+    assert make_sampler("PBEB-Conf") == PBEBConfConfig(gamma=0.05, lambda_=0.2)
+    assert make_sampler("Conf Top-K", k=2) == ConfTopKConfig(k=2)
+    assert make_sampler(PBEBConfConfig(gamma=0.3), lambda_=0.1) == PBEBConfConfig(gamma=0.3, lambda_=0.1)
+    for config in (RandomConfig(), DFMConfig(), ConfTopKConfig(k=5), EBConfConfig(0.3), PBEBConfConfig(0.1, 0.4)):
+        assert make_sampler(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: make_sampler("beam"), "`sampler` 'beam' is unknown"),
+        (lambda: make_sampler("random", gamma=0.1), "gamma.*not settings of the sampler 'random'"),
+        (lambda: EBConfConfig(gamma=-0.1), "`gamma` must be"),
+        (lambda: EBConfConfig(gamma=float("nan")), "`gamma` must be"),
+        (lambda: PBEBConfConfig(lambda_=-1), "`lambda_` must be"),
+        (lambda: PBEBConfConfig(lambda_=float("inf")), "`lambda_` must be finite"),
+        (lambda: ConfTopKConfig(k=0), "`k` must be"),
+        (lambda: committed(EBConfConfig(), steps_left=0), "`steps_left`"),
+        (lambda: committed(RandomConfig()), "`noise`"),
+        (lambda: committed(EBConfConfig(), temperature=1.0), "`noise`"),
+    ],
+)
+def test_what_makes_no_sense_raises(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- properties, on random logits and canvases ---
+
+
+@st.composite
+def states(draw):
+    """Random logits, sharp to flat, and a canvas partly committed."""
+    batch, length, vocab = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.integers(2, 8))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    logits = torch.randn(batch, length, vocab, generator=generator) * draw(st.sampled_from([0.1, 1.0, 5.0, 50.0]))
+    share = draw(st.sampled_from([0.0, 0.3, 0.8]))
+    keep = torch.rand(batch, length, generator=generator) < share
+    canvas = torch.where(keep, torch.randint(0, vocab, (batch, length), generator=generator), 99)
+    return logits, canvas, torch.rand(batch, length, 2, generator=generator)
+
+
+def step(config, state, steps_left=5):
+    logits, canvas, noise = state
+    return sampler_step(config, logits, canvas, mask_token_id=99, steps_left=steps_left, noise=noise)
+
+
+@given(states(), st.sampled_from(sorted(SAMPLERS)), st.integers(1, 40))
+def test_at_least_one_commit_per_unfinished_row_and_no_committed_token_changes(state, name, steps_left):
+    _, canvas, _ = state
+    out = step(make_sampler(name), state, steps_left)
+    unfinished = (canvas == 99).any(dim=-1)
+    assert torch.equal(out.committed.any(dim=-1), unfinished)
+    assert not (out.committed & (canvas != 99)).any()
+    assert torch.equal(out.canvas[canvas != 99], canvas[canvas != 99])
+    assert (out.canvas[out.committed] != 99).all()
+    assert ((out.confidence >= 0) & (out.confidence <= 1 + 1e-6)).all()
+
+
+@given(states(), st.sampled_from(["eb_conf", "pbeb_conf"]), st.floats(0, 3), st.floats(0, 3))
+def test_a_larger_gamma_commits_a_superset(state, name, a, b):
+    low, high = sorted([a, b])
+    fewer, more = (step(make_sampler(name, gamma=g), state).committed for g in (low, high))
+    assert not (fewer & ~more).any()
+
+
+@given(states(), st.sampled_from(["eb_conf", "pbeb_conf"]))
+def test_gamma_zero_is_one_token_and_infinity_all(state, name):
+    masked = state[1] == 99
+    assert torch.equal(step(make_sampler(name, gamma=0.0), state).committed.sum(-1), masked.any(-1).long())
+    assert torch.equal(step(make_sampler(name, gamma=math.inf), state).committed, masked)
+
+
+@given(states(), st.floats(0, 2))
+def test_pbeb_without_bias_is_eb(state, gamma):
+    biased, plain = step(PBEBConfConfig(gamma, lambda_=0.0), state), step(EBConfConfig(gamma), state)
+    assert torch.equal(biased.committed, plain.committed) and torch.equal(biased.canvas, plain.canvas)
+
+
+@given(states(), st.sampled_from(sorted(SAMPLERS)))
+def test_rows_do_not_influence_each_other(state, name):
+    logits, canvas, noise = state
+    whole = step(make_sampler(name), state)
+    for row in range(len(canvas)):
+        alone = step(make_sampler(name), (logits[row : row + 1], canvas[row : row + 1], noise[row : row + 1]))
+        assert torch.equal(alone.canvas[0], whole.canvas[row])
