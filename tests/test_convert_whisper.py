@@ -244,6 +244,7 @@ def test_half_precision_donor(tmp_path):
     stock, _ = save_donor(tmp_path / "half", False, torch.float16)
     model = from_whisper(tmp_path / "half")
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # ready to train
+    assert model.config.dtype == torch.float32 and model.config.encoder_config.dtype != torch.float16
     theirs = stock.state_dict()
     assert torch.equal(model.state_dict()[EMBEDDING], theirs[EMBEDDING].float())
     torch.testing.assert_close(model.state_dict()[MASK_EMBEDDING][0], theirs[EMBEDDING].double().mean(dim=0).float())
@@ -387,14 +388,22 @@ def test_vocab_size_out_of_range(donor, vocab_size):
         from_whisper(donor["folder"], vocab_size=vocab_size)
 
 
-def test_merges_out_of_order_cannot_be_cut(english, tmp_path):
-    folder = copy_with(english[0], tmp_path / "swapped")
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    vocab = spec["model"]["vocab"]
+def swap_merges(vocab):
     names = {i: token for token, i in vocab.items()}
     vocab[names[260]], vocab[names[261]] = 261, 260
+
+
+def lose_a_byte(vocab):
+    vocab["two bytes"] = vocab.pop("Ā")
+
+
+@pytest.mark.parametrize("change", [swap_merges, lose_a_byte])
+def test_another_bpe_cannot_be_cut(english, tmp_path, change):
+    folder = copy_with(english[0], tmp_path / "changed")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    change(spec["model"]["vocab"])
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match="merges in order"):
+    with pytest.raises(ValueError, match="256 bytes and then its merges in order"):
         whisper_tokenizer(folder, 270)
     assert len(whisper_tokenizer(folder)[0]) == 304  # as a whole it is fine
 

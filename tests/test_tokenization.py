@@ -1,3 +1,4 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The aggregate tokenizer against the SentencePiece models it is made of."""
 
 import io

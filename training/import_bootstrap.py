@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from mdm_asr_hf import MDMASRForConditionalGeneration
-from mdm_asr_hf.convert_whisper import load_strictly, rename_whisper_weight, whisper_processor
+from mdm_asr_hf.convert_whisper import load_whisper_named, whisper_processor
 
 # The experiment kept the first 16,384 ids, then end of text, start of transcript, no timestamps and the mask: `from_whisper`'s layout.
 VOCAB_SIZE = 16384
@@ -31,12 +31,8 @@ def main(weights_dir: Path, whisper_dir: Path, output_dir: Path) -> None:
     if {token: i for token, i in own.items() if i < VOCAB_SIZE} != {token: i for token, i in theirs.items() if i < VOCAB_SIZE}:
         raise SystemExit("the tokenizer of the weights is not the first 16,384 ids of Whisper's")
 
-    state = {rename_whisper_weight(f"model.{name}"): t for name, t in load_file(weights_dir / "model.safetensors").items()}
-    rows = state["model.decoder.embed_tokens.weight"]
-    num_predicted = model.config.vocab_size
-    state["model.decoder.embed_tokens.weight"] = rows[:num_predicted]
-    state["model.decoder.input_only_embeddings.weight"] = rows[num_predicted:]
-    load_strictly(model, state, str(weights_dir))
+    tensors = load_file(weights_dir / "model.safetensors")
+    load_whisper_named(model, {f"model.{name}": tensor for name, tensor in tensors.items()})
     model.to(torch.float16).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     # Stored in half precision for size, computed in full: on a CPU half precision is slower, and greedy decoding is compared in fp32.

@@ -238,6 +238,7 @@ def whisper_tokenizer(
         {**(added[token] if token in words else flags), "id": ids[token], "content": token} for token in ordered
     ]
     # The prompt is laid by the model; a text is encoded without it.
+    spec["post_processor"] = None
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
         eos_token=EOS,
