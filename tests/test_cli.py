@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,23 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from canary_donors import (
+    SPECIAL_TOKENS,
+    needs_parakeet_features,
+    nemo_settings,
+    nemo_vocab_size,
+    nemo_weights,
+    write_nemo,
+)
 from safetensors.torch import load_file, save_file
+from test_tokenization import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from mdm_asr_hf import MDMASRConfig, MDMASRForConditionalGeneration, MDMASRProcessor, default_checkpoint
 from mdm_asr_hf.cli import main, utterance_confidences
@@ -198,10 +213,11 @@ def test_confidence_is_the_geometric_mean_of_the_tokens():
     assert utterance_confidences(output) == [pytest.approx(0.39685, abs=1e-5), pytest.approx(0.5), None]
 
 
-def run_python(code, *arguments, **environment):
+def run_python(code, *arguments, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | environment,
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -213,6 +229,15 @@ def test_a_fresh_process_prints_nothing_else(silence):
     command = "from mdm_asr_hf.cli import main; main()"
     done = run_python(command, "transcribe", RECORDING, silence)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{RECORDING}\t{TEXT}\n{silence}\t\n", "")
+
+
+def test_readme_python_runs():
+    root = DEMO.parent
+    code = "".join(re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL))
+    assert "generate(" in code and "pipeline(" in code
+    done = run_python(code, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(TEXT) == 2
 
 
 def test_version_and_help(run):
@@ -292,6 +317,20 @@ print(type(model).__name__, len(processor.batch_decode(output)))
     done = run_python(script, tmp_path / "model", RECORDING, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["MDMASRForConditionalGeneration", "1"]
+
+
+@needs_parakeet_features
+def test_convert_nemo(run, tmp_path):
+    spm_models = {"spl_tokens": train([" ".join(SPECIAL_TOKENS)], len(SPECIAL_TOKENS) + 2, SPECIAL_TOKENS)}
+    spm_models |= {"en": train(ENGLISH, 40), "de": train(GERMAN, 43)}
+    weights = nemo_weights(nemo_vocab_size(spm_models))
+    donor = write_nemo(tmp_path / "tiny.nemo", nemo_settings(spm_models), weights, spm_models)
+    code, out, err = run("convert", donor, tmp_path / "model")
+    assert (code, len(out), err) == (0, 1, []) and out[0].endswith("(canary)")
+    options = ("--model", tmp_path / "model", "--steps", 2)
+    assert run("transcribe", RECORDING, *options, "--language", "de")[0] == 0
+    code, out, err = run("transcribe", RECORDING, RECORDING, *options, "--language", "tlh")
+    assert (code, out, len(err)) == (1, [], 1) and "tlh" in err[0] and "['de', 'en']" in err[0]
 
 
 def test_convert_errors_give_one_line(run, whisper_donor, tmp_path):

@@ -82,7 +82,14 @@ def test_generation_config_round_trip(tmp_path):
     assert stored["sampler"] == {"name": "pbeb_conf", "gamma": 0.3, "lambda_": 0.1}
     loaded = MDMASRGenerationConfig.from_pretrained(tmp_path)
     assert loaded.sampler_config == PBEBConfConfig(gamma=0.3, lambda_=0.1)
-    for name in ("max_denoising_steps", "canvas_length", "temperature", "suppress_tokens", "prompt_template", "max_length"):
+    for name in (
+        "max_denoising_steps",
+        "canvas_length",
+        "temperature",
+        "suppress_tokens",
+        "prompt_template",
+        "max_length",
+    ):
         assert getattr(loaded, name) == getattr(config, name)
 
 
@@ -119,7 +126,9 @@ def test_generation_settings_that_make_no_sense_raise(settings, message):
 def test_prompts():
     assert build_prompt_ids(TEMPLATE).tolist() == [[7, 62, 62, 5, 9]]
     assert build_prompt_ids(TEMPLATE, language="de").tolist() == [[7, 71, 71, 5, 9]]
-    assert build_prompt_ids(TEMPLATE, language="<|de|>", target_language="EN", punctuation=False).tolist() == [[7, 71, 62, 6, 9]]
+    assert build_prompt_ids(TEMPLATE, language="<|de|>", target_language="EN", punctuation=False).tolist() == [
+        [7, 71, 62, 6, 9]
+    ]
     assert build_prompt_ids(TEMPLATE, 2, language=["de", "en"]).tolist() == [[7, 71, 71, 5, 9], [7, 62, 62, 5, 9]]
     assert build_prompt_ids({"tokens": [4, 5]}, 2, language=None).tolist() == [[4, 5], [4, 5]]
 

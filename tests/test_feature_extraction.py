@@ -75,7 +75,9 @@ def test_whisper_features_are_those_of_the_stock_30_seconds(num_samples):
     # The loudest moment lies at the very end, where the stock extractor's window reaches past the clip.
     clip[-50:] *= 8
     ours = extract(MDMASRFeatureExtractor(), clip)
-    stock = WhisperFeatureExtractor()(clip, sampling_rate=RATE, return_tensors="np")["input_features"].transpose(0, 2, 1)
+    stock = WhisperFeatureExtractor()(clip, sampling_rate=RATE, return_tensors="np")["input_features"].transpose(
+        0, 2, 1
+    )
     num_frames = -(-num_samples // 160)
     assert ours["attention_mask"].sum() == num_frames
     np.testing.assert_allclose(ours["input_features"][:, :num_frames], stock[:, :num_frames], atol=1e-5)

@@ -200,7 +200,9 @@ def test_every_sampler_ends_within_the_limit(model, name):
     assert (out.nfe <= 4).all() and (out.nfe >= 1).all() and not (out.sequences == MASK).any()
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(sampler="random"), dict(sampler="dfm", temperature=0.7)])
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=1.0), dict(sampler="random"), dict(sampler="dfm", temperature=0.7)]
+)
 def test_sampling_is_seeded_and_a_row_samples_alike_in_every_batch(model, settings):
     features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
 
@@ -213,7 +215,10 @@ def test_sampling_is_seeded_and_a_row_samples_alike_in_every_batch(model, settin
     alone = sample([1], [2])
     assert alone[0].tolist() == both[1, : alone.shape[1]].tolist()
     assert not torch.equal(both, sample([0, 1], [3, 4]))
-    one_seed = [model.generate(features, attention_mask=mask, generator=torch.Generator().manual_seed(7), **settings) for _ in "ab"]
+    one_seed = [
+        model.generate(features, attention_mask=mask, generator=torch.Generator().manual_seed(7), **settings)
+        for _ in "ab"
+    ]
     assert torch.equal(*one_seed)
     with pytest.raises(ValueError, match="`generator` has 1 entries for a batch of 2"):
         sample([0, 1], [1])
@@ -226,7 +231,7 @@ def test_a_plain_tensor_by_default_and_settings_from_the_file(model, tmp_path):
     features, mask = tiny_inputs()
     assert isinstance(model.generate(features, attention_mask=mask), torch.Tensor)
     model = tiny_model()
-    model.generation_config.sampler = PBEBConfConfig(gamma=float(0.7), lambda_=0.4).to_dict()
+    model.generation_config.sampler = PBEBConfConfig(gamma=0.7, lambda_=0.4).to_dict()
     model.generation_config.max_denoising_steps = 3
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
@@ -240,7 +245,9 @@ def test_a_plain_tensor_by_default_and_settings_from_the_file(model, tmp_path):
 def test_arguments_override_and_do_not_stick(model):
     features, mask = tiny_inputs()
     before = model.generation_config.to_dict()
-    model.generate(features, attention_mask=mask, gamma=1.0, lambda_=0.5, max_denoising_steps=2, canvas_length=9, language=None)
+    model.generate(
+        features, attention_mask=mask, gamma=1.0, lambda_=0.5, max_denoising_steps=2, canvas_length=9, language=None
+    )
     assert model.generation_config.to_dict() == before
     settings, _ = model._prepare_generation_config(None, dict(sampler="conf_top_k", k=3, max_denoising_steps=5))
     assert settings.sampler == {"name": "conf_top_k", "k": 3} and settings.max_denoising_steps == 5

@@ -37,8 +37,10 @@ def test_frames_do_not_depend_on_padding(encoder):
             inside = batch.attention_mask[row].bool()
             assert int(inside.sum()) == int(alone.attention_mask.sum()) > 0
             torch.testing.assert_close(
-                batch.last_hidden_state[row, inside], alone.last_hidden_state[0, alone.attention_mask[0].bool()],
-                atol=2e-5, rtol=1e-4,
+                batch.last_hidden_state[row, inside],
+                alone.last_hidden_state[0, alone.attention_mask[0].bool()],
+                atol=2e-5,
+                rtol=1e-4,
             )
 
 
@@ -69,7 +71,9 @@ def test_whisper_encoder_on_30_seconds_is_the_stock_one():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_frames, silence_s, positions", [(100, 0.0, 50), (101, 0.0, 51), (100, 5.0, 300), (2900, 5.0, 1500)])
+@pytest.mark.parametrize(
+    "num_frames, silence_s, positions", [(100, 0.0, 50), (101, 0.0, 51), (100, 5.0, 300), (2900, 5.0, 1500)]
+)
 def test_whisper_encoder_takes_the_own_length_and_a_trailing_silence(num_frames, silence_s, positions):
     model = tiny_model("whisper", encoder_trailing_silence_s=silence_s)
     with torch.no_grad():
@@ -130,7 +134,11 @@ def test_masked_and_visible_tokens_are_told_apart():
     with torch.no_grad():
         got = embed(ids)[0] - model.model.decoder.embed_positions.weight[:3]
     decoder = model.model.decoder
-    rows = [decoder.input_only_embeddings.weight[0], decoder.embed_tokens.weight[5], decoder.input_only_embeddings.weight[1]]
+    rows = [
+        decoder.input_only_embeddings.weight[0],
+        decoder.embed_tokens.weight[5],
+        decoder.input_only_embeddings.weight[1],
+    ]
     torch.testing.assert_close(got, torch.stack(rows))
 
 
@@ -185,9 +193,7 @@ def test_attentions_and_hidden_states_on_request():
     model = tiny_model("whisper")
     model.set_attn_implementation("eager")
     features, mask = tiny_inputs("whisper", seconds=(1.0, 0.5))
-    out = model(
-        features, mask, decoder_input_ids=canvas_inputs(2), output_attentions=True, output_hidden_states=True
-    )
+    out = model(features, mask, decoder_input_ids=canvas_inputs(2), output_attentions=True, output_hidden_states=True)
     num_frames = 65  # 1.0 s + 0.3 s of silence at 50 frames per second
     assert [a.shape for a in out.cross_attentions] == [(2, 2, 12, num_frames)] * 2
     assert [a.shape for a in out.decoder_attentions] == [(2, 2, 12, 12)] * 2

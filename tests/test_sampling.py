@@ -57,14 +57,22 @@ def test_suppressed_tokens_leave_the_entropy_finite():
 #   2: 0;   2,1: 0.5063 - 0.3944 = 0.1119;   2,1,0: 1.3081 - 0.8018 = 0.5063;   all: 2.2060 - 0.8979 = 1.3081
 @pytest.mark.parametrize(
     "gamma, expected",
-    [(0.0, [2]), (0.05, [2]), (0.111, [2]), (0.113, [1, 2]), (0.6, [0, 1, 2]), (1.30, [0, 1, 2]), (1.31, [0, 1, 2, 3])],
+    [
+        (0.0, [2]),
+        (0.05, [2]),
+        (0.111, [2]),
+        (0.113, [1, 2]),
+        (0.6, [0, 1, 2]),
+        (1.30, [0, 1, 2]),
+        (1.31, [0, 1, 2, 3]),
+    ],
 )
 def test_eb_conf_takes_the_longest_prefix_in_the_budget(gamma, expected):
     assert committed(EBConfConfig(gamma=gamma)) == expected
 
 
-# With lambda = 0.2 the biased confidences are 0.7, 0.9 e^-0.2 = 0.7369, 0.98 e^-0.4 = 0.6569, 0.6 e^-0.6 = 0.3293: order 1, 0, 2, 3.
-#   1: 0;   1,0: 1.1962 - 0.8018 = 0.3944;   1,0,2: 1.3081 - 0.8018 = 0.5063
+# With lambda = 0.2 the biased confidences are 0.7, 0.9 e^-0.2 = 0.7369, 0.98 e^-0.4 = 0.6569, 0.6 e^-0.6 = 0.3293:
+# order 1, 0, 2, 3.   1: 0;   1,0: 1.1962 - 0.8018 = 0.3944;   1,0,2: 1.3081 - 0.8018 = 0.5063
 @pytest.mark.parametrize("gamma, expected", [(0.05, [1]), (0.39, [1]), (0.4, [0, 1]), (0.51, [0, 1, 2])])
 def test_pbeb_conf_prefers_the_left(gamma, expected):
     assert committed(PBEBConfConfig(gamma=gamma, lambda_=0.2)) == expected
@@ -77,9 +85,12 @@ def test_pbeb_conf_does_not_underflow_on_a_long_canvas():
     canvas = torch.full((1, 700), MASK)
     candidates = torch.zeros(1, 700, dtype=torch.bool)
     candidates[0, [680, 690]] = True
-    # 690 is 10 further right (a factor e^-2) but its confidence is 0.987 against 0.333 (a factor e^1.09): 680 goes first.
+    # 690 is 10 further right (a factor e^-2) but its confidence is 0.987 against 0.333 (a factor e^1.09): 680 goes
+    # first.
     assert committed(PBEBConfConfig(gamma=0.0), logits=logits, canvas=canvas, candidates=candidates) == [680]
-    assert committed(PBEBConfConfig(gamma=0.0, lambda_=0.1), logits=logits, canvas=canvas, candidates=candidates) == [690]
+    assert committed(PBEBConfConfig(gamma=0.0, lambda_=0.1), logits=logits, canvas=canvas, candidates=candidates) == [
+        690
+    ]
 
 
 def test_conf_top_k():

@@ -71,7 +71,14 @@ def test_gradient_accumulation_gives_the_same_gradients_as_one_batch(tmp_path):
             return _original(*args, timesteps=torch.ones(len(kwargs["labels"])), **kwargs)
 
         model.forward = forward
-        args = arguments(TrainingArguments, tmp_path, max_steps=1, save_strategy="no", max_grad_norm=0.0, remove_unused_columns=False)
+        args = arguments(
+            TrainingArguments,
+            tmp_path,
+            max_steps=1,
+            save_strategy="no",
+            max_grad_norm=0.0,
+            remove_unused_columns=False,
+        )
         args.per_device_train_batch_size, args.gradient_accumulation_steps = batch_size, steps
 
         class Recorder(Trainer):
@@ -80,7 +87,9 @@ def test_gradient_accumulation_gives_the_same_gradients_as_one_batch(tmp_path):
                 inner = optimizer.step
 
                 def step(*a, **k):
-                    gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+                    gradients.append(
+                        {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+                    )
                     return inner(*a, **k)
 
                 optimizer.step = step
@@ -88,7 +97,7 @@ def test_gradient_accumulation_gives_the_same_gradients_as_one_batch(tmp_path):
 
         trainer = Recorder(model, args, train_dataset=data)
         assert trainer.model_accepts_loss_kwargs is False
-        trainer._get_train_sampler = lambda *a, **k: torch.utils.data.SequentialSampler(data)
+        trainer._get_train_sampler = lambda *a, data=data, **k: torch.utils.data.SequentialSampler(data)
         trainer.train()
     first, second = gradients
     for name in first:

@@ -5,8 +5,9 @@ Brings first weights, saved with Whisper's tensor names by an early experiment, 
 
     python training/import_bootstrap.py WEIGHTS_DIR WHISPER_TINY_EN_DIR src/mdm_asr_hf/checkpoints/mdm-asr-tiny-en
 
-WEIGHTS_DIR holds model.safetensors and tokenizer.json; WHISPER_TINY_EN_DIR is openai/whisper-tiny.en in transformers format, which
-gives configuration, features and tokenizer. Every tensor is checked: the model's must all be found, and the file's must all be used.
+WEIGHTS_DIR holds model.safetensors and tokenizer.json; WHISPER_TINY_EN_DIR is openai/whisper-tiny.en in transformers
+format, which gives configuration, features and tokenizer. Every tensor is checked: the model's must all be found, and
+the file's must all be used.
 """
 
 import argparse
@@ -20,22 +21,28 @@ from tokenizers import Tokenizer
 from mdm_asr_hf import MDMASRForConditionalGeneration
 from mdm_asr_hf.convert_whisper import load_whisper_named, whisper_processor
 
-# The experiment kept the first 16,384 ids, then end of text, start of transcript, no timestamps and the mask: `from_whisper`'s layout.
+# The experiment kept the first 16,384 ids, then end of text, start of transcript, no timestamps and the mask:
+# `from_whisper`'s layout.
 VOCAB_SIZE = 16384
 
 
 def main(weights_dir: Path, whisper_dir: Path, output_dir: Path) -> None:
-    model = MDMASRForConditionalGeneration.from_whisper(whisper_dir, vocab_size=VOCAB_SIZE, encoder_trailing_silence_s=0.0)
+    model = MDMASRForConditionalGeneration.from_whisper(
+        whisper_dir, vocab_size=VOCAB_SIZE, encoder_trailing_silence_s=0.0
+    )
     processor = whisper_processor(whisper_dir, vocab_size=VOCAB_SIZE)
     own, theirs = processor.tokenizer.get_vocab(), Tokenizer.from_file(str(weights_dir / "tokenizer.json")).get_vocab()
-    if {token: i for token, i in own.items() if i < VOCAB_SIZE} != {token: i for token, i in theirs.items() if i < VOCAB_SIZE}:
+    if {token: i for token, i in own.items() if i < VOCAB_SIZE} != {
+        token: i for token, i in theirs.items() if i < VOCAB_SIZE
+    }:
         raise SystemExit("the tokenizer of the weights is not the first 16,384 ids of Whisper's")
 
     tensors = load_file(weights_dir / "model.safetensors")
     load_whisper_named(model, {f"model.{name}": tensor for name, tensor in tensors.items()})
     model.to(torch.float16).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
-    # Stored in half precision for size, computed in full: on a CPU half precision is slower, and greedy decoding is compared in fp32.
+    # Stored in half precision for size, computed in full: on a CPU half precision is slower, and greedy decoding is
+    # compared in fp32.
     config_file = output_dir / "config.json"
     config = json.loads(config_file.read_text())
     config["dtype"] = "float32"

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +34,7 @@ app = typer.Typer(
 )
 
 
-class DonorKind(str, Enum):
+class DonorKind(StrEnum):
     whisper = "whisper"
     canary = "canary"
 
@@ -108,7 +108,9 @@ def load_model(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` {device!r} cannot be used ({one_line(error)}). Leave it out, or use 'cpu'.") from error
+        raise ValueError(
+            f"`device` {device!r} cannot be used ({one_line(error)}). Leave it out, or use 'cpu'."
+        ) from error
     looks_like_path = "/" not in model.strip("/") or model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_like_path and not Path(model).exists():
         raise ValueError(f"`model` {model!r} is neither a folder nor an id of the form owner/name. Check the path.")
@@ -116,8 +118,8 @@ def load_model(
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     if config.model_type != "mdm_asr":
         raise ValueError(
-            f"`model` {model!r} is a {config.model_type!r} checkpoint, not MDM-ASR's. `mdm-asr convert` makes one of a "
-            "Whisper or Canary checkpoint, which then has to be trained."
+            f"`model` {model!r} is a {config.model_type!r} checkpoint, not MDM-ASR's. `mdm-asr convert` makes one of "
+            "a Whisper or Canary checkpoint, which then has to be trained."
         )
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     loaded, info = AutoModelForSpeechSeq2Seq.from_pretrained(
@@ -128,10 +130,14 @@ def load_model(
         output_loading_info=True,
     )
     # transformers only logs these, and a missing weight is a random one.
-    problems = [f"{kind.removesuffix('_keys')} {name}" for kind in ("missing_keys", "unexpected_keys") for name in info[kind]]
+    problems = [
+        f"{kind.removesuffix('_keys')} {name}" for kind in ("missing_keys", "unexpected_keys") for name in info[kind]
+    ]
     problems += [f"mismatched {entry}" for entry in info.get("mismatched_keys", ())]
     if problems:
-        raise ValueError(f"The weights of {model!r} do not fit its configuration: {'; '.join(map(str, problems[:5]))}.")
+        raise ValueError(
+            f"The weights of {model!r} do not fit its configuration: {'; '.join(map(str, problems[:5]))}."
+        )
     return loaded.to(device).eval(), processor
 
 
@@ -160,7 +166,7 @@ def generation_settings(
 
 
 def utterance_confidences(output: "MDMASRGenerateOutput") -> list[float | None]:
-    """Per row, the geometric mean of its tokens' probabilities, end of text included; None where nothing was decoded."""
+    """Per row, the geometric mean of its tokens' probabilities, end of text included; None if nothing was decoded."""
     rows = []
     for confidence in output.confidence.float():
         # 0 marks padding, and the end of text that a silent row is given.
@@ -184,7 +190,9 @@ def transcribe(
     max_denoising_steps: Annotated[
         int | None, typer.Option("--steps", help="The most decoder evaluations a file.")
     ] = None,
-    gamma: Annotated[float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")
+    ] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")] = None,
     canvas_length: Annotated[
         int | None, typer.Option(help="Tokens a text may have. Default: adapted to the duration.")
@@ -193,7 +201,7 @@ def transcribe(
         str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files decoded together. Does not change the text.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Files decoded together. Does not change the text.")] = 8,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
     ] = False,
@@ -201,8 +209,8 @@ def transcribe(
     """
     Transcribe audio files.
 
-    Prints the text of one file, or a line "file<TAB>text" for each of several. A file that cannot be transcribed is reported on
-    stderr, the others are still done, and the exit code is 1.
+    Prints the text of one file, or a line "file<TAB>text" for each of several. A file that cannot be transcribed is
+    reported on stderr, the others are still done, and the exit code is 1.
     """
     from . import default_checkpoint
     from .prompt_mdm_asr import build_prompt_ids
@@ -213,7 +221,7 @@ def transcribe(
             with Console(stderr=True).status(f"loading {escape(source)}"):
                 loaded, processor = load_model(source, device, trust_remote_code)
         except Exception as error:
-            # Whatever a folder can be damaged by: transformers, tokenizers and safetensors each raise their own classes.
+            # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
             name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
             raise Failure(f"cannot load the model {source}: {name}{error}") from error
         try:
@@ -287,9 +295,13 @@ def _transcribe_files(
             if clips:
                 decoded = _decode(list(clips.values()), model, processor, settings, language)
                 for i, result in zip(clips, decoded, strict=True):
-                    results[i] = ValueError(f"{str(path_batch[i])!r}: {result}") if isinstance(result, ValueError) else result
+                    results[i] = (
+                        ValueError(f"{str(path_batch[i])!r}: {result}") if isinstance(result, ValueError) else result
+                    )
                 # A full canvas is a matter of single files, also where a batch warns as one.
-                full = [str(path_batch[i]) for i in clips if isinstance(results[i], dict) and results[i].pop("is_full")]
+                full = [
+                    str(path_batch[i]) for i in clips if isinstance(results[i], dict) and results[i].pop("is_full")
+                ]
                 collector.flush_to_stderr(", ".join(full))
             for i, path in enumerate(path_batch):
                 yield path, results[i]
@@ -322,14 +334,22 @@ def _decode(
         strict=True,
     )
     return [
-        {"text": text, "confidence": confidence, "nfe": nfe, "duration_s": round(len(clip) / rate_hz, 3), "is_full": full}
+        {
+            "text": text,
+            "confidence": confidence,
+            "nfe": nfe,
+            "duration_s": round(len(clip) / rate_hz, 3),
+            "is_full": full,
+        }
         for clip, text, confidence, nfe, full in rows
     ]
 
 
 @app.command()
 def convert(
-    donor: Annotated[str, typer.Argument(metavar="DONOR", help="A Whisper or Canary checkpoint: folder, .nemo file or id.")],
+    donor: Annotated[
+        str, typer.Argument(metavar="DONOR", help="A Whisper or Canary checkpoint: folder, .nemo file or id.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.")],
     kind: Annotated[
         DonorKind | None, typer.Option(help="Of the donor. Default: what its config.json or suffix says.")
@@ -338,14 +358,15 @@ def convert(
         int | None, typer.Option(help="Keep the first N ids of a Whisper donor's vocabulary.")
     ] = None,
     with_code: Annotated[
-        bool, typer.Option("--with-code", help="Add the code, for trust_remote_code where this package is not installed.")
+        bool,
+        typer.Option("--with-code", help="Add the code, for trust_remote_code where this package is not installed."),
     ] = False,
 ) -> None:
     """
     Make an MDM-ASR model of a Whisper or Canary checkpoint.
 
-    Writes model, processor and generation settings. All weights are the donor's but the mask's embedding, so the result is a start
-    for training and transcribes nothing yet.
+    Writes model, processor and generation settings. All weights are the donor's but the mask's embedding, so the
+    result is a start for training and transcribes nothing yet.
     """
     from .modeling_mdm_asr import MDMASRForConditionalGeneration
     from .processing_mdm_asr import MDMASRProcessor
@@ -368,7 +389,7 @@ def convert(
         except (ValueError, OSError) as error:
             raise Failure(f"cannot convert {donor}: {error}") from error
         collector.flush_to_stderr()
-    print(f"wrote {output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters of {donor} ({kind.value})")
+    print(f"wrote {output}: {model.num_parameters() / 1e6:.1f} M parameters of {donor} ({kind.value})")
 
 
 def _guess_kind(donor: str) -> DonorKind:
@@ -378,9 +399,13 @@ def _guess_kind(donor: str) -> DonorKind:
         return DonorKind.canary
     model_type = PretrainedConfig.get_config_dict(donor)[0].get("model_type")
     if model_type is None:
-        raise ValueError("no config.json says what it is. Check the path; for a .nemo checkpoint, pass `--kind canary`.")
+        raise ValueError(
+            "no config.json says what it is. Check the path; for a .nemo checkpoint, pass `--kind canary`."
+        )
     if model_type not in DonorKind.__members__:
-        raise ValueError(f"its config.json says {model_type!r}, but only Whisper and Canary checkpoints can be donors.")
+        raise ValueError(
+            f"its config.json says {model_type!r}, but only Whisper and Canary checkpoints can be donors."
+        )
     return DonorKind(model_type)
 
 

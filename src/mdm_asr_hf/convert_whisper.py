@@ -119,6 +119,8 @@ def from_whisper(
     specials = {ids[token] for token in tokenizer.all_special_tokens}
     model.generation_config = MDMASRGenerationConfig(
         prompt_template=template,
+        # Byte-level tokens of other scripts are shorter than those of English.
+        canvas_tokens_per_s=12.0 if multilingual else 7.0,
         max_length=donor_config.max_target_positions,
         max_new_tokens=donor_config.max_target_positions - len(template["tokens"]),
         # Timestamps, languages and tasks stand in no transcript.

@@ -64,8 +64,8 @@ def masked_diffusion_loss(
     canvas_mask: torch.BoolTensor | None = None,
 ) -> torch.Tensor:
     """
-    The objective of arXiv 2602.18952: cross-entropy on masked positions, weighted by -alpha'_t / (1 - alpha_t), averaged over
-    all positions of the canvas. At t = 1 it is the plain mean cross-entropy over the canvas.
+    The objective of arXiv 2602.18952: cross-entropy on masked positions, weighted by -alpha'_t / (1 - alpha_t),
+    averaged over all positions of the canvas. At t = 1 it is the plain mean cross-entropy over the canvas.
 
     Args:
         logits (`torch.Tensor` of shape (B, L, V)).

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils.output_capturing import capture_outputs
 
-# Whisper's log-mel is max(log10 mel, max - 8) / 4 + 1 with a floor of log10 1e-10 (arXiv 2212.04356, its released code): silence
-# lies 8 / 4 under the loudest value, but not below (-10 + 4) / 4.
+# Whisper's log-mel is max(log10 mel, max - 8) / 4 + 1 with a floor of log10 1e-10 (arXiv 2212.04356, its released
+# code): silence lies 8 / 4 under the loudest value, but not below (-10 + 4) / 4.
 WHISPER_DYNAMIC_RANGE = 2.0
 WHISPER_FLOOR = -1.5
 WHISPER_FRAMES_PER_S = 100.0
@@ -29,8 +29,8 @@ class MDMASREncoderOutput(ModelOutput):
         attention_mask (`torch.Tensor` of shape (B, T), *optional*): 1 for frames of the utterance, 0 for padding.
         hidden_states, attentions (*optional*): per layer, on request.
         cross_attention_states (*optional*):
-            The decoder's cross-attention keys and values for these frames, one pair (B, heads, T, head_dim) per layer, once
-            `prepare_cross_attention` has computed them.
+            The decoder's cross-attention keys and values for these frames, one pair (B, heads, T, head_dim) per layer,
+            once `prepare_cross_attention` has computed them.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -42,7 +42,8 @@ class MDMASREncoderOutput(ModelOutput):
 
 class OwnLengthWhisperEncoder(WhisperEncoder):
     """
-    Whisper's encoder, weight for weight, on the audio's own length plus a trailing silence instead of always 30 seconds.
+    Whisper's encoder, weight for weight, on the audio's own length plus a trailing silence instead of always 30
+    seconds.
 
     Rows of a batch keep their own length: what lies behind a row is masked in the attention and zeroed before each
     convolution, so that a row's frames do not depend on the batch it is in.
@@ -67,7 +68,8 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         """
         if input_features.dim() != 3 or input_features.shape[-1] != self.num_mel_bins:
             raise ValueError(
-                f"`input_features` of shape {tuple(input_features.shape)} must be (B, T, {self.num_mel_bins}), as this model's own "
+                f"`input_features` of shape {tuple(input_features.shape)} must be (B, T, {self.num_mel_bins}), as "
+                "this model's own "
                 "feature extractor returns them. Transpose what the stock Whisper one returns."
             )
         features, num_frames = self._with_trailing_silence(
@@ -95,8 +97,8 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         self, features: torch.Tensor, attention_mask: torch.Tensor | None, trailing_silence_s: float
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """
-        Lays silence behind every row of features (B, mel bins, T), and zeros behind that. Returns features (B, mel bins, T') and
-        frames per row (B,).
+        Lays silence behind every row of features (B, mel bins, T), and zeros behind that. Returns features (B, mel
+        bins, T') and frames per row (B,).
         """
         batch_size, _, width = features.shape
         capacity = 2 * self.max_source_positions
@@ -107,7 +109,8 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         longest = width if attention_mask is None else int(num_speech.max())
         if longest > capacity:
             raise ValueError(
-                f"`input_features` hold {longest / WHISPER_FRAMES_PER_S:.1f} s of audio, but this encoder takes at most "
+                f"`input_features` hold {longest / WHISPER_FRAMES_PER_S:.1f} s of audio, but this encoder takes at "
+                "most "
                 f"{capacity / WHISPER_FRAMES_PER_S:.1f} s. Split the audio into shorter pieces."
             )
         num_silence = round(trailing_silence_s * WHISPER_FRAMES_PER_S)
@@ -175,7 +178,9 @@ def run_encoder(
     )
 
 
-def _frame_mask(encoder: nn.Module, outputs: ModelOutput, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
+def _frame_mask(
+    encoder: nn.Module, outputs: ModelOutput, num_frames: int, attention_mask: torch.Tensor
+) -> torch.Tensor:
     if outputs.get("attention_mask") is not None:
         return outputs["attention_mask"]
     if hasattr(encoder, "_get_feature_vector_attention_mask"):
@@ -183,7 +188,8 @@ def _frame_mask(encoder: nn.Module, outputs: ModelOutput, num_frames: int, atten
     if num_frames == attention_mask.shape[-1]:
         return attention_mask
     raise ValueError(
-        f"The encoder {type(encoder).__name__} shortens its input but returns no `attention_mask` for its frames. Use an encoder "
+        f"The encoder {type(encoder).__name__} shortens its input but returns no `attention_mask` for its frames. "
+        "Use an encoder "
         "that does, or call without `attention_mask`, one utterance at a time."
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 from transformers import BatchFeature, SequenceFeatureExtractor, WhisperFeatureExtractor
-from transformers.utils import logging
+from transformers.utils import DummyObject, logging
 
 from .audio_mdm_asr import check_duration, check_rate, is_audio_batch, to_mono_float32
 
@@ -113,7 +113,8 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
 
         Returns:
             [`BatchFeature`] with
-            - **input_features** (B, T, mel bins), for Whisper too, or (B, N) for waveforms; float32. Time comes second, as the
+            - **input_features** (B, T, mel bins), for Whisper too, or (B, N) for waveforms; float32. Time comes
+            second, as the
               batching of the stock pipeline expects.
             - **attention_mask** (B, T) or (B, N), 1 where a frame belongs to the clip; an empty clip has none.
 
@@ -270,6 +271,10 @@ def _build_frontend(frontend: dict[str, Any] | SequenceFeatureExtractor) -> Sequ
         name = settings.pop("feature_extractor_type", None)
         settings.pop("processor_class", None)
         frontend_class = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(frontend_class, DummyObject):
+            # What transformers puts in the place of a class whose dependencies are missing.
+            needed = ", ".join(frontend_class._backends)
+            raise ValueError(f"`frontend` {name!r} needs {needed} with this version of transformers. Install it.")
         if not (isinstance(frontend_class, type) and issubclass(frontend_class, SequenceFeatureExtractor)):
             raise ValueError(
                 f"`frontend['feature_extractor_type']` must name a speech feature extractor of transformers, "

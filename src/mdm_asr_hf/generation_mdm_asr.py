@@ -32,18 +32,21 @@ class MDMASRGenerationConfig(GenerationConfig):
         sampler (`str`, `dict` or [`SamplerConfig`]):
             One of "random", "dfm", "conf_top_k", "eb_conf", "pbeb_conf"; a dict adds settings, as in
             `{"name": "pbeb_conf", "gamma": 0.05, "lambda_": 0.2}`, the paper's main setting and the default.
-        max_denoising_steps (`int`): the most decoder evaluations per utterance (NFE). The last step commits what is left.
+        max_denoising_steps (`int`): the most decoder evaluations per utterance (NFE). The last step commits what is
+            left.
         temperature (`float`): 0 takes the most probable token, above 0 draws from softmax(logits / temperature).
         canvas_length (`int`, *optional*):
             A fixed number of canvas tokens (the paper's is 256). None adapts it to each utterance's duration:
             `canvas_tokens_per_s` * seconds + `canvas_extra_tokens`.
         canvas_tokens_per_s (`float`): tokens of the densest plausible speech, per second.
         canvas_extra_tokens (`int`): tokens added for the end of text and for very short utterances.
-        min_duration_s (`float`): audio no longer than this, in seconds, gives an empty text, as does audio without any signal.
+        min_duration_s (`float`): audio no longer than this, in seconds, gives an empty text, as does audio without any
+            signal.
         max_new_tokens (`int`, *optional*), max_length (`int`, *optional*):
             Upper bounds of the canvas, without and with the prompt, as in other models.
         suppress_tokens (`list[int]`, *optional*): ids that are never predicted.
-        prompt_template (`dict`, *optional*): the decoder prompt, see `prompt_mdm_asr`. None: `decoder_start_token_id` alone.
+        prompt_template (`dict`, *optional*): the decoder prompt, see `prompt_mdm_asr`. None: `decoder_start_token_id`
+            alone.
         return_dict_in_generate (`bool`): return a [`MDMASRGenerateOutput`] instead of a tensor.
         num_beams (`int`): only 1; there is no beam in a canvas.
         pad_token_id, eos_token_id, bos_token_id (`int`, *optional*): kept for other code; the model's config decides.
@@ -99,7 +102,8 @@ class MDMASRGenerationConfig(GenerationConfig):
         return {}
 
     def from_model_config(self, *args, **kwargs):
-        # Tells transformers to start from this class's own defaults instead of reading settings off the model's config.
+        # Tells transformers to start from this class's own defaults instead of reading settings off the model's
+        # config.
         raise NotImplementedError("MDMASRGenerationConfig is not derived from a model config.")
 
     def get_generation_mode(self, *args, **kwargs):
@@ -113,8 +117,10 @@ class MDMASRGenerateOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape (B, W)): text tokens and the first EOS, then padding.
-        confidence (`torch.FloatTensor` of shape (B, W)): each token's probability in the step that committed it, 0 for padding.
-        nfe (`torch.LongTensor` of shape (B,)): decoder evaluations until everything before the row's first EOS was committed.
+        confidence (`torch.FloatTensor` of shape (B, W)): each token's probability in the step that committed it, 0 for
+            padding.
+        nfe (`torch.LongTensor` of shape (B,)): decoder evaluations until everything before the row's first EOS was
+            committed.
         num_steps (`int`): decoder evaluations of the whole batch, the largest of `nfe`.
     """
 
@@ -128,8 +134,8 @@ def draw_noise(
     generator: torch.Generator | list[torch.Generator] | None, canvas_lengths: list[int], device: torch.device
 ) -> torch.Tensor:
     """
-    Uniform noise (B, L, 2) for one sampler step. With one generator per row, a row's numbers depend on its own generator and
-    canvas length alone, so that it is sampled alike in every batch.
+    Uniform noise (B, L, 2) for one sampler step. With one generator per row, a row's numbers depend on its own
+    generator and canvas length alone, so that it is sampled alike in every batch.
     """
     longest = max(canvas_lengths)
     if not isinstance(generator, (list, tuple)):
@@ -176,14 +182,17 @@ class MDMASRGenerationMixin:
             decoder_input_ids (`torch.LongTensor` of shape (B, P), *optional*): a prompt of your own.
             encoder_outputs ([`MDMASREncoderOutput`], *optional*): of an earlier `encode`; needs `attention_mask` or
                 `input_features` beside it for the adaptive canvas.
-            generator (`torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM samplers.
-            streamer (*optional*): `put_draft(value=canvas)` is called after every step, if it has that, `put` and `end` at the end.
+            generator (`torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM
+                samplers.
+            streamer (*optional*): `put_draft(value=canvas)` is called after every step, if it has that, `put` and
+                `end` at the end.
             synced_gpus (`bool`): keep stepping until all processes are done (FSDP, DeepSpeed ZeRO-3).
-            kwargs: any field of [`MDMASRGenerationConfig`], the sampler's settings (`gamma`, `lambda_`, `k`), and the prompt's
-                slots (`language`, `target_language`, `punctuation`, `task`), one value or one per row.
+            kwargs: any field of [`MDMASRGenerationConfig`], the sampler's settings (`gamma`, `lambda_`, `k`), and the
+                prompt's slots (`language`, `target_language`, `punctuation`, `task`), one value or one per row.
 
         Returns:
-            `torch.LongTensor` of shape (B, W): text tokens and the first EOS, then padding; or [`MDMASRGenerateOutput`].
+            `torch.LongTensor` of shape (B, W): text tokens and the first EOS, then padding; or
+            [`MDMASRGenerateOutput`].
 
         Raises:
             ValueError: an unknown argument, features with NaN, audio longer than encoder or canvas can hold.
@@ -196,7 +205,9 @@ class MDMASRGenerationMixin:
 
         # 2. Audio.
         if input_features is None and encoder_outputs is None:
-            raise ValueError("`generate` needs `input_features` or `encoder_outputs`. Get the former from the processor.")
+            raise ValueError(
+                "`generate` needs `input_features` or `encoder_outputs`. Get the former from the processor."
+            )
         has_speech = None
         if input_features is not None:
             has_speech, attention_mask = self._find_speech(input_features, attention_mask, settings.min_duration_s)
@@ -221,7 +232,9 @@ class MDMASRGenerationMixin:
         candidates = self._open_positions(canvas, canvas_mask)
         noisy = settings.temperature > 0 or sampler.needs_noise
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-            raise ValueError(f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row.")
+            raise ValueError(
+                f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row."
+            )
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
 
@@ -281,7 +294,9 @@ class MDMASRGenerationMixin:
             else:
                 unknown.append(key)
         if unknown:
-            raise ValueError(f"{sorted(unknown)} are not arguments of MDM-ASR's `generate`. See MDMASRGenerationConfig.")
+            raise ValueError(
+                f"{sorted(unknown)} are not arguments of MDM-ASR's `generate`. See MDMASRGenerationConfig."
+            )
         settings.sampler = make_sampler(settings.sampler, **sampler_settings)
         settings.validate()
         if settings.num_beams not in (None, 1):
@@ -289,7 +304,8 @@ class MDMASRGenerationMixin:
         eos = settings.eos_token_id
         if eos is not None and self.config.eos_token_id not in (eos if isinstance(eos, list) else [eos]):
             raise ValueError(
-                f"`eos_token_id={eos}` contradicts the model's {self.config.eos_token_id}, with which its canvas was trained. "
+                f"`eos_token_id={eos}` contradicts the model's {self.config.eos_token_id}, with which its canvas was "
+                "trained. "
                 "Leave it out."
             )
         return settings, prompt_slots
@@ -298,21 +314,26 @@ class MDMASRGenerationMixin:
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, min_duration_s: float
     ) -> tuple[torch.BoolTensor, torch.Tensor | None]:
         """
-        Which rows (B,) hold a signal at all. Digital silence gives features that do not change over time. Rows without one have
-        their mask opened, since an encoder returns NaN for a row of padding only.
+        Which rows (B,) hold a signal at all. Digital silence gives features that do not change over time. Rows without
+        one have their mask opened, since an encoder returns NaN for a row of padding only.
         """
         if not torch.isfinite(input_features).all():
-            raise ValueError("`input_features` hold NaN or infinity. Check the audio, and that it went through this model's processor.")
+            raise ValueError(
+                "`input_features` hold NaN or infinity. Check the audio, and that it went through this model's "
+                "processor."
+            )
         features = input_features if input_features.dim() == 3 else input_features[..., None]
         if features.dim() != 3 or features.shape[1] == 0:
             raise ValueError(
-                f"`input_features` of shape {tuple(input_features.shape)} must be (B, T, mel bins) or waveforms (B, N), T or N at "
+                f"`input_features` of shape {tuple(input_features.shape)} must be (B, T, mel bins) or waveforms (B, "
+                "N), T or N at "
                 "least 1. Hand the audio to this model's processor, which pads short clips."
             )
         inside = torch.ones(features.shape[:2]) if attention_mask is None else attention_mask
         if inside.shape != features.shape[:2]:
             raise ValueError(
-                f"`attention_mask` of shape {tuple(inside.shape)} must be {tuple(features.shape[:2])}, as `input_features` have it."
+                f"`attention_mask` of shape {tuple(inside.shape)} must be {tuple(features.shape[:2])}, as "
+                "`input_features` have it."
             )
         inside = inside.to(features.device).bool()
         outside = ~inside[..., None]
@@ -336,7 +357,8 @@ class MDMASRGenerationMixin:
                 raise ValueError(f"`decoder_input_ids` and {sorted(slots)} both set the prompt. Pass one of them.")
             if decoder_input_ids.dim() != 2 or decoder_input_ids.shape[0] not in (1, batch_size):
                 raise ValueError(
-                    f"`decoder_input_ids` of shape {tuple(decoder_input_ids.shape)} must be a prompt of shape ({batch_size}, P)."
+                    f"`decoder_input_ids` of shape {tuple(decoder_input_ids.shape)} must be a prompt of shape "
+                    f"({batch_size}, P)."
                 )
             return decoder_input_ids.expand(batch_size, -1)
         template = settings.prompt_template or {"tokens": [self.config.decoder_start_token_id]}
@@ -403,7 +425,11 @@ class MDMASRGenerationMixin:
         return logits
 
     def _finalize(
-        self, canvas: torch.LongTensor, canvas_mask: torch.BoolTensor, confidence: torch.Tensor, pad_token_id: int | None
+        self,
+        canvas: torch.LongTensor,
+        canvas_mask: torch.BoolTensor,
+        confidence: torch.Tensor,
+        pad_token_id: int | None,
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """Cuts rows behind their first EOS. Returns sequences and confidences (B, W)."""
         is_eos = (canvas == self.config.eos_token_id) & canvas_mask
@@ -411,7 +437,8 @@ class MDMASRGenerationMixin:
         kept = canvas_mask & ~behind_eos
         if num_full := int((~is_eos.any(dim=-1)).sum()):
             logger.warning(
-                f"{num_full} of {canvas.shape[0]} canvases of up to {canvas.shape[1]} tokens filled up without an end of text, so "
+                f"{num_full} of {canvas.shape[0]} canvases of up to {canvas.shape[1]} tokens filled up without an "
+                "end of text, so "
                 "the end of their speech may be missing. Set a larger `canvas_length` (or `canvas_tokens_per_s`, "
                 "`max_new_tokens`), or split the audio."
             )
@@ -433,7 +460,7 @@ class MDMASRGenerationMixin:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
             return
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        loading = {**dict(zip(names, args)), **kwargs}
+        loading = {**dict(zip(names, args, strict=False)), **kwargs}
         loading.pop("trust_remote_code", None)
         try:
             self.generation_config = self.generation_config_class.from_pretrained(

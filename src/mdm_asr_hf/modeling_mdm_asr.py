@@ -24,15 +24,16 @@ from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, 
 from .generation_mdm_asr import MDMASRGenerationConfig, MDMASRGenerationMixin
 from .prompt_mdm_asr import build_prompt_ids
 
-# The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this file, so
-# that it also runs when the file is loaded as remote code.
+# The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
+# file, so that it also runs when the file is loaded as remote code.
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("mdm_asr", "MDMASRForConditionalGeneration")
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 class MDMASRSinusoidalPositions(nn.Module):
-    """Fixed sinusoids divided by sqrt(D), as transformers' Canary has them: sines in the first half of the channels."""
+    """Fixed sinusoids divided by sqrt(D), as transformers' Canary has them: sines in the first half of the
+    channels."""
 
     def __init__(self, num_positions: int, width: int):
         super().__init__()
@@ -77,7 +78,9 @@ class MDMASRAttention(nn.Module):
         self, hidden_states: torch.Tensor, key_value: KeyValue, attention_mask: torch.Tensor | None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attend(
             self,
             query,
@@ -147,10 +150,12 @@ class MDMASRPreTrainedModel(PreTrainedModel):
 
 class MDMASRDecoder(MDMASRPreTrainedModel):
     """
-    The masked-diffusion decoder: a Transformer decoder without the causal mask. It sees the prompt and the whole canvas at once.
+    The masked-diffusion decoder: a Transformer decoder without the causal mask. It sees the prompt and the whole
+    canvas at once.
 
-    Ids below `vocab_size` (V) are embedded by `embed_tokens`, which is tied to the output; the E ids from V on, the mask among
-    them, by `input_only_embeddings`: they have no logit, so that the mask is never predicted (SUBS, arXiv 2406.07524).
+    Ids below `vocab_size` (V) are embedded by `embed_tokens`, which is tied to the output; the E ids from V on, the
+    mask among them, by `input_only_embeddings`: they have no logit, so that the mask is never predicted (SUBS, arXiv
+    2406.07524).
     """
 
     config: MDMASRDecoderConfig
@@ -195,7 +200,8 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         length = input_ids.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"`decoder_input_ids` have {length} tokens, but the decoder has {self.config.max_position_embeddings} positions. "
+                f"`decoder_input_ids` have {length} tokens, but the decoder has "
+                f"{self.config.max_position_embeddings} positions. "
                 "Use a shorter canvas."
             )
         num_predicted = self.config.vocab_size
@@ -292,7 +298,9 @@ class MDMASRModel(MDMASRPreTrainedModel):
     ) -> Seq2SeqModelOutput:
         """See [`MDMASRForConditionalGeneration.forward`]."""
         if decoder_input_ids is None:
-            raise ValueError("`decoder_input_ids` (prompt and canvas) are missing. `generate` lays a canvas by itself.")
+            raise ValueError(
+                "`decoder_input_ids` (prompt and canvas) are missing. `generate` lays a canvas by itself."
+            )
         if encoder_outputs is None:
             if input_features is None:
                 raise ValueError("Pass `input_features` or `encoder_outputs`.")
@@ -322,8 +330,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     """MDM-ASR for speech recognition: `generate` transcribes, `forward` with labels trains."""
 
     _tied_weights_keys = {"proj_out.weight": "model.decoder.embed_tokens.weight"}
-    # The loss is a mean over canvas positions, which `num_items_in_batch` (labels that are not -100) does not count: the Trainer
-    # has to divide by the gradient accumulation steps itself.
+    # The loss is a mean over canvas positions, which `num_items_in_batch` (labels that are not -100) does not count:
+    # the Trainer has to divide by the gradient accumulation steps itself.
     accepts_loss_kwargs = False
     generation_config_class = MDMASRGenerationConfig
 
@@ -356,8 +364,10 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         if new_num_tokens in (None, self.config.vocab_size):
             return self.get_input_embeddings()
         raise ValueError(
-            f"`new_num_tokens={new_num_tokens}`: the ids from {self.config.vocab_size} on are the mask's and the prompt's, so the "
-            "vocabulary cannot grow or shrink in place. Use the donor's vocabulary, or `from_whisper(..., vocab_size=N)`."
+            f"`new_num_tokens={new_num_tokens}`: the ids from {self.config.vocab_size} on are the mask's and the "
+            "prompt's, so the "
+            "vocabulary cannot grow or shrink in place. Use the donor's vocabulary, or `from_whisper(..., "
+            "vocab_size=N)`."
         )
 
     def freeze_encoder(self):
@@ -410,23 +420,27 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             input_features (`torch.Tensor`): what the processor returns: (B, T, mel bins) or waveforms (B, N).
             attention_mask (`torch.Tensor` of shape (B, T) or (B, N), *optional*): 1 for the utterance, 0 for padding.
             decoder_input_ids (`torch.LongTensor` of shape (B, P + L), *optional*):
-                Prompt and canvas. With `labels`, a canvas that is masked already (as in ISCT's second step): its last L positions
-                belong to the labels. Without `decoder_input_ids`, the labels are laid on a canvas and masked here.
-            decoder_attention_mask (`torch.Tensor` of shape (B, P + L), *optional*): 0 for positions outside a row's canvas.
-            encoder_outputs ([`MDMASREncoderOutput`], *optional*): what `encode` returned, instead of `input_features`.
+                Prompt and canvas. With `labels`, a canvas that is masked already (as in ISCT's second step): its last
+                L positions belong to the labels. Without `decoder_input_ids`, the labels are laid on a canvas and
+                masked here.
+            decoder_attention_mask (`torch.Tensor` of shape (B, P + L), *optional*): 0 for positions outside a row's
+                canvas. encoder_outputs ([`MDMASREncoderOutput`], *optional*): what `encode` returned, instead of
+                `input_features`.
             labels (`torch.LongTensor` of shape (B, L), *optional*):
-                Text tokens; -100 from the end of the text on. The rest of the canvas is filled with EOS, a token to predict like
-                any other. The prompt is not part of the labels.
+                Text tokens; -100 from the end of the text on. The rest of the canvas is filled with EOS, a token to
+                predict like any other. The prompt is not part of the labels.
             timesteps (`torch.Tensor` of shape (B,), *optional*): t in (0, 1]; drawn uniformly if missing.
             prompt_ids (`torch.LongTensor` of shape (B, P), *optional*): the visible prompt; default: the checkpoint's.
             generator (`torch.Generator`, *optional*):
-                Seeds timesteps and masking. In evaluation mode they are seeded by default, so that losses can be compared.
+                Seeds timesteps and masking. In evaluation mode they are seeded by default, so that losses can be
+                compared.
             logits_to_keep (`int`): compute logits for the last so many positions only; 0 means all.
-            input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call them.
+            input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
+                them.
 
         Returns:
-            `Seq2SeqLMOutput`: `loss`, the masked diffusion loss, if there are labels; `logits` (B, P + L, V), or (B, L, V) of the
-            canvas alone with labels.
+            `Seq2SeqLMOutput`: `loss`, the masked diffusion loss, if there are labels; `logits` (B, P + L, V), or (B,
+            L, V) of the canvas alone with labels.
         """
         input_features = input_values if input_features is None else input_features
         targets = masked = canvas_mask = None
@@ -451,7 +465,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             targets = labels.masked_fill(labels == -100, self.config.eos_token_id)
             if decoder_input_ids.shape[-1] < targets.shape[-1]:
                 raise ValueError(
-                    f"`decoder_input_ids` ({decoder_input_ids.shape[-1]} tokens) must hold the prompt and a canvas as long as "
+                    f"`decoder_input_ids` ({decoder_input_ids.shape[-1]} tokens) must hold the prompt and a canvas "
+                    "as long as "
                     f"`labels` ({targets.shape[-1]} tokens)."
                 )
             masked = decoder_input_ids[:, -targets.shape[-1] :] == self.config.mask_token_id
@@ -499,12 +514,15 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         self, labels: torch.LongTensor, duration_s: torch.Tensor | None
     ) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """
-        Lays labels (B, L') on canvases as long as `generate` would make them, filled up with EOS. Returns targets (B, L) and the
-        mask (B, L) of the positions that belong to a row's canvas.
+        Lays labels (B, L') on canvases as long as `generate` would make them, filled up with EOS. Returns targets (B,
+        L) and the mask (B, L) of the positions that belong to a row's canvas.
         """
         is_text = labels != -100
         if not torch.compiler.is_compiling() and bool((is_text[:, 1:] & ~is_text[:, :-1]).any()):
-            raise ValueError("`labels` have -100 before a token. Use -100 only behind the text: it is where the canvas fills with EOS.")
+            raise ValueError(
+                "`labels` have -100 before a token. Use -100 only behind the text: it is where the canvas fills with "
+                "EOS."
+            )
         text_lengths = is_text.sum(dim=-1)
         if duration_s is None and self.generation_config.canvas_length is None:
             lengths = torch.full_like(text_lengths, labels.shape[-1])
@@ -523,7 +541,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     @classmethod
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
         """Makes a ready-to-train diffusion model of a Whisper checkpoint, see `convert_whisper.from_whisper`."""
-        # The converters do not travel with saved checkpoints: a plain relative import would make them, and what they need, do so.
+        # The converters do not travel with saved checkpoints: a plain relative import would make them, and what they
+        # need, do so.
         try:
             from mdm_asr_hf.convert_whisper import from_whisper
         except ImportError as error:
@@ -532,7 +551,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     @classmethod
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
-        """Makes a ready-to-train diffusion model of a Canary checkpoint or .nemo file, see `convert_canary.from_canary`."""
+        """Makes a ready-to-train diffusion model of a Canary checkpoint or .nemo file, see
+        `convert_canary.from_canary`."""
         try:
             from mdm_asr_hf.convert_canary import from_canary
         except ImportError as error:

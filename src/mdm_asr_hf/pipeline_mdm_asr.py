@@ -1,5 +1,6 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""The ASR pipeline with what the stock one drops: confidences, the number of decoder evaluations, and every form of audio."""
+"""The ASR pipeline with what the stock one drops: confidences, the number of decoder evaluations, and every form of
+audio."""
 
 from typing import Any
 
@@ -12,9 +13,9 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
     """
     `pipeline("automatic-speech-recognition", model=folder, pipeline_class=MDMASRPipeline)`.
 
-    Takes audio in every form the processor takes (files without ffmpeg, any sampling rate without torchaudio), and returns
-    `{"text": ..., "confidence": ..., "nfe": ..., "tokens": [{"text": ..., "confidence": ...}, ...]}`: the utterance's confidence is
-    the geometric mean over its tokens and the end of text.
+    Takes audio in every form the processor takes (files without ffmpeg, any sampling rate without torchaudio), and
+    returns `{"text": ..., "confidence": ..., "nfe": ..., "tokens": [{"text": ..., "confidence": ...}, ...]}`: the
+    utterance's confidence is the geometric mean over its tokens and the end of text.
     """
 
     def preprocess(self, inputs: Any, **kwargs):
@@ -47,7 +48,8 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
 
     def postprocess(self, model_outputs: list[dict[str, Any]], **kwargs) -> dict[str, Any]:
         output = model_outputs[0]
-        # Every committed token has a probability above 0; padding, and the end of text given to a row without speech, have 0.
+        # Every committed token has a probability above 0; padding, and the end of text given to a row without speech,
+        # have 0.
         confidence = output["confidence"][0]
         confidence = confidence[confidence > 0]
         ids = output["tokens"][0][: len(confidence)].tolist()

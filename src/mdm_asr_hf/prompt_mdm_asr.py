@@ -34,7 +34,9 @@ def _token_id(template: PromptTemplate, slot: str, values: dict[str, Any]) -> in
     if isinstance(value, str) and value.startswith("@"):
         return _token_id_of_value(template, slot, _resolve(template, value[1:], values))
     if value is None:
-        raise ValueError(f"`{slot}` has no default in this model's prompt. Pass one of {sorted(template['slots'][slot])}.")
+        raise ValueError(
+            f"`{slot}` has no default in this model's prompt. Pass one of {sorted(template['slots'][slot])}."
+        )
     return _token_id_of_value(template, slot, value)
 
 
@@ -76,7 +78,9 @@ def build_prompt_ids(template: PromptTemplate, batch_size: int = 1, **slots: Any
                 + (f", which takes {sorted(known)}." if known else ", which is fixed. Leave the argument out.")
             )
         if isinstance(value, (list, tuple)) and len(value) != batch_size:
-            raise ValueError(f"`{name}` has {len(value)} values for a batch of {batch_size}. Pass one, or one per row.")
+            raise ValueError(
+                f"`{name}` has {len(value)} values for a batch of {batch_size}. Pass one, or one per row."
+            )
     rows = []
     for row in range(batch_size):
         values = {k: v[row] if isinstance(v, (list, tuple)) else v for k, v in slots.items()}

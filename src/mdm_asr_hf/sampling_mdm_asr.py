@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-# Log-probabilities are ranked on this grid and ties go to the left. Near-certain tokens differ by less than the rounding of
-# a matrix product, which changes with the batch: without the grid a batch would commit in another order than its rows.
+# Log-probabilities are ranked on this grid and ties go to the left. Near-certain tokens differ by less than the
+# rounding of a matrix product, which changes with the batch: without the grid a batch would commit in another order
+# than its rows.
 RANK_RESOLUTION = 1e-3
 
 
@@ -35,8 +36,9 @@ class RandomConfig(SamplerConfig):
 @dataclass(frozen=True)
 class DFMConfig(SamplerConfig):
     """
-    Discrete flow matching (arXiv 2407.15595): each masked position jumps with the probability of its rate. With alpha_t = 1 - t
-    and n steps left that is dt / t = 1 / n. A row in which no position jumps commits one, so that no decoder evaluation is lost.
+    Discrete flow matching (arXiv 2407.15595): each masked position jumps with the probability of its rate. With
+    alpha_t = 1 - t and n steps left that is dt / t = 1 / n. A row in which no position jumps commits one, so that no
+    decoder evaluation is lost.
     """
 
     name: ClassVar[str] = "dfm"
@@ -45,7 +47,8 @@ class DFMConfig(SamplerConfig):
 
 @dataclass(frozen=True)
 class ConfTopKConfig(SamplerConfig):
-    """Conf Top-K: the `k` positions of highest confidence; None takes as many as needed to finish within the steps left."""
+    """Conf Top-K: the `k` positions of highest confidence; None takes as many as needed to finish within the steps
+    left."""
 
     name: ClassVar[str] = "conf_top_k"
     k: int | None = None
@@ -58,8 +61,8 @@ class ConfTopKConfig(SamplerConfig):
 @dataclass(frozen=True)
 class EBConfConfig(SamplerConfig):
     """
-    EB-Conf (arXiv 2505.24857): positions sorted by confidence; the longest prefix whose entropies sum, less the largest of them,
-    to at most `gamma` (nats). gamma = 0 commits one token a step, gamma = inf all in one step.
+    EB-Conf (arXiv 2505.24857): positions sorted by confidence; the longest prefix whose entropies sum, less the
+    largest of them, to at most `gamma` (nats). gamma = 0 commits one token a step, gamma = inf all in one step.
     """
 
     name: ClassVar[str] = "eb_conf"
@@ -72,8 +75,8 @@ class EBConfConfig(SamplerConfig):
 @dataclass(frozen=True)
 class PBEBConfConfig(EBConfConfig):
     """
-    PBEB-Conf (arXiv 2602.18952): as EB-Conf, with the confidence multiplied by the position bias exp(-lambda_ * i), i counted
-    from the start of the canvas. lambda_ = 0 is EB-Conf.
+    PBEB-Conf (arXiv 2602.18952): as EB-Conf, with the confidence multiplied by the position bias exp(-lambda_ * i), i
+    counted from the start of the canvas. lambda_ = 0 is EB-Conf.
     """
 
     name: ClassVar[str] = "pbeb_conf"
@@ -116,8 +119,8 @@ def _check_at_least_zero(name: str, value: float) -> None:
 
 def make_sampler(sampler: str | dict | SamplerConfig, **settings) -> SamplerConfig:
     """
-    Builds a sampler's settings from its name ("pbeb_conf", "PBEB-Conf", ...), from what `to_dict` gave, or from another
-    configuration; `settings` override.
+    Builds a sampler's settings from its name ("pbeb_conf", "PBEB-Conf", ...), from what `to_dict` gave, or from
+    another configuration; `settings` override.
 
     Raises:
         ValueError: an unknown sampler, or a setting the sampler does not have.
@@ -160,8 +163,8 @@ def propose_tokens(
     if temperature > 0:
         if token_noise is None:
             raise ValueError("`token_noise` is needed when `temperature` > 0. Draw it uniformly from [0, 1).")
-        # Inverse transform: one uniform number per position, whatever the vocabulary. The last possible token bounds it, since a
-        # cumulative sum may end just below 1.
+        # Inverse transform: one uniform number per position, whatever the vocabulary. The last possible token bounds
+        # it, since a cumulative sum may end just below 1.
         cumulative = probs.cumsum(dim=-1)
         tokens = torch.searchsorted(cumulative, (token_noise.float()[..., None] * cumulative[..., -1:]), right=True)
         tokens = tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
@@ -171,9 +174,12 @@ def propose_tokens(
 
 
 def _ranked(scores: torch.Tensor, candidates: torch.BoolTensor) -> tuple[torch.Tensor, torch.LongTensor]:
-    """Order (B, L) of the positions by falling score, candidates first, ties to the left; and its inverse, the ranks."""
+    """Order (B, L) of the positions by falling score, candidates first, ties to the left; and its inverse, the
+    ranks."""
     order = scores.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    ranks = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return order, ranks
 
 
@@ -214,13 +220,15 @@ def sampler_step(
 
     Args:
         sampler ([`SamplerConfig`]): which sampler, with its settings.
-        logits (`torch.Tensor` of shape (B, L, V)).
+            logits (`torch.Tensor` of shape (B, L, V)).
         canvas (`torch.LongTensor` of shape (B, L)): `mask_token_id` where nothing is committed yet.
         steps_left (`int`): denoising steps left, this one included. The last one commits everything.
-        candidates (`torch.BoolTensor` of shape (B, L), *optional*): the masked positions that may be committed; default all
+        candidates (`torch.BoolTensor` of shape (B, L), *optional*): the masked positions that may be committed;
+            default all
             masked ones. Rows without candidates are left alone.
         temperature (`float`): 0 takes the arg-max tokens.
-        noise (`torch.Tensor` of shape (B, L, 2), *optional*): uniform on [0, 1). [..., 0] draws tokens when temperature > 0,
+        noise (`torch.Tensor` of shape (B, L, 2), *optional*): uniform on [0, 1). [..., 0] draws tokens when
+            temperature > 0,
             [..., 1] positions for the random and the DFM sampler.
 
     Returns:
@@ -232,7 +240,9 @@ def sampler_step(
     if steps_left < 1:
         raise ValueError(f"`steps_left` must be at least 1, got {steps_left}.")
     if noise is None and (temperature > 0 or sampler.needs_noise):
-        raise ValueError(f"`noise` of shape (B, L, 2) is needed by the sampler {sampler.name!r} at temperature {temperature}.")
+        raise ValueError(
+            f"`noise` of shape (B, L, 2) is needed by the sampler {sampler.name!r} at temperature {temperature}."
+        )
     masked = canvas == mask_token_id
     candidates = masked if candidates is None else candidates & masked
     tokens, log_confidence, entropy = propose_tokens(logits, temperature, noise[..., 0] if noise is not None else None)
