@@ -200,7 +200,7 @@ class MDMASRGenerationMixin:
         # 1. Settings.
         if "input_values" in kwargs:
             input_features = kwargs.pop("input_values")
-        settings, prompt_slots = self._prepare_generation_config(generation_config, kwargs)
+        settings, prompt_slots = self._settle_generation_config(generation_config, kwargs)
         sampler = settings.sampler_config
 
         # 2. Audio.
@@ -268,10 +268,13 @@ class MDMASRGenerationMixin:
             return sequences
         return MDMASRGenerateOutput(sequences=sequences, confidence=confidence, nfe=nfe, num_steps=num_steps)
 
-    def _prepare_generation_config(
+    def _settle_generation_config(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> tuple[MDMASRGenerationConfig, dict[str, Any]]:
-        """Merges the sources of settings; returns them and the prompt's slots. Leaves the originals untouched."""
+        """
+        Merges the sources of settings; returns them and the prompt's slots. Leaves the originals untouched. Its name is
+        not `_prepare_generation_config`: pipelines of transformers before 5.23 look for that and call it otherwise.
+        """
         settings = copy.deepcopy(self.generation_config)
         if isinstance(generation_config, MDMASRGenerationConfig):
             settings = copy.deepcopy(generation_config)

@@ -334,6 +334,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     # the Trainer has to divide by the gradient accumulation steps itself.
     accepts_loss_kwargs = False
     generation_config_class = MDMASRGenerationConfig
+    output_modalities = ("text",)
 
     def __init__(self, config: MDMASRConfig):
         super().__init__(config)

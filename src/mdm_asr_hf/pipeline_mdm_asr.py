@@ -33,11 +33,11 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
         attention_mask = model_inputs.pop("attention_mask", None)
         kwargs.pop("return_timestamps", None)
         kwargs.pop("return_language", None)
-        output = self.model.generate(
-            features,
-            attention_mask=attention_mask,
-            **self._prepare_generate_kwargs({**kwargs, "return_dict_in_generate": True}),
-        )
+        kwargs["return_dict_in_generate"] = True
+        # The pipeline's own defaults; before transformers 5.23 they were part of `self.generation_config`.
+        if hasattr(self, "_prepare_generate_kwargs"):
+            kwargs = self._prepare_generate_kwargs(kwargs)
+        output = self.model.generate(features, attention_mask=attention_mask, **kwargs)
         return {
             "is_last": is_last,
             "tokens": output.sequences,
