@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from mdm_asr_hf import MDMASRConfig, MDMASRForConditionalGeneration, MDMASRProcessor, default_checkpoint
-from mdm_asr_hf.cli import main, utterance_confidences
-from mdm_asr_hf.generation_mdm_asr import MDMASRGenerateOutput
+from mdm_asr_hf.cli import main
+from mdm_asr_hf.generation_mdm_asr import MDMASRGenerateOutput, utterance_confidence
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
@@ -210,7 +210,7 @@ def test_bad_checkpoints_give_one_line(run, tmp_path):
 def test_confidence_is_the_geometric_mean_of_the_tokens():
     output = MDMASRGenerateOutput(confidence=torch.tensor([[0.5, 0.125, 1.0], [0.25, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     # (0.5 * 0.125 * 1) ** (1/3) = 0.3969, (0.25 * 1) ** (1/2) = 0.5
-    assert utterance_confidences(output) == [pytest.approx(0.39685, abs=1e-5), pytest.approx(0.5), None]
+    assert utterance_confidence(output.confidence) == [pytest.approx(0.39685, abs=1e-5), pytest.approx(0.5), None]
 
 
 def run_python(code, *arguments, cwd=None, **environment):

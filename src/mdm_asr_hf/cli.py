@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
-    from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationConfig
+    from .generation_mdm_asr import MDMASRGenerationConfig
     from .modeling_mdm_asr import MDMASRForConditionalGeneration
     from .processing_mdm_asr import MDMASRProcessor
 
@@ -165,16 +165,6 @@ def generation_settings(
     return settings
 
 
-def utterance_confidences(output: "MDMASRGenerateOutput") -> list[float | None]:
-    """Per row, the geometric mean of its tokens' probabilities, end of text included; None if nothing was decoded."""
-    rows = []
-    for confidence in output.confidence.float():
-        # 0 marks padding, and the end of text that a silent row is given.
-        scored = confidence[confidence > 0]
-        rows.append(float(scored.log().mean().exp()) if len(scored) else None)
-    return rows
-
-
 @app.command()
 def transcribe(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Audio files: WAV, FLAC, OGG, MP3, ...")],
@@ -314,6 +304,8 @@ def _decode(
     """Results of a batch of clips, each (number of samples,); one that cannot be decoded does not stop the others."""
     import torch
 
+    from .generation_mdm_asr import utterance_confidence
+
     rate_hz = processor.feature_extractor.sampling_rate
     try:
         inputs = processor(clips, sampling_rate=rate_hz, return_tensors="pt").to(model.device)
@@ -328,7 +320,7 @@ def _decode(
     rows = zip(
         clips,
         processor.batch_decode(output.sequences),
-        utterance_confidences(output),
+        utterance_confidence(output.confidence),
         output.nfe.tolist(),
         (eos_token_id not in row for row in output.sequences.tolist()),
         strict=True,
@@ -461,4 +453,4 @@ def main() -> None:
         sys.exit(1)
 
 
-__all__ = ["app", "convert", "generation_settings", "load_model", "main", "transcribe", "utterance_confidences"]
+__all__ = ["app", "convert", "generation_settings", "load_model", "main", "transcribe"]

@@ -130,6 +130,17 @@ class MDMASRGenerateOutput(ModelOutput):
     num_steps: int | None = None
 
 
+def utterance_confidence(confidence: torch.Tensor) -> list[float | None]:
+    """
+    Confidence of each utterance: the geometric mean of its tokens' confidences (B, W), its end of text included. None
+    for one that nothing was decoded of.
+    """
+    # Every committed token has a probability above 0. Padding, and the end of text a row without speech is given, have
+    # 0.
+    rows = [row[row > 0] for row in confidence.float()]
+    return [float(row.log().mean().exp()) if len(row) else None for row in rows]
+
+
 def draw_noise(
     generator: torch.Generator | list[torch.Generator] | None, canvas_lengths: list[int], device: torch.device
 ) -> torch.Tensor:
@@ -272,8 +283,8 @@ class MDMASRGenerationMixin:
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> tuple[MDMASRGenerationConfig, dict[str, Any]]:
         """
-        Merges the sources of settings; returns them and the prompt's slots. Leaves the originals untouched. Its name is
-        not `_prepare_generation_config`: pipelines of transformers before 5.23 look for that and call it otherwise.
+        Merges the sources of settings; returns them and the prompt's slots. Leaves the originals untouched. It is not
+        named `_prepare_generation_config`: pipelines of transformers before 5.23 look for that and call it otherwise.
         """
         settings = copy.deepcopy(self.generation_config)
         if isinstance(generation_config, MDMASRGenerationConfig):
@@ -473,4 +484,10 @@ class MDMASRGenerationMixin:
             logger.info("generation_config.json not found: the default generation settings are used.")
 
 
-__all__ = ["MDMASRGenerateOutput", "MDMASRGenerationConfig", "MDMASRGenerationMixin", "draw_noise"]
+__all__ = [
+    "MDMASRGenerateOutput",
+    "MDMASRGenerationConfig",
+    "MDMASRGenerationMixin",
+    "draw_noise",
+    "utterance_confidence",
+]

@@ -425,8 +425,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 L positions belong to the labels. Without `decoder_input_ids`, the labels are laid on a canvas and
                 masked here.
             decoder_attention_mask (`torch.Tensor` of shape (B, P + L), *optional*): 0 for positions outside a row's
-                canvas. encoder_outputs ([`MDMASREncoderOutput`], *optional*): what `encode` returned, instead of
-                `input_features`.
+                canvas.
+            encoder_outputs ([`MDMASREncoderOutput`], *optional*): what `encode` returned, instead of `input_features`.
             labels (`torch.LongTensor` of shape (B, L), *optional*):
                 Text tokens; -100 from the end of the text on. The rest of the canvas is filled with EOS, a token to
                 predict like any other. The prompt is not part of the labels.

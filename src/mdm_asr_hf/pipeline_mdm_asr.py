@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutomaticSpeechRecognitionPipeline
 
 from .audio_mdm_asr import load_audio
+from .generation_mdm_asr import utterance_confidence
 
 
 class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
@@ -48,12 +49,10 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
 
     def postprocess(self, model_outputs: list[dict[str, Any]], **kwargs) -> dict[str, Any]:
         output = model_outputs[0]
-        # Every committed token has a probability above 0; padding, and the end of text given to a row without speech,
-        # have 0.
+        # 0 marks padding, and the end of text that a row without speech is given.
         confidence = output["confidence"][0]
         confidence = confidence[confidence > 0]
         ids = output["tokens"][0][: len(confidence)].tolist()
-        utterance_confidence = float(confidence.log().mean().exp()) if len(confidence) else None
         special = set(self.tokenizer.all_special_ids)
         tokens = [
             {"text": self.tokenizer.decode([token_id]), "confidence": value}
@@ -62,7 +61,7 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
         ]
         return {
             "text": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            "confidence": utterance_confidence,
+            "confidence": utterance_confidence(output["confidence"])[0],
             "nfe": int(output["nfe"][0]),
             "tokens": tokens,
         }
