@@ -234,6 +234,16 @@ def test_save_and_load(encoder, tmp_path):
     assert [p.name for p in tmp_path.glob("*.bin")] == []
 
 
+def test_weights_load_from_safetensors_only(tmp_path):
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model.safetensors"):
+        MDMASRForConditionalGeneration.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`use_safetensors=False` is refused"):
+        MDMASRForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=False)
+
+
 def test_vocabulary_cannot_be_resized_silently():
     model = tiny_model()
     assert model.resize_token_embeddings(VOCAB_SIZE) is model.get_input_embeddings()

@@ -138,8 +138,17 @@ class MDMASRPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MDMASRDecoderLayer", "WhisperEncoderLayer", "ParakeetEncoderBlock"]
     _supports_flash_attn = True
     _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but from safetensors only: other weight files can carry code."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "`use_safetensors=False` is refused: weights load from safetensors only. Convert the checkpoint with "
+                "`safetensors`, then leave the argument out."
+            )
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
 
     @torch.no_grad()
     def _init_weights(self, module):
