@@ -28,7 +28,7 @@ VOCAB_SIZE = 16384
 
 def main(weights_dir: Path, whisper_dir: Path, output_dir: Path) -> None:
     model = MDMASRForConditionalGeneration.from_whisper(
-        whisper_dir, vocab_size=VOCAB_SIZE, encoder_trailing_silence_s=0.0
+        whisper_dir, vocab_size=VOCAB_SIZE, encoder_trailing_silence_s=0.0, shift_logits=False
     )
     processor = whisper_processor(whisper_dir, vocab_size=VOCAB_SIZE)
     own, theirs = processor.tokenizer.get_vocab(), Tokenizer.from_file(str(weights_dir / "tokenizer.json")).get_vocab()

@@ -12,9 +12,11 @@ from transformers import (
 )
 
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
+from .decoder_mdm_asr import MDMASRDecoder
 from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
 from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationConfig
-from .modeling_mdm_asr import MDMASRDecoder, MDMASRForConditionalGeneration, MDMASRModel
+from .modeling_mdm_asr import MDMASRForConditionalGeneration, MDMASRModel, MDMASROutput
+from .objective_mdm_asr import DiffusionObjective
 from .pipeline_mdm_asr import MDMASRPipeline
 from .processing_mdm_asr import MDMASRProcessor
 from .sampling_mdm_asr import ConfTopKConfig, DFMConfig, EBConfConfig, PBEBConfConfig, RandomConfig
@@ -32,6 +34,23 @@ AutoFeatureExtractor.register(MDMASRConfig, MDMASRFeatureExtractor, exist_ok=Tru
 AutoProcessor.register(MDMASRConfig, MDMASRProcessor, exist_ok=True)
 
 
+# Imported on first use: the trainer brings in much that transcribing does not need.
+_TRAINING = ("ISCTTrainer", "MDMASRTrainingArguments", "make_wer_metric")
+_DATA = ("DataCollatorForMDMASR", "load_sources")
+
+
+def __getattr__(name: str):
+    if name in _TRAINING:
+        from . import training_mdm_asr
+
+        return getattr(training_mdm_asr, name)
+    if name in _DATA:
+        from . import data_mdm_asr
+
+        return getattr(data_mdm_asr, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def default_checkpoint() -> Path:
     """The folder of the checkpoint that comes with the package: model, processor, generation settings and card."""
     return Path(__file__).parent / "checkpoints" / DEFAULT_CHECKPOINT_NAME
@@ -40,7 +59,10 @@ def default_checkpoint() -> Path:
 __all__ = [
     "ConfTopKConfig",
     "DFMConfig",
+    "DataCollatorForMDMASR",
+    "DiffusionObjective",
     "EBConfConfig",
+    "ISCTTrainer",
     "MDMASRAggregateTokenizer",
     "MDMASRConfig",
     "MDMASRDecoder",
@@ -50,9 +72,13 @@ __all__ = [
     "MDMASRGenerateOutput",
     "MDMASRGenerationConfig",
     "MDMASRModel",
+    "MDMASROutput",
     "MDMASRPipeline",
     "MDMASRProcessor",
+    "MDMASRTrainingArguments",
     "PBEBConfConfig",
     "RandomConfig",
     "default_checkpoint",
+    "load_sources",
+    "make_wer_metric",
 ]

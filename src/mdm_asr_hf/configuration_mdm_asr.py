@@ -122,6 +122,8 @@ class MDMASRConfig(PreTrainedConfig):
             frozen donor (0 s triples its error rate); an encoder adapted to less may set less.
         input_frames_per_s (`float`): input frames per second of audio (100 for 10 ms log-mel, the sampling rate
             for encoders that read waveforms). `generate` derives the audio's duration from it.
+        shift_logits (`bool`): read the logits of canvas position i at position i - 1, the prompt's last token giving
+            the first, as an autoregressive donor's weights predict (arXiv 2410.17891, 2508.15487).
     """
 
     model_type = "mdm_asr"
@@ -136,6 +138,7 @@ class MDMASRConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 7
     encoder_trailing_silence_s: float | int = 5.0
     input_frames_per_s: float | int = 100.0
+    shift_logits: bool = False
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True

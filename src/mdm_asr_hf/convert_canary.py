@@ -87,7 +87,12 @@ class _Donor:
 
 
 def from_canary(
-    model_class: type, path_or_id: str | Path, *, dtype: str | torch.dtype | None = None, **hub_kwargs: Any
+    model_class: type,
+    path_or_id: str | Path,
+    *,
+    shift_logits: bool = True,
+    dtype: str | torch.dtype | None = None,
+    **hub_kwargs: Any,
 ) -> torch.nn.Module:
     """
     Builds an MDM-ASR model that holds every weight of a Canary donor. The mask embedding is the only new parameter.
@@ -96,6 +101,7 @@ def from_canary(
         model_class: `MDMASRForConditionalGeneration` or a subclass.
         path_or_id (`str`): a folder or Hub id of `CanaryForConditionalGeneration`, a `.nemo` file, or a folder or Hub
             id that holds one.
+        shift_logits (`bool`): read logits one position earlier, as the donor predicts, see `MDMASRConfig`.
         dtype (`str` or `torch.dtype`, *optional*): of the model; the donor's own by default.
         hub_kwargs: passed to the download (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
 
@@ -110,6 +116,7 @@ def from_canary(
     config = MDMASRConfig(
         encoder_config=donor.encoder_config,
         decoder_config={**DECODER_TRAITS, **donor.decoder_config},
+        shift_logits=shift_logits,
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

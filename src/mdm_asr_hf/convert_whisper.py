@@ -55,6 +55,7 @@ def from_whisper(
     *,
     vocab_size: int | None = None,
     encoder_trailing_silence_s: float = 5.0,
+    shift_logits: bool = True,
     dtype: str | torch.dtype | None = torch.float32,
     **hub_kwargs: Any,
 ) -> nn.Module:
@@ -67,6 +68,7 @@ def from_whisper(
         path_or_id (`str` or `Path`): a folder or Hub id of `WhisperForConditionalGeneration`, in safetensors.
         vocab_size (`int`, *optional*): shrink the vocabulary, see `whisper_tokenizer`.
         encoder_trailing_silence_s (`float`): seconds of silence behind the audio, see `MDMASRConfig`.
+        shift_logits (`bool`): read logits one position earlier, as the donor predicts, see `MDMASRConfig`.
         dtype (`str` or `torch.dtype`, *optional*): of the model; None keeps the donor's own.
         hub_kwargs: passed to the download (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
 
@@ -106,6 +108,7 @@ def from_whisper(
         pad_token_id=ids[EOS],
         decoder_start_token_id=ids[START],
         encoder_trailing_silence_s=encoder_trailing_silence_s,
+        shift_logits=shift_logits,
     )
     model = build_model(model_class, config)
     donor = read_safetensors(path_or_id, hub_kwargs)

@@ -1,262 +1,26 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """MDM-ASR (arXiv 2602.18952): a speech encoder and a masked-diffusion decoder that fills a canvas of [MASK] tokens."""
 
-import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput, Seq2SeqModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
-from .diffusion_mdm_asr import linear_weight, mask_tokens, masked_diffusion_loss, sample_timesteps
+from .configuration_mdm_asr import MDMASRConfig
+from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
+from .diffusion_mdm_asr import masked_diffusion_loss
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .generation_mdm_asr import MDMASRGenerationConfig, MDMASRGenerationMixin
+from .objective_mdm_asr import DiffusionObjective, diffusion_objective
 from .prompt_mdm_asr import build_prompt_ids
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
 # file, so that it also runs when the file is loaded as remote code.
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("mdm_asr", "MDMASRForConditionalGeneration")
-
-KeyValue = tuple[torch.Tensor, torch.Tensor]
-
-
-class MDMASRSinusoidalPositions(nn.Module):
-    """Fixed sinusoids divided by sqrt(D), as transformers' Canary has them: sines in the first half of the
-    channels."""
-
-    def __init__(self, num_positions: int, width: int):
-        super().__init__()
-        self.num_positions, self.width = num_positions, width
-        self.table = nn.Buffer(self.compute_table(), persistent=False)
-
-    def compute_table(self) -> torch.Tensor:
-        """The table (positions, D)."""
-        half = self.width // 2
-        longest = 10000 ** ((self.width - 2) / self.width)
-        rates = torch.exp(-math.log(longest) / max(half - 1, 1) * torch.arange(half).float())
-        angles = torch.arange(self.num_positions).float()[:, None] * rates
-        return torch.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(self.width)
-
-    def forward(self, length: int) -> torch.Tensor:
-        return self.table[:length]
-
-
-class MDMASRAttention(nn.Module):
-    """Multi-head attention over the canvas itself, or over the acoustic frames."""
-
-    def __init__(self, config: MDMASRDecoderConfig, is_causal: bool = False):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = is_causal
-        width, query_width = config.hidden_size, config.num_attention_heads * self.head_dim
-        key_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(width, key_width, bias=config.attention_key_bias)
-        self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, width, bias=config.attention_bias)
-
-    def project_key_value(self, states: torch.Tensor) -> KeyValue:
-        """Keys and values of shape (B, key-value heads, length, head_dim) for states (B, length, D)."""
-        shape = (*states.shape[:-1], -1, self.head_dim)
-        return self.k_proj(states).view(shape).transpose(1, 2), self.v_proj(states).view(shape).transpose(1, 2)
-
-    def forward(
-        self, hidden_states: torch.Tensor, key_value: KeyValue, attention_mask: torch.Tensor | None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            *key_value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
-
-
-class MDMASRDecoderLayer(GradientCheckpointingLayer):
-    """Pre-LayerNorm block: self-attention over the whole canvas, cross-attention to all frames, feed-forward."""
-
-    def __init__(self, config: MDMASRDecoderConfig):
-        super().__init__()
-        self.self_attn = MDMASRAttention(config, is_causal=config.is_causal)
-        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.cross_attn = MDMASRAttention(config)
-        self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.dropout)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cross_key_value: KeyValue,
-        attention_mask: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        normed = self.self_attn_layer_norm(hidden_states)
-        attended, _ = self.self_attn(normed, self.self_attn.project_key_value(normed), attention_mask, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        attended, _ = self.cross_attn(
-            self.cross_attn_layer_norm(hidden_states), cross_key_value, encoder_attention_mask, **kwargs
-        )
-        hidden_states = hidden_states + self.dropout(attended)
-        inner = self.activation_dropout(self.activation(self.fc1(self.mlp_layer_norm(hidden_states))))
-        return hidden_states + self.dropout(self.fc2(inner))
-
-
-class MDMASRPreTrainedModel(PreTrainedModel):
-    config: MDMASRConfig
-    config_class = MDMASRConfig
-    base_model_prefix = "model"
-    main_input_name = "input_features"
-    input_modalities = ("audio", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MDMASRDecoderLayer", "WhisperEncoderLayer", "ParakeetEncoderBlock"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but from safetensors only: other weight files can carry code."""
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(
-                "`use_safetensors=False` is refused: weights load from safetensors only. Convert the checkpoint with "
-                "`safetensors`, then leave the argument out."
-            )
-        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, MDMASRSinusoidalPositions):
-            init.copy_(module.table, module.compute_table())
-
-
-class MDMASRDecoder(MDMASRPreTrainedModel):
-    """
-    The masked-diffusion decoder: a Transformer decoder without the causal mask. It sees the prompt and the whole
-    canvas at once.
-
-    Ids below `vocab_size` (V) are embedded by `embed_tokens`, which is tied to the output; the E ids from V on, the
-    mask among them, by `input_only_embeddings`: they have no logit, so that the mask is never predicted (SUBS, arXiv
-    2406.07524).
-    """
-
-    config: MDMASRDecoderConfig
-    config_class = MDMASRDecoderConfig
-    main_input_name = "input_ids"
-    input_modalities = ("text",)
-    _can_record_outputs = {
-        "hidden_states": MDMASRDecoderLayer,
-        "attentions": OutputRecorder(MDMASRAttention, index=1, layer_name="self_attn"),
-        "cross_attentions": OutputRecorder(MDMASRAttention, index=1, layer_name="cross_attn"),
-    }
-
-    def __init__(self, config: MDMASRDecoderConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.input_only_embeddings = nn.Embedding(config.num_input_only_tokens, config.hidden_size)
-        if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        else:
-            self.embed_positions = MDMASRSinusoidalPositions(config.max_position_embeddings, config.hidden_size)
-        self.embedding_layernorm = None
-        if config.embedding_layernorm:
-            self.embedding_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList([MDMASRDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embed_tokens = value
-
-    def cross_attention_states(self, encoder_hidden_states: torch.Tensor) -> tuple[KeyValue, ...]:
-        """Keys and values of every layer's cross-attention for frames (B, T, D): computed once per utterance."""
-        return tuple(layer.cross_attn.project_key_value(encoder_hidden_states) for layer in self.layers)
-
-    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Embeddings (B, L, D) of tokens and positions for ids (B, L)."""
-        length = input_ids.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"`decoder_input_ids` have {length} tokens, but the decoder has "
-                f"{self.config.max_position_embeddings} positions. "
-                "Use a shorter canvas."
-            )
-        num_predicted = self.config.vocab_size
-        known = self.embed_tokens(input_ids.clamp(max=num_predicted - 1))
-        input_only = self.input_only_embeddings((input_ids - num_predicted).clamp(min=0))
-        embeds = torch.where((input_ids < num_predicted)[..., None], known, input_only)
-        if isinstance(self.embed_positions, nn.Embedding):
-            embeds = embeds + self.embed_positions.weight[:length]
-        else:
-            embeds = embeds + self.embed_positions(length).to(embeds.dtype)
-        if self.embedding_layernorm is not None:
-            embeds = self.embedding_layernorm(embeds)
-        return self.dropout(embeds)
-
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        cross_attention_states: tuple[KeyValue, ...] | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithCrossAttentions:
-        """
-        Args:
-            input_ids (`torch.LongTensor` of shape (B, L)): prompt and canvas.
-            encoder_hidden_states (`torch.Tensor` of shape (B, T, D)): acoustic frames, already of the decoder's width.
-            attention_mask (`torch.Tensor` of shape (B, L), *optional*): 0 for positions outside a row's canvas.
-            encoder_attention_mask (`torch.Tensor` of shape (B, T), *optional*): 0 for padded frames.
-            cross_attention_states (*optional*): what `cross_attention_states` returned for these frames.
-        """
-        hidden_states = self.embed(input_ids)
-        if cross_attention_states is None:
-            cross_attention_states = self.cross_attention_states(encoder_hidden_states)
-        masks = {"config": self.config, "inputs_embeds": hidden_states}
-        if self.config.is_causal:
-            self_mask = create_causal_mask(attention_mask=attention_mask, past_key_values=None, **masks)
-        else:
-            self_mask = create_bidirectional_mask(attention_mask=attention_mask, **masks)
-        cross_mask = create_bidirectional_mask(
-            attention_mask=encoder_attention_mask, encoder_hidden_states=encoder_hidden_states, **masks
-        )
-        for layer, key_value in zip(self.layers, cross_attention_states, strict=True):
-            hidden_states = layer(hidden_states, key_value, self_mask, cross_mask, **kwargs)
-        return BaseModelOutputWithCrossAttentions(last_hidden_state=self.layer_norm(hidden_states))
 
 
 class MDMASRModel(MDMASRPreTrainedModel):
@@ -333,6 +97,22 @@ class MDMASRModel(MDMASRPreTrainedModel):
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
+
+
+@dataclass
+class MDMASROutput(Seq2SeqLMOutput):
+    """
+    Output of [`MDMASRForConditionalGeneration`]: [`Seq2SeqLMOutput`], and in training, for S self-correction steps:
+
+    Args:
+        step_losses (`torch.Tensor` of shape (S,)): each step's loss, without gradient.
+        step_accuracies (`torch.Tensor` of shape (S,)): the share of masked positions predicted right.
+        canvases (`tuple` of S `torch.LongTensor` of shape (B, L)): the canvases the decoder saw.
+    """
+
+    step_losses: torch.FloatTensor | None = None
+    step_accuracies: torch.FloatTensor | None = None
+    canvases: tuple[torch.LongTensor, ...] | None = None
 
 
 class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixin):
@@ -420,6 +200,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         labels: torch.LongTensor | None = None,
         timesteps: torch.Tensor | None = None,
         prompt_ids: torch.LongTensor | None = None,
+        objective: DiffusionObjective | None = None,
         generator: torch.Generator | None = None,
         logits_to_keep: int = 0,
         input_values: torch.Tensor | None = None,
@@ -430,64 +211,54 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             input_features (`torch.Tensor`): what the processor returns: (B, T, mel bins) or waveforms (B, N).
             attention_mask (`torch.Tensor` of shape (B, T) or (B, N), *optional*): 1 for the utterance, 0 for padding.
             decoder_input_ids (`torch.LongTensor` of shape (B, P + L), *optional*):
-                Prompt and canvas. With `labels`, a canvas that is masked already (as in ISCT's second step): its last
-                L positions belong to the labels. Without `decoder_input_ids`, the labels are laid on a canvas and
-                masked here.
+                Prompt and canvas. With `labels`, a canvas that is masked already: its last L positions belong to the
+                labels. Without `decoder_input_ids`, the labels are laid on a canvas and masked here.
             decoder_attention_mask (`torch.Tensor` of shape (B, P + L), *optional*): 0 for positions outside a row's
                 canvas.
             encoder_outputs ([`MDMASREncoderOutput`], *optional*): what `encode` returned, instead of `input_features`.
             labels (`torch.LongTensor` of shape (B, L), *optional*):
                 Text tokens; -100 from the end of the text on. The rest of the canvas is filled with EOS, a token to
                 predict like any other. The prompt is not part of the labels.
-            timesteps (`torch.Tensor` of shape (B,), *optional*): t in (0, 1]; drawn uniformly if missing.
+            timesteps (`torch.Tensor` of shape (B,) or (S, B), *optional*):
+                t in (0, 1], for one or each of S steps; drawn uniformly if missing.
             prompt_ids (`torch.LongTensor` of shape (B, P), *optional*): the visible prompt; default: the checkpoint's.
+            objective ([`DiffusionObjective`], *optional*):
+                Schedule, masking and the number of self-correction steps (ISCT); default: the paper's loss, one step.
+                All steps run in this one call, on one pass of the encoder.
             generator (`torch.Generator`, *optional*):
                 Seeds timesteps and masking. In evaluation mode they are seeded by default, so that losses can be
                 compared.
             logits_to_keep (`int`): compute logits for the last so many positions only; 0 means all.
             input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
                 them.
+            kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility` of [`MDMASRDecoder`].
 
         Returns:
-            `Seq2SeqLMOutput`: `loss`, the masked diffusion loss, if there are labels; `logits` (B, P + L, V), or (B,
-            L, V) of the canvas alone with labels.
+            [`MDMASROutput`]: `loss` if there are labels; `logits` (B, P + L, V), or (B, L, V) of the canvas alone with
+            labels.
         """
         input_features = input_values if input_features is None else input_features
-        targets = masked = canvas_mask = None
         if labels is not None and decoder_input_ids is None:
-            if timesteps is None or generator is None:
-                generator = generator or self._masking_generator()
-            targets, canvas_mask = self._lay_canvas(labels, self.audio_duration_s(input_features, attention_mask))
-            if timesteps is None:
-                timesteps = sample_timesteps(len(targets), device=targets.device, generator=generator)
-            noised, masked = mask_tokens(
-                targets,
+            return self._training_forward(
+                input_features,
+                attention_mask,
+                encoder_outputs,
+                labels,
                 timesteps,
-                mask_token_id=self.config.mask_token_id,
-                maskable=canvas_mask,
-                generator=generator,
+                prompt_ids,
+                objective,
+                generator,
+                kwargs,
             )
-            prompt_ids = self._default_prompt(len(targets)) if prompt_ids is None else prompt_ids
-            prompt_ids = prompt_ids.to(targets.device).expand(len(targets), -1)
-            decoder_input_ids = torch.cat([prompt_ids, noised], dim=-1)
-            decoder_attention_mask = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask], dim=-1)
-        elif labels is not None:
+        targets = None
+        if labels is not None:
             targets = labels.masked_fill(labels == -100, self.config.eos_token_id)
-            if decoder_input_ids.shape[-1] < targets.shape[-1]:
+            logits_to_keep = targets.shape[-1]
+            if decoder_input_ids.shape[-1] < logits_to_keep:
                 raise ValueError(
                     f"`decoder_input_ids` ({decoder_input_ids.shape[-1]} tokens) must hold the prompt and a canvas "
-                    "as long as "
-                    f"`labels` ({targets.shape[-1]} tokens)."
+                    f"as long as `labels` ({logits_to_keep} tokens)."
                 )
-            masked = decoder_input_ids[:, -targets.shape[-1] :] == self.config.mask_token_id
-            if decoder_attention_mask is not None:
-                canvas_mask = decoder_attention_mask[:, -targets.shape[-1] :].bool()
-                masked = masked & canvas_mask
-            if timesteps is None:
-                timesteps = torch.ones(len(targets), device=targets.device)
-        if targets is not None:
-            logits_to_keep = targets.shape[-1]
-
         outputs = self.model(
             input_features=input_features,
             attention_mask=attention_mask,
@@ -496,12 +267,20 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             encoder_outputs=encoder_outputs,
             **kwargs,
         )
-        logits = self.proj_out(outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self._read_logits(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if targets is not None:
-            weights = linear_weight(timesteps.to(logits.device))
-            loss = masked_diffusion_loss(logits, targets, masked, weights, canvas_mask)
-        return Seq2SeqLMOutput(
+            masked = decoder_input_ids[:, -logits_to_keep:] == self.config.mask_token_id
+            canvas_mask = None
+            if decoder_attention_mask is not None:
+                canvas_mask = decoder_attention_mask[:, -logits_to_keep:].bool()
+                masked = masked & canvas_mask
+            times = (
+                torch.ones(len(targets), device=logits.device) if timesteps is None else timesteps.to(logits.device)
+            )
+            schedule = (objective or DiffusionObjective()).noise_schedule
+            loss = masked_diffusion_loss(logits, targets, masked, schedule.weight(times), canvas_mask)
+        return MDMASROutput(
             loss=loss,
             logits=logits,
             decoder_hidden_states=outputs.decoder_hidden_states,
@@ -512,9 +291,67 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             encoder_attentions=outputs.encoder_attentions,
         )
 
-    def _masking_generator(self) -> torch.Generator | None:
-        """None (the global random state) in training, a fixed seed in evaluation."""
-        return None if self.training else torch.Generator().manual_seed(0)
+    def _read_logits(self, hidden_states: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+        """Logits of the last positions of (B, P + L, D); with `shift_logits` each is read one position earlier."""
+        if self.config.shift_logits and logits_to_keep:
+            return self.proj_out(hidden_states[:, -logits_to_keep - 1 : -1])
+        return self.proj_out(hidden_states[:, -logits_to_keep:])
+
+    def _training_forward(
+        self,
+        input_features,
+        attention_mask,
+        encoder_outputs,
+        labels,
+        timesteps,
+        prompt_ids,
+        objective,
+        generator,
+        kwargs,
+    ) -> "MDMASROutput":
+        """Lays the canvas, runs the encoder once, and all steps of the objective on it."""
+        if generator is None and not self.training:
+            generator = torch.Generator().manual_seed(0)
+        targets, canvas_mask = self._lay_canvas(labels, self.audio_duration_s(input_features, attention_mask))
+        prompt_ids = self._default_prompt(len(targets)) if prompt_ids is None else prompt_ids
+        prompt_ids = prompt_ids.to(targets.device).expand(len(targets), -1)
+        decoder_mask = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask], dim=-1)
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_features, attention_mask)
+        encoder_outputs = self.prepare_cross_attention(encoder_outputs)
+
+        def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
+            if token_embeds is not None:
+                token_embeds = torch.cat([self.model.decoder.embed_ids(prompt_ids), token_embeds], dim=1)
+            outputs = self.model(
+                decoder_input_ids=torch.cat([prompt_ids, canvas], dim=-1),
+                decoder_attention_mask=decoder_mask,
+                encoder_outputs=encoder_outputs,
+                token_embeds=token_embeds,
+                **kwargs,
+            )
+            return self._read_logits(outputs.last_hidden_state, canvas.shape[-1])
+
+        result = diffusion_objective(
+            decode,
+            targets,
+            canvas_mask,
+            objective or DiffusionObjective(),
+            mask_token_id=self.config.mask_token_id,
+            eos_token_id=self.config.eos_token_id,
+            embed=self.model.decoder.embed_ids,
+            embedding=self.get_input_embeddings().weight,
+            timesteps=timesteps,
+            generator=generator,
+        )
+        return MDMASROutput(
+            loss=result.loss,
+            logits=result.logits,
+            step_losses=result.step_losses,
+            step_accuracies=result.step_accuracies,
+            canvases=result.canvases,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+        )
 
     def _default_prompt(self, batch_size: int) -> torch.LongTensor:
         template = self.generation_config.prompt_template or {"tokens": [self.config.decoder_start_token_id]}
@@ -570,9 +407,4 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         return from_canary(cls, pretrained_model_name_or_path, **kwargs)
 
 
-__all__ = [
-    "MDMASRDecoder",
-    "MDMASRForConditionalGeneration",
-    "MDMASRModel",
-    "MDMASRPreTrainedModel",
-]
+__all__ = ["MDMASRForConditionalGeneration", "MDMASRModel"]

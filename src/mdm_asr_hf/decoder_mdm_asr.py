@@ -1,0 +1,290 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The masked-diffusion decoder: a Transformer decoder that sees prompt and canvas at once (arXiv 2602.18952)."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class MDMASRSinusoidalPositions(nn.Module):
+    """Fixed sinusoids divided by sqrt(D), as transformers' Canary has them: sines in the first half of the
+    channels."""
+
+    def __init__(self, num_positions: int, width: int):
+        super().__init__()
+        self.num_positions, self.width = num_positions, width
+        self.table = nn.Buffer(self.compute_table(), persistent=False)
+
+    def compute_table(self) -> torch.Tensor:
+        """The table (positions, D)."""
+        half = self.width // 2
+        longest = 10000 ** ((self.width - 2) / self.width)
+        rates = torch.exp(-math.log(longest) / max(half - 1, 1) * torch.arange(half).float())
+        angles = torch.arange(self.num_positions).float()[:, None] * rates
+        return torch.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(self.width)
+
+    def forward(self, length: int) -> torch.Tensor:
+        return self.table[:length]
+
+
+class MDMASRAttention(nn.Module):
+    """Multi-head attention over the canvas itself, or over the acoustic frames."""
+
+    def __init__(self, config: MDMASRDecoderConfig, is_causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = is_causal
+        width, query_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, key_width, bias=config.attention_key_bias)
+        self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, width, bias=config.attention_bias)
+
+    def project_key_value(self, states: torch.Tensor) -> KeyValue:
+        """Keys and values of shape (B, key-value heads, length, head_dim) for states (B, length, D)."""
+        shape = (*states.shape[:-1], -1, self.head_dim)
+        return self.k_proj(states).view(shape).transpose(1, 2), self.v_proj(states).view(shape).transpose(1, 2)
+
+    def forward(
+        self, hidden_states: torch.Tensor, key_value: KeyValue, attention_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            *key_value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class MDMASRDecoderLayer(GradientCheckpointingLayer):
+    """Pre-LayerNorm block: self-attention over the whole canvas, cross-attention to all frames, feed-forward."""
+
+    def __init__(self, config: MDMASRDecoderConfig):
+        super().__init__()
+        self.self_attn = MDMASRAttention(config, is_causal=config.is_causal)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attn = MDMASRAttention(config)
+        self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def cross_key_value(self, frames: torch.Tensor) -> KeyValue:
+        """Keys and values of frames (B, T, D). A method of the layer, since FSDP gathers weights layer by layer."""
+        return self.cross_attn.project_key_value(frames)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cross_key_value: KeyValue,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        normed = self.self_attn_layer_norm(hidden_states)
+        attended, _ = self.self_attn(normed, self.self_attn.project_key_value(normed), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        attended, _ = self.cross_attn(
+            self.cross_attn_layer_norm(hidden_states), cross_key_value, encoder_attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        inner = self.activation_dropout(self.activation(self.fc1(self.mlp_layer_norm(hidden_states))))
+        return hidden_states + self.dropout(self.fc2(inner))
+
+
+class MDMASRPreTrainedModel(PreTrainedModel):
+    config: MDMASRConfig
+    config_class = MDMASRConfig
+    base_model_prefix = "model"
+    main_input_name = "input_features"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MDMASRDecoderLayer", "WhisperEncoderLayer", "ParakeetEncoderBlock"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but from safetensors only: other weight files can carry code."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "`use_safetensors=False` is refused: weights load from safetensors only. Convert the checkpoint with "
+                "`safetensors`, then leave the argument out."
+            )
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MDMASRSinusoidalPositions):
+            init.copy_(module.table, module.compute_table())
+
+
+class MDMASRDecoder(MDMASRPreTrainedModel):
+    """
+    The masked-diffusion decoder: a Transformer decoder without the causal mask. It sees the prompt and the whole
+    canvas at once.
+
+    Ids below `vocab_size` (V) are embedded by `embed_tokens`, which is tied to the output; the E ids from V on, the
+    mask among them, by `input_only_embeddings`: they have no logit, so that the mask is never predicted (SUBS, arXiv
+    2406.07524).
+    """
+
+    config: MDMASRDecoderConfig
+    config_class = MDMASRDecoderConfig
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": MDMASRDecoderLayer,
+        "attentions": OutputRecorder(MDMASRAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(MDMASRAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: MDMASRDecoderConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.input_only_embeddings = nn.Embedding(config.num_input_only_tokens, config.hidden_size)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.embed_positions = MDMASRSinusoidalPositions(config.max_position_embeddings, config.hidden_size)
+        self.embedding_layernorm = None
+        if config.embedding_layernorm:
+            self.embedding_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList([MDMASRDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embed_tokens = value
+
+    def cross_attention_states(self, encoder_hidden_states: torch.Tensor) -> tuple[KeyValue, ...]:
+        """Keys and values of every layer's cross-attention for frames (B, T, D): computed once per utterance."""
+        return tuple(layer.cross_key_value(encoder_hidden_states) for layer in self.layers)
+
+    def embed_ids(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Token embeddings (B, L, D) of ids (B, L), without positions."""
+        num_predicted = self.config.vocab_size
+        known = self.embed_tokens(input_ids.clamp(max=num_predicted - 1))
+        input_only = self.input_only_embeddings((input_ids - num_predicted).clamp(min=0))
+        return torch.where((input_ids < num_predicted)[..., None], known, input_only)
+
+    def embed(self, token_embeds: torch.Tensor) -> torch.Tensor:
+        """What the first layer sees: token embeddings (B, L, D) with positions added."""
+        length = token_embeds.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"`decoder_input_ids` have {length} tokens, but the decoder has "
+                f"{self.config.max_position_embeddings} positions. Use a shorter canvas."
+            )
+        if isinstance(self.embed_positions, nn.Embedding):
+            embeds = token_embeds + self.embed_positions.weight[:length]
+        else:
+            embeds = token_embeds + self.embed_positions(length).to(token_embeds.dtype)
+        if self.embedding_layernorm is not None:
+            embeds = self.embedding_layernorm(embeds)
+        return self.dropout(embeds)
+
+    def _self_attention_mask(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, future_visibility: float | None
+    ) -> torch.Tensor | None:
+        masks = {"config": self.config, "inputs_embeds": hidden_states}
+        if self.config.is_causal:
+            return create_causal_mask(attention_mask=attention_mask, past_key_values=None, **masks)
+        if future_visibility is None:
+            return create_bidirectional_mask(attention_mask=attention_mask, **masks)
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"`future_visibility` needs a mask per pair of positions, which {self.config._attn_implementation!r} "
+                "attention cannot take. Load the model with `attn_implementation='sdpa'`."
+            )
+        batch_size, length = hidden_states.shape[:2]
+        # Each later position is revealed with this probability, drawn anew in every call (arXiv 2410.17891).
+        revealed = torch.rand((batch_size, length, length), device=hidden_states.device) < future_visibility
+        visible = revealed | torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()
+        if attention_mask is not None:
+            # The diagonal stays: a row without any key would be NaN.
+            itself = torch.eye(length, dtype=torch.bool, device=hidden_states.device)
+            visible = visible & (attention_mask.bool()[:, None, :] | itself)
+        visible = visible[:, None]
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(
+            ~visible, torch.finfo(hidden_states.dtype).min
+        )
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cross_attention_states: tuple[KeyValue, ...] | None = None,
+        token_embeds: torch.Tensor | None = None,
+        future_visibility: float | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithCrossAttentions:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape (B, L)): prompt and canvas.
+            encoder_hidden_states (`torch.Tensor` of shape (B, T, D)): acoustic frames, already of the decoder's width.
+            attention_mask (`torch.Tensor` of shape (B, L), *optional*): 0 for positions outside a row's canvas.
+            encoder_attention_mask (`torch.Tensor` of shape (B, T), *optional*): 0 for padded frames.
+            cross_attention_states (*optional*): what `cross_attention_states` returned for these frames.
+            token_embeds (`torch.Tensor` of shape (B, L, D), *optional*): instead of the embeddings of `input_ids`.
+            future_visibility (`float`, *optional*):
+                The share of later positions a position may attend to: from 0, causal as the donor, to 1, for annealing
+                from the one to the other in training. None is the full attention.
+        """
+        hidden_states = self.embed(self.embed_ids(input_ids) if token_embeds is None else token_embeds)
+        if cross_attention_states is None:
+            cross_attention_states = self.cross_attention_states(encoder_hidden_states)
+        self_mask = self._self_attention_mask(hidden_states, attention_mask, future_visibility)
+        cross_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        for layer, key_value in zip(self.layers, cross_attention_states, strict=True):
+            hidden_states = layer(hidden_states, key_value, self_mask, cross_mask, **kwargs)
+        return BaseModelOutputWithCrossAttentions(last_hidden_state=self.layer_norm(hidden_states))
+
+
+__all__ = ["MDMASRDecoder", "MDMASRPreTrainedModel"]

@@ -1,0 +1,185 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The training objective: masked diffusion in one step, or in several with iterative self-correction (ISCT)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .diffusion_mdm_asr import (
+    NoiseSchedule,
+    PositionBiasedMasking,
+    UniformMasking,
+    make_schedule,
+    mask_tokens,
+    masked_diffusion_loss,
+    masking_probability,
+    sample_timesteps,
+)
+
+
+@dataclass(frozen=True)
+class DiffusionObjective:
+    """
+    What a training step minimises.
+
+    Args:
+        schedule (`str`): "linear" (the paper's), "cosine" or "log_linear", see `diffusion_mdm_asr`.
+        num_steps (`int`): 1 is the plain masked diffusion loss; 2 is the paper's ISCT; more go on in the same way.
+        position_biased_share (`float`):
+            The share of rows, drawn at random, whose masks are position-biased instead of uniform. 0 is the paper's.
+        band_width (`float`): width in tokens of the band of position-biased masks, see `PositionBiasedMasking`.
+        sample_predictions (`bool`):
+            Later steps see tokens drawn from the model's distribution instead of its arg-max tokens. The paper leaves
+            it open.
+        stop_gradient (`bool`):
+            No gradient passes from a step into the one before (the paper leaves it open). False passes it through the
+            predicted tokens by a straight-through estimate.
+        low_discrepancy (`bool`): spread the times of a batch evenly, see `sample_timesteps`.
+        eos_weight (`float`):
+            Weight of the positions behind a row's first EOS. They are most of a canvas and nearly free; 1 is the
+            paper's.
+    """
+
+    schedule: str = "linear"
+    num_steps: int = 1
+    position_biased_share: float = 0.0
+    band_width: float = 8.0
+    sample_predictions: bool = False
+    stop_gradient: bool = True
+    low_discrepancy: bool = True
+    eos_weight: float = 1.0
+
+    def __post_init__(self):
+        make_schedule(self.schedule)
+        PositionBiasedMasking(self.band_width)
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"`num_steps` must be an integer of at least 1, got {self.num_steps!r}.")
+        if not 0 <= self.position_biased_share <= 1:
+            raise ValueError(f"`position_biased_share` must be in [0, 1], got {self.position_biased_share!r}.")
+        if not 0 <= self.eos_weight < float("inf"):
+            raise ValueError(f"`eos_weight` must be a finite number >= 0, got {self.eos_weight!r}.")
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        return make_schedule(self.schedule)
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """
+    Attributes:
+        loss (`torch.Tensor`): the sum of the steps' losses.
+        logits (`torch.Tensor` of shape (B, L, V)): of the last step.
+        step_losses, step_accuracies (`torch.Tensor` of shape (S,)): without gradient.
+        canvases (`tuple` of S `torch.LongTensor` of shape (B, L)): what the decoder saw.
+    """
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    step_losses: torch.Tensor
+    step_accuracies: torch.Tensor
+    canvases: tuple[torch.LongTensor, ...]
+
+
+def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    where = generator.device if generator is not None else device
+    return torch.rand(shape, generator=generator, device=where).to(device)
+
+
+def _predict(logits: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.LongTensor:
+    """The tokens (B, L) a step hands to the next one."""
+    if not sample:
+        return logits.argmax(dim=-1)
+    probs = logits.float().softmax(dim=-1)
+    noise = _uniform(probs.shape[:2], probs.device, generator)
+    cumulative = probs.cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulative, noise[..., None] * cumulative[..., -1:], right=True).squeeze(-1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+def diffusion_objective(
+    decode: Callable[..., torch.Tensor],
+    targets: torch.LongTensor,
+    canvas_mask: torch.BoolTensor,
+    objective: DiffusionObjective,
+    *,
+    mask_token_id: int,
+    eos_token_id: int,
+    embed: Callable[[torch.LongTensor], torch.Tensor] | None = None,
+    embedding: torch.Tensor | None = None,
+    timesteps: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> ObjectiveOutput:
+    """
+    Runs the steps of the objective (arXiv 2602.18952, ISCT):
+    ```
+    1. Draw t, mask the ground truth, predict: loss 1.
+    2. Draw t again, mask the prediction (what was visible is carried over, so wrong tokens stay), predict again
+    against
+       the ground truth at the masked positions: loss 2. And so on for more steps.
+    3. The loss is the sum.
+    ```
+
+    Args:
+        decode (`Callable`): (canvas (B, L), token_embeds (B, L, D) or None) -> logits (B, L, V) of the canvas.
+        targets (`torch.LongTensor` of shape (B, L)): texts on EOS-filled canvases.
+        canvas_mask (`torch.BoolTensor` of shape (B, L)): positions that belong to a row's canvas.
+        embed, embedding: ids to token embeddings, and their matrix (V, D); needed without `stop_gradient` only.
+        timesteps (`torch.Tensor` of shape (B,) or (S, B), *optional*): drawn if missing.
+        generator (`torch.Generator`, *optional*): seeds all draws.
+    """
+    batch_size, device = len(targets), targets.device
+    schedule = objective.noise_schedule
+    if timesteps is not None:
+        timesteps = timesteps.to(device).expand(objective.num_steps, batch_size)
+    # Up to and including the first EOS; a text that fills its canvas has none.
+    is_eos = (targets == eos_token_id) & canvas_mask
+    behind_eos = (is_eos.cumsum(dim=-1) - is_eos.long()) > 0
+    text_lengths = (canvas_mask & ~behind_eos).sum(dim=-1)
+    position_weight = torch.where(behind_eos, objective.eos_weight, 1.0)
+    is_biased = torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
+    if objective.position_biased_share > 0:
+        is_biased = _uniform((batch_size, 1), device, generator) < objective.position_biased_share
+
+    visible, prediction_grad, logits = targets, None, None
+    losses, accuracies, canvases = [], [], []
+    for step in range(objective.num_steps):
+        if timesteps is not None:
+            t = timesteps[step]
+        else:
+            t = sample_timesteps(
+                batch_size, low_discrepancy=objective.low_discrepancy, device=device, generator=generator
+            )
+        shared = {"canvas_mask": canvas_mask, "text_lengths": text_lengths, "schedule": schedule}
+        probability, weight = masking_probability(t, masking=UniformMasking(), **shared)
+        if objective.position_biased_share > 0:
+            biased = masking_probability(t, masking=PositionBiasedMasking(objective.band_width), **shared)
+            probability = torch.where(is_biased, biased[0], probability)
+            weight = torch.where(is_biased, biased[1], weight)
+        canvas, masked = mask_tokens(visible, probability, mask_token_id=mask_token_id, generator=generator)
+        token_embeds = None
+        if prediction_grad is not None:
+            # The value of the embedding, the gradient of the probabilities.
+            token_embeds = embed(canvas) + torch.where(masked[..., None], 0.0, prediction_grad)
+        logits = decode(canvas, token_embeds)
+        losses.append(masked_diffusion_loss(logits, targets, masked, weight * position_weight, canvas_mask))
+        canvases.append(canvas)
+        with torch.no_grad():
+            right = (logits.argmax(dim=-1) == targets) & masked
+            accuracies.append(right.sum() / masked.sum().clamp(min=1))
+        if step + 1 < objective.num_steps:
+            with torch.no_grad():
+                predicted = _predict(logits, objective.sample_predictions, generator)
+            # SUBS: what was visible is carried over unchanged.
+            visible = torch.where(masked, predicted, canvas)
+            if not objective.stop_gradient:
+                mixture = logits.softmax(dim=-1).to(embedding.dtype) @ embedding
+                prediction_grad = torch.where(masked[..., None], mixture - mixture.detach(), 0.0)
+    loss = torch.stack(losses).sum()
+    return ObjectiveOutput(
+        loss, logits, torch.stack(losses).detach(), torch.stack(accuracies).detach(), tuple(canvases)
+    )
+
+
+__all__ = ["DiffusionObjective", "ObjectiveOutput", "diffusion_objective"]

@@ -1,0 +1,282 @@
+import math
+
+import pytest
+import torch
+from tiny_models import ENCODERS, VOCAB_SIZE, tiny_inputs, tiny_model
+
+from mdm_asr_hf import DiffusionObjective
+from mdm_asr_hf.objective_mdm_asr import diffusion_objective
+
+EOS, START, MASK = 1, VOCAB_SIZE, VOCAB_SIZE + 1
+TARGETS = torch.tensor([[5, 6, 7, EOS, EOS, EOS], [8, 9, 10, 11, 4, EOS]])
+CANVAS_MASK = torch.tensor([[True] * 6, [True] * 6])
+LABELS = torch.tensor([[5, 6, 7, 8], [9, 10, -100, -100], [11, -100, -100, -100]])
+
+
+class Decoder:
+    """Predicts the same logits whatever it sees, and remembers what it saw."""
+
+    def __init__(self, predictions, vocab_size=12, confidence=3.0):
+        self.logits = torch.nn.functional.one_hot(torch.tensor(predictions), vocab_size).float() * confidence
+        self.logits.requires_grad_()
+        self.canvases, self.embeds = [], []
+
+    def __call__(self, canvas, token_embeds=None):
+        self.canvases.append(canvas)
+        self.embeds.append(token_embeds)
+        return self.logits
+
+
+def run(decoder, objective, targets=TARGETS, canvas_mask=CANVAS_MASK, **kwargs):
+    return diffusion_objective(decoder, targets, canvas_mask, objective, mask_token_id=99, eos_token_id=EOS, **kwargs)
+
+
+# Wrong at position 1 of both rows.
+WRONG = [[5, 2, 7, EOS, EOS, EOS], [8, 2, 10, 11, 4, EOS]]
+
+
+def test_the_second_step_sees_the_models_own_wrong_tokens_and_is_scored_against_the_truth():
+    decoder = Decoder(WRONG)
+    times = torch.tensor([[1.0, 1.0], [0.5, 0.5]])
+    out = run(decoder, DiffusionObjective(num_steps=2), timesteps=times, generator=torch.Generator().manual_seed(3))
+    first, second = out.canvases
+    assert (first == 99).all()
+    masked = second == 99
+    assert masked.any() and not masked.all()
+    assert torch.equal(second[~masked], torch.tensor(WRONG)[~masked])
+    assert (second[:, 1][~masked[:, 1]] == 2).any()  # a wrong token stays visible
+    # Cross-entropies by hand: log(1 + 11 e^-3) for a right prediction, and 3 more for a wrong one.
+    right = math.log(1 + 11 * math.exp(-3))
+    losses = torch.full((2, 6), right)
+    losses[:, 1] += 3
+    torch.testing.assert_close(out.step_losses[0], losses.sum() / 12)
+    torch.testing.assert_close(out.step_losses[1], (losses * masked).sum() / 12 / 0.5)
+    torch.testing.assert_close(out.loss, out.step_losses.sum())
+    assert out.step_accuracies[0].item() == pytest.approx(10 / 12)
+
+
+def test_what_was_visible_is_carried_over():
+    decoder = Decoder(WRONG)
+    times = torch.tensor([[1e-3, 1e-3], [0.5, 0.5]])
+    out = run(decoder, DiffusionObjective(num_steps=2), timesteps=times, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(out.canvases[0], TARGETS)
+    visible = out.canvases[1] != 99
+    assert torch.equal(out.canvases[1][visible], TARGETS[visible])
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+def test_any_number_of_steps(num_steps):
+    decoder = Decoder(WRONG)
+    out = run(decoder, DiffusionObjective(num_steps=num_steps))
+    assert len(decoder.canvases) == num_steps == len(out.step_losses) == len(out.canvases)
+    torch.testing.assert_close(out.loss.detach(), out.step_losses.sum())
+
+
+def test_sampled_predictions_differ_from_the_most_probable():
+    decoder = Decoder(WRONG, confidence=0.5)
+    times = torch.tensor([[1.0, 1.0], [1e-3, 1e-3]])
+    greedy = run(decoder, DiffusionObjective(num_steps=2), timesteps=times)
+    assert torch.equal(greedy.canvases[1], torch.tensor(WRONG))
+    objective = DiffusionObjective(num_steps=2, sample_predictions=True)
+    sampled = [
+        run(decoder, objective, timesteps=times, generator=torch.Generator().manual_seed(seed)).canvases[1]
+        for seed in (0, 0, 1)
+    ]
+    assert not torch.equal(sampled[0], greedy.canvases[1])
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+
+
+def test_the_weight_of_the_eos_tail():
+    decoder = Decoder(WRONG)
+    times = torch.ones(2)
+    plain = run(decoder, DiffusionObjective(), timesteps=times).loss
+    without = run(decoder, DiffusionObjective(eos_weight=0.0), timesteps=times).loss
+    # Two positions of row 0 lie behind its first EOS, which itself counts in full.
+    right = math.log(1 + 11 * math.exp(-3))
+    torch.testing.assert_close(plain - without, torch.tensor(2 * right / 12))
+
+
+def test_position_biased_rows_are_visible_on_the_left():
+    objective = DiffusionObjective(position_biased_share=1.0, band_width=1.0)
+    for seed in range(10):
+        canvas = run(Decoder(WRONG), objective, generator=torch.Generator().manual_seed(seed)).canvases[0]
+        masked = canvas == 99
+        assert (masked[0, 4:]).all()  # behind the first EOS
+        # A mask has only masks on its right, but for the one position of the band.
+        assert ((masked[:, :-1] & ~masked[:, 1:]).sum(-1) <= 1).all()
+    half = DiffusionObjective(position_biased_share=0.5)
+    rows = torch.tensor([[5, 6, 7, 8, EOS] + [EOS] * 40]).expand(400, -1)
+    masked = (
+        run(
+            Decoder([[5] * 45] * 400),
+            half,
+            rows,
+            torch.ones(400, 45, dtype=torch.bool),
+            timesteps=torch.full((400,), 0.3),
+        ).canvases[0]
+        == 99
+    )
+    assert masked[:, 5:].all(-1).float().mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+def test_nonsense_raises():
+    for settings, message in [
+        (dict(schedule="square"), "`schedule`"),
+        (dict(num_steps=0), "`num_steps`"),
+        (dict(position_biased_share=1.5), "`position_biased_share`"),
+        (dict(eos_weight=-1), "`eos_weight`"),
+        (dict(band_width=0), "`width`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DiffusionObjective(**settings)
+
+
+# --- in the model ---
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+def test_all_steps_run_on_one_pass_of_the_encoder(encoder, monkeypatch):
+    model = tiny_model(encoder).train()
+    features, mask = tiny_inputs(encoder)
+    calls = {"encode": 0, "keys": 0}
+    encode, keys = type(model.model).encode, type(model.model.decoder).cross_attention_states
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(type(model.model), "encode", count("encode", encode))
+    monkeypatch.setattr(type(model.model.decoder), "cross_attention_states", count("keys", keys))
+    out = model(features, mask, labels=LABELS, objective=DiffusionObjective(num_steps=3))
+    assert calls == {"encode": 1, "keys": 1}
+    assert out.step_losses.shape == out.step_accuracies.shape == (3,) and out.loss.requires_grad
+    out.loss.backward()
+    assert model.model.decoder.layers[0].fc1.weight.grad.abs().sum() > 0
+
+
+def test_isct_in_the_model_shows_it_wrong_tokens():
+    model = tiny_model()
+    features, mask = tiny_inputs()
+    out = model(
+        features,
+        mask,
+        labels=LABELS,
+        objective=DiffusionObjective(num_steps=2),
+        timesteps=torch.tensor([[1.0] * 3, [0.3] * 3]),
+    )
+    second = out.canvases[1]
+    visible_text = second[0, :4][second[0, :4] != MASK]
+    assert len(visible_text) and not torch.equal(visible_text, LABELS[0][second[0, :4] != MASK])
+
+
+def test_gradient_passes_between_steps_only_if_asked():
+    def gradient_of_the_first_step(stop_gradient):
+        """d loss 2 / d logits 1, by a decoder whose two steps have logits of their own."""
+        logits = [torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in (0, 1)]
+        embedding = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+        steps = iter(logits)
+
+        def decode(canvas, token_embeds=None):
+            own = next(steps)
+            return own if token_embeds is None else own + token_embeds.sum((1, 2), keepdim=True) * torch.arange(6.0)
+
+        out = diffusion_objective(
+            decode,
+            torch.tensor([[2, 3, 1]]),
+            torch.ones(1, 3, dtype=torch.bool),
+            DiffusionObjective(num_steps=2, stop_gradient=stop_gradient),
+            mask_token_id=99,
+            eos_token_id=1,
+            embed=lambda ids: embedding[ids.clamp(max=5)],
+            embedding=embedding,
+            timesteps=torch.tensor([[1.0], [0.6]]),
+            generator=torch.Generator().manual_seed(1),
+        )
+        assert (out.canvases[1] == 99).any() and (out.canvases[1] != 99).any()
+        second = out.loss - torch.nn.functional.cross_entropy(logits[0][0], torch.tensor([2, 3, 1]))
+        return torch.autograd.grad(second, logits[0], allow_unused=True)[0]
+
+    assert gradient_of_the_first_step(stop_gradient=True).abs().max() < 1e-6
+    assert gradient_of_the_first_step(stop_gradient=False).abs().max() > 1e-4
+
+
+def test_gradients_through_steps_run_in_the_model():
+    model = tiny_model().train()
+    features, mask = tiny_inputs()
+    losses = []
+    for stop_gradient in (True, False):
+        out = model(
+            features,
+            mask,
+            labels=LABELS,
+            objective=DiffusionObjective(num_steps=2, stop_gradient=stop_gradient),
+            generator=torch.Generator().manual_seed(0),
+        )
+        losses.append(out.loss.item())
+        out.loss.backward()
+    # The straight-through estimate changes the gradient, not the value.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- what carries over from the donor ---
+
+
+def test_shifted_logits_are_read_one_position_earlier():
+    model = tiny_model()
+    features, mask = tiny_inputs(seconds=(1.0,))
+    ids = torch.tensor([[START, 5, MASK, 7]])
+    whole = model(features, mask, decoder_input_ids=ids).logits
+    model.config.shift_logits = True
+    kept = model(features, mask, decoder_input_ids=ids, logits_to_keep=3).logits
+    torch.testing.assert_close(kept, whole[:, :-1])
+    loss = model(features, mask, decoder_input_ids=ids, labels=torch.tensor([[5, 6, 7]])).loss
+    torch.testing.assert_close(loss, -whole[0, 1].log_softmax(-1)[6] / 3)
+
+
+def test_shifted_models_train_and_generate_alike(tmp_path):
+    model = tiny_model(shift_logits=True)
+    features, mask = tiny_inputs()
+    model.generation_config.canvas_tokens_per_s, model.generation_config.canvas_extra_tokens = 2.0, 6
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    model.train()
+    objective = DiffusionObjective(num_steps=2)
+    for _ in range(120):
+        loss = model(features, mask, labels=torch.cat([LABELS, torch.full((3, 1), -100)], 1), objective=objective).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.shift_logits
+    texts = [[i for i in row if i > 2] for row in loaded.generate(features, attention_mask=mask).tolist()]
+    assert texts == [[5, 6, 7, 8], [9, 10], [11]]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_future_visibility_goes_from_causal_to_full(implementation):
+    model = tiny_model("parakeet")
+    model.model.decoder.set_attn_implementation(implementation)
+    features, mask = tiny_inputs("parakeet", seconds=(1.0, 0.5))
+    ids = torch.randint(3, 60, (2, 9))
+    canvas_mask = torch.ones(2, 9)
+    canvas_mask[1, 6:] = 0
+
+    def logits(**kwargs):
+        with torch.no_grad():
+            return model(features, mask, decoder_input_ids=ids, decoder_attention_mask=canvas_mask, **kwargs).logits
+
+    full, causal = logits(), logits(future_visibility=0.0)
+    inside = canvas_mask.bool()
+    torch.testing.assert_close(logits(future_visibility=1.0)[inside], full[inside], atol=1e-4, rtol=1e-4)
+    changed = ids.clone()
+    changed[:, -1] = 5
+    with torch.no_grad():
+        other = model(
+            features, mask, decoder_input_ids=changed, decoder_attention_mask=canvas_mask, future_visibility=0.0
+        ).logits
+    torch.testing.assert_close(other[:, :-1], causal[:, :-1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(full[0, 0], causal[0, 0], atol=1e-3)
+    assert causal.isfinite().all()
