@@ -1,0 +1,601 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The trainer: masked diffusion with iterative self-correction (ISCT, arXiv 2602.18952) in a Seq2SeqTrainer."""
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers.utils import logging
+
+from .objective_mdm_asr import DiffusionObjective
+
+logger = logging.get_logger(__name__)
+
+# Beside the averaged weights of a checkpoint: what training goes on with.
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
+
+# Names of the objective's settings among the training arguments.
+_OBJECTIVE_FIELDS = {
+    "noise_schedule": "schedule",
+    "isct_steps": "num_steps",
+    "position_biased_share": "position_biased_share",
+    "band_width": "band_width",
+    "isct_sample_predictions": "sample_predictions",
+    "isct_stop_gradient": "stop_gradient",
+    "low_discrepancy_timesteps": "low_discrepancy",
+    "eos_weight": "eos_weight",
+}
+_LOWER_IS_BETTER = ("wer", "cer")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
+    """
+    Training arguments of [`ISCTTrainer`]: those of `Seq2SeqTrainingArguments`, and the ones below, each with its help
+    text. `metric_for_best_model` "wer" and "cer" are better when lower, and "wer" is the default where
+    `predict_with_generate` and `load_best_model_at_end` are set.
+    """
+
+    isct_steps: int = _setting(2, "Self-correction steps per batch: 2 is the paper's ISCT, 1 the plain loss.")
+    noise_schedule: str = _setting("linear", "Noise schedule: 'linear' (the paper's), 'cosine' or 'log_linear'.")
+    position_biased_share: float = _setting(
+        0.0, "Share of rows whose masks are position-biased, as at inference; 0 is the paper's."
+    )
+    band_width: float = _setting(8.0, "Width, in tokens, of the mixed band of position-biased masks.")
+    isct_sample_predictions: bool = _setting(
+        False, "Later steps see tokens drawn from the model instead of its arg-max tokens."
+    )
+    isct_stop_gradient: bool = _setting(True, "No gradient passes from one self-correction step into the one before.")
+    eos_weight: float = _setting(1.0, "Weight of the loss behind the first end-of-text token; 1 is the paper's.")
+    low_discrepancy_timesteps: bool = _setting(True, "Spread the times of a batch evenly over (0, 1].")
+    causal_anneal_steps: int = _setting(
+        0,
+        "Optimizer steps over which the decoder's view of later positions opens from none, as the autoregressive "
+        "donor had it, to all. 0: all from the start.",
+    )
+    freeze_encoder: bool = _setting(
+        False, "Keep the encoder as it is: no gradients, no dropout, no running statistics."
+    )
+    freeze_embeddings: bool = _setting(
+        False, "Keep token (and tied output) and position embeddings as they are; [MASK] still learns."
+    )
+    freeze_lower_layers: int = _setting(0, "Keep the lowest so many decoder layers as they are.")
+    ema_decay: float | None = _setting(
+        None,
+        "Decay of an exponential moving average of the trained weights, such as 0.999. The average is what is "
+        "evaluated and saved. None: no average.",
+    )
+    spec_augment: bool = _setting(False, "Mask bands of time and of frequency of the features.")
+    spec_augment_time_masks: int = _setting(2, "Bands of time per utterance.")
+    spec_augment_time_share: float = _setting(0.05, "Longest band of time, as a share of the utterance.")
+    spec_augment_frequency_masks: int = _setting(2, "Bands of frequency per utterance.")
+    spec_augment_frequency_width: int = _setting(15, "Widest band of frequency, in mel bins.")
+    max_seconds_per_batch: float | None = _setting(
+        None,
+        "Seconds of audio, padding included, that a device takes at once, in batches of similar lengths. Replaces "
+        "`per_device_train_batch_size`. None: batches of a fixed number of utterances.",
+    )
+    remove_unused_columns: bool = _setting(False, "Drop columns the model does not know before the collator.")
+    logging_nan_inf_filter: bool = _setting(False, "Filter NaN losses out of the logs. Training stops at them anyway.")
+
+    def __post_init__(self):
+        try:
+            self.make_objective()
+        except ValueError as error:
+            message = str(error)
+            for name, inner in _OBJECTIVE_FIELDS.items():
+                message = message.replace(f"`{inner}`", f"`{name}`")
+            # `PositionBiasedMasking` calls its band's width so.
+            raise ValueError(message.replace("`width`", "`band_width`")) from error
+        for name in ("causal_anneal_steps", "freeze_lower_layers"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, got {getattr(self, name)!r}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay!r}. None turns it off.")
+        if self.max_seconds_per_batch is not None and not self.max_seconds_per_batch > 0:
+            raise ValueError(f"`max_seconds_per_batch` must be positive, got {self.max_seconds_per_batch!r}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` is not part of the masked diffusion "
+                "objective. Leave it 0."
+            )
+        if self.metric_for_best_model is None and self.load_best_model_at_end and self.predict_with_generate:
+            self.metric_for_best_model = "wer"
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(_LOWER_IS_BETTER):
+            self.greater_is_better = False
+        if self.accelerator_config is None:
+            # Batches of a stream vary in length, so that one process cannot read them for all.
+            self.accelerator_config = {"dispatch_batches": False}
+        if self.data_seed is None:
+            # Processes draw different masks (see `_TrainingHooks`), but must agree on the order of the data.
+            self.data_seed = self.seed
+        super().__post_init__()
+
+    def make_objective(self) -> DiffusionObjective:
+        """The objective these arguments describe."""
+        return DiffusionObjective(**{inner: getattr(self, name) for name, inner in _OBJECTIVE_FIELDS.items()})
+
+
+def make_wer_metric(
+    processor: Any, language: str | None = None, normalizer: Callable[[str], str] | None = None
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    A `compute_metrics` for `predict_with_generate`: word and character error rates in per cent, over all words of the
+    set.
+
+    Args:
+        processor: the processor or tokenizer whose `decode` turns ids into text. Negative ids are padding.
+        language (`str`, *optional*): "en" normalises with Whisper's English normaliser (without its table of
+            spellings, unless the tokenizer has one), any other with its basic one. Default: the prompt's language.
+        normalizer (`Callable`, *optional*): your own, instead.
+
+    Raises:
+        ValueError: (the metric) there is no word in the references.
+    """
+    import jiwer
+
+    if language is None:
+        language = ((getattr(processor, "prompt_template", None) or {}).get("defaults") or {}).get("language", "en")
+    if normalizer is None and language == "en":
+        tokenizer = getattr(processor, "tokenizer", processor)
+        normalizer = EnglishTextNormalizer(getattr(tokenizer, "english_spelling_normalizer", None) or {})
+    normalize = normalizer or BasicTextNormalizer()
+
+    def texts(rows: Any) -> list[str]:
+        rows = rows[0] if isinstance(rows, tuple) else rows
+        kept = [[int(token) for token in row if token >= 0] for row in rows]
+        return [normalize(processor.decode(row, skip_special_tokens=True)).strip() for row in kept]
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        pairs = list(zip(texts(prediction.label_ids), texts(prediction.predictions), strict=True))
+        spoken = [(reference, hypothesis) for reference, hypothesis in pairs if reference]
+        if not spoken:
+            raise ValueError("The references of the evaluation set hold no word. Check its text column.")
+        # Where nothing was said, every word is an insertion; jiwer takes no empty reference.
+        invented = [hypothesis for reference, hypothesis in pairs if not reference]
+        references, hypotheses = (list(side) for side in zip(*spoken, strict=True))
+        words, characters = (
+            jiwer.process_words(references, hypotheses),
+            jiwer.process_characters(references, hypotheses),
+        )
+        metrics = {}
+        for name, result, extra in (
+            ("wer", words, sum(len(text.split()) for text in invented)),
+            ("cer", characters, sum(map(len, invented))),
+        ):
+            errors = result.substitutions + result.deletions + result.insertions + extra
+            metrics[name] = 100 * errors / (result.hits + result.substitutions + result.deletions)
+        return metrics
+
+    return compute_metrics
+
+
+class WeightAverage:
+    """
+    An exponential moving average, in fp32, of the parameters of a model that are trained. Its decay starts low, as
+    min(`decay`, (1 + n) / (10 + n)) after n updates, so that short runs do not keep their first weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+
+    def update(self, num_updates: int):
+        """Takes the parameters in after optimizer step `num_updates` (from 1)."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        current = [p.detach().float() for p in self.parameters.values()]
+        # A checkpoint is read before the model is on its device.
+        self.average = {name: self.average[name].to(p.device) for name, p in self.parameters.items()}
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), current, num_updates)
+
+    @torch.no_grad()
+    def copy_to_model(self):
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.average[name])
+
+    @contextlib.contextmanager
+    def in_model(self) -> Iterator[None]:
+        """The model has the averaged weights inside the context."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.copy_to_model()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(kept[name])
+
+    def save(self, path: Path):
+        """Writes the average and the model's own weights."""
+        tensors = {f"average.{name}": tensor.contiguous() for name, tensor in self.average.items()}
+        # Clones: parameters may share storage, which safetensors refuses.
+        tensors |= {f"weight.{name}": p.detach().clone().contiguous() for name, p in self.parameters.items()}
+        save_file(tensors, path)
+
+    @torch.no_grad()
+    def load(self, path: Path):
+        """Reads what `save` wrote, into the average and the model."""
+        tensors = load_file(path)
+        expected = {f"{kind}.{name}" for kind in ("average", "weight") for name in self.parameters}
+        if different := sorted(expected ^ set(tensors)):
+            raise ValueError(
+                f"{path} was written with other trained parameters ({different[0]!r} and {len(different) - 1} more "
+                "differ). Resume with the freezing options the run began with."
+            )
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+            self.average[name] = tensors[f"average.{name}"].to(parameter.device)
+
+
+class _TrainingHooks(TrainerCallback):
+    """What [`ISCTTrainer`] does at the beginning of training and after each step."""
+
+    def __init__(self, trainer: "ISCTTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index > 0:
+            # All processes start with one seed. They would mask alike, which covers fewer times per step.
+            torch.manual_seed(args.seed + 1_000_003 * args.process_index)
+        self.trainer._begin_average()
+        self.trainer._shard_methods()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._batch_sampler is not None:
+            # accelerate does not reach a sampler behind batches that it skips on resuming.
+            self.trainer._batch_sampler.set_epoch(int(round(state.epoch or 0.0, 6)))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.weight_average is not None:
+            self.trainer.weight_average.update(state.global_step)
+
+
+class ISCTTrainer(Seq2SeqTrainer):
+    r"""
+    Trains MDM-ASR with the objective of its [`MDMASRTrainingArguments`].
+
+    - All self-correction steps of a batch run in one forward of the (wrapped) model, so that DDP, gradient
+      accumulation and gradient checkpointing need no care. The loss is a mean over the canvas positions of a
+      micro-batch; micro-batches weigh alike.
+    - Logs `loss_step_1`, `accuracy_step_1`, ... (loss, and accuracy of masked tokens, of each step) beside `loss`.
+    - Evaluates with the paper's masks whatever the training masks are, seeded by the texts of a batch:
+      `eval_loss_step_1` can be compared between runs, and depends neither on the order of batches nor on what came
+      before. With `predict_with_generate` it transcribes by `generate()` and, with a processor, reports WER and CER.
+    - A loss that is NaN or infinite raises a ValueError before the optimizer's step.
+    - `ema_decay`: the averaged weights are evaluated and saved as the weights of every checkpoint; what training goes
+      on with is saved beside them. After `train()` the model has the averaged weights.
+
+    Args:
+        model ([`MDMASRForConditionalGeneration`]): or one that PEFT wrapped.
+        args ([`MDMASRTrainingArguments`]).
+        processing_class (*optional*): the processor; saved with the checkpoints, and decodes for WER.
+        compute_metrics (*optional*): default with `predict_with_generate`: [`make_wer_metric`].
+        kwargs: further arguments of `Seq2SeqTrainer`.
+    """
+
+    # The loss is a mean of the micro-batch: training_step divides it by the gradient accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: MDMASRTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, MDMASRTrainingArguments):
+            raise ValueError(f"`args` must be MDMASRTrainingArguments, got {type(args).__name__}.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("`compute_loss_func` would replace the objective. Use Seq2SeqTrainer, or leave it out.")
+        if args.n_gpu > 1:
+            logger.warning(
+                f"Training uses one of {args.n_gpu} GPUs. Start it with `accelerate launch` or `torchrun` to use all."
+            )
+            # DataParallel would split and join the outputs of the objective's steps.
+            args._n_gpu = 1
+        if args.predict_with_generate and compute_metrics is None and processing_class is not None:
+            compute_metrics = make_wer_metric(processing_class)
+        self.weight_average: WeightAverage | None = None
+        self._objective = args.make_objective()
+        self._evaluation_objective = replace(
+            self._objective, schedule="linear", position_biased_share=0.0, eos_weight=1.0, sample_predictions=False
+        )
+        self._batch_sampler: Any = None
+        self._step_sums: torch.Tensor | None = None
+        self._num_summed = 0
+        self._evaluated_steps: list[torch.Tensor] = []
+        self._finite: tuple[torch.Tensor, Any] | None = None
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        # Wherever it is decided: this model never divides by the number of labels.
+        self.model_accepts_loss_kwargs = False
+        if args.ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("`ema_decay` does not work with sharded parameters. Use DDP, or leave it out.")
+        self._freeze()
+        self.add_callback(_TrainingHooks(self))
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        if getattr(self, "model", None) is not None:
+            # Made anew for a trial; the first one is frozen in `__init__`.
+            self.model = model
+            self._freeze()
+        return model
+
+    @property
+    def core_model(self) -> nn.Module:
+        """The MDM-ASR model inside the wrappers of Accelerate and PEFT."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _freeze(self):
+        core, args = self.core_model, self.args
+        decoder = core.get_decoder()
+        if args.freeze_lower_layers > len(decoder.layers):
+            raise ValueError(
+                f"`freeze_lower_layers={args.freeze_lower_layers}`, but the decoder has {len(decoder.layers)} layers."
+            )
+        frozen = list(decoder.layers[: args.freeze_lower_layers])
+        if args.freeze_encoder:
+            frozen.append(core.get_encoder())
+        if args.freeze_embeddings:
+            # The mask's embedding, which no donor has, is in `input_only_embeddings` and still learns.
+            frozen += [decoder.embed_tokens, decoder.embed_positions]
+        for module in frozen:
+            module.requires_grad_(False)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.max_seconds_per_batch is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        from .data_mdm_asr import SecondsBatches, SecondsBatchSampler
+
+        args, dataset = self.args, self.train_dataset
+        limits = {"max_seconds": args.max_seconds_per_batch, "seed": args.data_seed}
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            # Batches of rows, which the collator unpacks.
+            dataset = dataset if isinstance(dataset, SecondsBatches) else SecondsBatches(dataset, **limits)
+            batching = {"batch_size": 1}
+        else:
+            timed = dataset
+            if not hasattr(dataset, "durations_s"):
+                if "duration_s" not in (getattr(dataset, "column_names", None) or ()):
+                    raise ValueError(
+                        "`max_seconds_per_batch` needs to know how long the rows of `train_dataset` are. Make it with "
+                        "`load_sources`, or give it `durations_s` or a column `duration_s`."
+                    )
+                timed = dataset["duration_s"]
+            self._batch_sampler = SecondsBatchSampler(timed, num_processes=args.world_size, **limits)
+            batching = {"batch_sampler": self._batch_sampler}
+        loader = DataLoader(
+            dataset,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            **batching,
+        )
+        # The sampler has as many batches for every process; some versions of accelerate cannot even out varying ones.
+        even_batches, self.accelerator.even_batches = self.accelerator.even_batches, False
+        loader = self.accelerator.prepare(loader)
+        self.accelerator.even_batches = even_batches
+        return loader
+
+    def _shard_methods(self):
+        """Lets FSDP gather a layer's weights for the method that is called beside its forward."""
+        if not self.is_fsdp_enabled:
+            return
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        for layer in self.core_model.get_decoder().layers:
+            if isinstance(layer, FSDPModule) and "cross_key_value" not in vars(layer):
+                register_fsdp_forward_method(layer, "cross_key_value")
+
+    # ---- Loss ----
+
+    def future_visibility(self) -> float | None:
+        """The share of later positions the decoder sees at the current step; None is the full attention."""
+        steps, done = self.args.causal_anneal_steps, self.state.global_step
+        return done / steps if done < steps else None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs.get("labels") is None:
+            raise ValueError(
+                "The batch has no `labels`. Collate it with DataCollatorForMDMASR, or call the processor with `text`."
+            )
+        inputs = dict(inputs)
+        if not model.training:
+            generator = torch.Generator().manual_seed(_texts_checksum(inputs["labels"]))
+            outputs = model(**inputs, objective=self._evaluation_objective, generator=generator)
+            return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+        if self.args.freeze_encoder:
+            # `training_step` has just put everything into training mode; dropout and running statistics of a frozen
+            # encoder must stay off.
+            self.core_model.get_encoder().eval()
+        if self.args.spec_augment:
+            inputs = self._augment(inputs)
+        if (visibility := self.future_visibility()) is not None:
+            inputs["future_visibility"] = visibility
+        outputs = model(**inputs, objective=self._objective)
+        loss = outputs["loss"]
+        steps = torch.stack([outputs["step_losses"].float(), outputs["step_accuracies"].float()]).detach()
+        self._step_sums = steps if self._step_sums is None else self._step_sums + steps
+        self._num_summed += 1
+        self._finite = _to_host(torch.isfinite(loss.detach()))
+        return (loss, outputs) if return_outputs else loss
+
+    def _augment(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        from .augmentation_mdm_asr import spec_augment
+
+        features = spec_augment(
+            inputs["input_features"],
+            inputs.get("attention_mask"),
+            num_time_masks=self.args.spec_augment_time_masks,
+            max_time_share=self.args.spec_augment_time_share,
+            num_freq_masks=self.args.spec_augment_frequency_masks,
+            max_freq_bins=self.args.spec_augment_frequency_width,
+        )
+        return inputs | {"input_features": features}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Asked only now, when the device has the backward pass queued, so that it does not wait for the answer.
+        finite, event = self._finite
+        if event is not None:
+            event.synchronize()
+        if not finite.item():
+            raise ValueError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}, at a learning rate of "
+                f"{self._get_learning_rate():.3g}. Training on would spoil the weights; the optimizer has not used "
+                "this batch. Resume from the last checkpoint with a lower `learning_rate`, more `warmup_steps`, a "
+                "lower `max_grad_norm`, or `bf16` instead of `fp16`; if it happens in the first steps, check the "
+                "features for NaN."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._num_summed:
+            sums = torch.cat([self._step_sums.flatten(), self._step_sums.new_tensor([float(self._num_summed)])])
+            sums = self.accelerator.reduce(sums, "sum").tolist()
+            logs |= _step_metrics([total / sums[-1] for total in sums[:-1]])
+            self._step_sums, self._num_summed = None, 0
+            if (visibility := self.future_visibility()) is not None:
+                logs["future_visibility"] = visibility
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        inputs = self._prepare_inputs(inputs)
+        labels, loss, predictions = inputs.get("labels"), None, None
+        with torch.no_grad():
+            if labels is not None:
+                with self.compute_loss_context_manager():
+                    loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                loss, predictions = loss.detach().mean(), outputs["logits"]
+                steps = torch.cat([outputs["step_losses"].float(), outputs["step_accuracies"].float()])
+                # Once per row, as Trainer does with the loss, so that both weigh batches alike.
+                self._evaluated_steps.append(self.gather_function(steps.repeat(len(labels), 1)).cpu())
+                del outputs
+            if prediction_loss_only:
+                return loss, None, None
+            if self.args.predict_with_generate:
+                predictions = self._generate(inputs, gen_kwargs)
+        if predictions is None:
+            raise ValueError("Without `labels` there is nothing to predict. Set `predict_with_generate=True`.")
+        return loss, predictions, labels
+
+    def _generate(self, inputs: dict[str, Any], gen_kwargs: dict[str, Any]) -> torch.LongTensor:
+        gen_kwargs = {k: v for k, v in (gen_kwargs or getattr(self, "_gen_kwargs", {})).items() if v is not None}
+        gen_kwargs.setdefault("synced_gpus", self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        if "prompt_ids" in inputs:
+            inputs["decoder_input_ids"] = inputs.pop("prompt_ids")
+        with self.accelerator.autocast():
+            return self.model.generate(**inputs, **gen_kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self._evaluated_steps = []
+        self._shard_methods()
+        # Seq2SeqTrainer counts the rows twice that fill up the last batch of several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
+        with self._averaged_weights():
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+        if self._evaluated_steps:
+            means = torch.cat(self._evaluated_steps).mean(dim=0).tolist()
+            output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in _step_metrics(means).items()})
+            self._evaluated_steps = []
+        return output
+
+    # ---- Averaged weights and checkpoints ----
+
+    def train(self, *args, **kwargs):
+        self.weight_average, self._step_sums, self._num_summed = None, None, 0
+        output = super().train(*args, **kwargs)
+        if self.weight_average is not None:
+            # The best checkpoint, once loaded, has its own averaged weights.
+            if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+                self.weight_average.copy_to_model()
+            self.weight_average = None
+        return output
+
+    def _begin_average(self):
+        if self.args.ema_decay is not None and self.weight_average is None:
+            self.weight_average = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.weight_average is None else self.weight_average.in_model()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        with self._averaged_weights():
+            super().save_model(output_dir, _internal_call)
+        resumable = _internal_call and self.args.should_save and not self.args.save_only_model
+        if self.weight_average is not None and resumable:
+            self.weight_average.save(Path(output_dir) / TRAINING_WEIGHTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME
+        if path.exists():
+            # Training goes on with its own weights, also where it goes on without an average.
+            average = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay or 0.0)
+            average.load(path)
+            self.weight_average = average if self.args.ema_decay is not None else None
+        elif self.args.ema_decay is not None:
+            logger.warning(f"{resume_from_checkpoint} has no averaged weights: the average begins with its weights.")
+
+
+def _step_metrics(values: list[float]) -> dict[str, float]:
+    """Names for the S losses and S accuracies of the steps."""
+    num_steps = len(values) // 2
+    named = {f"loss_step_{i + 1}": values[i] for i in range(num_steps)}
+    return named | {f"accuracy_step_{i + 1}": values[num_steps + i] for i in range(num_steps)}
+
+
+def _texts_checksum(labels: torch.LongTensor) -> int:
+    """A number that depends on the texts of a batch (B, L), and not on their padding."""
+    rows = labels.cpu().numpy()
+    return zlib.crc32(b"".join(row[row != -100].tobytes() for row in rows))
+
+
+def _to_host(flag: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Starts the copy of a tensor to the host. Returns it and the event, if any, to wait for."""
+    if not flag.is_cuda:
+        return flag, None
+    copied = flag.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copied, event
+
+
+__all__ = ["ISCTTrainer", "MDMASRTrainingArguments", "WeightAverage", "make_wer_metric"]

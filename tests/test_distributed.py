@@ -1,0 +1,235 @@
+"""Two processes train as one does; FSDP takes the model."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_inputs, tiny_model
+
+from mdm_asr_hf import decoder_mdm_asr, objective_mdm_asr
+from mdm_asr_hf.decoder_mdm_asr import MDMASRDecoderLayer
+from mdm_asr_hf.objective_mdm_asr import DiffusionObjective
+from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
+
+HERE = Path(__file__).parent
+FSDP_CONFIG = HERE.parent / "training" / "configs" / "fsdp.yaml"
+NUM_STEPS, EOS = 6, 1
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sixteen clips, each told from the others by its first label."""
+
+    def __init__(self):
+        self.features, self.mask = tiny_inputs("whisper", seconds=(0.5, 0.4, 0.45, 0.3) * 4)
+        self.durations_s = self.mask.sum(dim=1) / 100
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, i):
+        labels = torch.tensor([3 + i, 4 + i % 5, 9, EOS])
+        return {"input_features": self.features[i], "attention_mask": self.mask[i], "labels": labels}
+
+
+def mask_by_row(tokens, probability, *, mask_token_id, generator=None):
+    """In place of the random masks: 4 of 6 positions, which ones depends on the row alone, wherever it is."""
+    if mask_by_row.rows is None:
+        mask_by_row.rows = tokens[:, 0]  # The first step's tokens are the truth.
+    positions = torch.arange(tokens.shape[1])
+    masked = ((mask_by_row.rows[:, None] * 7 + positions * 2 + mask_by_row.step) % 3 > 0) & (probability > 0)
+    mask_by_row.step += 1
+    if mask_by_row.step == 2:
+        mask_by_row.step, mask_by_row.rows = 0, None
+    return tokens.masked_fill(masked, mask_token_id), masked
+
+
+mask_by_row.rows, mask_by_row.step = None, 0
+
+
+def train(folder, num_processes):
+    """Trains with a global batch of 4, and writes what process 0 logged and what each process masked."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    model = tiny_model("whisper")
+    model.generation_config.canvas_length = 6
+    args = MDMASRTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4 // num_processes,
+        per_device_eval_batch_size=3,
+        max_steps=NUM_STEPS,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        logging_steps=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        ddp_backend="gloo" if num_processes > 1 else None,
+        disable_tqdm=True,
+        predict_with_generate=True,
+        dataloader_pin_memory=False,
+    )
+    assert args.world_size == num_processes
+    objective_mdm_asr.sample_timesteps = lambda n, device=None, **_: 0.25 + 0.5 * torch.ones(n)
+    objective_mdm_asr.mask_tokens = mask_by_row
+    rows = Rows()
+    seen = []
+
+    def count_rows(prediction):
+        return {"rows": float(len(prediction.predictions)), "labels": prediction.label_ids[:, 0].sum().item()}
+
+    class Recorder(ISCTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(sorted(inputs["labels"][:, 0].tolist()) if model.training else [])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    uneven = torch.utils.data.Subset(rows, range(7))
+    trainer = Recorder(model, args, train_dataset=rows, eval_dataset=uneven, compute_metrics=count_rows)
+    trainer.train()
+    metrics = trainer.evaluate()
+    drawn = torch.rand(1).item()
+    result = {
+        "log": trainer.state.log_history,
+        "metrics": metrics,
+        "seen": seen[:NUM_STEPS],
+        "drawn": drawn,
+        "weight": model.proj_out.weight.tolist(),
+    }
+    (folder / f"{num_processes}_{args.process_index}.json").write_text(json.dumps(result))
+
+
+def launch(*command, timeout_s=100):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+LAUNCHERS = {
+    # --multi_gpu stands for torchrun; the arguments' `use_cpu` keeps to the CPU and gloo.
+    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
+}
+
+
+def test_two_processes_give_the_loss_curve_of_one(tmp_path):
+    launch(__file__, "train", tmp_path, 1)
+    launch(*LAUNCHERS["accelerate"].split(), __file__, "train", tmp_path, 2)
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
+
+    # The two share each step's rows.
+    assert [sorted(a + b) for a, b in zip(first["seen"], second["seen"], strict=True)] == one["seen"]
+    assert len(set(map(tuple, one["seen"]))) > 1
+    for name in ("loss", "loss_step_1", "loss_step_2", "accuracy_step_1", "accuracy_step_2", "grad_norm"):
+        curves = [[entry[name] for entry in result["log"] if name in entry] for result in (one, first)]
+        assert len(curves[0]) == 3
+        torch.testing.assert_close(*map(torch.tensor, curves), atol=1e-4, rtol=1e-4)
+    losses = [entry["loss_step_2"] for entry in one["log"] if "loss_step_2" in entry]
+    assert losses[-1] < losses[0]
+    weights = [torch.tensor(result["weight"]) for result in (one, first, second)]
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(weights[1], weights[2])
+    # Seven rows: none is counted twice, though two processes see eight.
+    for result in (one, first):
+        assert result["metrics"]["eval_rows"] == 7 and result["metrics"]["eval_labels"] == sum(range(3, 10))
+    # Left to themselves the processes would mask differently.
+    assert first["drawn"] != second["drawn"]
+
+
+def shard(folder):
+    """The gradients of a sharded model, and what it generates."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    model = tiny_model("parakeet").train()
+    model.model.encoder.requires_grad_(False)
+    mesh = init_device_mesh("cpu", (2,))
+    for module in reversed(list(model.modules())):
+        if type(module).__name__ in ("MDMASRDecoderLayer", "ParakeetEncoderBlock"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    trainer = ISCTTrainer(
+        model, MDMASRTrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], freeze_encoder=True)
+    )
+    trainer.is_fsdp_enabled = True
+    trainer._shard_methods()
+    trainer._shard_methods()
+    assert isinstance(model.model.decoder.layers[0], FSDPModule)
+    gradients, tokens = forward_and_backward(model)
+    gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    if torch.distributed.get_rank() == 0:
+        torch.save((gradients, tokens), folder / "sharded.pt")
+    torch.distributed.destroy_process_group()
+
+
+def forward_and_backward(model):
+    features, mask = tiny_inputs("parakeet")
+    labels = torch.tensor([[5, 6, EOS], [7, EOS, -100], [8, 9, EOS]])
+    inputs = {"input_features": features, "attention_mask": mask, "labels": labels}
+    objective, generator = DiffusionObjective(num_steps=2), torch.Generator().manual_seed(0)
+    model.model.encoder.eval()
+    model(**inputs, objective=objective, generator=generator).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
+    return gradients, model.eval().generate(features, attention_mask=mask, max_new_tokens=8)
+
+
+@pytest.mark.skipif(
+    not hasattr(MDMASRDecoderLayer, "cross_key_value"), reason="the layers project the frames outside their methods"
+)
+def test_sharded_layers_have_the_gradients_of_the_whole_model(tmp_path):
+    launch(*LAUNCHERS["torchrun"].split(), __file__, "shard", tmp_path)
+    sharded, tokens = torch.load(tmp_path / "sharded.pt")
+    model = tiny_model("parakeet").train()
+    model.model.encoder.requires_grad_(False)
+    whole, expected = forward_and_backward(model)
+    assert set(sharded) == set(whole) and any("cross_attn.k_proj" in name for name in whole)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sharded[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    assert torch.equal(tokens, expected)
+
+
+def fsdp_plugin(monkeypatch, config):
+    """The plugin that `accelerate launch --config_file` brings about, without a launch."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    parser = launch_command_parser()
+    args = parser.parse_args(["--config_file", str(config), "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    for name, value in prepare_multi_gpu_env(args).items():
+        if name.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(name, value)
+    return args, FullyShardedDataParallelPlugin()
+
+
+def test_the_fsdp_configuration_wraps_the_layers(monkeypatch):
+    args, plugin = fsdp_plugin(monkeypatch, FSDP_CONFIG)
+    assert args.use_fsdp and args.num_processes == 8 and args.mixed_precision == "bf16"
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+    model = tiny_model("parakeet")
+    plugin.set_auto_wrap_policy(model)
+    policy = plugin.auto_wrap_policy
+    assert isinstance(policy, functools.partial)
+    classes = {layer.__name__ for layer in policy.keywords["transformer_layer_cls"]}
+    assert classes == {"MDMASRDecoderLayer", "ParakeetEncoderBlock"}
+    assert decoder_mdm_asr.MDMASRDecoderLayer in policy.keywords["transformer_layer_cls"]
+    wrapped = [m for m in model.modules() if policy(module=m, recurse=False, nonwrapped_numel=0)]
+    assert len(wrapped) == 4  # 2 layers each.
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        train(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        shard(Path(sys.argv[2]))
