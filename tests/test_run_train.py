@@ -1,0 +1,133 @@
+"""The training script, on a tiny model and a language of tones."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import tiny_model, tiny_processor
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+TRAINING = Path(__file__).parent.parent / "training"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run_train():
+    return load_script("run_train")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    tones = load_script("tones")
+    tones.NUM_ROWS = {"train": 12, "eval": 3}
+    folder = tmp_path_factory.mktemp("tones")
+    tones.main(folder)
+    return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def arguments(model_folder, data, tmp_path, *more):
+    return [
+        *("--model", str(model_folder), "--train_sources", str(data / "train"), "--output_dir", str(tmp_path / "out")),
+        *("--max_steps", "2", "--max_seconds_per_batch", "15", "--use_cpu", "true", "--report_to", "none"),
+        *("--save_strategy", "no", "--logging_steps", "1", "--disable_tqdm", "true", *more),
+    ]
+
+
+def test_it_trains_evaluates_and_saves_what_loads(run_train, model_folder, data, tmp_path):
+    more = ["--eval_sources", str(data / "eval"), "--predict_with_generate", "true", "--join_utterances", "true"]
+    more += ["--join_max_s", "8"]
+    results = run_train.main(arguments(model_folder, data, tmp_path, *more, "--augment", "true"))
+    assert results["before"]["eval_wer"] > 0 and results["after"]["eval_wer"] > 0
+    assert results["before"]["eval_loss"] != results["after"]["eval_loss"]
+    assert [entry["step"] for entry in results["log"] if "loss_step_2" in entry] == [1, 2]
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stored["versions"]["mdm_asr_hf"] and stored["skipped"].startswith("0 of")
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    clip = next((data / "eval").glob("*.flac"))
+    assert isinstance(processor.decode(model.generate(**processor(clip)))[0], str)
+
+
+def test_yaml_settings_and_the_command_line_over_them(run_train, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "train_sources": [{"path": "a", "weight": 0.5}, {"path": "b", "weight": 0.5}],
+                "learning_rate": 0.001,
+                "isct_steps": 3,
+                "freeze_encoder": True,
+                "output_dir": "out",
+            }
+        )
+    )
+    _, data_arguments, training = run_train.read_arguments([str(recipe), "--isct_steps", "1"])
+    assert run_train.parse_sources(data_arguments.train_sources) == [
+        {"path": "a", "weight": 0.5},
+        {"path": "b", "weight": 0.5},
+    ]
+    assert training.learning_rate == 0.001 and training.isct_steps == 1 and training.freeze_encoder
+
+
+@pytest.mark.parametrize("recipe", sorted((TRAINING / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_valid(run_train, recipe, tmp_path):
+    if recipe.stem == "fsdp":
+        pytest.skip("settings of accelerate, tested elsewhere")
+    more = ["--bf16", "false", "--train_sources", "a"] if "bf16" in recipe.read_text() else ["--train_sources", "a"]
+    _, _, training = run_train.read_arguments([str(recipe), "--output_dir", str(tmp_path), *more])
+    assert training.isct_steps == 2
+
+
+def test_the_papers_columns_on_local_folders(run_train, model_folder, tmp_path):
+    """The paper recipe's sources, with its columns and weights, on folders of the same columns."""
+    tones = load_script("tones")
+    recipe = yaml.safe_load((TRAINING / "configs" / "paper.yaml").read_text())
+    sources = []
+    for i, source in enumerate(recipe["train_sources"]):
+        folder = tmp_path / f"source{i}"
+        tones.NUM_ROWS = {"train": 3}
+        tones.main(folder)
+        manifest = folder / "train" / "metadata.jsonl"
+        column = source.get("text_column", "text")
+        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        manifest.write_text("\n".join(json.dumps({column: row.pop("text").upper(), **row}) for row in rows) + "\n")
+        kept = {k: v for k, v in source.items() if k in ("weight", "text_column", "lowercase")}
+        sources.append(json.dumps({"path": str(folder / "train"), **kept}))
+    argv = arguments(model_folder, tmp_path, tmp_path)
+    start = argv.index("--train_sources")
+    results = run_train.main([*argv[: start + 1], *sources, *argv[start + 2 :]])
+    assert results["train"]["train_loss"] > 0
+
+
+def test_the_input_pipeline_can_be_measured_alone(run_train, model_folder, data, tmp_path):
+    results = run_train.main(arguments(model_folder, data, tmp_path, "--benchmark_input", "3"))
+    assert results["input_rows_per_s"] > 0 and results["input_audio_s_per_s"] > 0
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_clear_errors(run_train, model_folder, data, tmp_path):
+    source = json.dumps({"path": str(data / "train"), "text_column": "transcript"})
+    argv = arguments(model_folder, data, tmp_path)
+    argv[argv.index("--train_sources") + 1] = source
+    with pytest.raises(ValueError, match="'transcript' is not in .*'duration_s', 'file_name', 'text'"):
+        run_train.main(argv)
+    with pytest.raises(ValueError, match="`train_sources` is empty"):
+        run_train.main(["--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="`noise_schedule` 'square'"):
+        run_train.main(arguments(model_folder, data, tmp_path, "--noise_schedule", "square"))

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Trains MDM-ASR with iterative self-correction. Settings come from a YAML file, from the command line, or from both:
+
+    python training/run_train.py training/configs/finetune.yaml --train_sources DIR --output_dir OUT
+    accelerate launch --num_processes 8 training/run_train.py training/configs/paper.yaml --output_dir OUT
+
+Writes the model with its processor, checkpoints, and `results.json` with the command, versions, settings and the log.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor, __version__, default_checkpoint
+from mdm_asr_hf.augmentation_mdm_asr import Augmenter
+from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR, load_sources, max_label_tokens
+from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(default="default", metadata={"help": "An MDM-ASR folder or id; 'default': the package's own."})
+    donor: str | None = field(
+        default=None, metadata={"help": "Start from a Whisper or Canary checkpoint (folder, id or .nemo) instead."}
+    )
+    donor_kind: str = field(default="whisper", metadata={"help": "'whisper' or 'canary'."})
+    vocab_size: int | None = field(default=None, metadata={"help": "Shrink a Whisper donor's vocabulary to N ids."})
+    encoder_trailing_silence_s: float | None = field(
+        default=None, metadata={"help": "Seconds of silence behind the audio, for Whisper encoders."}
+    )
+    shift_logits: bool | None = field(
+        default=None,
+        metadata={"help": "Read logits one position earlier, as the donor predicts. Default: yes for donors."},
+    )
+
+
+@dataclass
+class DataArguments:
+    train_sources: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders, manifests, data set names, or JSON objects with the settings of `Source`."},
+    )
+    eval_sources: list[str] = field(default_factory=list, metadata={"help": "The same, for evaluation."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
+    join_utterances: bool = field(default=False, metadata={"help": "Join utterances into windows, anew each epoch."})
+    join_min_s: float = field(default=1.0, metadata={"help": "Shortest window in seconds."})
+    join_max_s: float = field(default=25.0, metadata={"help": "Longest window in seconds."})
+    augment: bool = field(default=False, metadata={"help": "Noise, speed, room and gain on the fly."})
+    language: str | None = field(default=None, metadata={"help": "Of all rows, for prompts and tokenizers."})
+    on_bad_row: str = field(default="raise", metadata={"help": "'raise' at rows that cannot be used, or 'skip'."})
+    benchmark_input: int = field(
+        default=0, metadata={"help": "Only measure the input pipeline, over so many batches, and stop."}
+    )
+
+
+def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MDMASRTrainingArguments]:
+    """YAML settings, if the first argument is such a file, overridden by those of the command line."""
+    settings = []
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        for name, value in (yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}).items():
+            values = value if isinstance(value, list) else [value]
+            settings += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
+        argv = argv[1:]
+    parser = HfArgumentParser((ModelArguments, DataArguments, MDMASRTrainingArguments))
+    return parser.parse_args_into_dataclasses(args=[*settings, *argv])
+
+
+def parse_sources(sources: list[str]) -> list:
+    return [json.loads(source) if source.startswith("{") else source for source in sources]
+
+
+def load_model(arguments: ModelArguments):
+    """The model to train, in fp32, and its processor."""
+    if arguments.donor is not None:
+        if arguments.donor_kind not in ("whisper", "canary"):
+            raise ValueError(f"`donor_kind` must be 'whisper' or 'canary', got {arguments.donor_kind!r}.")
+        options = {} if arguments.vocab_size is None else {"vocab_size": arguments.vocab_size}
+        model = getattr(MDMASRForConditionalGeneration, f"from_{arguments.donor_kind}")(arguments.donor, **options)
+        processor = getattr(MDMASRProcessor, f"from_{arguments.donor_kind}")(arguments.donor, **options)
+        model = model.float()
+    else:
+        source = str(default_checkpoint()) if arguments.model == "default" else arguments.model
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(source, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(source)
+    for name in ("encoder_trailing_silence_s", "shift_logits"):
+        if getattr(arguments, name) is not None:
+            setattr(model.config, name, getattr(arguments, name))
+    model.config.validate_architecture()
+    return model, processor
+
+
+def benchmark_input(trainer: ISCTTrainer, num_batches: int) -> dict[str, float]:
+    """Rows and seconds of audio per second that the input pipeline alone delivers."""
+    batches = iter(trainer.get_train_dataloader())
+    next(batches)
+    num_rows, num_frames, start = 0, 0, time.perf_counter()
+    for _, batch in zip(range(num_batches), batches, strict=False):
+        num_rows += len(batch["labels"])
+        num_frames += int(batch["attention_mask"].sum())
+    elapsed_s = time.perf_counter() - start
+    audio_s = num_frames / trainer.core_model.config.input_frames_per_s
+    return {"input_rows_per_s": num_rows / elapsed_s, "input_audio_s_per_s": audio_s / elapsed_s}
+
+
+def main(argv: list[str]) -> dict:
+    model_arguments, data_arguments, arguments = read_arguments(argv)
+    if not data_arguments.train_sources:
+        raise ValueError("`train_sources` is empty. Name at least one folder, manifest or data set.")
+    set_seed(arguments.seed)
+    model, processor = load_model(model_arguments)
+    slots = {} if data_arguments.language is None else {"language": data_arguments.language}
+    prompt_length = processor.get_prompt_ids(**slots).shape[-1]
+    limits = {"on_bad_row": data_arguments.on_bad_row, "max_duration_s": processor.feature_extractor.max_duration_s}
+    join = None
+    if data_arguments.join_utterances:
+        join = {"min_s": data_arguments.join_min_s, "max_s": data_arguments.join_max_s}
+    train = load_sources(
+        parse_sources(data_arguments.train_sources),
+        join=join,
+        seed=arguments.seed,
+        **limits,
+    )
+    evaluation = None
+    if data_arguments.eval_sources:
+        evaluation = load_sources(parse_sources(data_arguments.eval_sources), **limits)
+        if data_arguments.max_eval_rows is not None:
+            evaluation = torch.utils.data.Subset(evaluation, range(min(len(evaluation), data_arguments.max_eval_rows)))
+    collator = DataCollatorForMDMASR(
+        processor,
+        augment=Augmenter(seed=arguments.seed) if data_arguments.augment else None,
+        on_bad_row=data_arguments.on_bad_row,
+        max_label_tokens=max_label_tokens(model.config, prompt_length),
+        seed=arguments.seed,
+        **slots,
+    )
+    plain_collator = DataCollatorForMDMASR(
+        processor,
+        on_bad_row=data_arguments.on_bad_row,
+        max_label_tokens=max_label_tokens(model.config, prompt_length),
+        **slots,
+    )
+    trainer = TrainerWithPlainEvaluation(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+    )
+    trainer.evaluation_collator = plain_collator
+    if data_arguments.benchmark_input:
+        results = benchmark_input(trainer, data_arguments.benchmark_input)
+        print(json.dumps(results))
+        return results
+
+    results = {
+        "command": "python training/run_train.py " + " ".join(argv),
+        "versions": {"mdm_asr_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+        "model": asdict(model_arguments),
+        "data": asdict(data_arguments),
+        "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    if evaluation is not None:
+        results["before"] = trainer.evaluate()
+    resume = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    trained = trainer.train(resume_from_checkpoint=resume)
+    results["train"] = trained.metrics
+    if evaluation is not None:
+        results["after"] = trainer.evaluate()
+    trainer.save_model(arguments.output_dir)
+    results["log"] = trainer.state.log_history
+    results["skipped"] = collator.report()
+    if trainer.is_world_process_zero():
+        Path(arguments.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        shown = {name: results[name] for name in ("before", "after") if name in results}
+        print(json.dumps(shown, indent=2), results["skipped"], sep="\n")
+    return results
+
+
+class TrainerWithPlainEvaluation(ISCTTrainer):
+    """Evaluates without augmentation."""
+
+    evaluation_collator = None
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training_collator = self.data_collator
+        self.data_collator = self.evaluation_collator or training_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
