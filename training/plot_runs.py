@@ -35,6 +35,7 @@ def draw_steps(axes, name: str, folders: str) -> None:
         points.append((metrics["max_denoising_steps"], metrics["wer"]))
     axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(xlabel="denoising steps at most (NFE)", ylabel="WER %", xscale="log")
+    axes.minorticks_off()
     axes.set_xticks([2, 4, 8, 16, 32], labels=["2", "4", "8", "16", "32"])
 
 
