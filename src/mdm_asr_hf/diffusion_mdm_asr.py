@@ -127,6 +127,13 @@ def make_masking(masking: str | Masking, **settings) -> Masking:
     return MASKINGS[key](**settings)
 
 
+def draw_uniform(
+    shape: tuple[int, ...], device: torch.device | str | None = None, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Uniform on [0, 1). Drawn where the generator lives, so that one seed gives the same numbers on every device."""
+    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
 def sample_timesteps(
     batch_size: int,
     *,
@@ -142,15 +149,14 @@ def sample_timesteps(
             One shared offset and B evenly spaced times in random order: each is uniform, and together they cover (0,
             1], which lowers the variance of the batch's loss (arXiv 2107.00630, appendix I.1).
     """
-    # Drawn where the generator lives, so that one seed gives the same times on every device.
-    where = generator.device if generator is not None else device
     if low_discrepancy:
-        offset = torch.rand(1, generator=generator, device=where)
-        order = torch.randperm(batch_size, generator=generator, device=where)
+        offset = draw_uniform((1,), device, generator)
+        where = generator.device if generator is not None else device
+        order = torch.randperm(batch_size, generator=generator, device=where).to(device)
         uniform = ((order + offset) / batch_size).clamp(max=1.0 - torch.finfo(torch.float32).eps)
     else:
-        uniform = torch.rand(batch_size, generator=generator, device=where)
-    return 1.0 - (1.0 - T_MIN) * uniform.to(device)
+        uniform = draw_uniform((batch_size,), device, generator)
+    return 1.0 - (1.0 - T_MIN) * uniform
 
 
 def masking_probability(
@@ -207,9 +213,7 @@ def mask_tokens(
     Returns:
         the noised canvas (B, L) and the mask of masked positions (B, L).
     """
-    where = generator.device if generator is not None else tokens.device
-    uniform = torch.rand(tokens.shape, generator=generator, device=where).to(tokens.device)
-    masked = uniform < probability
+    masked = draw_uniform(tokens.shape, tokens.device, generator) < probability
     return tokens.masked_fill(masked, mask_token_id), masked
 
 
@@ -253,6 +257,7 @@ __all__ = [
     "NoiseSchedule",
     "PositionBiasedMasking",
     "UniformMasking",
+    "draw_uniform",
     "make_masking",
     "make_schedule",
     "mask_tokens",

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .diffusion_mdm_asr import draw_uniform
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .prompt_mdm_asr import build_prompt_ids, validate_prompt_template
 from .sampling_mdm_asr import SamplerConfig, make_sampler, sampler_step
@@ -150,8 +151,7 @@ def draw_noise(
     """
     longest = max(canvas_lengths)
     if not isinstance(generator, (list, tuple)):
-        where = generator.device if generator is not None else device
-        return torch.rand((len(canvas_lengths), longest, 2), generator=generator, device=where).to(device)
+        return draw_uniform((len(canvas_lengths), longest, 2), device, generator)
     rows = [torch.rand((n, 2), generator=g, device=g.device) for g, n in zip(generator, canvas_lengths, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
@@ -366,6 +366,7 @@ class MDMASRGenerationMixin:
         settings: MDMASRGenerationConfig,
         slots: dict[str, Any],
     ) -> torch.LongTensor:
+        """The visible prompt (B, P): the one given, or the one the settings' template makes of the slots."""
         if decoder_input_ids is not None:
             if slots:
                 raise ValueError(f"`decoder_input_ids` and {sorted(slots)} both set the prompt. Pass one of them.")

@@ -16,7 +16,6 @@ from .diffusion_mdm_asr import masked_diffusion_loss
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .generation_mdm_asr import MDMASRGenerationConfig, MDMASRGenerationMixin
 from .objective_mdm_asr import DiffusionObjective, diffusion_objective
-from .prompt_mdm_asr import build_prompt_ids
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
 # file, so that it also runs when the file is loaded as remote code.
@@ -354,8 +353,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         )
 
     def _default_prompt(self, batch_size: int) -> torch.LongTensor:
-        template = self.generation_config.prompt_template or {"tokens": [self.config.decoder_start_token_id]}
-        return build_prompt_ids(template, batch_size)
+        return self._prepare_prompt(None, batch_size, self.generation_config, {})
 
     def _lay_canvas(
         self, labels: torch.LongTensor, duration_s: torch.Tensor | None

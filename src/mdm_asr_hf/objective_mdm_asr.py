@@ -10,12 +10,14 @@ from .diffusion_mdm_asr import (
     NoiseSchedule,
     PositionBiasedMasking,
     UniformMasking,
+    draw_uniform,
     make_schedule,
     mask_tokens,
     masked_diffusion_loss,
     masking_probability,
     sample_timesteps,
 )
+from .sampling_mdm_asr import draw_tokens
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,12 @@ class ObjectiveOutput:
     canvases: tuple[torch.LongTensor, ...]
 
 
-def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
-    where = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=where).to(device)
-
-
 def _predict(logits: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.LongTensor:
     """The tokens (B, L) a step hands to the next one."""
     if not sample:
         return logits.argmax(dim=-1)
-    probs = logits.float().softmax(dim=-1)
-    noise = _uniform(probs.shape[:2], probs.device, generator)
-    cumulative = probs.cumsum(dim=-1)
-    tokens = torch.searchsorted(cumulative, noise[..., None] * cumulative[..., -1:], right=True).squeeze(-1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
+    noise = draw_uniform(logits.shape[:2], logits.device, generator)
+    return draw_tokens(logits.float().softmax(dim=-1), noise)
 
 
 def diffusion_objective(
@@ -140,7 +134,7 @@ def diffusion_objective(
     position_weight = torch.where(behind_eos, objective.eos_weight, 1.0)
     is_biased = torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
     if objective.position_biased_share > 0:
-        is_biased = _uniform((batch_size, 1), device, generator) < objective.position_biased_share
+        is_biased = draw_uniform((batch_size, 1), device, generator) < objective.position_biased_share
 
     visible, prediction_grad, logits = targets, None, None
     losses, accuracies, canvases = [], [], []

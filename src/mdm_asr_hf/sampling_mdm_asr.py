@@ -142,6 +142,17 @@ def make_sampler(sampler: str | dict | SamplerConfig, **settings) -> SamplerConf
     return SAMPLERS[key](**values)
 
 
+def draw_tokens(probs: torch.Tensor, noise: torch.Tensor) -> torch.LongTensor:
+    """
+    Tokens (B, L) drawn from probabilities (B, L, V) with noise (B, L), uniform on [0, 1), by inverse transform: one
+    number per position, whatever the vocabulary.
+    """
+    cumulative = probs.cumsum(dim=-1)
+    # The last possible token bounds it, since a cumulative sum may end just below 1.
+    tokens = torch.searchsorted(cumulative, noise[..., None] * cumulative[..., -1:], right=True)
+    return tokens.squeeze(-1).clamp(max=probs.shape[-1] - 1)
+
+
 def propose_tokens(
     logits: torch.Tensor, temperature: float = 0.0, token_noise: torch.Tensor | None = None
 ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor]:
@@ -163,11 +174,7 @@ def propose_tokens(
     if temperature > 0:
         if token_noise is None:
             raise ValueError("`token_noise` is needed when `temperature` > 0. Draw it uniformly from [0, 1).")
-        # Inverse transform: one uniform number per position, whatever the vocabulary. The last possible token bounds
-        # it, since a cumulative sum may end just below 1.
-        cumulative = probs.cumsum(dim=-1)
-        tokens = torch.searchsorted(cumulative, (token_noise.float()[..., None] * cumulative[..., -1:]), right=True)
-        tokens = tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        tokens = draw_tokens(probs, token_noise.float())
     else:
         tokens = log_probs.argmax(dim=-1)
     return tokens, log_probs.gather(-1, tokens[..., None]).squeeze(-1), entropy.clamp(min=0.0)
@@ -278,6 +285,7 @@ __all__ = [
     "RandomConfig",
     "SamplerConfig",
     "SamplerOutput",
+    "draw_tokens",
     "make_sampler",
     "propose_tokens",
     "sampler_step",
