@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
+from .encoder_mdm_asr import key_mask
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
@@ -227,7 +228,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         if self.config.is_causal:
             return create_causal_mask(attention_mask=attention_mask, past_key_values=None, **masks)
         if future_visibility is None:
-            return create_bidirectional_mask(attention_mask=attention_mask, **masks)
+            return key_mask(self, hidden_states, attention_mask)
         if self.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(
                 f"`future_visibility` needs a mask per pair of positions, which {self.config._attn_implementation!r} "
@@ -276,12 +277,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         if cross_attention_states is None:
             cross_attention_states = self.cross_attention_states(encoder_hidden_states)
         self_mask = self._self_attention_mask(hidden_states, attention_mask, future_visibility)
-        cross_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=encoder_attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
-        )
+        cross_mask = key_mask(self, hidden_states, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states)
         for layer, key_value in zip(self.layers, cross_attention_states, strict=True):
             hidden_states = layer(hidden_states, key_value, self_mask, cross_mask, **kwargs)
         return BaseModelOutputWithCrossAttentions(last_hidden_state=self.layer_norm(hidden_states))

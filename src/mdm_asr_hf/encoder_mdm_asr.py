@@ -84,9 +84,7 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
         frame_mask = torch.arange(num_positions, device=features.device) < (num_frames // 2)[:, None]
-        attention_bias = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=frame_mask
-        )
+        attention_bias = key_mask(self, hidden_states, frame_mask)
         for layer in self.layers:
             if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
                 continue
@@ -106,7 +104,10 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
             num_speech = torch.full((batch_size,), width, device=features.device)
         else:
             num_speech = attention_mask.to(features.device).long().sum(dim=-1)
-        longest = width if attention_mask is None else int(num_speech.max())
+        longest = width
+        if attention_mask is not None and width > capacity:
+            # Only then: reading a number off the device waits for all it has to do.
+            longest = int(num_speech.max())
         if longest > capacity:
             raise ValueError(
                 f"`input_features` hold {longest / WHISPER_FRAMES_PER_S:.1f} s of audio, but this encoder takes at "
@@ -125,6 +126,20 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         silence = (loudest - WHISPER_DYNAMIC_RANGE).clamp(min=WHISPER_FLOOR)
         features = torch.where(speech, features, silence)
         return features * (positions < num_frames[:, None])[:, None], num_frames
+
+
+def key_mask(
+    module: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> torch.Tensor | None:
+    """
+    `create_bidirectional_mask` for the keys that a mask (B, T) leaves. It looks whether the mask hides anything at
+    all, for which a GPU has to finish its work; training with SDPA does without the look.
+    """
+    if module.training and attention_mask is not None and module.config._attn_implementation == "sdpa":
+        return attention_mask.bool()[:, None, None, :]
+    return create_bidirectional_mask(
+        config=module.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+    )
 
 
 def build_encoder(config: PreTrainedConfig) -> nn.Module:
@@ -199,5 +214,6 @@ __all__ = [
     "OwnLengthWhisperEncoder",
     "build_encoder",
     "encoder_width",
+    "key_mask",
     "run_encoder",
 ]

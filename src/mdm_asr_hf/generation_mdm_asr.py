@@ -2,7 +2,6 @@
 """generate(): from audio features to token ids in a few denoising steps, for MDM-ASR (arXiv 2602.18952)."""
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +119,8 @@ class MDMASRGenerateOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape (B, W)): text tokens and the first EOS, then padding.
         confidence (`torch.FloatTensor` of shape (B, W)): each token's probability in the step that committed it, 0 for
             padding.
+        commit_steps (`torch.LongTensor` of shape (B, W)): the step, counted from 1, that committed each token, 0 for
+            padding. The canvas after step s holds the tokens with `commit_steps <= s`, and [MASK] elsewhere.
         nfe (`torch.LongTensor` of shape (B,)): decoder evaluations until everything before the row's first EOS was
             committed.
         num_steps (`int`): decoder evaluations of the whole batch, the largest of `nfe`.
@@ -127,6 +128,7 @@ class MDMASRGenerateOutput(ModelOutput):
 
     sequences: torch.LongTensor | None = None
     confidence: torch.FloatTensor | None = None
+    commit_steps: torch.LongTensor | None = None
     nfe: torch.LongTensor | None = None
     num_steps: int | None = None
 
@@ -239,6 +241,7 @@ class MDMASRGenerationMixin:
         if has_speech is not None:
             canvas = canvas.masked_fill(~has_speech[:, None], eos_id)
         confidence = torch.zeros(canvas.shape, device=device)
+        commit_steps = torch.zeros_like(canvas)
         nfe = torch.zeros(batch_size, dtype=torch.long, device=device)
         candidates = self._open_positions(canvas, canvas_mask)
         noisy = settings.temperature > 0 or sampler.needs_noise
@@ -266,18 +269,23 @@ class MDMASRGenerationMixin:
             nfe += candidates.any(dim=-1)
             num_steps += 1
             canvas, confidence = step.canvas, torch.where(step.committed, step.confidence, confidence)
+            commit_steps = commit_steps.masked_fill(step.committed, num_steps)
             candidates = self._open_positions(canvas, canvas_mask)
             if streamer is not None and hasattr(streamer, "put_draft"):
                 streamer.put_draft(value=canvas.cpu())
 
         # 5. Finalise.
-        sequences, confidence = self._finalize(canvas, canvas_mask, confidence, settings.pad_token_id)
+        sequences, confidence, commit_steps = self._finalize(
+            canvas, canvas_mask, confidence, commit_steps, settings.pad_token_id
+        )
         if streamer is not None:
             streamer.put(sequences.cpu())
             streamer.end()
         if not settings.return_dict_in_generate:
             return sequences
-        return MDMASRGenerateOutput(sequences=sequences, confidence=confidence, nfe=nfe, num_steps=num_steps)
+        return MDMASRGenerateOutput(
+            sequences=sequences, confidence=confidence, commit_steps=commit_steps, nfe=nfe, num_steps=num_steps
+        )
 
     def _settle_generation_config(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
@@ -389,21 +397,29 @@ class MDMASRGenerationMixin:
             ValueError: an utterance may need a longer canvas than the decoder has positions for.
         """
         capacity = self.config.decoder_config.max_position_embeddings - prompt_length
-        if settings.canvas_length is not None:
-            lengths, remedy = [settings.canvas_length] * batch_size, "Set a shorter `canvas_length`."
-        elif duration_s is not None:
-            per_s, extra = settings.canvas_tokens_per_s, settings.canvas_extra_tokens
-            # Rounded first: 0.6 s is 0.60000002 in fp32, which must not cost a token.
-            lengths = [math.ceil(round(seconds * per_s, 3)) + extra for seconds in duration_s.tolist()]
-            remedy = "Split the audio into shorter pieces, or set `canvas_length` if it holds little speech."
-        else:
+        if settings.canvas_length is None and duration_s is None:
             raise ValueError("The canvas needs `input_features`, `attention_mask` or a fixed `canvas_length`.")
+        lengths = self.planned_tokens(duration_s, batch_size, settings).tolist()
         if max(lengths) > capacity:
+            remedy = "Split the audio into shorter pieces, or set `canvas_length` if it holds little speech."
+            if settings.canvas_length is not None:
+                remedy = "Set a shorter `canvas_length`."
             raise ValueError(
                 f"A canvas of {max(lengths)} tokens is needed, but the decoder has positions for {capacity}. {remedy}"
             )
         bounds = [settings.max_length - prompt_length, settings.max_new_tokens or capacity]
         return [max(min(length, *bounds), 1) for length in lengths]
+
+    def planned_tokens(
+        self, duration_s: torch.Tensor | None, batch_size: int, settings: MDMASRGenerationConfig
+    ) -> torch.LongTensor:
+        """Tokens (B,) that the settings plan for utterances of these durations, on the durations' device."""
+        if settings.canvas_length is not None:
+            device = None if duration_s is None else duration_s.device
+            return torch.full((batch_size,), settings.canvas_length, device=device)
+        # Rounded first: 0.6 s is 0.60000002 in fp32, which must not cost a token.
+        tokens = torch.round(duration_s.double() * settings.canvas_tokens_per_s, decimals=3)
+        return tokens.ceil().long() + settings.canvas_extra_tokens
 
     def _open_positions(self, canvas: torch.LongTensor, canvas_mask: torch.BoolTensor) -> torch.BoolTensor:
         """Positions (B, L) still to be committed: masked, and before the row's first EOS."""
@@ -444,9 +460,10 @@ class MDMASRGenerationMixin:
         canvas: torch.LongTensor,
         canvas_mask: torch.BoolTensor,
         confidence: torch.Tensor,
+        commit_steps: torch.LongTensor,
         pad_token_id: int | None,
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Cuts rows behind their first EOS. Returns sequences and confidences (B, W)."""
+    ) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
+        """Cuts rows behind their first EOS. Returns sequences, confidences and commit steps (B, W)."""
         is_eos = (canvas == self.config.eos_token_id) & canvas_mask
         behind_eos = (is_eos.cumsum(dim=-1) - is_eos.long()) > 0
         kept = canvas_mask & ~behind_eos
@@ -459,7 +476,8 @@ class MDMASRGenerationMixin:
             )
         width = int(kept.sum(dim=-1).max())
         pad_token_id = self.config.pad_token_id if pad_token_id is None else pad_token_id
-        return canvas.masked_fill(~kept, pad_token_id)[:, :width], confidence.masked_fill(~kept, 0.0)[:, :width]
+        cut = ((canvas, pad_token_id), (confidence, 0.0), (commit_steps, 0))
+        return tuple(values.masked_fill(~kept, padding)[:, :width] for values, padding in cut)
 
     def adjust_generation_fn(
         self,

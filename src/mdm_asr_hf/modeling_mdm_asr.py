@@ -311,9 +311,12 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         """Lays the canvas, runs the encoder once, and all steps of the objective on it."""
         if generator is None and not self.training:
             generator = torch.Generator().manual_seed(0)
-        targets, canvas_mask = self._lay_canvas(labels, self.audio_duration_s(input_features, attention_mask))
-        prompt_ids = self._default_prompt(len(targets)) if prompt_ids is None else prompt_ids
-        prompt_ids = prompt_ids.to(targets.device).expand(len(targets), -1)
+        prompt_ids = self._default_prompt(len(labels)) if prompt_ids is None else prompt_ids
+        prompt_ids = prompt_ids.to(labels.device).expand(len(labels), -1)
+        duration_s = self.audio_duration_s(input_features, attention_mask)
+        num_frames = next((x.shape[1] for x in (attention_mask, input_features) if x is not None), 0)
+        longest_s = num_frames / self.config.input_frames_per_s
+        targets, canvas_mask, is_sound = self._lay_canvas(labels, duration_s, longest_s, prompt_ids.shape[-1])
         decoder_mask = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask], dim=-1)
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
@@ -343,8 +346,12 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             timesteps=timesteps,
             generator=generator,
         )
+        loss = result.loss
+        if is_sound is not None:
+            # Labels with holes, which a GPU reports no other way: the trainer stops at the NaN.
+            loss = torch.where(is_sound, loss, torch.nan)
         return MDMASROutput(
-            loss=result.loss,
+            loss=loss,
             logits=result.logits,
             step_losses=result.step_losses,
             step_accuracies=result.step_accuracies,
@@ -356,32 +363,42 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         return self._prepare_prompt(None, batch_size, self.generation_config, {})
 
     def _lay_canvas(
-        self, labels: torch.LongTensor, duration_s: torch.Tensor | None
-    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        self, labels: torch.LongTensor, duration_s: torch.Tensor | None, longest_s: float, prompt_length: int
+    ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.BoolTensor | None]:
         """
         Lays labels (B, L') on canvases as long as `generate` would make them, filled up with EOS. Returns targets (B,
-        L) and the mask (B, L) of the positions that belong to a row's canvas.
+        L), the mask (B, L) of the positions that belong to a row's canvas, and on a GPU a flag that the labels are
+        sound. No number is read off the labels' device, which would have to finish all its work before it answers: L
+        follows from the padded width of the audio, `longest_s` in seconds, and of the labels.
         """
         is_text = labels != -100
-        if not torch.compiler.is_compiling() and bool((is_text[:, 1:] & ~is_text[:, :-1]).any()):
-            raise ValueError(
-                "`labels` have -100 before a token. Use -100 only behind the text: it is where the canvas fills with "
-                "EOS."
-            )
-        text_lengths = is_text.sum(dim=-1)
-        if duration_s is None and self.generation_config.canvas_length is None:
-            lengths = torch.full_like(text_lengths, labels.shape[-1])
+        is_sound = ~(is_text[:, 1:] & ~is_text[:, :-1]).any()
+        if not labels.is_cuda and not torch.compiler.is_compiling():
+            if not is_sound:
+                raise ValueError(
+                    "`labels` have -100 before a token. Use -100 only behind the text: it is where the canvas fills "
+                    "with EOS."
+                )
+            is_sound = None
+        text_lengths, length = is_text.sum(dim=-1), labels.shape[-1]
+        settings = self.generation_config
+        if duration_s is None and settings.canvas_length is None:
+            lengths = torch.full_like(text_lengths, length)
         else:
-            prompt_length = self._default_prompt(1).shape[-1]
-            planned = self.canvas_lengths(duration_s, len(labels), prompt_length, self.generation_config)
-            # A text denser than planned still gets all its tokens and an EOS behind them.
             capacity = self.config.decoder_config.max_position_embeddings - prompt_length
-            lengths = torch.tensor(planned, device=labels.device).maximum((text_lengths + 1).clamp(max=capacity))
+            limit = min(settings.max_length - prompt_length, settings.max_new_tokens or capacity, capacity)
+            plan = self.planned_tokens(duration_s, len(labels), settings).to(labels.device)
+            # A text denser than planned still gets all its tokens and an EOS behind them.
+            lengths = plan.clamp(min=1, max=limit).maximum((text_lengths + 1).clamp(max=capacity))
             lengths = lengths.maximum(text_lengths)
-        length = int(lengths.max())
-        targets = nn.functional.pad(labels, (0, max(length - labels.shape[-1], 0)), value=-100)[:, :length]
+            longest = int(self.planned_tokens(torch.tensor([longest_s]), 1, settings))
+            if longest > capacity:
+                # Raises, unless the audio is padded far beyond its longest row.
+                self.canvas_lengths(duration_s, len(labels), prompt_length, settings)
+            length = max(min(longest, limit), min(length + 1, capacity), length)
+        targets = nn.functional.pad(labels, (0, length - labels.shape[-1]), value=-100)
         canvas_mask = torch.arange(length, device=labels.device) < lengths[:, None]
-        return targets.masked_fill(targets == -100, self.config.eos_token_id), canvas_mask
+        return targets.masked_fill(targets == -100, self.config.eos_token_id), canvas_mask, is_sound
 
     @classmethod
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
