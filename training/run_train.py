@@ -79,6 +79,12 @@ def parse_sources(sources: list[str]) -> list:
     return [json.loads(source) if source.startswith("{") else source for source in sources]
 
 
+def is_growing(data) -> bool:
+    """Whether a data set of `load_sources` reads a folder that is still being written."""
+    stream = getattr(data, "rows", data)
+    return any(source.growing for source in getattr(stream, "sources", ()))
+
+
 def load_model(arguments: ModelArguments):
     """The model to train, in fp32, and its processor."""
     if arguments.donor is not None:
@@ -172,6 +178,9 @@ def main(argv: list[str]) -> dict:
     }
     if evaluation is not None:
         results["before"] = trainer.evaluate()
+    if is_growing(train):
+        # A stream without an end that changes meanwhile cannot be brought to the place where a run stopped.
+        arguments.ignore_data_skip = True
     resume = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     trained = trainer.train(resume_from_checkpoint=resume)
     results["train"] = trained.metrics

@@ -2,132 +2,29 @@
 """The trainer: masked diffusion with iterative self-correction (ISCT, arXiv 2602.18952) in a Seq2SeqTrainer."""
 
 import contextlib
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers import EvalPrediction, Seq2SeqTrainer, TrainerCallback
 from transformers.utils import logging
 
-from .objective_mdm_asr import DiffusionObjective
+from .scoring_mdm_asr import count_errors, normaliser
+from .training_arguments_mdm_asr import CLOCKED_SCHEDULES, MDMASRTrainingArguments
 
 logger = logging.get_logger(__name__)
 
 # Beside the averaged weights of a checkpoint: what training goes on with.
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
-
-# Names of the objective's settings among the training arguments.
-_OBJECTIVE_FIELDS = {
-    "noise_schedule": "schedule",
-    "isct_steps": "num_steps",
-    "position_biased_share": "position_biased_share",
-    "band_width": "band_width",
-    "isct_sample_predictions": "sample_predictions",
-    "isct_stop_gradient": "stop_gradient",
-    "low_discrepancy_timesteps": "low_discrepancy",
-    "eos_weight": "eos_weight",
-}
-_LOWER_IS_BETTER = ("wer", "cer")
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
-    """
-    Training arguments of [`ISCTTrainer`]: those of `Seq2SeqTrainingArguments`, and the ones below, each with its help
-    text. `metric_for_best_model` "wer" and "cer" are better when lower, and "wer" is the default where
-    `predict_with_generate` and `load_best_model_at_end` are set.
-    """
-
-    isct_steps: int = _setting(2, "Self-correction steps per batch: 2 is the paper's ISCT, 1 the plain loss.")
-    noise_schedule: str = _setting("linear", "Noise schedule: 'linear' (the paper's), 'cosine' or 'log_linear'.")
-    position_biased_share: float = _setting(
-        0.0, "Share of rows whose masks are position-biased, as at inference; 0 is the paper's."
-    )
-    band_width: float = _setting(8.0, "Width, in tokens, of the mixed band of position-biased masks.")
-    isct_sample_predictions: bool = _setting(
-        False, "Later steps see tokens drawn from the model instead of its arg-max tokens."
-    )
-    isct_stop_gradient: bool = _setting(True, "No gradient passes from one self-correction step into the one before.")
-    eos_weight: float = _setting(1.0, "Weight of the loss behind the first end-of-text token; 1 is the paper's.")
-    low_discrepancy_timesteps: bool = _setting(True, "Spread the times of a batch evenly over (0, 1].")
-    causal_anneal_steps: int = _setting(
-        0,
-        "Optimizer steps over which the decoder's view of later positions opens from none, as the autoregressive "
-        "donor had it, to all. 0: all from the start.",
-    )
-    freeze_encoder: bool = _setting(
-        False, "Keep the encoder as it is: no gradients, no dropout, no running statistics."
-    )
-    freeze_embeddings: bool = _setting(
-        False, "Keep token (and tied output) and position embeddings as they are; [MASK] still learns."
-    )
-    freeze_lower_layers: int = _setting(0, "Keep the lowest so many decoder layers as they are.")
-    ema_decay: float | None = _setting(
-        None,
-        "Decay of an exponential moving average of the trained weights, such as 0.999. The average is what is "
-        "evaluated and saved. None: no average.",
-    )
-    spec_augment: bool = _setting(False, "Mask bands of time and of frequency of the features.")
-    spec_augment_time_masks: int = _setting(2, "Bands of time per utterance.")
-    spec_augment_time_share: float = _setting(0.05, "Longest band of time, as a share of the utterance.")
-    spec_augment_frequency_masks: int = _setting(2, "Bands of frequency per utterance.")
-    spec_augment_frequency_width: int = _setting(15, "Widest band of frequency, in mel bins.")
-    max_seconds_per_batch: float | None = _setting(
-        None,
-        "Seconds of audio, padding included, that a device takes at once, in batches of similar lengths. Replaces "
-        "`per_device_train_batch_size`. None: batches of a fixed number of utterances.",
-    )
-    remove_unused_columns: bool = _setting(False, "Drop columns the model does not know before the collator.")
-    logging_nan_inf_filter: bool = _setting(False, "Filter NaN losses out of the logs. Training stops at them anyway.")
-
-    def __post_init__(self):
-        try:
-            self.make_objective()
-        except ValueError as error:
-            message = str(error)
-            for name, inner in _OBJECTIVE_FIELDS.items():
-                message = message.replace(f"`{inner}`", f"`{name}`")
-            # `PositionBiasedMasking` calls its band's width so.
-            raise ValueError(message.replace("`width`", "`band_width`")) from error
-        for name in ("causal_anneal_steps", "freeze_lower_layers"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be an integer of at least 0, got {getattr(self, name)!r}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay!r}. None turns it off.")
-        if self.max_seconds_per_batch is not None and not self.max_seconds_per_batch > 0:
-            raise ValueError(f"`max_seconds_per_batch` must be positive, got {self.max_seconds_per_batch!r}.")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor={self.label_smoothing_factor}` is not part of the masked diffusion "
-                "objective. Leave it 0."
-            )
-        if self.metric_for_best_model is None and self.load_best_model_at_end and self.predict_with_generate:
-            self.metric_for_best_model = "wer"
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(_LOWER_IS_BETTER):
-            self.greater_is_better = False
-        if self.accelerator_config is None:
-            # Batches of a stream vary in length, so that one process cannot read them for all.
-            self.accelerator_config = {"dispatch_batches": False}
-        if self.data_seed is None:
-            # Processes draw different masks (see `_TrainingHooks`), but must agree on the order of the data.
-            self.data_seed = self.seed
-        super().__post_init__()
-
-    def make_objective(self) -> DiffusionObjective:
-        """The objective these arguments describe."""
-        return DiffusionObjective(**{inner: getattr(self, name) for name, inner in _OBJECTIVE_FIELDS.items()})
 
 
 def make_wer_metric(
@@ -146,14 +43,10 @@ def make_wer_metric(
     Raises:
         ValueError: (the metric) there is no word in the references.
     """
-    import jiwer
-
     if language is None:
         language = ((getattr(processor, "prompt_template", None) or {}).get("defaults") or {}).get("language", "en")
-    if normalizer is None and language == "en":
-        tokenizer = getattr(processor, "tokenizer", processor)
-        normalizer = EnglishTextNormalizer(getattr(tokenizer, "english_spelling_normalizer", None) or {})
-    normalize = normalizer or BasicTextNormalizer()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    normalize = normalizer or normaliser(language, getattr(tokenizer, "english_spelling_normalizer", None))
 
     def texts(rows: Any) -> list[str]:
         rows = rows[0] if isinstance(rows, tuple) else rows
@@ -161,24 +54,13 @@ def make_wer_metric(
         return [normalize(processor.decode(row, skip_special_tokens=True)).strip() for row in kept]
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        pairs = list(zip(texts(prediction.label_ids), texts(prediction.predictions), strict=True))
-        spoken = [(reference, hypothesis) for reference, hypothesis in pairs if reference]
-        if not spoken:
-            raise ValueError("The references of the evaluation set hold no word. Check its text column.")
-        # Where nothing was said, every word is an insertion; jiwer takes no empty reference.
-        invented = [hypothesis for reference, hypothesis in pairs if not reference]
-        references, hypotheses = (list(side) for side in zip(*spoken, strict=True))
-        words, characters = (
-            jiwer.process_words(references, hypotheses),
-            jiwer.process_characters(references, hypotheses),
-        )
+        references, hypotheses = texts(prediction.label_ids), texts(prediction.predictions)
         metrics = {}
-        for name, result, extra in (
-            ("wer", words, sum(len(text.split()) for text in invented)),
-            ("cer", characters, sum(map(len, invented))),
-        ):
-            errors = result.substitutions + result.deletions + result.insertions + extra
-            metrics[name] = 100 * errors / (result.hits + result.substitutions + result.deletions)
+        for name, characters in (("wer", False), ("cer", True)):
+            *errors, num_said = count_errors(references, hypotheses, characters=characters).sum(axis=0).tolist()
+            if not num_said:
+                raise ValueError("The references of the evaluation set hold no word. Check its text column.")
+            metrics[name] = 100 * sum(errors) / num_said
         return metrics
 
     return compute_metrics
@@ -242,6 +124,29 @@ class WeightAverage:
             self.average[name] = tensors[f"average.{name}"].to(parameter.device)
 
 
+class TrainingClock:
+    """
+    Which share of `minutes` of training is over, the same for all processes. It counts from `start`, so a resumed run
+    has the whole time again.
+    """
+
+    # Asking the other processes waits for the device.
+    STEPS_BETWEEN_LOOKS = 10
+
+    def __init__(self, minutes: float, is_distributed: bool = False):
+        self.seconds, self.is_distributed = 60.0 * minutes, is_distributed
+        self.started, self.share = time.monotonic(), 0.0
+
+    def start(self):
+        self.started, self.share = time.monotonic(), 0.0
+
+    def look(self, step: int):
+        if self.is_distributed and step % self.STEPS_BETWEEN_LOOKS:
+            return
+        share = min((time.monotonic() - self.started) / self.seconds, 1.0)
+        self.share = float(broadcast_object_list([share])[0]) if self.is_distributed else share
+
+
 class _TrainingHooks(TrainerCallback):
     """What [`ISCTTrainer`] does at the beginning of training and after each step."""
 
@@ -254,6 +159,12 @@ class _TrainingHooks(TrainerCallback):
             torch.manual_seed(args.seed + 1_000_003 * args.process_index)
         self.trainer._begin_average()
         self.trainer._shard_methods()
+        if self.trainer.clock is not None:
+            self.trainer.clock.start()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.trainer.clock is not None:
+            self.trainer.clock.look(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._batch_sampler is not None:
@@ -263,6 +174,9 @@ class _TrainingHooks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.weight_average is not None:
             self.trainer.weight_average.update(state.global_step)
+        if self.trainer.clock is not None and self.trainer.clock.share >= 1.0:
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy != "no"
 
 
 class ISCTTrainer(Seq2SeqTrainer):
@@ -276,6 +190,8 @@ class ISCTTrainer(Seq2SeqTrainer):
     - Evaluates with the paper's masks whatever the training masks are, seeded by the texts of a batch:
       `eval_loss_step_1` can be compared between runs, and depends neither on the order of batches nor on what came
       before. With `predict_with_generate` it transcribes by `generate()` and, with a processor, reports WER and CER.
+    - `train()` reports `train_rows_per_s` and `train_audio_s_per_s`, what one process worked through.
+    - `max_minutes` ends training by the clock, with the learning rate following it.
     - A loss that is NaN or infinite raises a ValueError before the optimizer's step.
     - `ema_decay`: the averaged weights are evaluated and saved as the weights of every checkpoint; what training goes
       on with is saved beside them. After `train()` the model has the averaged weights.
@@ -315,6 +231,7 @@ class ISCTTrainer(Seq2SeqTrainer):
         if args.predict_with_generate and compute_metrics is None and processing_class is not None:
             compute_metrics = make_wer_metric(processing_class)
         self.weight_average: WeightAverage | None = None
+        self.clock = None if args.max_minutes is None else TrainingClock(args.max_minutes, args.world_size > 1)
         self._objective = args.make_objective()
         self._evaluation_objective = replace(
             self._objective, schedule="linear", position_biased_share=0.0, eos_weight=1.0, sample_predictions=False
@@ -322,6 +239,8 @@ class ISCTTrainer(Seq2SeqTrainer):
         self._batch_sampler: Any = None
         self._step_sums: torch.Tensor | None = None
         self._num_summed = 0
+        self._num_rows: int = 0
+        self._num_frames: int | torch.Tensor = 0
         self._evaluated_steps: list[torch.Tensor] = []
         self._finite: tuple[torch.Tensor, Any] | None = None
         super().__init__(
@@ -370,6 +289,30 @@ class ISCTTrainer(Seq2SeqTrainer):
             frozen += [decoder.embed_tokens, decoder.embed_positions]
         for module in frozen:
             module.requires_grad_(False)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.encoder_learning_rate is not None:
+            encoder = {id(p) for p in self.core_model.get_encoder().parameters()}
+            # Behind the others: the first group's learning rate is the one that is logged.
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in encoder]
+                group["params"] = [p for p in group["params"] if id(p) not in encoder]
+                optimizer.add_param_group({**group, "params": own, "lr": self.args.encoder_learning_rate})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.clock is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        factor = CLOCKED_SCHEDULES[self.args.lr_scheduler_type]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: min((step + 1) / (warmup_steps + 1), 1.0) * factor(self.clock.share),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.max_seconds_per_batch is None or self.train_dataset is None:
@@ -449,6 +392,8 @@ class ISCTTrainer(Seq2SeqTrainer):
         steps = torch.stack([outputs["step_losses"].float(), outputs["step_accuracies"].float()]).detach()
         self._step_sums = steps if self._step_sums is None else self._step_sums + steps
         self._num_summed += 1
+        if (mask := inputs.get("attention_mask")) is not None:
+            self._num_rows, self._num_frames = self._num_rows + len(mask), self._num_frames + mask.sum()
         self._finite = _to_host(torch.isfinite(loss.detach()))
         return (loss, outputs) if return_outputs else loss
 
@@ -541,7 +486,12 @@ class ISCTTrainer(Seq2SeqTrainer):
 
     def train(self, *args, **kwargs):
         self.weight_average, self._step_sums, self._num_summed = None, None, 0
+        self._num_rows = self._num_frames = 0
         output = super().train(*args, **kwargs)
+        # Of this process; the Trainer's own figures assume batches of a fixed number of rows.
+        runtime_s, frames_per_s = output.metrics["train_runtime"], self.core_model.config.input_frames_per_s
+        output.metrics["train_rows_per_s"] = round(self._num_rows / runtime_s, 3)
+        output.metrics["train_audio_s_per_s"] = round(float(self._num_frames) / frames_per_s / runtime_s, 3)
         if self.weight_average is not None:
             # The best checkpoint, once loaded, has its own averaged weights.
             if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
