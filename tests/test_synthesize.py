@@ -3,8 +3,11 @@
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,27 @@ def test_as_a_script_with_a_module_name(folder):
     )
     assert done.returncode == 0, done.stderr
     assert "x real time" in done.stdout and len(rows(folder)) >= 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_no_process_goes_on_when_the_run_is_ended(folder, how):
+    command = [sys.executable, str(SCRIPT), "--tts", "voice:speak", "--text", "text.txt", "--output", "out"]
+    process = subprocess.Popen(
+        [*command, "--hours", "100", "--processes", "2"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while len(list((folder / "out").glob("shard-*/audio/*.flac"))) < 20:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, how))
+    # The pipes close when the last process that holds them ends.
+    process.communicate(timeout=30)
+    num_lines = sum(file.read_bytes().count(b"\n") for file in (folder / "out").glob("shard-*/metadata.jsonl"))
+    assert num_lines >= 20
+    summary = json.loads((folder / "out" / "synthesis.json").read_text())
+    if how == "SIGTERM":
+        assert process.returncode == 1 and summary["hours"] == pytest.approx(num_lines * 0.5 / 3600, abs=3e-4)
 
 
 @pytest.mark.parametrize(

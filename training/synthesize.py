@@ -29,6 +29,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 from collections import Counter
@@ -137,6 +138,9 @@ def synthesize(options: argparse.Namespace, command: list[str]) -> int:
             time.sleep(0.05)
     except RuntimeError as error:
         failure = str(error)
+    except KeyboardInterrupt:
+        # What is there is whole, and the totals below tell how much it is.
+        failure = "interrupted"
     finally:
         for process in processes:
             process.terminate()
@@ -184,7 +188,8 @@ def run_process(number: int, job: dict[str, Any], shared: dict[str, Any]) -> Non
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     metadata = open_for_appending(folder / "metadata.jsonl")
     num_errors_in_a_row = 0
-    while True:
+    # A parent that was killed cannot end its processes, and another run may go on in the same folder.
+    while multiprocessing.parent_process().is_alive():
         with shared["next"].get_lock():
             index = shared["next"].value
             shared["next"].value += 1
@@ -311,4 +316,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # Asked to end, it ends as at Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
