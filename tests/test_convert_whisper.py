@@ -70,7 +70,7 @@ def save_tokenizer(folder, multilingual):
     return tokenizer
 
 
-def save_donor(folder, multilingual, dtype=torch.float32):
+def save_donor(folder, multilingual, dtype=torch.float32, max_target_positions=32):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(folder, multilingual)
     eos = NUM_TEXT[multilingual]
@@ -84,7 +84,7 @@ def save_donor(folder, multilingual, dtype=torch.float32):
         decoder_attention_heads=2,
         encoder_ffn_dim=24,
         decoder_ffn_dim=40,
-        max_target_positions=32,
+        max_target_positions=max_target_positions,
         pad_token_id=eos,
         bos_token_id=eos,
         eos_token_id=eos,
