@@ -1,5 +1,6 @@
 """Two processes train as one does; FSDP takes the model."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -51,6 +52,41 @@ def mask_by_row(tokens, probability, *, mask_token_id, generator=None):
 mask_by_row.rows, mask_by_row.step = None, 0
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """The same clips as a stream, which every process reads whole: accelerate deals its batches out."""
+
+    def __iter__(self):
+        rows = Rows()
+        for i in range(len(rows)):
+            yield {**rows[i], "duration_s": float(rows.durations_s[i])}
+
+
+def collate(batches):
+    (rows,) = batches
+    return torch.utils.data.default_collate([{k: v for k, v in row.items() if k != "duration_s"} for row in rows])
+
+
+def train_on_stream(args, seen):
+    """Batches of bounded seconds from a stream, by the clock."""
+    args = dataclasses.replace(args, max_seconds_per_batch=1.1, max_minutes=10.0, max_steps=3, logging_steps=1)
+    trainer = Recorder(seen, tiny_model("whisper"), args, train_dataset=Stream(), data_collator=collate)
+    trainer.clock.STEPS_BETWEEN_LOOKS = 1
+    trainer.train()
+    return trainer
+
+
+class Recorder(ISCTTrainer):
+    """Appends the first labels of each training batch to a list."""
+
+    def __init__(self, seen, *args, **kwargs):
+        self.seen = seen
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen.append(sorted(inputs["labels"][:, 0].tolist()) if model.training else [])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 def train(folder, num_processes):
     """Trains with a global batch of 4, and writes what process 0 logged and what each process masked."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -82,20 +118,19 @@ def train(folder, num_processes):
     def count_rows(prediction):
         return {"rows": float(len(prediction.predictions)), "labels": prediction.label_ids[:, 0].sum().item()}
 
-    class Recorder(ISCTTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            seen.append(sorted(inputs["labels"][:, 0].tolist()) if model.training else [])
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
     uneven = torch.utils.data.Subset(rows, range(7))
-    trainer = Recorder(model, args, train_dataset=rows, eval_dataset=uneven, compute_metrics=count_rows)
+    trainer = Recorder(seen, model, args, train_dataset=rows, eval_dataset=uneven, compute_metrics=count_rows)
     trainer.train()
     metrics = trainer.evaluate()
     drawn = torch.rand(1).item()
+    streamed = []
+    clock = train_on_stream(args, streamed).clock
     result = {
         "log": trainer.state.log_history,
         "metrics": metrics,
         "seen": seen[:NUM_STEPS],
+        "streamed": streamed,
+        "clock": clock.share,
         "drawn": drawn,
         "weight": model.proj_out.weight.tolist(),
     }
@@ -131,6 +166,11 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
         curves = [[entry[name] for entry in result["log"] if name in entry] for result in (one, first)]
         assert len(curves[0]) == 3
         torch.testing.assert_close(*map(torch.tensor, curves), atol=1e-4, rtol=1e-4)
+    # A stream's rows come to one process each, and both follow one clock.
+    streams = [[row for batch in result["streamed"] for row in batch] for result in (first, second)]
+    assert all(len(result["streamed"]) == 3 for result in (first, second))
+    assert not set(streams[0]) & set(streams[1]) and all(len(set(rows)) == len(rows) > 3 for rows in streams)
+    assert first["clock"] == second["clock"] > 0
     losses = [entry["loss_step_2"] for entry in one["log"] if "loss_step_2" in entry]
     assert losses[-1] < losses[0]
     weights = [torch.tensor(result["weight"]) for result in (one, first, second)]

@@ -1,153 +1,97 @@
 #!/usr/bin/env python3
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Measures the word error rate of a checkpoint on a folder of recordings.
+Measures a checkpoint on a data set, as `mdm-asr evaluate` does, with one JSON line as its output.
 
-    python training/run_eval.py --data DIR --output OUT [--model FOLDER_OR_ID] [--gamma 0.2 ...]
+    python training/run_eval.py --data DATA --output OUT [--model FOLDER_OR_ID] [--gamma 0.2 ...]
 
-DIR is an audiofolder: audio files and a metadata.jsonl with `file_name` and `text` per line. Writes
-    OUT/hypotheses.jsonl  per utterance: id, reference, hypothesis, nfe, confidence, duration_s; nothing normalised
-    OUT/metrics.json      WER, CER (%), mean NFE, RTFx, settings, versions, the command
+DATA is an audiofolder (audio files and a metadata.jsonl with `file_name` and `text` per line), a manifest, a data set
+of `datasets` or one of the paper's by name, see `mdm-asr evaluate --help`. Writes
+    OUT/hypotheses.jsonl  per utterance: id, reference, hypothesis, nfe, tokens, confidences, times; nothing normalised
+    OUT/metrics.json      WER, CER (%) and the other metrics, 95 % intervals, settings, versions, the command
 
-Both sides go through the Whisper English normaliser, without its table of British and American spellings, which comes
-with Whisper's tokenizers and not with transformers. `--rescore OUT` computes WER, CER and NFE again, from
-OUT/hypotheses.jsonl alone. RTFx is seconds of audio per second of reading, features and generation, all in fp32;
-loading the model is not counted.
+`accelerate launch training/run_eval.py ...` shares the utterances among processes. Both sides go through the Whisper
+normaliser, the English one without its table of British and American spellings, which comes with Whisper's tokenizers
+and not with transformers. `--rescore OUT` computes the metrics again, from OUT/hypotheses.jsonl alone. RTFx is seconds
+of audio per second of features, encoder and decoder; reading audio files and loading the model are not counted.
 """
 
 import argparse
-import hashlib
 import json
-import platform
 import shlex
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jiwer
-import soundfile
-import torch
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME
+from mdm_asr_hf.cli_evaluation import leave_processes, run_evaluation
+from mdm_asr_hf.evaluation_mdm_asr import load_data
+from mdm_asr_hf.scoring_mdm_asr import read_rows, score
 
-from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME, default_checkpoint
-from mdm_asr_hf.cli import generation_settings, load_model
-from mdm_asr_hf.generation_mdm_asr import utterance_confidence
-
-PACKAGES = ("mdm_asr_hf", "transformers", "torch", "tokenizers", "jiwer", "soundfile", "soxr")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def score(rows: list[dict[str, Any]]) -> dict[str, float | int]:
-    """WER and CER in per cent and the mean NFE of the rows of a hypotheses.jsonl."""
-    normalise = EnglishTextNormalizer({})
-    references = [normalise(row["reference"]) for row in rows]
-    hypotheses = [normalise(row["hypothesis"]) for row in rows]
-    return {
-        "wer": round(100 * jiwer.wer(references, hypotheses), 2),
-        "cer": round(100 * jiwer.cer(references, hypotheses), 2),
-        "mean_nfe": round(sum(row["nfe"] for row in rows) / len(rows), 2),
-        "num_utterances": len(rows),
-        "num_reference_words": sum(len(reference.split()) for reference in references),
-        "audio_s": round(sum(row["duration_s"] for row in rows), 1),
-    }
-
-
-def transcribe_folder(model, processor, data: Path, settings, batch_size: int, seed: int) -> list[dict[str, Any]]:
-    """The rows of hypotheses.jsonl, in the order of metadata.jsonl."""
-    entries = read_jsonl(data / "metadata.jsonl")
-    frames_per_s = model.config.input_frames_per_s
-    # Clips of similar length share a batch, so that little of it is padding.
-    ordered = sorted(entries, key=lambda entry: soundfile.info(data / entry["file_name"]).duration)
-    rows = {}
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        inputs = processor([data / entry["file_name"] for entry in batch], return_tensors="pt").to(model.device)
-        # One generator per row: a row of the random and DFM samplers does not depend on its batch.
-        generators = [torch.Generator().manual_seed(seed) for _ in batch]
-        output = model.generate(**inputs, generation_config=settings, generator=generators)
-        texts, confidences = processor.batch_decode(output.sequences), utterance_confidence(output.confidence)
-        for i, entry in enumerate(batch):
-            rows[entry["file_name"]] = {
-                "id": entry["file_name"],
-                "reference": entry["text"],
-                "hypothesis": texts[i],
-                "nfe": int(output.nfe[i]),
-                "confidence": confidences[i] and round(confidences[i], 4),
-                "duration_s": round(int(inputs["attention_mask"][i].sum()) / frames_per_s, 3),
-            }
-        if sys.stderr.isatty():
-            end = "\n" if len(rows) == len(entries) else "\r"
-            print(f"{len(rows)}/{len(entries)}", end=end, file=sys.stderr, flush=True)
-    return [rows[entry["file_name"]] for entry in entries]
-
-
-def sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+SAMPLER_SETTINGS = ("sampler", "gamma", "lambda_", "max_denoising_steps", "canvas_length")
+PRINTED = ("wer", "cer", "mean_nfe", "rtfx", "num_utterances")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """What metrics.json holds; with `--rescore`, its metrics and intervals that follow from the hypotheses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", help=f"folder or id; default: {DEFAULT_CHECKPOINT_NAME}, which comes with the package"
     )
-    parser.add_argument("--data", type=Path, help="folder with metadata.jsonl")
+    parser.add_argument("--data", help="folder, manifest or name")
     parser.add_argument("--output", type=Path, help="folder to write")
     parser.add_argument("--rescore", type=Path, metavar="OUT", help="only score OUT/hypotheses.jsonl again")
+    parser.add_argument("--split", help="of the data; default: test, where it has splits")
+    parser.add_argument("--text-column", help="of the transcripts; default: text")
+    parser.add_argument("--language", help="of the speech, such as de; default: en")
+    parser.add_argument("--limit", type=int, help="only the first rows")
     parser.add_argument("--sampler")
     parser.add_argument("--gamma", type=float)
     parser.add_argument("--lambda", type=float, dest="lambda_")
     parser.add_argument("--steps", type=int, dest="max_denoising_steps")
     parser.add_argument("--canvas-length", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--batch-1-rows", type=int, default=0, help="utterances to measure the speed of batch size 1 on"
+    )
     parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the random and DFM samplers")
     parser.add_argument("--trust-remote-code", action="store_true")
     args = parser.parse_args(arguments)
     if args.rescore:
-        metrics = score(read_jsonl(args.rescore / "hypotheses.jsonl"))
-        print(json.dumps(metrics))
-        return metrics
+        result = score(read_rows(args.rescore))
+        print(json.dumps(result["metrics"]))
+        return result
     if not (args.data and args.output):
         parser.error("--data and --output are needed")
 
-    folder = args.model or str(default_checkpoint())
-    model, processor = load_model(folder, args.device, args.trust_remote_code)
-    names = ("sampler", "gamma", "lambda_", "max_denoising_steps", "canvas_length")
-    settings = generation_settings(model, **{name: getattr(args, name) for name in names})
-    start = time.perf_counter()
-    rows = transcribe_folder(model, processor, args.data, settings, args.batch_size, args.seed)
-    wall_s = time.perf_counter() - start
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (args.output / "hypotheses.jsonl").write_text(lines, encoding="utf-8")
-    metrics = score(read_jsonl(args.output / "hypotheses.jsonl"))
-    metrics |= {
-        "rtfx": round(metrics["audio_s"] / wall_s, 2),
-        "wall_s": round(wall_s, 3),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        "num_threads": torch.get_num_threads(),
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "sampler": settings.sampler,
-        "max_denoising_steps": settings.max_denoising_steps,
-        "canvas": {k: getattr(settings, k) for k in ("canvas_length", "canvas_tokens_per_s", "canvas_extra_tokens")},
-        "normaliser": "transformers EnglishTextNormalizer({}), no spelling table",
-        "model": args.model or DEFAULT_CHECKPOINT_NAME,
-        "model_sha256": sha256(Path(folder) / "model.safetensors"),
-        "data_sha256": sha256(args.data / "metadata.jsonl"),
-        "command": shlex.join(["python", "training/run_eval.py", *(sys.argv[1:] if arguments is None else arguments)]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
-    text = json.dumps(metrics, indent=2, ensure_ascii=False)
-    (args.output / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    print(json.dumps({k: metrics[k] for k in ("wer", "cer", "mean_nfe", "rtfx", "num_utterances")}))
-    return metrics
+    data_settings = {name: getattr(args, name) for name in ("split", "text_column", "language", "limit")}
+    data = load_data(args.data, **data_settings)
+    try:
+        results = run_evaluation(
+            {data.name: data},
+            args.output,
+            model=args.model,
+            language=args.language,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            seed=args.seed,
+            batch_1_rows=args.batch_1_rows,
+            trust_remote_code=args.trust_remote_code,
+            command=shlex.join(
+                ["python", "training/run_eval.py", *(sys.argv[1:] if arguments is None else arguments)]
+            ),
+            **{name: getattr(args, name) for name in SAMPLER_SETTINGS},
+        )
+    finally:
+        leave_processes()
+    if not results:  # All processes but the first.
+        return {}
+    result = results[data.name]
+    print(json.dumps({name: result["metrics"][name] for name in PRINTED}))
+    return result
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import cli_evaluation
+
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
     from .generation_mdm_asr import MDMASRGenerationConfig
@@ -373,7 +375,7 @@ def convert(
                 if kind is not DonorKind.whisper:
                     raise ValueError(f"`--vocab-size {vocab_size}` is for Whisper donors only. Leave it out.")
                 options["vocab_size"] = vocab_size
-            with _with_code(with_code):
+            with saving_code(with_code):
                 model = getattr(MDMASRForConditionalGeneration, f"from_{kind.value}")(donor, **options)
                 processor = getattr(MDMASRProcessor, f"from_{kind.value}")(donor, **options)
                 model.save_pretrained(output)
@@ -402,7 +404,7 @@ def _guess_kind(donor: str) -> DonorKind:
 
 
 @contextmanager
-def _with_code(enabled: bool) -> Iterator[None]:
+def saving_code(enabled: bool) -> Iterator[None]:
     """Makes `save_pretrained` copy the code too, for the time of the context."""
     from .configuration_mdm_asr import MDMASRConfig
     from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
@@ -426,6 +428,9 @@ def _with_code(enabled: bool) -> Iterator[None]:
     finally:
         for one_class, name in before.items():
             one_class._auto_class = name
+
+
+cli_evaluation.register(app)
 
 
 def _print_version(value: bool) -> None:

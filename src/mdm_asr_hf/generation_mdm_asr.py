@@ -223,7 +223,7 @@ class MDMASRGenerationMixin:
             )
         has_speech = None
         if input_features is not None:
-            has_speech, attention_mask = self._find_speech(input_features, attention_mask, settings.min_duration_s)
+            has_speech, attention_mask = self.find_speech(input_features, attention_mask, settings.min_duration_s)
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
         encoder_outputs = self.prepare_cross_attention(encoder_outputs)
@@ -332,7 +332,7 @@ class MDMASRGenerationMixin:
             )
         return settings, prompt_slots
 
-    def _find_speech(
+    def find_speech(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, min_duration_s: float
     ) -> tuple[torch.BoolTensor, torch.Tensor | None]:
         """

@@ -190,7 +190,7 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
     if source.is_local and (manifests := find_manifests(source)):
         raw = (entry for manifest in manifests for entry in read_manifest(manifest))
     else:
-        data = _load_dataset(source, streaming=False)
+        data = load_undecoded(source, streaming=False)
         audio_name = source.columns(data.column_names).audio
         audio, texts = data[audio_name], data.remove_columns(audio_name)
         raw = ((f"{source.path} row {i}", dict(row, **{audio_name: i}), None) for i, row in enumerate(texts))
@@ -200,14 +200,14 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
         if columns is None or not {columns.audio, columns.text} <= values.keys():
             columns = source.columns(list(values))
         try:
-            row = _make_row(source, columns, row_name, values, folder)
+            row = make_row(source, columns, row_name, values, folder)
             if audio is not None:
                 row["index"] = row.pop("audio")
             if not row["text"].strip():
                 raise BadRowError.of(row_name, EMPTY_TEXT, "Write what is said, or leave the row out.")
             if row["duration_s"] is None:
                 its_audio = row["audio"] if audio is None else audio[row["index"]]
-                row["duration_s"] = _header_duration_s(its_audio, row_name)
+                row["duration_s"] = header_duration_s(its_audio, row_name)
             if max_duration_s is not None and row["duration_s"] > max_duration_s:
                 detail = f"It lasts {row['duration_s']:.2f} s, more than {max_duration_s:g} s. Split it."
                 raise BadRowError.of(row_name, LONG_AUDIO, detail)
@@ -286,7 +286,7 @@ def _parse_line(line: str | bytes, name: str) -> dict[str, Any]:
     return values
 
 
-def _make_row(source: Source, columns: Columns, row_name: str, values: dict[str, Any], folder: Path | None) -> dict:
+def make_row(source: Source, columns: Columns, row_name: str, values: dict[str, Any], folder: Path | None) -> dict:
     text, audio = values[columns.text], values[columns.audio]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{row_name}: `text_column` {columns.text!r} holds {text!r:.60}, not text. Name another.")
@@ -319,7 +319,7 @@ def _as_text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _header_duration_s(audio: Any, row_name: str) -> float:
+def header_duration_s(audio: Any, row_name: str) -> float:
     """Seconds that a file's header tells."""
     if isinstance(audio, dict):
         audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
@@ -331,7 +331,7 @@ def _header_duration_s(audio: Any, row_name: str) -> float:
     return info.frames / info.samplerate
 
 
-def _load_dataset(source: Source, streaming: bool) -> Any:
+def load_undecoded(source: Source, streaming: bool) -> Any:
     """A data set of `datasets`, its audio not decoded, which would need torchcodec."""
     import datasets
 
@@ -448,7 +448,7 @@ class _HubStream:
     """Rows of a streamed data set of `datasets`, which deals its files out to the workers itself."""
 
     def __init__(self, source: Source, seed: int, buffer_rows: int, process_index: int, num_processes: int):
-        stream = _load_dataset(source, streaming=True)
+        stream = load_undecoded(source, streaming=True)
         self.source = source
         self.columns = source.columns(stream.column_names or list(next(iter(stream))))
         self.stream = stream.shuffle(seed=seed, buffer_size=buffer_rows)
@@ -463,13 +463,13 @@ class _HubStream:
             audio = values[self.columns.audio]
             path = audio.get("path") if isinstance(audio, dict) else None
             name = " ".join(filter(None, [self.source.path, path]))
-            yield _with_duration(_make_row(self.source, self.columns, name, values, None))
+            yield _with_duration(make_row(self.source, self.columns, name, values, None))
 
 
 def _with_duration(row: dict[str, Any]) -> dict[str, Any]:
     if row["duration_s"] is None:
         try:
-            row["duration_s"] = _header_duration_s(row["audio"], row["row"])
+            row["duration_s"] = header_duration_s(row["audio"], row["row"])
         except BadRowError:
             # The collator, which counts, will find it unreadable, too.
             row["duration_s"] = 0.0
@@ -516,7 +516,7 @@ class _Follower:
                 if (self.num_lines[manifest] - 1) % self.share[1] == self.share[0]:
                     name = f"{manifest} line {self.num_lines[manifest]}"
                     values = _parse_line(line, name)
-                    row = _make_row(self.source, self.source.columns(list(values)), name, values, manifest.parent)
+                    row = make_row(self.source, self.source.columns(list(values)), name, values, manifest.parent)
                     rows.append(_with_duration(row))
         return rows
 
@@ -528,5 +528,8 @@ __all__ = [
     "Source",
     "StreamedSources",
     "Utterances",
+    "header_duration_s",
+    "load_undecoded",
     "load_utterances",
+    "make_row",
 ]

@@ -1,0 +1,493 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Data sets, rows and folders of an evaluation; the same rows from any batches and processes."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_distributed import LAUNCHERS, launch
+from tiny_models import VOCAB_SIZE, tiny_model, tiny_processor
+
+from mdm_asr_hf import evaluation_mdm_asr
+from mdm_asr_hf.cli import main
+from mdm_asr_hf.evaluation_mdm_asr import (
+    PRESETS,
+    decode_encoded,
+    encode_dataset,
+    evaluate_model,
+    load_data,
+    measure_batch_1,
+    peak_memory_mib,
+    token_texts,
+    write_evaluation,
+)
+from mdm_asr_hf.scoring_mdm_asr import read_rows, score
+
+ROOT = Path(__file__).parents[1]
+RATE_HZ = 16_000
+SECONDS = (0.5, 1.2, 0.3, 0.9, 0.7, 1.0, 0.4)
+TIMES = ("features_s", "encoder_s", "decoder_s")
+
+
+def write_clips(folder, seconds=SECONDS):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i, duration_s in enumerate(seconds):
+        soundfile.write(folder / f"{i}.wav", 0.1 * rng.standard_normal(round(duration_s * RATE_HZ)), RATE_HZ)
+
+
+def write_metadata(folder, entries, name="metadata.jsonl"):
+    (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven clips of different lengths, the third without words, and a row whose file is no audio."""
+    data = tmp_path / "clips"
+    write_clips(data / "audio")
+    (data / "audio" / "bad.wav").write_text("These are notes.\n" * 100)
+    entries = [{"file_name": f"audio/{i}.wav", "text": f"word {i}" if i != 2 else ""} for i in range(len(SECONDS))]
+    write_metadata(data, [*entries[:4], {"file_name": "audio/bad.wav", "text": "bad"}, *entries[4:]])
+    return data
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model("whisper")
+    model.generation_config.canvas_length = 12
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+# Data sets.
+
+
+def test_folder(folder):
+    data = load_data(folder)
+    assert (data.name, data.path, len(data)) == ("clips", str(folder), 7)
+    assert [row["id"] for row in data.rows] == [f"audio/{i}.wav" for i in range(7)]
+    assert data.rows[2]["text"] == "" and data.rows[1]["audio_path"] == "audio/1.wav"
+    assert [row["duration_s"] for row in data.rows] == list(SECONDS)
+    (skipped,) = data.skipped
+    assert skipped["id"] == "audio/bad.wav" and "unreadable audio" in skipped["reason"]
+    with pytest.raises(ValueError, match="unreadable audio"):
+        load_data(folder, on_bad_row="raise")
+    limited = load_data(folder, limit=2, label="two")
+    assert [row["id"] for row in limited.rows] == ["audio/0.wav", "audio/1.wav"]
+    assert limited.name == "two" and limited.sha256 == data.sha256
+    with pytest.raises(ValueError, match="`limit`"):
+        load_data(folder, limit=0)
+    with pytest.raises(ValueError, match="no rows that can be measured"):
+        (folder / "bad.jsonl").write_text('{"file_name": "audio/bad.wav", "text": "a"}')
+        load_data(folder / "bad.jsonl")
+
+
+def test_manifest_with_other_columns(folder):
+    other = folder.parent / "elsewhere.wav"
+    soundfile.write(other, np.zeros(800), RATE_HZ)
+    table = f"path,sentence,lang\naudio/0.wav,eins,de\naudio/0.wav,zwei,de\n{other},drei,fr\n"
+    (folder / "test.csv").write_text(table)
+    data = load_data(folder / "test.csv", text_column="sentence")
+    assert [row["text"] for row in data.rows] == ["eins", "zwei", "drei"]
+    # The same file twice is two rows; one outside of the folder has its whole path.
+    assert [row["id"] for row in data.rows] == ["audio/0.wav", "audio/0.wav#2", str(other)]
+    assert [row["language"] for row in data.rows] == ["de", "de", "fr"]
+    assert {row["language"] for row in load_data(folder / "test.csv", text_column="sentence", language="nl").rows} == {
+        "nl"
+    }
+    with pytest.raises(ValueError, match="`text_column`.*'sentence'"):
+        load_data(folder / "test.csv")
+
+
+def test_the_test_split_is_the_default(folder, tmp_path):
+    for name, text in (("train", "a"), ("test", "b")):
+        write_clips(tmp_path / "splits" / name, (0.5,))
+        write_metadata(tmp_path / "splits" / name, [{"file_name": "0.wav", "text": text}])
+    data = load_data(tmp_path / "splits")
+    assert [(row["id"], row["text"]) for row in data.rows] == [("test/0.wav", "b")]
+    assert load_data(tmp_path / "splits", split="train").rows[0]["text"] == "a"
+    assert load_data(tmp_path / "splits" / "train").rows[0]["text"] == "a"
+
+
+def test_data_set_of_datasets(folder, tmp_path, model, processor):
+    entries = [
+        {"audio": {"bytes": (folder / "audio" / f"{i}.wav").read_bytes(), "path": None}, "transcript": text, "id": one}
+        for i, text, one in ((1, "one", "b"), (0, "zero", "a"))
+    ]
+    table = datasets.Dataset.from_list(entries).cast_column("audio", datasets.Audio(decode=False))
+    datasets.DatasetDict({"train": table.select([1]), "test": table}).save_to_disk(tmp_path / "saved")
+    data = load_data(tmp_path / "saved", text_column="transcript", language="de")
+    assert [(row["id"], row["text"], row["audio_path"]) for row in data.rows] == [
+        ("b", "one", None),
+        ("a", "zero", None),
+    ]
+    assert [row["duration_s"] for row in data.rows] == [1.2, 0.5]
+    rows = evaluate_model(model, processor, data)
+    from_files = {row["reference"]: row for row in evaluate_model(model, processor, load_data(folder))}
+    assert [row["hypothesis"] for row in rows] == [
+        from_files["word 1"]["hypothesis"],
+        from_files["word 0"]["hypothesis"],
+    ]
+    assert (rows[0]["audio"], rows[0]["language"]) == (None, "de")
+    assert len(load_data(tmp_path / "saved", text_column="transcript", limit=1)) == 1
+
+
+def test_presets_are_the_leaderboards(monkeypatch):
+    expected = {
+        "librispeech-test-clean": (
+            "hf-audio/esb-datasets-test-only-sorted",
+            "librispeech",
+            "test.clean",
+            "text",
+            "en",
+        ),
+        "librispeech-test-other": (
+            "hf-audio/esb-datasets-test-only-sorted",
+            "librispeech",
+            "test.other",
+            "text",
+            "en",
+        ),
+        "earnings22": ("hf-audio/esb-datasets-test-only-sorted", "earnings22", "test", "text", "en"),
+        "ami": ("hf-audio/esb-datasets-test-only-sorted", "ami", "test", "text", "en"),
+        "voxpopuli": ("hf-audio/esb-datasets-test-only-sorted", "voxpopuli", "test", "text", "en"),
+        "mls-de": ("facebook/multilingual_librispeech", "german", "test", "transcript", "de"),
+        "mls-es": ("facebook/multilingual_librispeech", "spanish", "test", "transcript", "es"),
+        "mls-fr": ("facebook/multilingual_librispeech", "french", "test", "transcript", "fr"),
+    }
+    assert {k: (s.path, s.name, s.split, s.text_column, s.language) for k, s in PRESETS.items()} == expected
+
+    def load_dataset(path, name, split, streaming):
+        seen.append((path, name, split))
+        columns = {"audio": [{"bytes": b"", "path": "x.wav"}], "id": ["7"], "text": ["A b"], "audio_length_s": [2.5]}
+        audio = datasets.Audio(decode=False)
+        return datasets.Dataset.from_dict(columns).cast_column("audio", audio)
+
+    seen = []
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_data("ami")
+    assert seen == [("hf-audio/esb-datasets-test-only-sorted", "ami", "test")]
+    assert data.name == "ami" and data.rows[0]["id"] == "7" and data.rows[0]["duration_s"] == 2.5
+    assert load_data("owner/some", name="de", duration_column="audio_length_s").name == "some-de-test"
+    assert seen[-1] == ("owner/some", "de", "test")
+
+    def fail(*args, **kwargs):
+        raise FileNotFoundError("no such data set")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match="no such data set.*librispeech-test-clean, .*mls-fr"):
+        load_data("librispeech-clean")
+
+
+# Rows.
+
+
+def test_rows_are_what_generate_gives(folder, model, processor):
+    rows = evaluate_model(model, processor, folder, batch_size=3)
+    assert [row["id"] for row in rows] == [f"audio/{i}.wav" for i in range(7)]
+    for row, duration_s in zip(rows, SECONDS, strict=True):
+        inputs = processor(folder / row["audio"])
+        output = model.generate(**inputs, return_dict_in_generate=True)
+        assert row["hypothesis"] == processor.batch_decode(output.sequences)[0]
+        assert row["nfe"] == int(output.nfe[0]) and row["duration_s"] == duration_s
+        text_tokens = [token for token in output.sequences[0].tolist() if token != model.config.eos_token_id]
+        assert len(row["tokens"]) == len(text_tokens)
+        assert [t["step"] for t in row["tokens"]] == output.commit_steps[0, : len(text_tokens)].tolist()
+        confidences = output.confidence[0, : len(text_tokens)].tolist()
+        assert [t["confidence"] for t in row["tokens"]] == pytest.approx(confidences, abs=1e-3)
+        assert "".join(t["text"] for t in row["tokens"]).strip() == row["hypothesis"]
+        assert row["is_full"] == (model.config.eos_token_id not in output.sequences[0])
+        assert all(row[name] > 0 for name in TIMES)
+        assert (row["dataset"], row["language"]) == ("clips", None)
+    # Not all alike, or the above says little.
+    assert len({row["hypothesis"] for row in rows}) > 4 and max(row["nfe"] for row in rows) > 1
+
+
+@pytest.mark.parametrize("sampler", ["pbeb_conf", "random"])
+def test_batches_do_not_matter(folder, model, processor, sampler):
+    settings = copy.deepcopy(model.generation_config)
+    settings.sampler, settings.temperature = sampler, 0.0 if sampler == "pbeb_conf" else 1.0
+
+    def rows_of(data, **more):
+        return timeless(evaluate_model(model, processor, data, settings=settings, **more))
+
+    whole = rows_of(folder, batch_size=3)
+    for others in (rows_of(folder, batch_size=1), rows_of(folder, batch_size=8)):
+        for row, other in zip(whole, others, strict=True):
+            assert {k: row[k] for k in ("hypothesis", "nfe", "is_full")} == {
+                k: other[k] for k in ("hypothesis", "nfe", "is_full")
+            }
+    assert rows_of(load_data(folder, limit=3))[-1]["hypothesis"] == whole[2]["hypothesis"]
+    others = rows_of(folder, seed=1)
+    assert (others == whole) == (sampler == "pbeb_conf")
+
+
+def test_encoding_once_gives_the_same_rows(folder, model, processor):
+    # A silent clip needs its features for being told.
+    soundfile.write(folder / "audio" / "3.wav", np.zeros(RATE_HZ), RATE_HZ)
+    encoded = encode_dataset(model, processor, folder, batch_size=3)
+    assert all(batch.encoder_outputs.last_hidden_state.device.type == "cpu" for batch in encoded.batches)
+    for steps in (2, 20):
+        settings = copy.deepcopy(model.generation_config)
+        settings.max_denoising_steps = steps
+        rows = decode_encoded(model, processor, encoded, settings)
+        expected = evaluate_model(model, processor, folder, batch_size=3, settings=settings)
+        assert timeless(rows) == timeless(expected)
+        assert max(row["nfe"] for row in rows) <= steps
+        assert (rows[3]["hypothesis"], rows[3]["nfe"], rows[3]["is_full"]) == ("", 0, False)
+        assert all(row[name] > 0 for row in rows for name in TIMES)
+    assert not settings.return_dict_in_generate and len(encoded.data.skipped) == 1
+
+
+def test_what_cannot_be_decoded_does_not_stop_the_rest(folder, model, processor):
+    data = load_data(folder)
+    # Broken after its header was read; and a clip too long for the canvas that 100 tokens a second ask for.
+    (folder / "audio" / "5.wav").write_bytes(b"RIFF")
+    soundfile.write(folder / "audio" / "1.wav", np.random.default_rng(0).standard_normal(4 * RATE_HZ) * 0.1, RATE_HZ)
+    settings = copy.deepcopy(model.generation_config)
+    settings.canvas_length, settings.canvas_tokens_per_s = None, 100.0
+    rows = evaluate_model(model, processor, data, settings=settings, batch_size=4)
+    assert [row["id"] for row in rows] == [f"audio/{i}.wav" for i in (0, 2, 3, 4, 6)]
+    assert sorted(one["id"] for one in data.skipped) == ["audio/1.wav", "audio/5.wav", "audio/bad.wav"]
+    assert any("canvas of 410 tokens" in one["reason"] for one in data.skipped)
+    # Measuring it again does not report them twice.
+    evaluate_model(model, processor, data, settings=settings)
+    assert len(data.skipped) == 3
+    with pytest.raises(ValueError, match="audio/[15].wav: "):
+        evaluate_model(model, processor, load_data(data), settings=settings, on_bad_row="raise")
+    with pytest.raises(ValueError, match="`batch_size`"):
+        evaluate_model(model, processor, data, batch_size=0)
+
+
+def test_the_language_reaches_the_prompt(folder, model, processor, monkeypatch):
+    (folder / "two.csv").write_text("path,text,lang\naudio/0.wav,a,de\naudio/1.wav,b,\n")
+    seen = []
+    generate = type(model).generate
+
+    def spy(self, *args, **kwargs):
+        seen.append(kwargs.pop("language", "nothing"))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", spy)
+    rows = evaluate_model(model, processor, folder / "two.csv", language="fr")
+    assert [row["language"] for row in rows] == ["de", "fr"] and set(seen) == {"nothing"}
+    settings = copy.deepcopy(model.generation_config)
+    settings.prompt_template = {
+        "tokens": [VOCAB_SIZE, "language"],
+        "slots": {"language": {"de": 5, "fr": 6}},
+        "defaults": {"language": "de"},
+    }
+    seen.clear()
+    evaluate_model(model, processor, folder / "two.csv", language="fr", settings=settings)
+    # First the warm-up; the longer clip comes first.
+    assert seen == [["de"], ["fr", "de"]]
+
+
+def test_token_texts_make_the_text(processor):
+    tokenizer = processor.tokenizer
+
+    class Bytes:
+        def decode(self, ids, **kwargs):
+            return bytes(ids).decode(errors="replace")
+
+    ids = list("a é€ b".encode())
+    assert token_texts(Bytes(), ids) == ["a", " ", "", "é", "", "", "€", " ", "b"]
+    assert "".join(token_texts(Bytes(), ids[:-4])).startswith("a é")
+    ids = tokenizer.encode(" it's, so.")
+    assert token_texts(tokenizer, ids) == [tokenizer.decode([one]) for one in ids]
+    assert token_texts(tokenizer, []) == []
+
+
+def test_batch_size_1_is_measured_over_all_lengths(folder, model, processor, monkeypatch):
+    batches = []
+    encode = evaluation_mdm_asr._Runner._encode_together
+
+    def spy(self, clips):
+        batches.append([round(len(clip) / RATE_HZ, 2) for clip in clips.values()])
+        return encode(self, clips)
+
+    monkeypatch.setattr(evaluation_mdm_asr._Runner, "_encode_together", spy)
+    data = load_data(folder)
+    result = measure_batch_1(model, processor, data, num_rows=3)
+    # Sorted: 0.3 0.4 0.5 0.7 0.9 1.0 1.2; the first is the warm-up.
+    assert batches[1:] == [[0.4], [0.7], [1.0]]
+    assert result["num_utterances"] == 3 and result["audio_s"] == 2.1
+    assert 0 < result["rtfx"] < result["rtfx_encoder"] and result["rtfx"] < result["rtfx_decoder"]
+    assert measure_batch_1(model, processor, data)["num_utterances"] == 7
+    assert len(data.skipped) == 1
+
+
+def test_folder_of_results(folder, model, processor, checkpoint, tmp_path):
+    data = load_data(folder)
+    rows = evaluate_model(model, processor, data)
+    content = write_evaluation(
+        tmp_path / "out",
+        rows[:-1],
+        model=model,
+        model_name="some name",
+        model_path=checkpoint,
+        data=data,
+        batch_size=8,
+        command="a command",
+        batch_1={"rtfx": 1.5},
+        peak_memory=peak_memory_mib("cpu"),
+    )
+    assert content == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert read_rows(tmp_path / "out") == rows[:-1]
+    scored = score(read_rows(tmp_path / "out"))
+    assert scored["metrics"].items() <= content["metrics"].items() and scored["intervals"] == content["intervals"]
+    assert content["metrics"].keys() - scored["metrics"].keys() == {"rtfx_batch_1", "peak_memory_mib"}
+    # torch alone is more than 50 MiB, and no test takes 100 GiB.
+    assert 50 < content["metrics"]["peak_memory_mib"] < 1e5
+    assert content["settings"]["canvas"]["canvas_length"] == 12 and content["settings"]["dtype"] == "float32"
+    assert content["model"] == "some name" and len(content["model_sha256"]) == 64
+    assert content["model_sha256"] != evaluation_mdm_asr.model_sha256(tmp_path)
+    (described,) = content["data"]
+    assert (described["name"], described["num_utterances"], described["num_skipped"]) == ("clips", 6, 1)
+    assert set(evaluation_mdm_asr.PACKAGES) < set(content["versions"])
+    assert content["machine"]["device"] == "cpu" and content["machine"]["num_cores"] >= 1
+    assert content["normaliser"] == "transformers EnglishTextNormalizer({}), no spelling table"
+
+
+def test_half_precision(folder, model, processor):
+    rows = evaluate_model(copy.deepcopy(model).to(torch.bfloat16), processor, folder)
+    assert len(rows) == 7 and all(row["tokens"] for row in rows if row["hypothesis"])
+
+
+# Processes.
+
+
+def test_processes_lose_and_double_nothing(folder, model, processor, monkeypatch):
+    data = load_data(folder)
+    expected = timeless(evaluate_model(model, processor, data, batch_size=2))
+    shares = []
+    for index in range(3):
+        monkeypatch.setattr(
+            evaluation_mdm_asr, "process_index_and_number", lambda device=None, index=index: (index, 3)
+        )
+        monkeypatch.setattr(evaluation_mdm_asr, "_merge", lambda data, rows, skipped: rows)
+        shares.append(evaluate_model(model, processor, data, batch_size=2))
+    monkeypatch.undo()
+    assert sorted(i for share in shares for i in share) == list(range(7))
+    gathered = [pair for share in reversed(shares) for pair in share.items()]
+
+    def merge(pairs):
+        results = iter([pairs, []])
+        monkeypatch.setattr(evaluation_mdm_asr, "_gather", lambda values: next(results))
+        return evaluation_mdm_asr._merge(data, {}, [])
+
+    assert timeless(merge(gathered)) == expected
+    with pytest.raises(RuntimeError, match="6 rows of 6 utterances, 1 lack"):
+        merge(gathered[1:])
+    with pytest.raises(RuntimeError, match="8 rows of 7 utterances"):
+        merge([*gathered, gathered[0]])
+
+
+def test_two_processes_write_what_one_does(folder, checkpoint, tmp_path):
+    (folder / "audio" / "6.wav").write_bytes((folder / "audio" / "6.wav").read_bytes()[:2000])
+    script = [ROOT / "training" / "run_eval.py", "--data", folder, "--model", checkpoint, "--batch-size", 2]
+    script += ["--sampler", "random", "--device", "cpu", "--canvas-length", 12]
+    launch(*LAUNCHERS["accelerate"].split(), *script, "--output", tmp_path / "two")
+    sys.argv, before = [str(one) for one in [*script, "--output", tmp_path / "one"]], sys.argv
+    try:
+        from test_run_eval import run_eval
+
+        one = run_eval.main()
+    finally:
+        sys.argv = before
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (one["settings"]["num_processes"], two["settings"]["num_processes"]) == (1, 2)
+    rows = timeless(read_rows(tmp_path / "two"))
+    for row, other in zip(rows, timeless(read_rows(tmp_path / "one")), strict=True):
+        # Batches differ in nothing but which process they are on.
+        assert row == other
+    assert len(rows) == 6
+    assert [s["id"] for s in two["data"][0]["skipped"]] == ["audio/bad.wav", "audio/6.wav"]
+    assert one["data"] == two["data"]
+    assert {k: v for k, v in one["metrics"].items() if k[:4] not in ("rtfx", "peak")}.items() <= two["metrics"].items()
+
+
+# The commands.
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mdm-asr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_commands(folder, checkpoint, tmp_path, run):
+    manifest = folder / "few.jsonl"
+    write_metadata(folder, [{"file_name": f"audio/{i}.wav", "text": "a b"} for i in (0, 4)], "few.jsonl")
+    arguments = ["--model", checkpoint, "--canvas-length", 12, "--steps", 5, "--batch-1-rows", 1, "--device", "cpu"]
+    code, out, err = run("evaluate", "--data", folder, "--data", manifest, "--output", tmp_path / "out", *arguments)
+    assert code == 0
+    assert "clips: skipped audio/bad.wav: " in err and err.count("warning") == 1
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["data", "clips", "few", "mean"]
+    contents = {name: json.loads((tmp_path / "out" / name / "metrics.json").read_text()) for name in ("clips", "few")}
+    wers = [content["metrics"]["wer"] for content in contents.values()]
+    low, high = contents["few"]["intervals"]["wer"]
+    assert f"{wers[1]} ({low} to {high})" in lines[2] and f"{sum(wers) / 2:.2f}" in lines[3]
+    assert contents["few"]["settings"]["max_denoising_steps"] == 5
+    assert contents["few"]["metrics"]["rtfx_batch_1"]["num_utterances"] == 1
+    assert contents["few"]["command"].startswith("mdm-asr evaluate --data ")
+    assert {row["dataset"] for row in read_rows(tmp_path / "out" / "few")} == {"few"}
+
+    code, out, err = run("score", tmp_path / "out" / "few", "--json")
+    scored = json.loads(out)
+    assert (code, err) == (0, "") and scored["metrics"].items() <= contents["few"]["metrics"].items()
+    assert scored["intervals"] == contents["few"]["intervals"]
+    code, out, _ = run("score", tmp_path / "out")
+    assert [line.split()[0] for line in out.splitlines()] == ["data", "clips", "few", "mean"]
+    assert list(json.loads(run("score", tmp_path / "out", "--json")[1])) == ["clips", "few"]
+
+    # One data set alone is written to the folder itself.
+    code, out, _ = run("evaluate", "--data", manifest, "--output", tmp_path / "alone", *arguments, "--limit", 1)
+    assert code == 0 and len(read_rows(tmp_path / "alone")) == 1
+    half = ["--dtype", "bfloat16", "--batch-1-rows", 0]
+    code, out, _ = run("evaluate", "--data", manifest, "--output", tmp_path / "half", *arguments, *half)
+    content = json.loads((tmp_path / "half" / "metrics.json").read_text())
+    assert content["settings"]["dtype"] == "bfloat16" and content["metrics"]["rtfx_batch_1"] is None
+
+
+def test_what_goes_wrong_is_one_line(folder, checkpoint, tmp_path, run):
+    for arguments, message in (
+        (["score", tmp_path / "nothing"], "holds no hypotheses.jsonl"),
+        (["evaluate", "--data", folder, "--text-column", "words", "--output", tmp_path / "x"], "`text_column`"),
+        (["evaluate", "--data", folder, "--model", tmp_path / "no", "--output", tmp_path / "x"], "`model`"),
+        (["evaluate", "--data", folder, "--gamma", "-1", "--model", checkpoint, "--output", tmp_path / "x"], "gamma"),
+    ):
+        code, out, err = run(*arguments)
+        lines = [line for line in err.splitlines() if not line.startswith("warning")]
+        assert (code, out, len(lines)) == (1, "", 1)
+        assert lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,265 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Publishing: the files that are gathered, what a Hub on this machine receives, and that it loads by itself."""
+
+import base64
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file, save_file
+from test_auto_classes import noise, transcribe_as_remote_code
+from tiny_models import tiny_model, tiny_processor
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+from mdm_asr_hf import cli, default_checkpoint
+from mdm_asr_hf.hub_mdm_asr import push
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: automatic-speech-recognition
+---
+
+# tiny
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a training run leaves: a checkpoint in bf16, a card, and files that are nobody's business."""
+    folder = tmp_path / "run"
+    tiny_model().bfloat16().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / "LICENSE").write_text("Apache")
+    (folder / "optimizer.pt").write_bytes(b"0")
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "model.safetensors").write_bytes(b"0")
+    return folder
+
+
+@pytest.fixture
+def staged_by():
+    """Dry runs whose folders are removed afterwards."""
+    folders = []
+
+    def stage(*args, **kwargs):
+        result = push(*args, "user/tiny", dry_run=True, **kwargs)
+        folders.append(result.folder)
+        return result
+
+    yield stage
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def transcribe(folder, clip):
+    model, processor = AutoModelForSpeechSeq2Seq.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    return processor.decode(model.generate(**processor(clip, sampling_rate=16000)))[0]
+
+
+def test_the_folder_that_would_be_uploaded_loads_by_itself(folder, staged_by, tmp_path):
+    result = staged_by(folder)
+    assert result.url is None and result.folder != folder
+    assert result.files == sorted(path.name for path in result.folder.iterdir())
+    expected = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "LICENSE"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "README.md", "modeling_mdm_asr.py"}
+    assert expected < set(result.files)
+    # The weights as they are, the settings in their dtype, and neither states of training nor converters.
+    names = ("model.safetensors", "generation_config.json", "README.md")
+    assert all((result.folder / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "AutoModelForSpeechSeq2Seq" in config["auto_map"]
+    assert not [name for name in result.files if name.startswith(("optimizer", "checkpoint", "convert_"))]
+
+    clip = noise()
+    out = transcribe_as_remote_code(result.folder, clip, tmp_path)
+    assert out["type"] == "seq2seq" and out["direct"] == out["pipeline"] == transcribe(folder, clip) != ""
+
+
+def test_without_code_no_reference_to_code_is_left(folder, staged_by):
+    with_code = staged_by(folder)
+    # A folder that came from the Hub with its code is published again without.
+    result = staged_by(with_code.folder, with_code=False)
+    assert not [name for name in result.files if name.endswith(".py")]
+    for name in result.files:
+        assert not name.endswith(".json") or "auto_map" not in (result.folder / name).read_text()
+    clip = noise()
+    assert transcribe(result.folder, clip) == transcribe(folder, clip) != ""
+
+
+def test_code_of_another_class_does_not_stay_registered(folder, staged_by):
+    staged_by(folder)
+    tiny_model().save_pretrained(folder.parent / "plain")
+    assert not list((folder.parent / "plain").glob("*.py"))
+
+
+def test_a_card_beside_the_folder(folder, staged_by, tmp_path):
+    card = tmp_path / "card.md"
+    card.write_text(CARD.replace("# tiny", "# another"))
+    result = staged_by(folder, card=card)
+    assert "# another" in (result.folder / "README.md").read_text()
+
+
+def test_the_default_checkpoint_is_fit_for_publication(staged_by):
+    result = staged_by(default_checkpoint())
+    assert ModelCard.load(result.folder / "README.md").data.base_model == "openai/whisper-tiny.en"
+    weights = [(path / "model.safetensors").stat().st_size for path in (result.folder, default_checkpoint())]
+    assert weights[0] == weights[1]
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def drop_a_weight(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "decoder" in name)
+    save_file(
+        {key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def card_without_licence(folder):
+    (folder / "README.md").write_text(CARD.replace("license: apache-2.0\n", ""))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (without("config.json"), "no config.json"),
+        (without("model.safetensors"), "no model.safetensors"),
+        (without("README.md"), "no model card"),
+        (card_without_licence, "has no license"),
+        (drop_a_weight, "missing model.decoder"),
+    ],
+)
+def test_what_is_incomplete_is_not_uploaded(folder, hub, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        push(folder, "user/tiny", endpoint=hub.endpoint, token="hf_test")
+    assert hub.requests == []
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's API as an upload of small files asks for."""
+
+    def do_GET(self):
+        self.server.requests.append(("GET", self.path, self.headers["authorization"], None))
+        self.answer({"id": "user/tiny", "private": self.server.is_private})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        lines = [json.loads(line) for line in body.splitlines()]
+        self.server.requests.append(("POST", self.path, self.headers["authorization"], lines))
+        if self.path == "/api/repos/create":
+            self.answer({"url": f"{self.server.endpoint}/user/tiny"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif self.path.endswith("/preupload/main"):
+            modes = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in lines[0]["files"]
+            ]
+            self.answer({"files": modes})
+        elif self.path.endswith("/commit/main"):
+            self.answer({"commitUrl": f"{self.server.endpoint}/user/tiny/commit/1", "commitOid": "1", "success": True})
+        else:
+            self.send_error(404)
+
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    server.requests, server.is_private = [], True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_one_commit_brings_everything(folder, hub, staged_by):
+    result = push(folder, "user/tiny", private=True, endpoint=hub.endpoint, token="hf_test")
+    assert result.url == f"{hub.endpoint}/user/tiny/commit/1" and result.folder is None
+    assert {token for _, _, token, _ in hub.requests} == {"Bearer hf_test"}
+    creation = [lines[0] for _, path, _, lines in hub.requests if path == "/api/repos/create"]
+    assert len(creation) == 1 and creation[0]["name"] == "tiny"
+    # How it is said depends on the version of huggingface_hub.
+    assert creation[0].get("private") is True or creation[0]["visibility"] == "private"
+
+    commits = [lines for _, path, _, lines in hub.requests if path.endswith("/commit/main")]
+    assert len(commits) == 1
+    received = {}
+    for line in commits[0][1:]:
+        assert (line["key"], line["value"]["encoding"]) == ("file", "base64")
+        received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+    # What the first test loads.
+    staged = staged_by(folder).folder
+    assert received == {path.name: path.read_bytes() for path in staged.iterdir()}
+    assert sorted(received) == result.files
+
+
+def test_what_shall_be_private_does_not_go_into_a_public_repository(folder, hub):
+    hub.is_private = False
+    with pytest.raises(ValueError, match="is public"):
+        push(folder, "user/tiny", private=True, endpoint=hub.endpoint, token="hf_test")
+    assert not [path for _, path, _, _ in hub.requests if path.endswith("/commit/main")]
+
+
+def test_no_temporary_folder_is_left(folder, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    push(folder, "user/tiny", endpoint=hub.endpoint, token="hf_test")
+    drop_a_weight(folder)
+    with pytest.raises(ValueError, match="missing"):
+        push(folder, "user/tiny", endpoint=hub.endpoint, token="hf_test")
+    assert not list(Path(tmp_path).glob("mdm-asr-push-*"))
+
+
+def call(*arguments):
+    """What `mdm-asr push` exits with; the command line without a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mdm-asr", "push", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return end.value.code
+
+
+def test_the_command_lists_what_it_would_upload(folder, capsys):
+    assert call(folder, "user/tiny", "--no-code", "--dry-run") == 0
+    *files, last = capsys.readouterr().out.splitlines()
+    staged = Path(last.split(" in ")[1])
+    try:
+        assert sorted(path.name for path in staged.iterdir()) == files
+        assert "README.md" in files and "modeling_mdm_asr.py" not in files
+    finally:
+        shutil.rmtree(staged)
+
+
+def test_the_command_uploads_or_says_why_not_on_one_line(folder, hub, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    assert call(folder, "user/tiny", "--private") == 0
+    assert f"{hub.endpoint}/user/tiny/commit/1" in capsys.readouterr().out
+    assert call(folder, "user/too/many/slashes") == 1
+    (folder / "README.md").unlink()
+    assert call(folder, "user/tiny") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True, True] and "no model card" in lines[1]
