@@ -13,7 +13,6 @@ from mdm_asr_hf.diffusion_mdm_asr import (
     LogLinearSchedule,
     PositionBiasedMasking,
     UniformMasking,
-    make_masking,
     make_schedule,
     mask_tokens,
     masked_diffusion_loss,
@@ -52,11 +51,8 @@ def test_schedules(schedule, alphas, weights):
 def test_names():
     assert {name: type(make_schedule(name)) for name in SCHEDULES} == SCHEDULES
     assert make_schedule("log-linear") == LogLinearSchedule()
-    assert make_masking("position-biased", width=3.0) == PositionBiasedMasking(3.0)
     with pytest.raises(ValueError, match="`schedule` 'quadratic' is unknown.*cosine"):
         make_schedule("quadratic")
-    with pytest.raises(ValueError, match="`masking` 'span' is unknown"):
-        make_masking("span")
     with pytest.raises(ValueError, match="`width` must be positive"):
         PositionBiasedMasking(0)
 

@@ -113,18 +113,7 @@ class PositionBiasedMasking:
             raise ValueError(f"`width` must be positive, got {self.width!r}.")
 
 
-MASKINGS = {masking.name: masking for masking in (UniformMasking, PositionBiasedMasking)}
 Masking = UniformMasking | PositionBiasedMasking
-
-
-def make_masking(masking: str | Masking, **settings) -> Masking:
-    """The masking of a name. Raises ValueError for an unknown one."""
-    if isinstance(masking, (UniformMasking, PositionBiasedMasking)):
-        return masking
-    key = str(masking).lower().replace("-", "_")
-    if key not in MASKINGS:
-        raise ValueError(f"`masking` {masking!r} is unknown. Use one of {sorted(MASKINGS)}.")
-    return MASKINGS[key](**settings)
 
 
 def draw_uniform(
@@ -247,7 +236,6 @@ def masked_diffusion_loss(
 
 
 __all__ = [
-    "MASKINGS",
     "SCHEDULES",
     "T_MIN",
     "CosineSchedule",
@@ -258,7 +246,6 @@ __all__ = [
     "PositionBiasedMasking",
     "UniformMasking",
     "draw_uniform",
-    "make_masking",
     "make_schedule",
     "mask_tokens",
     "masked_diffusion_loss",
