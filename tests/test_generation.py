@@ -23,7 +23,7 @@ class ScriptedModel:
     """Replaces the decoder by a script: the logits of every step are given, the calls are recorded."""
 
     def __init__(self, model, monkeypatch, texts, confidence=50.0):
-        self.calls = []
+        self.calls, self.open_rows = [], []
         length = 10
         self.logits = torch.zeros(len(texts), length, VOCAB_SIZE)
         for row, text in enumerate(texts):
@@ -31,8 +31,9 @@ class ScriptedModel:
                 self.logits[row, i, text[i] if i < len(text) else EOS] = confidence
         monkeypatch.setattr(model, "_canvas_logits", self)
 
-    def __call__(self, prompt_ids, canvas, canvas_mask, encoder_outputs, suppress_tokens):
-        self.calls.append((prompt_ids.clone(), canvas.clone()))
+    def __call__(self, open_rows, canvas, canvas_mask, candidates, suppress_tokens):
+        self.calls.append((open_rows.prompt_ids.clone(), canvas.clone()))
+        self.open_rows.append(open_rows.rows.tolist())
         return self.logits[:, : canvas.shape[1]].clone()
 
 
@@ -55,7 +56,8 @@ def test_text_ends_at_the_first_eos_and_rows_count_their_own_steps(monkeypatch):
     torch.testing.assert_close(out.confidence, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]]))
     prompt, first = script.calls[0]
     assert prompt.tolist() == [[START]] * 2 and (first == MASK).all() and first.shape == (2, 8)
-    # The finished row does not change any more.
+    # The finished row costs no decoder evaluation and does not change any more.
+    assert script.open_rows == [[0, 1], [0, 1], [0], [0]]
     assert all(canvas[1].tolist() == script.calls[2][1][1].tolist() for _, canvas in script.calls[2:])
 
 

@@ -129,6 +129,21 @@ def test_the_mask_has_no_logit(encoder):
     assert logits.shape == (3, 12, VOCAB_SIZE) and model.config.mask_token_id == MASK >= VOCAB_SIZE
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_logits_of_chosen_positions_are_those_of_all(shift):
+    model = tiny_model()
+    model.config.shift_logits = shift
+    features, mask = tiny_inputs()
+    ids = canvas_inputs(3)
+    with torch.no_grad():
+        frames = model.encode(features, mask)
+        everything = model(decoder_input_ids=ids, encoder_outputs=frames, logits_to_keep=11).logits
+        chosen = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) < 0.4
+        some = model(decoder_input_ids=ids, encoder_outputs=frames, logits_to_keep=chosen).logits
+    assert 0 < len(some) == int(chosen.sum()) < 33
+    torch.testing.assert_close(some, everything[chosen], atol=1e-5, rtol=1e-5)
+
+
 def test_masked_and_visible_tokens_are_told_apart():
     model = tiny_model()
     embed = model.model.decoder.embed_ids

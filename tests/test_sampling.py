@@ -219,6 +219,24 @@ def test_at_least_one_commit_per_unfinished_row_and_no_committed_token_changes(s
     assert ((out.confidence >= 0) & (out.confidence <= 1 + 1e-6)).all()
 
 
+@given(states(), st.sampled_from(sorted(SAMPLERS)), st.integers(1, 8), st.sampled_from([0.0, 0.7]))
+def test_logits_of_the_candidates_alone_give_the_same(state, name, steps_left, temperature):
+    logits, canvas, noise = state
+    candidates = (canvas == 99) & (noise[..., 0] < 0.8)
+    settings = {"mask_token_id": 99, "steps_left": steps_left, "candidates": candidates, "noise": noise}
+    settings["temperature"] = temperature
+    whole = sampler_step(make_sampler(name), logits, canvas, **settings)
+    some = sampler_step(make_sampler(name), logits[candidates], canvas, **settings)
+    assert torch.equal(some.committed, whole.committed) and torch.equal(some.canvas, whole.canvas)
+    assert torch.equal(some.confidence[candidates], whole.confidence[candidates])
+    assert not some.confidence[~candidates].any()
+
+
+def test_logits_of_another_number_of_positions_raise():
+    with pytest.raises(ValueError, match="`logits` are of 3 positions, but 4 are candidates"):
+        sampler_step(make_sampler("eb_conf"), LOGITS[0, :3], CANVAS, mask_token_id=MASK, steps_left=2)
+
+
 @given(states(), st.sampled_from(["eb_conf", "pbeb_conf"]), st.floats(0, 3), st.floats(0, 3))
 def test_a_larger_gamma_commits_a_superset(state, name, a, b):
     low, high = sorted([a, b])

@@ -158,6 +158,35 @@ def draw_noise(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
+class OpenRows:
+    """
+    What the decoder reads of the rows that are not finished: prompts and encoder outputs, made narrower as rows
+    finish, so that a batch costs no more than its rows do.
+
+    Attributes:
+        rows (`torch.LongTensor` of shape (R,)): places of the open rows in the batch.
+        prompt_ids (`torch.LongTensor` of shape (R, P)).
+        encoder_outputs ([`MDMASREncoderOutput`]): of R rows.
+    """
+
+    def __init__(self, prompt_ids: torch.LongTensor, encoder_outputs: MDMASREncoderOutput):
+        self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        self.prompt_ids, self.encoder_outputs = prompt_ids, encoder_outputs
+
+    def narrow(self, is_open: torch.BoolTensor) -> None:
+        """Drops the rows that are not open (B,) any more."""
+        kept = is_open[self.rows]
+        if bool(kept.all()):
+            return
+        self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
+        outputs = self.encoder_outputs
+        self.encoder_outputs = MDMASREncoderOutput(
+            last_hidden_state=outputs.last_hidden_state[kept],
+            attention_mask=None if outputs.attention_mask is None else outputs.attention_mask[kept],
+            cross_attention_states=tuple((key[kept], value[kept]) for key, value in outputs.cross_attention_states),
+        )
+
+
 class MDMASRGenerationMixin:
     """The part of the model that turns audio into text."""
 
@@ -253,9 +282,11 @@ class MDMASRGenerationMixin:
             streamer.put(prompt_ids.cpu())
 
         # 4. Denoise.
-        num_steps = 0
+        num_steps, open_rows = 0, OpenRows(prompt_ids, encoder_outputs)
         while num_steps < settings.max_denoising_steps and self._any_unfinished(candidates, synced_gpus):
-            logits = self._canvas_logits(prompt_ids, canvas, canvas_mask, encoder_outputs, settings.suppress_tokens)
+            if not synced_gpus:
+                open_rows.narrow(candidates.any(dim=-1))
+            logits = self._canvas_logits(open_rows, canvas, canvas_mask, candidates, settings.suppress_tokens)
             step = sampler_step(
                 sampler,
                 logits,
@@ -437,18 +468,24 @@ class MDMASRGenerationMixin:
 
     def _canvas_logits(
         self,
-        prompt_ids: torch.LongTensor,
+        open_rows: "OpenRows",
         canvas: torch.LongTensor,
         canvas_mask: torch.BoolTensor,
-        encoder_outputs: MDMASREncoderOutput,
+        candidates: torch.BoolTensor,
         suppress_tokens: list[int] | None,
     ) -> torch.Tensor:
-        """One decoder evaluation: logits (B, L, V) of the canvas, in fp32."""
+        """
+        One decoder evaluation of the open rows of a canvas (B, L): logits (N, V), in fp32, of its N candidates in
+        row-major order. The output layer is as wide as the vocabulary, so that other positions would cost most.
+        """
+        rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
         outputs = self(
-            decoder_input_ids=torch.cat([prompt_ids, canvas], dim=-1),
-            decoder_attention_mask=torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask], dim=-1),
-            encoder_outputs=encoder_outputs,
-            logits_to_keep=canvas.shape[-1],
+            decoder_input_ids=torch.cat([prompt_ids, canvas[rows]], dim=-1),
+            decoder_attention_mask=torch.cat(
+                [torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask[rows]], dim=-1
+            ),
+            encoder_outputs=open_rows.encoder_outputs,
+            logits_to_keep=candidates[rows],
         )
         logits = outputs.logits.float()
         if suppress_tokens:
@@ -507,6 +544,7 @@ __all__ = [
     "MDMASRGenerateOutput",
     "MDMASRGenerationConfig",
     "MDMASRGenerationMixin",
+    "OpenRows",
     "draw_noise",
     "utterance_confidence",
 ]

@@ -201,7 +201,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         prompt_ids: torch.LongTensor | None = None,
         objective: DiffusionObjective | None = None,
         generator: torch.Generator | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.BoolTensor = 0,
         input_values: torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
@@ -227,7 +227,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             generator (`torch.Generator`, *optional*):
                 Seeds timesteps and masking. In evaluation mode they are seeded by default, so that losses can be
                 compared.
-            logits_to_keep (`int`): compute logits for the last so many positions only; 0 means all.
+            logits_to_keep (`int` or `torch.BoolTensor` of shape (B, L)):
+                Compute logits for the last so many positions only; 0 means all. A mask of the last L positions gives
+                logits (N, V) of the N that it marks, in row-major order.
             input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
                 them.
             kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility` of [`MDMASRDecoder`].
@@ -290,11 +292,18 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             encoder_attentions=outputs.encoder_attentions,
         )
 
-    def _read_logits(self, hidden_states: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        """Logits of the last positions of (B, P + L, D); with `shift_logits` each is read one position earlier."""
-        if self.config.shift_logits and logits_to_keep:
-            return self.proj_out(hidden_states[:, -logits_to_keep - 1 : -1])
-        return self.proj_out(hidden_states[:, -logits_to_keep:])
+    def _read_logits(self, hidden_states: torch.Tensor, logits_to_keep: int | torch.BoolTensor) -> torch.Tensor:
+        """
+        Logits of the last positions of (B, P + L, D), of all if `logits_to_keep` is 0, or of those of the last L that
+        a mask (B, L) marks. With `shift_logits` each is read one position earlier.
+        """
+        is_mask = isinstance(logits_to_keep, torch.Tensor)
+        length = logits_to_keep.shape[-1] if is_mask else logits_to_keep
+        if self.config.shift_logits and length:
+            hidden_states = hidden_states[:, -length - 1 : -1]
+        else:
+            hidden_states = hidden_states[:, -length:]
+        return self.proj_out(hidden_states[logits_to_keep] if is_mask else hidden_states)
 
     def _training_forward(
         self,

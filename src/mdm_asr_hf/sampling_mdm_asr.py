@@ -227,7 +227,7 @@ def sampler_step(
 
     Args:
         sampler ([`SamplerConfig`]): which sampler, with its settings.
-            logits (`torch.Tensor` of shape (B, L, V)).
+        logits (`torch.Tensor` of shape (B, L, V), or (N, V) of the N candidates alone, in row-major order).
         canvas (`torch.LongTensor` of shape (B, L)): `mask_token_id` where nothing is committed yet.
         steps_left (`int`): denoising steps left, this one included. The last one commits everything.
         candidates (`torch.BoolTensor` of shape (B, L), *optional*): the masked positions that may be committed;
@@ -252,7 +252,19 @@ def sampler_step(
         )
     masked = canvas == mask_token_id
     candidates = masked if candidates is None else candidates & masked
-    tokens, log_confidence, entropy = propose_tokens(logits, temperature, noise[..., 0] if noise is not None else None)
+    token_noise = noise[..., 0] if noise is not None else None
+    if logits.dim() == 2:
+        if len(logits) != int(candidates.sum()):
+            raise ValueError(f"`logits` are of {len(logits)} positions, but {int(candidates.sum())} are candidates.")
+        proposed = propose_tokens(logits, temperature, token_noise[candidates] if token_noise is not None else None)
+        # Positions that are no candidates propose nothing, with confidence 0.
+        zeros = torch.zeros(canvas.shape, device=canvas.device)
+        tokens, log_confidence, entropy = (
+            blank.masked_scatter(candidates, values)
+            for blank, values in zip((canvas, zeros - torch.inf, zeros), proposed, strict=True)
+        )
+    else:
+        tokens, log_confidence, entropy = propose_tokens(logits, temperature, token_noise)
 
     num_candidates = candidates.sum(dim=-1, keepdim=True)
     even_share = (num_candidates + steps_left - 1) // steps_left
