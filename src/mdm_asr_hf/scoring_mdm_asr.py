@@ -346,7 +346,7 @@ def _speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return {name: round(audio_s / seconds, 2) if seconds else None for name, seconds in times.items()}
 
 
-def _draws(num_rows: int, num_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
+def bootstrap_draws(num_rows: int, num_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
     """Yields (R, B): how often R resamples draw each of B utterances; the same draws for the same B and seed."""
     rng = np.random.default_rng(seed)
     for start in range(0, num_bootstrap, _RESAMPLES_AT_ONCE):
@@ -365,7 +365,7 @@ def _intervals(sums: _Sums, num_bootstrap: int, seed: int) -> dict[str, list[flo
     samples: dict[str, list[np.ndarray]] = {name: [] for name in (*sums.ratios, "ece")}
     bins = sums.bins.reshape(len(sums.bins), -1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        for drawn in _draws(len(bins), num_bootstrap, seed):
+        for drawn in bootstrap_draws(len(bins), num_bootstrap, seed):
             for name, (numerator, denominator, factor) in sums.ratios.items():
                 samples[name].append(factor * (drawn @ numerator) / (drawn @ denominator))
             if bins.any():
@@ -406,7 +406,7 @@ def compare(
         return first - second
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        samples = [difference(drawn) for drawn in _draws(len(ids), num_bootstrap, seed)]
+        samples = [difference(drawn) for drawn in bootstrap_draws(len(ids), num_bootstrap, seed)]
         value = float(difference(np.ones(len(ids))))
     return {
         "difference": round(value, 2) if math.isfinite(value) else None,
@@ -455,6 +455,7 @@ def find_results(path: str | Path) -> dict[str, Path]:
 
 __all__ = [
     "align",
+    "bootstrap_draws",
     "compare",
     "count_errors",
     "count_repetitions",
