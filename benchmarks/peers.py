@@ -1,0 +1,316 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The systems that run_peers.py compares, each behind `transcribe`: from samples in memory to texts.
+
+Every system imports its own libraries when it is loaded, so that a process which measures one system's memory holds
+nothing of the others, and so that a peer which is left out need not be installed.
+"""
+
+import json
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLING_RATE = 16_000
+INSTALL_PEERS = "pip install -r benchmarks/requirements.txt"
+# Names of `--ours gamma=0.05,steps=32`, as the flags of `mdm-asr transcribe` are called, and their types.
+OUR_SETTINGS = {
+    "sampler": ("sampler", str),
+    "gamma": ("gamma", float),
+    "lambda": ("lambda_", float),
+    "k": ("k", int),
+    "steps": ("max_denoising_steps", int),
+    "canvas-length": ("canvas_length", int),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """
+    What to load and how to call it.
+
+    Args:
+        kind (`str`): "transformers", "compiled", "faster-whisper" or "ours".
+        source (`str`): folder or id of the checkpoint; for faster-whisper the converted folder.
+        name (`str`): what tables call the checkpoint.
+        dtype (`str`): of torch, or the compute type of CTranslate2.
+        settings (`str`): of ours, as in "gamma=0.05,steps=32"; empty for the checkpoint's own.
+    """
+
+    kind: str
+    source: str
+    name: str
+    dtype: str
+    settings: str = ""
+
+    @property
+    def label(self) -> str:
+        middle = {
+            "transformers": "transformers",
+            "compiled": "transformers, torch.compile",
+            "faster-whisper": "faster-whisper",
+            "ours": self.settings.replace(",", " ") or "its own settings",
+        }[self.kind]
+        return f"{self.name}, {middle}, {self.dtype}"
+
+    @property
+    def is_ours(self) -> bool:
+        return self.kind == "ours"
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """
+    The keyword arguments of `generation_settings` that "gamma=0.05,steps=32" stands for.
+
+    Raises:
+        ValueError: a name that is no setting, or a value that does not fit it.
+    """
+    settings = {}
+    for pair in filter(None, text.split(",")):
+        name, _, value = pair.partition("=")
+        if name.strip() not in OUR_SETTINGS or not value:
+            raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, NAME one of {', '.join(OUR_SETTINGS)}.")
+        argument, kind = OUR_SETTINGS[name.strip()]
+        try:
+            settings[argument] = kind(value)
+        except ValueError as error:
+            raise ValueError(f"`--ours` {text!r}: {value!r} is not of type {kind.__name__}.") from error
+    return settings
+
+
+class TransformersWhisper:
+    """The autoregressive donor, greedy, on its stock 30-second features."""
+
+    def __init__(self, peer: Peer, device: str, threads: int):
+        torch = _torch(threads)
+        from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+        self.device, self.dtype = device, getattr(torch, peer.dtype)
+        self.processor = AutoProcessor.from_pretrained(peer.source)
+        model = WhisperForConditionalGeneration.from_pretrained(peer.source, dtype=self.dtype)
+        self.model = model.to(device).eval()
+        self.options = {"do_sample": False, "num_beams": 1}
+        if getattr(model.generation_config, "is_multilingual", False):
+            self.options |= {"language": "en", "task": "transcribe"}
+        if peer.kind == "compiled":
+            # As Whisper's model cards do it. transformers would compile a second time on CUDA by itself.
+            self.options["cache_implementation"] = "static"
+            model.generation_config.disable_compile = True
+            mode = "reduce-overhead" if device == "cuda" else "default"
+            encoder = model.get_encoder()
+            encoder.forward = torch.compile(encoder.forward)
+            model.forward = torch.compile(model.forward, mode=mode)
+
+    def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
+        ids = self.model.generate(self.encoder_inputs(clips), **self.options)
+        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [{"hypothesis": text.strip()} for text in texts]
+
+    def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
+        extracted = self.processor.feature_extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+        return extracted.input_features.to(self.device, self.dtype)
+
+    def encode(self, features: Any) -> None:
+        import torch
+
+        with torch.no_grad():
+            self.model.get_encoder()(features)
+
+
+class FasterWhisper:
+    """
+    The donor's weights in CTranslate2, with the features and the tokenizer of faster-whisper.
+
+    The calls are those of `faster_whisper.BatchedInferencePipeline` for its pieces of 30 seconds, without its checks
+    of the result: that pipeline batches the pieces of one recording, and here each clip is a recording of its own.
+    """
+
+    def __init__(self, peer: Peer, device: str, threads: int):
+        from faster_whisper import WhisperModel
+        from faster_whisper.audio import pad_or_trim
+        from faster_whisper.tokenizer import Tokenizer
+
+        self.whisper = WhisperModel(
+            peer.source, device=device, compute_type=peer.dtype, cpu_threads=threads, num_workers=1
+        )
+        is_multilingual = self.whisper.model.is_multilingual
+        self.tokenizer = Tokenizer(self.whisper.hf_tokenizer, is_multilingual, task="transcribe", language="en")
+        self.prompt = self.whisper.get_prompt(self.tokenizer, [], without_timestamps=True)
+        self.max_length = json.loads((Path(peer.source) / "benchmark.json").read_text())["max_length"]
+        self.pad_or_trim = pad_or_trim
+
+    def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
+        extract = self.whisper.feature_extractor
+        features = np.stack([self.pad_or_trim(extract(clip)[..., :-1]) for clip in clips])
+        results = self.whisper.model.generate(
+            self.whisper.encode(features),
+            [self.prompt] * len(clips),
+            beam_size=1,
+            max_length=self.max_length,
+            sampling_temperature=0.0,
+        )
+        return [{"hypothesis": self.tokenizer.decode(result.sequences_ids[0]).strip()} for result in results]
+
+
+class OurModel:
+    """MDM-ASR, with one way of decoding."""
+
+    def __init__(self, peer: Peer, device: str, threads: int):
+        torch = _torch(threads)
+        from mdm_asr_hf.cli import generation_settings
+
+        self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
+        self.settings = generation_settings(self.model, **parse_settings(peer.settings))
+        self.device = device
+        self.new_generator = lambda: torch.Generator().manual_seed(0)
+
+    def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
+        inputs = self.encoder_inputs(clips)
+        # The random and DFM samplers draw; the others leave the generators alone.
+        generators = [self.new_generator() for _ in clips]
+        output = self.model.generate(**inputs, generation_config=self.settings, generator=generators)
+        texts = self.processor.batch_decode(output.sequences)
+        return [{"hypothesis": text, "nfe": nfe} for text, nfe in zip(texts, output.nfe.tolist(), strict=True)]
+
+    def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
+        return self.processor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(self.device)
+
+    def encode(self, inputs: Any) -> None:
+        import torch
+
+        with torch.no_grad():
+            self.model.encode(**inputs)
+
+
+# Several settings of ours share one model.
+@cache
+def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+
+    from mdm_asr_hf.cli import load_model
+
+    model, processor = load_model(source, device)
+    return model.to(getattr(torch, dtype)), processor
+
+
+def _torch(threads: int) -> Any:
+    """torch and transformers with the threads fixed, and without transformers' warnings and bars."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return torch
+
+
+def load_peer(peer: Peer, device: str, threads: int) -> TransformersWhisper | FasterWhisper | OurModel:
+    """Raises ValueError or OSError where its checkpoint cannot be used."""
+    classes = {"faster-whisper": FasterWhisper, "ours": OurModel}
+    return classes.get(peer.kind, TransformersWhisper)(peer, device, threads)
+
+
+def require_faster_whisper() -> None:
+    """Raises ValueError where it is not installed."""
+    for module in ("ctranslate2", "faster_whisper"):
+        if find_spec(module) is None:
+            raise ValueError(f"`{module}` is not installed: {INSTALL_PEERS}, or pass --skip faster-whisper.")
+
+
+def convert_for_faster_whisper(donor: str, folder: Path, quantization: str) -> None:
+    """Writes the donor's weights for CTranslate2, with what faster-whisper needs beside them."""
+    from ctranslate2.converters import TransformersConverter
+    from transformers import AutoFeatureExtractor, AutoTokenizer, GenerationConfig
+
+    TransformersConverter(donor).convert(str(folder), quantization=quantization, force=True)
+    AutoTokenizer.from_pretrained(donor).save_pretrained(folder)
+    AutoFeatureExtractor.from_pretrained(donor).save_pretrained(folder)
+    # The bound that the donor itself has in transformers. Whisper's is 448.
+    max_length = GenerationConfig.from_pretrained(donor).max_length or 448
+    (folder / "benchmark.json").write_text(json.dumps({"max_length": max_length}), encoding="utf-8")
+
+
+def measure_memory(peer: Peer, batches: list[list[np.ndarray]], device: str, threads: int) -> list[dict[str, float]]:
+    """
+    Loads the peer and transcribes each batch twice, the smallest batch first. To be called in a process that has done
+    nothing else.
+
+    Returns:
+        For each batch, in MiB: `peak`, the most that this process held until then, and `before`, what Python, NumPy
+        and the clips took of it; on CUDA `peak_device` too, the most device memory in use beside the empty context.
+    """
+    before = _peak_rss_mib()
+    watch = None
+    if device == "cuda":
+        watch = _DeviceMemory()
+    elif peer.kind == "faster-whisper":
+        # CTranslate2 imports torch and transformers for its converters where they are installed. Those who only
+        # transcribe with it do not have them.
+        sys.modules["torch"] = sys.modules["transformers"] = None
+    system = load_peer(peer, device, threads)
+    rows = []
+    for clips in sorted(batches, key=len):
+        for _ in range(2):
+            system.transcribe(clips)
+        rows.append({"peak": round(_peak_rss_mib(), 1), "before": round(before, 1)})
+        if watch is not None:
+            rows[-1]["peak_device"] = round(watch.peak_mib(), 1)
+    return rows
+
+
+class _DeviceMemory(threading.Thread):
+    """Looks every few milliseconds at how much of the GPU is taken, whoever allocates it: torch or CTranslate2."""
+
+    def __init__(self, interval_s: float = 0.002):
+        import torch
+
+        super().__init__(daemon=True)
+        self.read = torch.cuda.mem_get_info
+        self.lowest_free = self.free_before = self.read()[0]
+        self.interval_s = interval_s
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.lowest_free = min(self.lowest_free, self.read()[0])
+            time.sleep(self.interval_s)
+
+    def peak_mib(self) -> float:
+        """The most that was taken until now."""
+        return (self.free_before - min(self.lowest_free, self.read()[0])) / 2**20
+
+
+def _peak_rss_mib() -> float:
+    """Most resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage on Linux, where a child starts with its parent's peak.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    import resource
+
+    # Bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+__all__ = [
+    "FasterWhisper",
+    "OurModel",
+    "Peer",
+    "TransformersWhisper",
+    "convert_for_faster_whisper",
+    "load_peer",
+    "measure_memory",
+    "parse_settings",
+    "require_faster_whisper",
+]
