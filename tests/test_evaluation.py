@@ -448,7 +448,7 @@ def test_commands(folder, checkpoint, tmp_path, run):
     manifest = folder / "few.jsonl"
     write_metadata(folder, [{"file_name": f"audio/{i}.wav", "text": "a b"} for i in (0, 4)], "few.jsonl")
     arguments = ["--model", checkpoint, "--canvas-length", 12, "--steps", 5, "--batch-1-rows", 1, "--device", "cpu"]
-    code, out, err = run("evaluate", "--data", folder, "--data", manifest, "--output", tmp_path / "out", *arguments)
+    code, out, err = run("evaluate", "--data", folder, manifest, "--output", tmp_path / "out", *arguments)
     assert code == 0
     assert "clips: skipped audio/bad.wav: " in err and err.count("warning") == 1
     lines = out.splitlines()

@@ -38,11 +38,13 @@ def evaluate(
         typer.Option(
             metavar="DATA",
             help="A folder with metadata.jsonl or .csv, a manifest (.jsonl, .csv, .tsv), a data set of `datasets`, or "
-            "librispeech-test-clean, librispeech-test-other, earnings22, ami, voxpopuli, mls-de, mls-es, mls-fr. May "
-            "be given several times.",
+            "librispeech-test-clean, librispeech-test-other, earnings22, ami, voxpopuli, mls-de, mls-es, mls-fr. "
+            "Several: --data A B, or --data A --data B.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write hypotheses.jsonl and metrics.json.")],
+    # An option of typer takes one value: those behind it arrive here.
+    more_data: Annotated[list[str] | None, typer.Argument(metavar="DATA", hidden=True)] = None,
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
     ] = None,
@@ -92,7 +94,7 @@ def evaluate(
             index, _ = process_index_and_number(device)
             try:
                 names: dict[str, EvaluationData] = {}
-                for one in data:
+                for one in [*data, *(more_data or [])]:
                     loaded = load_data(
                         one, limit=limit, split=split, name=config, text_column=text_column, language=language
                     )
