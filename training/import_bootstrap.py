@@ -11,10 +11,9 @@ the file's must all be used.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
+from make_default import save_half_precision
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -39,16 +38,7 @@ def main(weights_dir: Path, whisper_dir: Path, output_dir: Path) -> None:
 
     tensors = load_file(weights_dir / "model.safetensors")
     load_whisper_named(model, {f"model.{name}": tensor for name, tensor in tensors.items()})
-    model.to(torch.float16).save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    # Stored in half precision for size, computed in full: on a CPU half precision is slower, and greedy decoding is
-    # compared in fp32.
-    config_file = output_dir / "config.json"
-    config = json.loads(config_file.read_text())
-    config["dtype"] = "float32"
-    for name in ("encoder_config", "decoder_config"):
-        config[name].pop("dtype", None)
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_half_precision(model, processor, output_dir)
 
 
 if __name__ == "__main__":
