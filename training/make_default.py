@@ -42,7 +42,8 @@ from mdm_asr_hf import (
 )
 from mdm_asr_hf.sources_mdm_asr import Source, load_utterances
 
-HERE = Path(__file__).resolve().parent
+# From here, where that is inside the repository: commands are recorded in the results.
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 CONFIG = HERE / "configs" / "default.yaml"
 RESULTS = HERE.parent / "model_cards" / "results" / DEFAULT_CHECKPOINT_NAME
 # Share of real recordings in training.
