@@ -279,7 +279,8 @@ def write_part(folder: str | Path, part: str) -> Row:
 def _markdown(part: Part, table: list[Row], sentences: list[str], runs: list[Row]) -> str:
     columns = {head: name for head, name in part.columns.items() if any(row.get(name) is not None for row in table)}
     lines = [f"# {part.title}", ""]
-    lines += [f"- {sentence}" for sentence in sentences]
+    # What holds for every data set is said once.
+    lines += [f"- {sentence}" for sentence in dict.fromkeys(sentences)]
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(_cell(row, name) for name in columns.values())} |" for row in table]
     lines += ["", f"In brackets: 95 % intervals, bootstrap over utterances. {part.note}", "", "![](figure.png)", ""]

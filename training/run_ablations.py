@@ -97,7 +97,9 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         settings = describe_settings(self.loaded[0].generation_config)
-        return {"path": self.path, "sha256": self.sha256, "num_parameters": self.num_parameters, "settings": settings}
+        # The package's own is known by its name, wherever it is installed.
+        path = self.name if self.path == str(default_checkpoint()) else self.path
+        return {"path": path, "sha256": self.sha256, "num_parameters": self.num_parameters, "settings": settings}
 
     def fingerprint(self) -> dict[str, Any]:
         settings = describe_settings(self.loaded[0].generation_config)
