@@ -1,4 +1,5 @@
 import os
+import sys
 
 # Two workers on two cores: more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,3 +16,18 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """Runs `mdm-asr` in this process; gives exit code, stdout and stderr."""
+    from mdm_asr_hf.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mdm-asr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run

@@ -32,7 +32,6 @@ from transformers import (
 )
 
 from mdm_asr_hf import MDMASRConfig, MDMASRForConditionalGeneration, MDMASRProcessor, default_checkpoint
-from mdm_asr_hf.cli import main
 from mdm_asr_hf.generation_mdm_asr import MDMASRGenerateOutput, utterance_confidence
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -42,15 +41,12 @@ RATE_HZ = 16_000
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_command):
     """Runs the command in this process; gives exit code, the lines on stdout and those on stderr."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mdm-asr", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out.splitlines(), captured.err.splitlines()
+        code, out, err = run_command(*arguments)
+        return code, out.splitlines(), err.splitlines()
 
     return run
 

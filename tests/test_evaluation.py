@@ -15,7 +15,6 @@ from test_distributed import LAUNCHERS, launch
 from tiny_models import VOCAB_SIZE, tiny_model, tiny_processor
 
 from mdm_asr_hf import evaluation_mdm_asr
-from mdm_asr_hf.cli import main
 from mdm_asr_hf.evaluation_mdm_asr import (
     PRESETS,
     decode_encoded,
@@ -432,23 +431,11 @@ def test_two_processes_write_what_one_does(folder, checkpoint, tmp_path):
 # The commands.
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mdm-asr", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-def test_commands(folder, checkpoint, tmp_path, run):
+def test_commands(folder, checkpoint, tmp_path, run_command):
     manifest = folder / "few.jsonl"
     write_metadata(folder, [{"file_name": f"audio/{i}.wav", "text": "a b"} for i in (0, 4)], "few.jsonl")
     arguments = ["--model", checkpoint, "--canvas-length", 12, "--steps", 5, "--batch-1-rows", 1, "--device", "cpu"]
-    code, out, err = run("evaluate", "--data", folder, manifest, "--output", tmp_path / "out", *arguments)
+    code, out, err = run_command("evaluate", "--data", folder, manifest, "--output", tmp_path / "out", *arguments)
     assert code == 0
     assert "clips: skipped audio/bad.wav: " in err and err.count("warning") == 1
     lines = out.splitlines()
@@ -462,31 +449,33 @@ def test_commands(folder, checkpoint, tmp_path, run):
     assert contents["few"]["command"].startswith("mdm-asr evaluate --data ")
     assert {row["dataset"] for row in read_rows(tmp_path / "out" / "few")} == {"few"}
 
-    code, out, err = run("score", tmp_path / "out" / "few", "--json")
+    code, out, err = run_command("score", tmp_path / "out" / "few", "--json")
     scored = json.loads(out)
     assert (code, err) == (0, "") and scored["metrics"].items() <= contents["few"]["metrics"].items()
     assert scored["intervals"] == contents["few"]["intervals"]
-    code, out, _ = run("score", tmp_path / "out")
+    code, out, _ = run_command("score", tmp_path / "out")
     assert [line.split()[0] for line in out.splitlines()] == ["data", "clips", "few", "mean"]
-    assert list(json.loads(run("score", tmp_path / "out", "--json")[1])) == ["clips", "few"]
+    assert list(json.loads(run_command("score", tmp_path / "out", "--json")[1])) == ["clips", "few"]
 
     # One data set alone is written to the folder itself.
-    code, out, _ = run("evaluate", "--data", manifest, "--output", tmp_path / "alone", *arguments, "--limit", 1)
+    code, out, _ = run_command(
+        "evaluate", "--data", manifest, "--output", tmp_path / "alone", *arguments, "--limit", 1
+    )
     assert code == 0 and len(read_rows(tmp_path / "alone")) == 1
     half = ["--dtype", "bfloat16", "--batch-1-rows", 0]
-    code, out, _ = run("evaluate", "--data", manifest, "--output", tmp_path / "half", *arguments, *half)
+    code, out, _ = run_command("evaluate", "--data", manifest, "--output", tmp_path / "half", *arguments, *half)
     content = json.loads((tmp_path / "half" / "metrics.json").read_text())
     assert content["settings"]["dtype"] == "bfloat16" and content["metrics"]["rtfx_batch_1"] is None
 
 
-def test_what_goes_wrong_is_one_line(folder, checkpoint, tmp_path, run):
+def test_what_goes_wrong_is_one_line(folder, checkpoint, tmp_path, run_command):
     for arguments, message in (
         (["score", tmp_path / "nothing"], "holds no hypotheses.jsonl"),
         (["evaluate", "--data", folder, "--text-column", "words", "--output", tmp_path / "x"], "`text_column`"),
         (["evaluate", "--data", folder, "--model", tmp_path / "no", "--output", tmp_path / "x"], "`model`"),
         (["evaluate", "--data", folder, "--gamma", "-1", "--model", checkpoint, "--output", tmp_path / "x"], "gamma"),
     ):
-        code, out, err = run(*arguments)
+        code, out, err = run_command(*arguments)
         lines = [line for line in err.splitlines() if not line.startswith("warning")]
         assert (code, out, len(lines)) == (1, "", 1)
         assert lines[0].startswith("error: ") and message in lines[0]

@@ -10,10 +10,11 @@ of `datasets` or one of the paper's by name, see `mdm-asr evaluate --help`. Writ
     OUT/hypotheses.jsonl  per utterance: id, reference, hypothesis, nfe, tokens, confidences, times; nothing normalised
     OUT/metrics.json      WER, CER (%) and the other metrics, 95 % intervals, settings, versions, the command
 
-`accelerate launch training/run_eval.py ...` shares the utterances among processes. Both sides go through the Whisper
-normaliser, the English one without its table of British and American spellings, which comes with Whisper's tokenizers
-and not with transformers. `--rescore OUT` computes the metrics again, from OUT/hypotheses.jsonl alone. RTFx is seconds
-of audio per second of features, encoder and decoder; reading audio files and loading the model are not counted.
+`accelerate launch --multi_gpu --num_processes N training/run_eval.py ...` shares the utterances among processes. Both
+sides go through the Whisper normaliser, the English one without its table of British and American spellings, which
+comes with Whisper's tokenizers and not with transformers. `--rescore OUT` computes the metrics again, from
+OUT/hypotheses.jsonl alone. RTFx is seconds of audio per second of features, encoder and decoder; reading audio files
+and loading the model are not counted.
 """
 
 import argparse

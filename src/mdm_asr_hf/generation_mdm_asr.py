@@ -438,8 +438,13 @@ class MDMASRGenerationMixin:
             raise ValueError(
                 f"A canvas of {max(lengths)} tokens is needed, but the decoder has positions for {capacity}. {remedy}"
             )
-        bounds = [settings.max_length - prompt_length, settings.max_new_tokens or capacity]
-        return [max(min(length, *bounds), 1) for length in lengths]
+        limit = self.canvas_limit(prompt_length, settings)
+        return [max(min(length, limit), 1) for length in lengths]
+
+    def canvas_limit(self, prompt_length: int, settings: MDMASRGenerationConfig) -> int:
+        """The most tokens a canvas behind a prompt may have, by the decoder's positions and by the settings."""
+        capacity = self.config.decoder_config.max_position_embeddings - prompt_length
+        return max(min(settings.max_length - prompt_length, settings.max_new_tokens or capacity, capacity), 1)
 
     def planned_tokens(
         self, duration_s: torch.Tensor | None, batch_size: int, settings: MDMASRGenerationConfig

@@ -395,7 +395,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             lengths = torch.full_like(text_lengths, length)
         else:
             capacity = self.config.decoder_config.max_position_embeddings - prompt_length
-            limit = min(settings.max_length - prompt_length, settings.max_new_tokens or capacity, capacity)
+            limit = self.canvas_limit(prompt_length, settings)
             plan = self.planned_tokens(duration_s, len(labels), settings).to(labels.device)
             # A text denser than planned still gets all its tokens and an EOS behind them.
             lengths = plan.clamp(min=1, max=limit).maximum((text_lengths + 1).clamp(max=capacity))
