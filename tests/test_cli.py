@@ -31,8 +31,14 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from mdm_asr_hf import MDMASRConfig, MDMASRForConditionalGeneration, MDMASRProcessor, default_checkpoint
-from mdm_asr_hf.generation_mdm_asr import MDMASRGenerateOutput, utterance_confidence
+from mdm_asr_hf import (
+    MDMASRConfig,
+    MDMASRForConditionalGeneration,
+    MDMASRGenerateOutput,
+    MDMASRProcessor,
+    default_checkpoint,
+)
+from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mdm_asr_hf.convert_canary import canary_processor, from_canary
-from mdm_asr_hf.generation_mdm_asr import MDMASRGenerationConfig
+from mdm_asr_hf.generation_configuration_mdm_asr import MDMASRGenerationConfig
 from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
 

@@ -14,7 +14,8 @@ from transformers import (
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .decoder_mdm_asr import MDMASRDecoder
 from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
-from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationConfig
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .generation_mdm_asr import MDMASRGenerateOutput
 from .modeling_mdm_asr import MDMASRForConditionalGeneration, MDMASRModel, MDMASROutput
 from .objective_mdm_asr import DiffusionObjective
 from .pipeline_mdm_asr import MDMASRPipeline

@@ -22,7 +22,7 @@ from . import cli_evaluation
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
-    from .generation_mdm_asr import MDMASRGenerationConfig
+    from .generation_configuration_mdm_asr import MDMASRGenerationConfig
     from .modeling_mdm_asr import MDMASRForConditionalGeneration
     from .processing_mdm_asr import MDMASRProcessor
 
@@ -306,7 +306,7 @@ def _decode(
     """Results of a batch of clips, each (number of samples,); one that cannot be decoded does not stop the others."""
     import torch
 
-    from .generation_mdm_asr import utterance_confidence
+    from .confidence_mdm_asr import utterance_confidence
 
     rate_hz = processor.feature_extractor.sampling_rate
     try:

@@ -29,7 +29,7 @@ from .convert_common import (
 )
 from .convert_nemo import NEMO_BUFFERS, NEMO_NAMES, NEMO_POSITIONS, permute_decoder_width, read_nemo
 from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
-from .generation_mdm_asr import MDMASRGenerationConfig
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .processing_mdm_asr import MDMASRProcessor
 from .tokenization_mdm_asr import MDMASRAggregateTokenizer
 

@@ -30,7 +30,7 @@ from .convert_common import (
     resolve_dtype,
 )
 from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
-from .generation_mdm_asr import MDMASRGenerationConfig
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .processing_mdm_asr import MDMASRProcessor
 
 EOS, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"

@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from .audio_mdm_asr import load_audio
+from .confidence_mdm_asr import utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .evaluation_data_mdm_asr import PRESETS, EvaluationData, load_data, report_skipped
-from .generation_mdm_asr import MDMASRGenerationConfig, utterance_confidence
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .scoring_mdm_asr import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
 from .sources_mdm_asr import Source, check_on_bad_row
 

@@ -2,6 +2,7 @@
 """generate(): from audio features to token ids in a few denoising steps, for MDM-ASR (arXiv 2602.18952)."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,11 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .diffusion_mdm_asr import draw_uniform
+from .canvas_mdm_asr import OPEN_ID, Canvas, OpenRows, draw_noise, read_draft, take_rows
+from .confidence_mdm_asr import calibrate, utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
-from .prompt_mdm_asr import build_prompt_ids, validate_prompt_template
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .prompt_mdm_asr import build_prompt_ids
 from .sampling_mdm_asr import SamplerConfig, make_sampler, sampler_step
 
 logger = logging.get_logger(__name__)
@@ -22,92 +25,6 @@ _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mas
 _SAMPLER_SETTINGS = ("gamma", "lambda_", "k")
 # Names of prompt slots, so that one the checkpoint lacks is reported as such and not as an unknown argument.
 _PROMPT_SLOTS = ("language", "target_language", "punctuation", "task")
-
-
-class MDMASRGenerationConfig(GenerationConfig):
-    r"""
-    Settings of [`MDMASRGenerationMixin.generate`], stored in and loaded from generation_config.json.
-
-    Args:
-        sampler (`str`, `dict` or [`SamplerConfig`]):
-            One of "random", "dfm", "conf_top_k", "eb_conf", "pbeb_conf"; a dict adds settings, as in
-            `{"name": "pbeb_conf", "gamma": 0.05, "lambda_": 0.2}`, the paper's main setting and the default.
-        max_denoising_steps (`int`): the most decoder evaluations per utterance (NFE). The last step commits what is
-            left.
-        temperature (`float`): 0 takes the most probable token, above 0 draws from softmax(logits / temperature).
-        canvas_length (`int`, *optional*):
-            A fixed number of canvas tokens (the paper's is 256). None adapts it to each utterance's duration:
-            `canvas_tokens_per_s` * seconds + `canvas_extra_tokens`.
-        canvas_tokens_per_s (`float`): tokens of the densest plausible speech, per second.
-        canvas_extra_tokens (`int`): tokens added for the end of text and for very short utterances.
-        min_duration_s (`float`): audio no longer than this, in seconds, gives an empty text, as does audio without any
-            signal.
-        max_new_tokens (`int`, *optional*), max_length (`int`, *optional*):
-            Upper bounds of the canvas, without and with the prompt, as in other models.
-        suppress_tokens (`list[int]`, *optional*): ids that are never predicted.
-        prompt_template (`dict`, *optional*): the decoder prompt, see `prompt_mdm_asr`. None: `decoder_start_token_id`
-            alone.
-        return_dict_in_generate (`bool`): return a [`MDMASRGenerateOutput`] instead of a tensor.
-        num_beams (`int`): only 1; there is no beam in a canvas.
-        pad_token_id, eos_token_id, bos_token_id (`int`, *optional*): kept for other code; the model's config decides.
-    """
-
-    def __init__(self, **kwargs):
-        # The parent's many autoregressive attributes are left out on purpose, as models/diffusion_gemma does.
-        self.sampler = kwargs.pop("sampler", "pbeb_conf")
-        self.max_denoising_steps: int = kwargs.pop("max_denoising_steps", 32)
-        self.temperature: float = kwargs.pop("temperature", 0.0)
-        self.canvas_length: int | None = kwargs.pop("canvas_length", None)
-        self.canvas_tokens_per_s: float = kwargs.pop("canvas_tokens_per_s", 7.0)
-        self.canvas_extra_tokens: int = kwargs.pop("canvas_extra_tokens", 10)
-        self.min_duration_s: float = kwargs.pop("min_duration_s", 0.05)
-        self.max_new_tokens: int | None = kwargs.pop("max_new_tokens", None)
-        self.max_length: int = kwargs.pop("max_length", None) or 1024
-        self.suppress_tokens: list[int] | None = kwargs.pop("suppress_tokens", None)
-        self.prompt_template: dict | None = kwargs.pop("prompt_template", None)
-        self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
-        self.num_beams: int = kwargs.pop("num_beams", 1)
-        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
-        self.eos_token_id: int | list[int] | None = kwargs.pop("eos_token_id", None)
-        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
-        self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
-        self._from_model_config: bool = kwargs.pop("_from_model_config", False)
-        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
-        if kwargs:
-            raise ValueError(f"{sorted(kwargs)} are not settings of MDM-ASR's generation. See MDMASRGenerationConfig.")
-        self.validate()
-
-    @property
-    def sampler_config(self) -> SamplerConfig:
-        return make_sampler(self.sampler)
-
-    def validate(self, *args, **kwargs) -> None:
-        """Raises ValueError on a setting that makes no sense; brings `sampler` into its JSON form."""
-        self.sampler = make_sampler(self.sampler).to_dict()
-        for name in ("max_denoising_steps", "max_length", "canvas_length", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is None and name in ("canvas_length", "max_new_tokens"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        for name in ("temperature", "canvas_tokens_per_s", "canvas_extra_tokens", "min_duration_s"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
-        if self.prompt_template is not None:
-            validate_prompt_template(self.prompt_template)
-
-    @staticmethod
-    def _get_default_generation_params() -> dict[str, Any]:
-        return {}
-
-    def from_model_config(self, *args, **kwargs):
-        # Tells transformers to start from this class's own defaults instead of reading settings off the model's
-        # config.
-        raise NotImplementedError("MDMASRGenerationConfig is not derived from a model config.")
-
-    def get_generation_mode(self, *args, **kwargs):
-        raise NotImplementedError("Masked diffusion has no autoregressive generation mode.")
 
 
 @dataclass
@@ -133,58 +50,14 @@ class MDMASRGenerateOutput(ModelOutput):
     num_steps: int | None = None
 
 
-def utterance_confidence(confidence: torch.Tensor) -> list[float | None]:
-    """
-    Confidence of each utterance: the geometric mean of its tokens' confidences (B, W), its end of text included. None
-    for one that nothing was decoded of.
-    """
-    # Every committed token has a probability above 0. Padding, and the end of text a row without speech is given, have
-    # 0.
-    rows = [row[row > 0] for row in confidence.float()]
-    return [float(row.log().mean().exp()) if len(row) else None for row in rows]
-
-
-def draw_noise(
-    generator: torch.Generator | list[torch.Generator] | None, canvas_lengths: list[int], device: torch.device
-) -> torch.Tensor:
-    """
-    Uniform noise (B, L, 2) for one sampler step. With one generator per row, a row's numbers depend on its own
-    generator and canvas length alone, so that it is sampled alike in every batch.
-    """
-    longest = max(canvas_lengths)
-    if not isinstance(generator, (list, tuple)):
-        return draw_uniform((len(canvas_lengths), longest, 2), device, generator)
-    rows = [torch.rand((n, 2), generator=g, device=g.device) for g, n in zip(generator, canvas_lengths, strict=True)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-
-
-class OpenRows:
-    """
-    What the decoder reads of the rows that are not finished: prompts and encoder outputs, made narrower as rows
-    finish, so that a batch costs no more than its rows do.
-
-    Attributes:
-        rows (`torch.LongTensor` of shape (R,)): places of the open rows in the batch.
-        prompt_ids (`torch.LongTensor` of shape (R, P)).
-        encoder_outputs ([`MDMASREncoderOutput`]): of R rows.
-    """
-
-    def __init__(self, prompt_ids: torch.LongTensor, encoder_outputs: MDMASREncoderOutput):
-        self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
-        self.prompt_ids, self.encoder_outputs = prompt_ids, encoder_outputs
-
-    def narrow(self, is_open: torch.BoolTensor) -> None:
-        """Drops the rows that are not open (B,) any more."""
-        kept = is_open[self.rows]
-        if bool(kept.all()):
-            return
-        self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
-        outputs = self.encoder_outputs
-        self.encoder_outputs = MDMASREncoderOutput(
-            last_hidden_state=outputs.last_hidden_state[kept],
-            attention_mask=None if outputs.attention_mask is None else outputs.attention_mask[kept],
-            cross_attention_states=tuple((key[kept], value[kept]) for key, value in outputs.cross_attention_states),
-        )
+def _best_first(output: MDMASRGenerateOutput, num_samples: int) -> MDMASRGenerateOutput:
+    """Sorts each utterance's samples among B * n rows by falling confidence; equal ones keep their order."""
+    scores = torch.tensor([0.0 if one is None else one for one in utterance_confidence(output.confidence)])
+    order = scores.view(-1, num_samples).argsort(dim=-1, descending=True, stable=True)
+    rows = (order + torch.arange(0, len(scores), num_samples)[:, None]).flatten().to(output.sequences.device)
+    return MDMASRGenerateOutput(
+        **{name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in output.items()}
+    )
 
 
 class MDMASRGenerationMixin:
@@ -199,6 +72,7 @@ class MDMASRGenerationMixin:
         *,
         decoder_input_ids: torch.LongTensor | None = None,
         encoder_outputs: MDMASREncoderOutput | None = None,
+        draft_ids: torch.LongTensor | Sequence[Sequence[int]] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer: Any = None,
         synced_gpus: bool = False,
@@ -224,8 +98,10 @@ class MDMASRGenerationMixin:
             decoder_input_ids (`torch.LongTensor` of shape (B, P), *optional*): a prompt of your own.
             encoder_outputs ([`MDMASREncoderOutput`], *optional*): of an earlier `encode`; needs `attention_mask` or
                 `input_features` beside it for the adaptive canvas.
+            draft_ids (`torch.LongTensor` of shape (B, K), or B lists, *optional*): what the canvas starts with instead
+                of [MASK]: tokens that stay, and -100 where it is open. A canvas grows with its draft if it must.
             generator (`torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM
-                samplers.
+                samplers. Of a list, each row's samples depend on its own generator alone.
             streamer (*optional*): `put_draft(value=canvas)` is called after every step, if it has that, `put` and
                 `end` at the end.
             synced_gpus (`bool`): keep stepping until all processes are done (FSDP, DeepSpeed ZeRO-3).
@@ -234,7 +110,8 @@ class MDMASRGenerationMixin:
 
         Returns:
             `torch.LongTensor` of shape (B, W): text tokens and the first EOS, then padding; or
-            [`MDMASRGenerateOutput`].
+            [`MDMASRGenerateOutput`]. With `num_return_sequences` n, B * n rows: the n samples of the first utterance,
+            best first, then those of the second.
 
         Raises:
             ValueError: an unknown argument, features with NaN, audio longer than encoder or canvas can hold.
@@ -262,61 +139,93 @@ class MDMASRGenerationMixin:
         batch_size = encoder_outputs.last_hidden_state.shape[0]
         prompt_ids = self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots).to(device)
         duration_s = self.audio_duration_s(input_features, attention_mask)
-        canvas_lengths = self.canvas_lengths(duration_s, batch_size, prompt_ids.shape[1], settings)
-        positions = torch.arange(max(canvas_lengths), device=device)
-        canvas_mask = positions < torch.tensor(canvas_lengths, device=device)[:, None]
-        mask_id, eos_id = self.config.mask_token_id, self.config.eos_token_id
-        canvas = torch.full(canvas_mask.shape, mask_id, device=device).masked_fill(~canvas_mask, eos_id)
-        if has_speech is not None:
-            canvas = canvas.masked_fill(~has_speech[:, None], eos_id)
-        confidence = torch.zeros(canvas.shape, device=device)
-        commit_steps = torch.zeros_like(canvas)
-        nfe = torch.zeros(batch_size, dtype=torch.long, device=device)
-        candidates = self._open_positions(canvas, canvas_mask)
-        noisy = settings.temperature > 0 or sampler.needs_noise
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row."
-            )
+        if draft_ids is not None:
+            draft_ids = read_draft(draft_ids, batch_size, self.config.num_token_ids)
+        lengths = self.canvas_lengths(duration_s, batch_size, prompt_ids.shape[1], settings, draft_ids)
+        generator = self._check_generator(generator, batch_size)
+        num_samples = settings.num_return_sequences
+        if num_samples > 1:
+            if not (settings.temperature > 0 or sampler.needs_noise):
+                raise ValueError(
+                    f"`num_return_sequences={num_samples}` would return the same text each time. Set `temperature` "
+                    "above 0, or take the sampler 'random' or 'dfm'."
+                )
+            rows = torch.arange(batch_size, device=device).repeat_interleave(num_samples)
+            prompt_ids, encoder_outputs = prompt_ids[rows], take_rows(encoder_outputs, rows)
+            draft_ids = None if draft_ids is None else draft_ids[rows.to(draft_ids.device)]
+            has_speech = None if has_speech is None else has_speech[rows]
+            lengths = [length for length in lengths for _ in range(num_samples)]
+            if isinstance(generator, list):
+                generator = [one for one in generator for _ in range(num_samples)]
+        canvas = Canvas.lay(
+            lengths,
+            device,
+            mask_token_id=self.config.mask_token_id,
+            eos_token_id=self.config.eos_token_id,
+            draft_ids=draft_ids,
+            has_speech=has_speech,
+        )
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
 
         # 4. Denoise.
-        num_steps, open_rows = 0, OpenRows(prompt_ids, encoder_outputs)
-        while num_steps < settings.max_denoising_steps and self._any_unfinished(candidates, synced_gpus):
+        open_rows = OpenRows(prompt_ids, encoder_outputs)
+        self._denoise(canvas, open_rows, settings, sampler, lengths, generator, streamer, synced_gpus)
+
+        # 5. Finalise.
+        output = self._finalize(canvas, settings)
+        if num_samples > 1:
+            output = _best_first(output, num_samples)
+        if streamer is not None:
+            streamer.put(output.sequences.cpu())
+            streamer.end()
+        return output if settings.return_dict_in_generate else output.sequences
+
+    def _denoise(
+        self,
+        canvas: Canvas,
+        open_rows: OpenRows,
+        settings: MDMASRGenerationConfig,
+        sampler: SamplerConfig,
+        lengths: list[int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        streamer: Any,
+        synced_gpus: bool,
+    ) -> None:
+        """
+        Steps, in place, until every row of the canvas is finished; a row's last step, by `max_denoising_steps`,
+        commits all it has open.
+        """
+        noisy = settings.temperature > 0 or sampler.needs_noise
+        candidates = canvas.open_positions()
+        while self._any_unfinished(candidates, synced_gpus):
             if not synced_gpus:
                 open_rows.narrow(candidates.any(dim=-1))
-            logits = self._canvas_logits(open_rows, canvas, canvas_mask, candidates, settings.suppress_tokens)
+            logits = self._canvas_logits(open_rows, canvas.tokens, canvas.mask, candidates, settings.suppress_tokens)
             step = sampler_step(
                 sampler,
                 logits,
-                canvas,
-                mask_token_id=mask_id,
-                steps_left=settings.max_denoising_steps - num_steps,
+                canvas.tokens,
+                mask_token_id=canvas.mask_token_id,
+                # A finished row has nothing to commit, whatever it has left.
+                steps_left=(settings.max_denoising_steps - canvas.nfe).clamp(min=1),
                 candidates=candidates,
                 temperature=settings.temperature,
-                noise=draw_noise(generator, canvas_lengths, device) if noisy else None,
+                noise=draw_noise(generator, lengths, canvas.tokens.device) if noisy else None,
             )
-            nfe += candidates.any(dim=-1)
-            num_steps += 1
-            canvas, confidence = step.canvas, torch.where(step.committed, step.confidence, confidence)
-            commit_steps = commit_steps.masked_fill(step.committed, num_steps)
-            candidates = self._open_positions(canvas, canvas_mask)
+            canvas.commit(step, candidates)
+            candidates = canvas.open_positions()
             if streamer is not None and hasattr(streamer, "put_draft"):
-                streamer.put_draft(value=canvas.cpu())
+                streamer.put_draft(value=canvas.tokens.cpu())
 
-        # 5. Finalise.
-        sequences, confidence, commit_steps = self._finalize(
-            canvas, canvas_mask, confidence, commit_steps, settings.pad_token_id
-        )
-        if streamer is not None:
-            streamer.put(sequences.cpu())
-            streamer.end()
-        if not settings.return_dict_in_generate:
-            return sequences
-        return MDMASRGenerateOutput(
-            sequences=sequences, confidence=confidence, commit_steps=commit_steps, nfe=nfe, num_steps=num_steps
-        )
+    def _check_generator(self, generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
+        if not isinstance(generator, (list, tuple)):
+            return generator
+        if len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row."
+            )
+        return list(generator)
 
     def _settle_generation_config(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
@@ -419,10 +328,16 @@ class MDMASRGenerationMixin:
         return build_prompt_ids(template, batch_size, **slots)
 
     def canvas_lengths(
-        self, duration_s: torch.Tensor | None, batch_size: int, prompt_length: int, settings: MDMASRGenerationConfig
+        self,
+        duration_s: torch.Tensor | None,
+        batch_size: int,
+        prompt_length: int,
+        settings: MDMASRGenerationConfig,
+        draft_ids: torch.LongTensor | None = None,
     ) -> list[int]:
         """
-        Canvas tokens of each row, from the settings and the rows' durations (B,) in seconds.
+        Canvas tokens of each row, from the settings and the rows' durations (B,) in seconds; at least the draft's (B,
+        K) and an end of text.
 
         Raises:
             ValueError: an utterance may need a longer canvas than the decoder has positions for.
@@ -439,7 +354,15 @@ class MDMASRGenerationMixin:
                 f"A canvas of {max(lengths)} tokens is needed, but the decoder has positions for {capacity}. {remedy}"
             )
         limit = self.canvas_limit(prompt_length, settings)
-        return [max(min(length, limit), 1) for length in lengths]
+        lengths = [max(min(length, limit), 1) for length in lengths]
+        if draft_ids is None or draft_ids.shape[1] == 0:
+            return lengths
+        drafted = ((draft_ids != OPEN_ID) * torch.arange(1, draft_ids.shape[1] + 1, device=draft_ids.device)).amax(-1)
+        # One more for the end of text, unless the draft has it.
+        needed = (drafted + 1 - (draft_ids == self.config.eos_token_id).any(dim=-1).long()).tolist()
+        if max(needed) > limit:
+            raise ValueError(f"`draft_ids` need a canvas of {max(needed)} tokens, but it may have at most {limit}.")
+        return [max(pair) for pair in zip(lengths, needed, strict=True)]
 
     def canvas_limit(self, prompt_length: int, settings: MDMASRGenerationConfig) -> int:
         """The most tokens a canvas behind a prompt may have, by the decoder's positions and by the settings."""
@@ -456,11 +379,6 @@ class MDMASRGenerationMixin:
         # Rounded first: 0.6 s is 0.60000002 in fp32, which must not cost a token.
         tokens = torch.round(duration_s.double() * settings.canvas_tokens_per_s, decimals=3)
         return tokens.ceil().long() + settings.canvas_extra_tokens
-
-    def _open_positions(self, canvas: torch.LongTensor, canvas_mask: torch.BoolTensor) -> torch.BoolTensor:
-        """Positions (B, L) still to be committed: masked, and before the row's first EOS."""
-        ended = (canvas == self.config.eos_token_id).cummax(dim=-1).values
-        return (canvas == self.config.mask_token_id) & canvas_mask & ~ended
 
     def _any_unfinished(self, candidates: torch.BoolTensor, synced_gpus: bool) -> bool:
         unfinished = candidates.any()
@@ -497,29 +415,25 @@ class MDMASRGenerationMixin:
             logits[..., suppress_tokens] = -torch.inf
         return logits
 
-    def _finalize(
-        self,
-        canvas: torch.LongTensor,
-        canvas_mask: torch.BoolTensor,
-        confidence: torch.Tensor,
-        commit_steps: torch.LongTensor,
-        pad_token_id: int | None,
-    ) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
-        """Cuts rows behind their first EOS. Returns sequences, confidences and commit steps (B, W)."""
-        is_eos = (canvas == self.config.eos_token_id) & canvas_mask
-        behind_eos = (is_eos.cumsum(dim=-1) - is_eos.long()) > 0
-        kept = canvas_mask & ~behind_eos
-        if num_full := int((~is_eos.any(dim=-1)).sum()):
+    def _finalize(self, canvas: Canvas, settings: MDMASRGenerationConfig) -> MDMASRGenerateOutput:
+        """Cuts rows behind their first EOS and calibrates the confidences."""
+        if num_full := canvas.num_full():
             logger.warning(
-                f"{num_full} of {canvas.shape[0]} canvases of up to {canvas.shape[1]} tokens filled up without an "
-                "end of text, so "
+                f"{num_full} of {len(canvas.tokens)} canvases of up to {canvas.tokens.shape[1]} tokens filled up "
+                "without an end of text, so "
                 "the end of their speech may be missing. Set a larger `canvas_length` (or `canvas_tokens_per_s`, "
                 "`max_new_tokens`), or split the audio."
             )
-        width = int(kept.sum(dim=-1).max())
-        pad_token_id = self.config.pad_token_id if pad_token_id is None else pad_token_id
-        cut = ((canvas, pad_token_id), (confidence, 0.0), (commit_steps, 0))
-        return tuple(values.masked_fill(~kept, padding)[:, :width] for values, padding in cut)
+        pad_token_id = self.config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
+        sequences, confidence, commit_steps = canvas.cut(pad_token_id)
+        confidence = calibrate(confidence, settings.confidence_temperature, settings.confidence_bias)
+        return MDMASRGenerateOutput(
+            sequences=sequences,
+            confidence=confidence,
+            commit_steps=commit_steps,
+            nfe=canvas.nfe,
+            num_steps=int(canvas.nfe.max()),
+        )
 
     def adjust_generation_fn(
         self,
@@ -545,11 +459,4 @@ class MDMASRGenerationMixin:
             logger.info("generation_config.json not found: the default generation settings are used.")
 
 
-__all__ = [
-    "MDMASRGenerateOutput",
-    "MDMASRGenerationConfig",
-    "MDMASRGenerationMixin",
-    "OpenRows",
-    "draw_noise",
-    "utterance_confidence",
-]
+__all__ = ["MDMASRGenerateOutput", "MDMASRGenerationMixin"]

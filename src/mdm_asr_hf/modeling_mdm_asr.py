@@ -14,7 +14,8 @@ from .configuration_mdm_asr import MDMASRConfig
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import masked_diffusion_loss
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
-from .generation_mdm_asr import MDMASRGenerationConfig, MDMASRGenerationMixin
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .generation_mdm_asr import MDMASRGenerationMixin
 from .objective_mdm_asr import DiffusionObjective, diffusion_objective
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this

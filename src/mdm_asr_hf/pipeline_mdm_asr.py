@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutomaticSpeechRecognitionPipeline
 
 from .audio_mdm_asr import load_audio
-from .generation_mdm_asr import utterance_confidence
+from .confidence_mdm_asr import utterance_confidence
 
 
 class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):

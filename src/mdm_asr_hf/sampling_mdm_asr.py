@@ -217,7 +217,7 @@ def sampler_step(
     canvas: torch.LongTensor,
     *,
     mask_token_id: int,
-    steps_left: int,
+    steps_left: int | torch.LongTensor,
     candidates: torch.BoolTensor | None = None,
     temperature: float = 0.0,
     noise: torch.Tensor | None = None,
@@ -229,7 +229,8 @@ def sampler_step(
         sampler ([`SamplerConfig`]): which sampler, with its settings.
         logits (`torch.Tensor` of shape (B, L, V), or (N, V) of the N candidates alone, in row-major order).
         canvas (`torch.LongTensor` of shape (B, L)): `mask_token_id` where nothing is committed yet.
-        steps_left (`int`): denoising steps left, this one included. The last one commits everything.
+        steps_left (`int` or `torch.LongTensor` of shape (B,)): denoising steps left, this one included, of the batch
+            or of each row. The last one commits everything.
         candidates (`torch.BoolTensor` of shape (B, L), *optional*): the masked positions that may be committed;
             default all
             masked ones. Rows without candidates are left alone.
@@ -244,8 +245,11 @@ def sampler_step(
     Raises:
         ValueError: `steps_left` < 1, or missing noise.
     """
-    if steps_left < 1:
-        raise ValueError(f"`steps_left` must be at least 1, got {steps_left}.")
+    if isinstance(steps_left, int):
+        if steps_left < 1:
+            raise ValueError(f"`steps_left` must be at least 1, got {steps_left}.")
+        steps_left = torch.full((len(canvas),), steps_left, device=canvas.device)
+    steps_left = steps_left[:, None]
     if noise is None and (temperature > 0 or sampler.needs_noise):
         raise ValueError(
             f"`noise` of shape (B, L, 2) is needed by the sampler {sampler.name!r} at temperature {temperature}."
@@ -269,9 +273,7 @@ def sampler_step(
     num_candidates = candidates.sum(dim=-1, keepdim=True)
     even_share = (num_candidates + steps_left - 1) // steps_left
     ranking = torch.round(log_confidence / RANK_RESOLUTION) * RANK_RESOLUTION
-    if steps_left == 1:
-        committed = candidates
-    elif isinstance(sampler, RandomConfig):
+    if isinstance(sampler, RandomConfig):
         committed = _select_count(-noise[..., 1], candidates, even_share)
     elif isinstance(sampler, DFMConfig):
         jumps = (noise[..., 1] < 1.0 / steps_left) & candidates
@@ -285,6 +287,7 @@ def sampler_step(
         committed = _select_entropy_bounded(ranking, entropy, candidates, sampler.gamma)
     else:
         raise ValueError(f"`sampler` must be one of {sorted(SAMPLERS)}, got {sampler!r}.")
+    committed = torch.where(steps_left == 1, candidates, committed)
     return SamplerOutput(torch.where(committed, tokens, canvas), committed, tokens, log_confidence.exp())
 
 
