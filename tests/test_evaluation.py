@@ -23,10 +23,10 @@ from mdm_asr_hf.evaluation_mdm_asr import (
     load_data,
     measure_batch_1,
     peak_memory_mib,
-    token_texts,
     write_evaluation,
 )
 from mdm_asr_hf.scoring_mdm_asr import read_rows, score
+from mdm_asr_hf.transcript_mdm_asr import token_texts
 
 ROOT = Path(__file__).parents[1]
 RATE_HZ = 16_000

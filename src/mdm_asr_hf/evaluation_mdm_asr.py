@@ -27,6 +27,7 @@ from .evaluation_data_mdm_asr import PRESETS, EvaluationData, load_data, report_
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .scoring_mdm_asr import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
 from .sources_mdm_asr import Source, check_on_bad_row
+from .transcript_mdm_asr import token_texts
 
 logger = logging.get_logger(__name__)
 
@@ -414,21 +415,6 @@ def _take(batch: EncodedBatch, k: int) -> EncodedBatch:
         encoder_outputs=MDMASREncoderOutput(**moved),
         durations_s=[batch.durations_s[k]],
     )
-
-
-def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """
-    What each token adds to the text, blanks included, so that together they make it. A token that ends amid the bytes
-    of a character adds nothing, the one that completes it all of it.
-    """
-    pieces, before = [], ""
-    for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and end < len(token_ids):
-            text = text.rstrip("\ufffd")
-        pieces.append(text[len(before) :])
-        before = text if len(text) > len(before) else before
-    return pieces
 
 
 def process_index_and_number(device: torch.device | str | None = None) -> tuple[int, int]:

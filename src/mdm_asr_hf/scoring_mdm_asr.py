@@ -3,7 +3,6 @@
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -13,6 +12,8 @@ from typing import Any
 import jiwer
 import numpy as np
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from .transcript_mdm_asr import group_words
 
 HYPOTHESES_NAME, METRICS_NAME = "hypotheses.jsonl", "metrics.json"
 NEEDED_KEYS = ("reference", "hypothesis", "nfe", "duration_s")
@@ -135,7 +136,11 @@ def word_confidences(row: dict[str, Any], language: str | None = "en") -> list[t
     normalised word has the confidence of the written word it comes from ("can't" gives "can" and "not"), and, where
     several became one ("twenty one", "21"), the product of theirs.
     """
-    written = _written_words(row.get("tokens") or ())
+    tokens = row.get("tokens") or ()
+    written = [
+        (word.text, word.confidence)
+        for word in group_words([t["text"] for t in tokens], [t["confidence"] for t in tokens])
+    ]
     if not written:
         return []
     normalise = normaliser(language)
@@ -169,26 +174,6 @@ def _share(between: list[tuple[list[float], range]], confidences: list[float | N
         for _, positions in between:
             for position in positions:
                 confidences[position] = math.prod(sources)
-
-
-def _written_words(tokens: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Words, as blanks part them, and the product of their tokens' confidences."""
-    text, owners, waiting = "", [], []
-    for token in tokens:
-        # A token that ends amid the bytes of a character has no text: it belongs to the one that completes it.
-        waiting.append(token["confidence"])
-        owners += [tuple(waiting)] * len(token["text"])
-        text += token["text"]
-        if token["text"]:
-            waiting = []
-    words = []
-    for match in re.finditer(r"\S+", text):
-        places = range(match.start(), match.end())
-        counted = [i for i in places if text[i].isalnum()] or list(places)
-        # The characters of one token share one tuple.
-        its_tokens = {id(owners[i]): owners[i] for i in counted}.values()
-        words.append((match.group(), math.prod(math.prod(confidences) for confidences in its_tokens)))
-    return words
 
 
 class _Sums:

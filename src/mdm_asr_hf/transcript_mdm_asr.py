@@ -1,0 +1,153 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a transcription returns: words, segments and the transcript, with times and confidences."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Word:
+    """
+    A word as it is written, punctuation included.
+
+    Attributes:
+        text (`str`): without spaces around it.
+        start_s, end_s (`float`, *optional*): seconds from the start of the recording; None without timestamps.
+        confidence (`float`, *optional*): the calibrated probability that it is right.
+    """
+
+    text: str
+    start_s: float | None = None
+    end_s: float | None = None
+    confidence: float | None = None
+
+
+@dataclass
+class Segment:
+    """
+    A stretch of a recording that was decoded at once.
+
+    Attributes:
+        start_s, end_s (`float`): seconds from the start of the recording.
+        text (`str`): may be empty.
+        words (`list[Word]`): their texts joined by spaces are `text`, in languages written with spaces.
+        confidence (`float`, *optional*): geometric mean over tokens and end of text; None if nothing was decoded.
+        nfe (`int`): decoder evaluations.
+        no_speech (`float`, *optional*): the probability that nothing was said.
+    """
+
+    start_s: float
+    end_s: float
+    text: str
+    words: list[Word] = field(default_factory=list)
+    confidence: float | None = None
+    nfe: int = 0
+    no_speech: float | None = None
+
+
+@dataclass
+class Transcript:
+    """
+    The transcript of one recording.
+
+    Attributes:
+        text (`str`): of all segments.
+        duration_s (`float`): of the recording.
+        segments (`list[Segment]`): in the order of time.
+        language (`str`, *optional*): as given or detected.
+        warnings (`list[str]`): what a reader should know, such as a canvas that was too short.
+    """
+
+    text: str
+    duration_s: float
+    segments: list[Segment] = field(default_factory=list)
+    language: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def words(self) -> list[Word]:
+        return [word for segment in self.segments for word in segment.words]
+
+    @property
+    def nfe(self) -> int:
+        """Decoder evaluations of all segments together."""
+        return sum(segment.nfe for segment in self.segments)
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean of the segments' confidences, weighted by their numbers of words; None if there are no words."""
+        weighted = [(s.confidence, len(s.words)) for s in self.segments if s.confidence is not None and s.words]
+        if not weighted:
+            return None
+        return sum(confidence * n for confidence, n in weighted) / sum(n for _, n in weighted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**dataclasses.asdict(self), "confidence": self.confidence, "nfe": self.nfe}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Transcript":
+        """The transcript that `to_dict` gave."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        kept = {name: value for name, value in values.items() if name in names}
+        kept["segments"] = [
+            Segment(**{**one, "words": [Word(**word) for word in one["words"]]}) for one in kept.get("segments", [])
+        ]
+        return cls(**kept)
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """
+    What each token adds to the text, blanks included, so that together they make it. A token that ends amid the bytes
+    of a character adds nothing, the one that completes it all of it.
+    """
+    pieces, before = [], ""
+    for end in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(list(token_ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end < len(token_ids):
+            text = text.rstrip("\ufffd")
+        pieces.append(text[len(before) :])
+        before = text if len(text) > len(before) else before
+    return pieces
+
+
+def group_words(
+    pieces: Sequence[str],
+    confidences: Sequence[float],
+    times_s: Sequence[Sequence[float]] | None = None,
+) -> list[Word]:
+    """
+    Words, as blanks part them, of tokens.
+
+    Args:
+        pieces (`list[str]`): what each token adds to the text, see `token_texts`.
+        confidences (`list[float]`): of each token; a word's is the product over its tokens. Punctuation does not
+            count, unless there is nothing else.
+        times_s (`list` of `(start, end)`, *optional*): of each token, in seconds.
+    """
+    text, owners, waiting = "", [], []
+    for i, piece in enumerate(pieces):
+        # A token that ends amid the bytes of a character has no text: it belongs to the one that completes it.
+        waiting.append(i)
+        owners += [tuple(waiting)] * len(piece)
+        text += piece
+        if piece:
+            waiting = []
+    words = []
+    for match in re.finditer(r"\S+", text):
+        places = range(match.start(), match.end())
+        counted = [i for i in places if text[i].isalnum()] or list(places)
+        its_tokens = sorted({token for i in counted for token in owners[i]})
+        word = Word(match.group(), confidence=math.prod(confidences[token] for token in its_tokens))
+        if times_s is not None:
+            word.start_s = min(float(times_s[token][0]) for token in its_tokens)
+            word.end_s = max(float(times_s[token][1]) for token in its_tokens)
+        words.append(word)
+    return words
+
+
+__all__ = ["Segment", "Transcript", "Word", "group_words", "token_texts"]
