@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor, __version__, default_checkpoint
 from mdm_asr_hf.augmentation_mdm_asr import Augmenter
 from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR, load_sources, max_label_tokens
+from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
 from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
 
 
@@ -56,7 +57,10 @@ class DataArguments:
     join_min_s: float = field(default=1.0, metadata={"help": "Shortest window in seconds."})
     join_max_s: float = field(default=25.0, metadata={"help": "Longest window in seconds."})
     augment: bool = field(default=False, metadata={"help": "Noise, speed, room and gain on the fly."})
-    language: str | None = field(default=None, metadata={"help": "Of all rows, for prompts and tokenizers."})
+    language: str | None = field(
+        default=None,
+        metadata={"help": "Of rows whose source tells none; what the saved model's prompt says unless it is told."},
+    )
     on_bad_row: str = field(default="raise", metadata={"help": "'raise' at rows that cannot be used, or 'skip'."})
     benchmark_input: int = field(
         default=0, metadata={"help": "Only measure the input pipeline, over so many batches, and stop."}
@@ -125,6 +129,13 @@ def main(argv: list[str]) -> dict:
     set_seed(arguments.seed)
     model, processor = load_model(model_arguments)
     slots = {} if data_arguments.language is None else {"language": data_arguments.language}
+    if slots:
+        # What is saved transcribes this language without being told.
+        for part in (model.generation_config, processor):
+            part.prompt_template = with_prompt_defaults(part.prompt_template or {"tokens": [0]}, **slots)
+    takes_language = "language" in ((processor.prompt_template or {}).get("slots") or {})
+    # Each row's own, if the data tell.
+    language_column = "language" if takes_language else None
     prompt_length = processor.get_prompt_ids(**slots).shape[-1]
     limits = {"on_bad_row": data_arguments.on_bad_row, "max_duration_s": processor.feature_extractor.max_duration_s}
     join = None
@@ -143,6 +154,7 @@ def main(argv: list[str]) -> dict:
             evaluation = torch.utils.data.Subset(evaluation, range(min(len(evaluation), data_arguments.max_eval_rows)))
     collator = DataCollatorForMDMASR(
         processor,
+        language_column=language_column,
         augment=Augmenter(seed=arguments.seed) if data_arguments.augment else None,
         on_bad_row=data_arguments.on_bad_row,
         max_label_tokens=max_label_tokens(model.config, prompt_length),
@@ -151,6 +163,7 @@ def main(argv: list[str]) -> dict:
     )
     plain_collator = DataCollatorForMDMASR(
         processor,
+        language_column=language_column,
         on_bad_row=data_arguments.on_bad_row,
         max_label_tokens=max_label_tokens(model.config, prompt_length),
         **slots,

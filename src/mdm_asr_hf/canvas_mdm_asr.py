@@ -98,6 +98,28 @@ class Canvas:
         self.confidence = self.confidence.masked_fill(positions, 0.0)
         self.commit_steps = self.commit_steps.masked_fill(positions, 0)
 
+    def drafted(self) -> torch.BoolTensor:
+        """Positions (B, L) that a draft gave."""
+        return (self.commit_steps == 0) & (self.confidence > 0)
+
+    def take_out(self, positions: torch.BoolTensor, filling: torch.LongTensor) -> None:
+        """Takes positions (B, L) out; what follows moves to the left, and each row's end fills up with (B, 1) ids."""
+        order = positions.int().sort(dim=-1, stable=True).indices
+        ends = self.mask.sum(dim=-1, keepdim=True)
+        places = torch.arange(self.mask.shape[1], device=positions.device)
+        is_new = self.mask & (places >= ends - positions.sum(dim=-1, keepdim=True))
+        self.tokens = torch.where(is_new, filling, self.tokens.gather(-1, order))
+        self.tokens = self.tokens.masked_fill(~self.mask, self.eos_token_id)
+        self.confidence = self.confidence.gather(-1, order).masked_fill(is_new | ~self.mask, 0.0)
+        self.commit_steps = self.commit_steps.gather(-1, order).masked_fill(is_new | ~self.mask, 0)
+
+    def empty(self, rows: torch.BoolTensor) -> None:
+        """Takes everything off the canvases of rows (B,): an end of text, committed by their last step with a
+        confidence of 0, is all they have."""
+        self.tokens = self.tokens.masked_fill(rows[:, None], self.eos_token_id)
+        self.confidence = self.confidence.masked_fill(rows[:, None], 0.0)
+        self.commit_steps = torch.where(rows[:, None], self.nfe[:, None], self.commit_steps)
+
     def cut(self, pad_token_id: int) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
         """Rows cut behind their first EOS: sequences, confidences and commit steps (B, W)."""
         kept = self.text_positions()

@@ -33,8 +33,9 @@ from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .processing_mdm_asr import MDMASRProcessor
 from .tokenization_mdm_asr import MDMASRAggregateTokenizer
 
-# The decoder prompts of NeMo's two formats: tokens and slots in order, and the tokens a slot chooses from. Languages
-# are added from the vocabulary. Timestamps and diarization change what the text is made of, so they are fixed.
+# The decoder prompts of NeMo's two formats: tokens and slots in order, the tokens a slot chooses from as far as the
+# vocabulary has them, and defaults. Languages are added from the vocabulary. With timestamps and diarization a donor
+# writes further tokens amid the text; NeMo's decoder context, text before the transcript, stays empty.
 PUNCTUATION = {"true": "<|pnc|>", "false": "<|nopnc|>"}
 PROMPT_FORMATS = {
     "canary": (
@@ -44,12 +45,17 @@ PROMPT_FORMATS = {
     ),
     "canary2": (
         [
-            *("<|startofcontext|>", "<|startoftranscript|>", "<|emo:undefined|>"),
-            *("language", "target_language", "punctuation", "itn"),
-            *("<|notimestamp|>", "<|nodiarize|>"),
+            *("<|startofcontext|>", "<|startoftranscript|>", "emotion"),
+            *("language", "target_language", "punctuation", "itn", "timestamp", "diarize"),
         ],
-        {"punctuation": PUNCTUATION, "itn": {"true": "<|itn|>", "false": "<|noitn|>"}},
-        {"punctuation": "true", "itn": "false"},
+        {
+            "emotion": {name: f"<|emo:{name}|>" for name in ("undefined", "neutral", "angry", "happy", "sad")},
+            "punctuation": PUNCTUATION,
+            "itn": {"true": "<|itn|>", "false": "<|noitn|>"},
+            "timestamp": {"true": "<|timestamp|>", "false": "<|notimestamp|>"},
+            "diarize": {"true": "<|diarize|>", "false": "<|nodiarize|>"},
+        },
+        {"emotion": "undefined", "punctuation": "true", "itn": "false", "timestamp": "false", "diarize": "false"},
     ),
 }
 
@@ -218,13 +224,18 @@ def _prompt_template(tokenizer: Any, prompt_format: str) -> dict[str, Any]:
 
     tokens, choices, defaults = PROMPT_FORMATS[prompt_format]
     slots = {"language": languages, "target_language": dict(languages)}
-    slots |= {slot: {value: token_id(token) for value, token in c.items()} for slot, c in choices.items()}
+    for slot, default in defaults.items():
+        token_id(choices[slot][default])
+        slots[slot] = {value: vocab[token] for value, token in choices[slot].items() if token in vocab}
     language = "en" if "en" in languages else next(iter(languages))
-    return {
+    template = {
         "tokens": [item if item in slots else token_id(item) for item in tokens],
         "slots": slots,
         "defaults": {"language": language, "target_language": "@language", **defaults},
     }
+    if "translate" in slots.get("task", {}):
+        template["translation"] = {"task": "translate"}
+    return template
 
 
 def _read_native(path_or_id: str, hub_kwargs: dict[str, Any], with_weights: bool) -> _Donor:

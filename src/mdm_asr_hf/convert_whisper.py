@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerFast, WhisperConfig
-from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .convert_common import (
@@ -299,7 +299,8 @@ def _prompt_tokens(ids: dict[str, int], multilingual: bool) -> list[str]:
 
 def whisper_prompt_template(ids: dict[str, int], multilingual: bool) -> dict[str, Any]:
     """
-    The prompt of a Whisper donor: start, then language and task where there is a choice, then no timestamps.
+    The prompt of a Whisper donor: start, then language and task where there is a choice, then no timestamps. Times of
+    words do not come from tokens here, so that there is no choice of `timestamp`.
 
     Args:
         ids (`dict[str, int]`): the ids of the special tokens.
@@ -307,15 +308,17 @@ def whisper_prompt_template(ids: dict[str, int], multilingual: bool) -> dict[str
     """
     if not multilingual:
         return {"tokens": [ids[START], ids[NO_TIMESTAMPS]]}
-    # Languages go by code or by any name Whisper knows.
-    names = {**{code: code for code in LANGUAGES}, **TO_LANGUAGE_CODE}
-    languages = {name: ids[f"<|{code}|>"] for name, code in names.items() if f"<|{code}|>" in ids}
+    languages = {code: ids[f"<|{code}|>"] for code in LANGUAGES if f"<|{code}|>" in ids}
     if not languages:
         raise ValueError("The donor is multilingual, but its tokenizer has no language tokens such as '<|en|>'.")
+    transcribe, translate = TASKS
     return {
         "tokens": [ids[START], "language", "task", ids[NO_TIMESTAMPS]],
         "slots": {"language": languages, "task": {task: ids[f"<|{task}|>"] for task in TASKS}},
-        "defaults": {"language": "en" if "en" in languages else next(iter(languages)), "task": TASKS[0]},
+        "defaults": {"language": "en" if "en" in languages else next(iter(languages)), "task": transcribe},
+        # What the donor says behind its start is the language. Translated it has into English alone.
+        "detectable": ["language"],
+        **({"translation": {"task": translate, "targets": ["en"]}} if "en" in languages else {}),
     }
 
 

@@ -304,7 +304,8 @@ class DataCollatorForMDMASR:
     Args:
         processor ([`MDMASRProcessor`])
         audio_column, text_column (`str`): where rows hold these.
-        language_column (`str`, *optional*): a language per row, for the prompt and for tokenizers that take one.
+        language_column (`str`, *optional*): a language per row, for the prompt and for tokenizers that take one. Rows
+            without one have the `language` of `prompt_slots`, or else the prompt's own.
         augment (*optional*): called with (samples, sampling rate in Hz, NumPy generator), returns samples. One with
             `takes_other_clips` also gets those of the batch as `other_clips`.
         on_bad_row (`str`): "raise" at rows that cannot be trained on, or "skip" them, see `skipped`. A batch of which
@@ -314,7 +315,8 @@ class DataCollatorForMDMASR:
         max_duration_s (`float`, *optional*): longer audio makes a row bad. Default: the feature extractor's.
         allow_empty_text (`bool`): rows without speech, to be trained as such.
         seed (`int`): of the augmentation, together with a row's `augment_seed`.
-        prompt_slots: further slots of the decoder prompt for all rows, such as `punctuation=False`.
+        prompt_slots: further slots of the decoder prompt for all rows, such as `punctuation=False`, or
+            `target_language="en"` where texts are translations.
 
     Returns, when called with B rows:
         - **input_features** (B, T, mel bins) or (B, N), **attention_mask** (B, T) or (B, N);
@@ -388,14 +390,14 @@ class DataCollatorForMDMASR:
                 raise ValueError("All rows of a batch are bad, see the warnings. Leave them out of the data set.")
             logger.warning("All rows of a batch are bad: it becomes silence without text.")
             num_samples = round(SILENCE_S * self._sampling_rate)
-            language = rows[0].get(self.language_column) if self.language_column else None
-            examples = [{**rows[0], "clip": np.zeros(num_samples, np.float32), "labels": self._labels("", language)}]
+            labels = self._labels("", self._language(rows[0]))
+            examples = [{**rows[0], "clip": np.zeros(num_samples, np.float32), "labels": labels}]
         batch = self._pad_features(examples) if all(are_done) else self._extract(examples)
         batch["labels"] = _pad([np.asarray(one["labels"]) for one in examples], IGNORED_LABEL, np.int64)
         if self.language_column is not None or self.prompt_slots:
             slots = dict(self.prompt_slots)
             if self.language_column is not None:
-                slots["language"] = [one.get(self.language_column) for one in examples]
+                slots["language"] = [self._language(one) for one in examples]
             batch["prompt_ids"] = self.processor.get_prompt_ids(batch_size=len(examples), **slots)
         return {name: torch.as_tensor(value) for name, value in batch.items()}
 
@@ -430,7 +432,7 @@ class DataCollatorForMDMASR:
         )
         self._check_duration(len(clip) / self._sampling_rate, name)
         text = row.get("separator", " ").join(texts)
-        labels = self._labels(text, row.get(self.language_column) if self.language_column else None)
+        labels = self._labels(text, self._language(row))
         self._check_labels(labels, name)
         return {**row, "clip": clip, "labels": labels}
 
@@ -464,8 +466,18 @@ class DataCollatorForMDMASR:
             detail = f"It has {len(labels)} tokens, more than {self.max_label_tokens}. Split audio and transcript."
             raise BadRowError.of(name, LONG_TEXT, detail)
 
+    def _language(self, row: dict[str, Any]) -> str | None:
+        own = row.get(self.language_column) if self.language_column else None
+        return own or self.prompt_slots.get("language")
+
     def _labels(self, text: str, language: str | None) -> np.ndarray:
-        return np.asarray(self.processor(text=text, language=language, return_tensors="np")["labels"][0])
+        # The one that the prompt is told, too.
+        target_language = self.prompt_slots.get("target_language")
+        return np.asarray(
+            self.processor(text=text, language=language, target_language=target_language, return_tensors="np")[
+                "labels"
+            ][0]
+        )
 
     @property
     def _sampling_rate(self) -> float:

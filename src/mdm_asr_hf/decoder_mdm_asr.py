@@ -169,6 +169,8 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         "hidden_states": MDMASRDecoderLayer,
         "attentions": OutputRecorder(MDMASRAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(MDMASRAttention, index=1, layer_name="cross_attn"),
+        # Attention kernels return no weights: timestamps compute those of a few heads from these and the keys.
+        "cross_queries": OutputRecorder(nn.Linear, layer_name="cross_attn.q_proj"),
     }
 
     def __init__(self, config: MDMASRDecoderConfig):

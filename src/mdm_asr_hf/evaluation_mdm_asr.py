@@ -25,6 +25,7 @@ from .confidence_mdm_asr import utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .evaluation_data_mdm_asr import PRESETS, EvaluationData, load_data, report_skipped
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .prompt_mdm_asr import AUTO, prompt_values
 from .scoring_mdm_asr import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
 from .sources_mdm_asr import Source, check_on_bad_row
 from .transcript_mdm_asr import token_texts
@@ -105,7 +106,7 @@ def evaluate_model(
         settings ([`MDMASRGenerationConfig`], *optional*): instead of the model's own.
         batch_size (`int`): utterances decoded together.
         language (`str`, *optional*): of the speech, where no column of the data set tells. The model's prompt gets it,
-            if it has a place for it.
+            if it has a place for it. "auto": as detected, by models that can.
         seed (`int`): of samplers that draw. Each row has a generator of its own, made of this and its id, so that it
             does not depend on the batch.
         on_bad_row (`str`): "skip" reports what cannot be read or decoded and adds it to `data.skipped`; "raise" ends
@@ -253,6 +254,9 @@ class _Runner:
         self.settings.validate()
         self.language, self.seed, self.on_bad_row = language, seed, on_bad_row
         self.takes_language = "language" in ((self.settings.prompt_template or {}).get("slots") or {})
+        if language == AUTO:
+            # Raises if this model cannot tell.
+            prompt_values(self.settings.prompt_template or {"tokens": [0]}, language=language)
         self.rate_hz = processor.feature_extractor.sampling_rate
         self.skipped: list[dict[str, str]] = []
 
@@ -341,6 +345,11 @@ class _Runner:
             parts = [self.decode(_take(batch, k), is_counted) for k in range(len(entries))]
             return {i: row for part in parts for i, row in part.items()}
         decoder_s = (self._now() - start) / len(entries)
+        if output.languages is not None:
+            # Detected ones replace "auto"; what the data set says stays as it is.
+            languages = [
+                detected if one == AUTO else one for one, detected in zip(languages, output.languages, strict=True)
+            ]
         eos = self.model.config.eos_token_id
         results = zip(
             batch.indices,

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from .confidence_mdm_asr import validate_calibration
+from .no_speech_mdm_asr import validate_no_speech
 from .prompt_mdm_asr import validate_prompt_template
 from .sampling_mdm_asr import SamplerConfig, make_sampler
 
@@ -36,17 +38,24 @@ class MDMASRGenerationConfig(GenerationConfig):
         num_beams (`int`): only 1; there is no beam in a canvas.
         num_return_sequences (`int`): samples per utterance, best first by confidence; more than 1 needs
             `temperature` > 0 or a sampler that draws.
-        repair_rounds (`int`): how often doubtful tokens are masked again and refined after the last step, within
-            `max_denoising_steps` (see `repair_mdm_asr`). 0 leaves the text as it was committed.
-        repair_threshold (`float`): tokens of a confidence below this are doubtful.
+        repair_rounds (`int`): how often the text is repaired and refined after the last step, within
+            `max_denoising_steps`, see `repair_mdm_asr`. 0 leaves it as it was committed.
+        repair_doubled_below (`float`): of two equal neighbours, the less confident one is taken out if its confidence
+            is below this.
+        repair_doubtful_below (`float`): neighbours that are both of a confidence below this are masked again; 0 masks
+            none.
         return_token_timestamps (`bool`): also say when each token was spoken, see [`MDMASRGenerateOutput`].
         alignment_heads (`list` of `[layer, head]`, *optional*): the cross-attention heads that timestamps are read
-            from. None: all heads of the upper half of the layers.
+            from, see training/find_alignment_heads.py. None: all heads of the lower half of the layers.
         confidence_temperature (`float`), confidence_bias (`float`): calibration of the confidences, see
             `confidence_mdm_asr`. 1 and 0 leave them as they are.
+        confidence_context (`dict`, *optional*): what else of the utterance they are calibrated by, see
+            `confidence_mdm_asr`. None: nothing.
         no_speech (`dict`, *optional*): the decision that audio holds no speech, see `no_speech_mdm_asr`. None: only
             audio without any signal gives an empty text.
         hotword_boost (`float`): what is added to the logits of hotwords where they fit, see `hotwords_mdm_asr`.
+        hotword_threshold (`float`): they fit where the model takes their tokens for this much less probable, in nats
+            and on average, than the most probable ones, or less.
         max_window_s (`float`, *optional*): the longest audio, in seconds, that the checkpoint decodes well at once.
             Longer recordings are cut into windows of at most this.
         pad_token_id, eos_token_id, bos_token_id (`int`, *optional*): kept for other code; the model's config decides.
@@ -69,13 +78,16 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.num_beams: int = kwargs.pop("num_beams", 1)
         self.num_return_sequences: int = kwargs.pop("num_return_sequences", None) or 1
         self.repair_rounds: int = kwargs.pop("repair_rounds", 0)
-        self.repair_threshold: float = kwargs.pop("repair_threshold", 0.5)
+        self.repair_doubled_below: float = kwargs.pop("repair_doubled_below", 0.7)
+        self.repair_doubtful_below: float = kwargs.pop("repair_doubtful_below", 0.0)
         self.return_token_timestamps: bool = kwargs.pop("return_token_timestamps", False)
         self.alignment_heads: list[list[int]] | None = kwargs.pop("alignment_heads", None)
         self.confidence_temperature: float = kwargs.pop("confidence_temperature", 1.0)
         self.confidence_bias: float = kwargs.pop("confidence_bias", 0.0)
+        self.confidence_context: dict[str, float] | None = kwargs.pop("confidence_context", None)
         self.no_speech: dict[str, Any] | None = kwargs.pop("no_speech", None)
-        self.hotword_boost: float = kwargs.pop("hotword_boost", 3.0)
+        self.hotword_boost: float = kwargs.pop("hotword_boost", 5.0)
+        self.hotword_threshold: float = kwargs.pop("hotword_threshold", 4.0)
         self.max_window_s: float | None = kwargs.pop("max_window_s", None)
         self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
         self.eos_token_id: int | list[int] | None = kwargs.pop("eos_token_id", None)
@@ -107,8 +119,10 @@ class MDMASRGenerationConfig(GenerationConfig):
             "canvas_tokens_per_s",
             "canvas_extra_tokens",
             "min_duration_s",
-            "repair_threshold",
+            "repair_doubled_below",
+            "repair_doubtful_below",
             "hotword_boost",
+            "hotword_threshold",
             "max_window_s",
         ):
             value = getattr(self, name)
@@ -118,6 +132,9 @@ class MDMASRGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
         if self.prompt_template is not None:
             validate_prompt_template(self.prompt_template)
+        validate_calibration(self.confidence_temperature, self.confidence_bias, self.confidence_context)
+        if self.no_speech is not None:
+            validate_no_speech(self.no_speech)
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:

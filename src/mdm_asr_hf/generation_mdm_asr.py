@@ -11,11 +11,16 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .alignment_mdm_asr import check_alignment_heads, token_timestamps
 from .canvas_mdm_asr import OPEN_ID, Canvas, OpenRows, draw_noise, read_draft, take_rows
 from .confidence_mdm_asr import calibrate, utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .hotwords_mdm_asr import HotwordTrie
+from .language_mdm_asr import settle_languages
+from .no_speech_mdm_asr import no_speech_probability, with_confidence
 from .prompt_mdm_asr import build_prompt_ids
+from .repair_mdm_asr import repair
 from .sampling_mdm_asr import SamplerConfig, make_sampler, sampler_step
 
 logger = logging.get_logger(__name__)
@@ -24,7 +29,7 @@ logger = logging.get_logger(__name__)
 _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mask")
 _SAMPLER_SETTINGS = ("gamma", "lambda_", "k")
 # Names of prompt slots, so that one the checkpoint lacks is reported as such and not as an unknown argument.
-_PROMPT_SLOTS = ("language", "target_language", "punctuation", "task")
+_PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "timestamp", "diarize", "emotion")
 
 
 @dataclass
@@ -41,6 +46,15 @@ class MDMASRGenerateOutput(ModelOutput):
         nfe (`torch.LongTensor` of shape (B,)): decoder evaluations until everything before the row's first EOS was
             committed.
         num_steps (`int`): decoder evaluations of the whole batch, the largest of `nfe`.
+        languages (`list[str]` of length B, *optional*): the language of each row's prompt, given or detected, by its
+            code; None if the prompt has none or was given as ids. Detecting costs one evaluation of the decoder, on
+            the start of the prompt alone, which `nfe` does not count. Where nothing is said it means little.
+        token_timestamps (`torch.FloatTensor` of shape (B, W, 2), *optional*): start and end of each token in seconds,
+            with `return_token_timestamps`; 0 for padding and for rows without speech. They cost one evaluation of the
+            decoder, which `nfe` does not count.
+        no_speech (`torch.FloatTensor` of shape (B,), *optional*): the probability that nothing was said, if the
+            settings' `no_speech` tells how to find it. Rows above its threshold have an empty text; most are found
+            before decoding, and have `nfe` 0.
     """
 
     sequences: torch.LongTensor | None = None
@@ -48,6 +62,9 @@ class MDMASRGenerateOutput(ModelOutput):
     commit_steps: torch.LongTensor | None = None
     nfe: torch.LongTensor | None = None
     num_steps: int | None = None
+    languages: list[str] | None = None
+    token_timestamps: torch.FloatTensor | None = None
+    no_speech: torch.FloatTensor | None = None
 
 
 def _best_first(output: MDMASRGenerateOutput, num_samples: int) -> MDMASRGenerateOutput:
@@ -73,6 +90,7 @@ class MDMASRGenerationMixin:
         decoder_input_ids: torch.LongTensor | None = None,
         encoder_outputs: MDMASREncoderOutput | None = None,
         draft_ids: torch.LongTensor | Sequence[Sequence[int]] | None = None,
+        hotword_ids: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer: Any = None,
         synced_gpus: bool = False,
@@ -87,7 +105,8 @@ class MDMASRGenerationMixin:
         4. Per denoising step, until every row is finished:
             a. run the decoder on prompt and canvas,
             b. let the sampler commit positions,
-            c. finish the rows whose text, up to the first EOS, is committed.
+            c. finish the rows whose text, up to the first EOS, is committed;
+           then take doubled tokens out and refine around them, if the settings say so.
         5. Cut each row at its first EOS.
         ```
 
@@ -100,13 +119,17 @@ class MDMASRGenerationMixin:
                 `input_features` beside it for the adaptive canvas.
             draft_ids (`torch.LongTensor` of shape (B, K), or B lists, *optional*): what the canvas starts with instead
                 of [MASK]: tokens that stay, and -100 where it is open. A canvas grows with its draft if it must.
+            hotword_ids (`list[list[int]]`, or B such lists, *optional*): words to expect, from
+                `processor.hotword_ids(words)`, for all rows or for each row its own. Their logits are raised where
+                they fit, by `hotword_boost`, see `hotwords_mdm_asr`.
             generator (`torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM
                 samplers. Of a list, each row's samples depend on its own generator alone.
             streamer (*optional*): `put_draft(value=canvas)` is called after every step, if it has that, `put` and
                 `end` at the end.
             synced_gpus (`bool`): keep stepping until all processes are done (FSDP, DeepSpeed ZeRO-3).
             kwargs: any field of [`MDMASRGenerationConfig`], the sampler's settings (`gamma`, `lambda_`, `k`), and the
-                prompt's slots (`language`, `target_language`, `punctuation`, `task`), one value or one per row.
+                prompt's slots (`language`, `target_language`, `punctuation`, `task`, ...), one value or one per row.
+                `language="auto"` detects it, with models made of a multilingual Whisper.
 
         Returns:
             `torch.LongTensor` of shape (B, W): text tokens and the first EOS, then padding; or
@@ -121,6 +144,8 @@ class MDMASRGenerationMixin:
             input_features = kwargs.pop("input_values")
         settings, prompt_slots = self._settle_generation_config(generation_config, kwargs)
         sampler = settings.sampler_config
+        if settings.return_token_timestamps:
+            check_alignment_heads(settings.alignment_heads, self.config.decoder_config)
 
         # 2. Audio.
         if input_features is None and encoder_outputs is None:
@@ -137,11 +162,18 @@ class MDMASRGenerationMixin:
 
         # 3. Prompt and canvas.
         batch_size = encoder_outputs.last_hidden_state.shape[0]
+        languages = None
+        if decoder_input_ids is None:
+            prompt_slots, languages = settle_languages(self, encoder_outputs, settings.prompt_template, prompt_slots)
         prompt_ids = self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots).to(device)
         duration_s = self.audio_duration_s(input_features, attention_mask)
         if draft_ids is not None:
             draft_ids = read_draft(draft_ids, batch_size, self.config.num_token_ids)
+        no_speech, has_speech = self._judge_no_speech(encoder_outputs, has_speech, draft_ids, settings)
         lengths = self.canvas_lengths(duration_s, batch_size, prompt_ids.shape[1], settings, draft_ids)
+        hotwords = None
+        if hotword_ids is not None and settings.hotword_boost > 0:
+            hotwords = HotwordTrie.build(hotword_ids, batch_size, self.config.decoder_config.vocab_size, device)
         generator = self._check_generator(generator, batch_size)
         num_samples = settings.num_return_sequences
         if num_samples > 1:
@@ -152,8 +184,11 @@ class MDMASRGenerationMixin:
                 )
             rows = torch.arange(batch_size, device=device).repeat_interleave(num_samples)
             prompt_ids, encoder_outputs = prompt_ids[rows], take_rows(encoder_outputs, rows)
+            hotwords = hotwords and hotwords.take_rows(rows)
+            languages = languages and [one for one in languages for _ in range(num_samples)]
             draft_ids = None if draft_ids is None else draft_ids[rows.to(draft_ids.device)]
             has_speech = None if has_speech is None else has_speech[rows]
+            no_speech = None if no_speech is None else no_speech[rows]
             lengths = [length for length in lengths for _ in range(num_samples)]
             if isinstance(generator, list):
                 generator = [one for one in generator for _ in range(num_samples)]
@@ -169,11 +204,42 @@ class MDMASRGenerationMixin:
             streamer.put(prompt_ids.cpu())
 
         # 4. Denoise.
-        open_rows = OpenRows(prompt_ids, encoder_outputs)
-        self._denoise(canvas, open_rows, settings, sampler, lengths, generator, streamer, synced_gpus)
+        def denoise() -> None:
+            open_rows = OpenRows(prompt_ids, encoder_outputs)
+            self._denoise(canvas, open_rows, settings, sampler, lengths, generator, hotwords, streamer, synced_gpus)
+
+        denoise()
+        for _ in range(settings.repair_rounds):
+            is_open = repair(
+                canvas,
+                settings.repair_doubled_below,
+                settings.repair_doubtful_below,
+                settings.max_denoising_steps,
+            )
+            # With sharded weights every process takes part in every evaluation.
+            if is_open or synced_gpus:
+                denoise()
+
+        if no_speech is not None:
+            no_speech = self._reconsider_no_speech(canvas, no_speech, settings)
 
         # 5. Finalise.
-        output = self._finalize(canvas, settings)
+        output = self._finalize(canvas, settings, duration_s)
+        output.languages, output.no_speech = languages, no_speech
+        if settings.return_token_timestamps:
+            output.token_timestamps = token_timestamps(
+                self,
+                output.sequences,
+                # A row without speech has an end of text that nothing was heard of.
+                output.confidence > 0,
+                lengths,
+                prompt_ids,
+                encoder_outputs,
+                duration_s=duration_s,
+                input_features=input_features,
+                feature_mask=attention_mask,
+                alignment_heads=settings.alignment_heads,
+            )
         if num_samples > 1:
             output = _best_first(output, num_samples)
         if streamer is not None:
@@ -189,6 +255,7 @@ class MDMASRGenerationMixin:
         sampler: SamplerConfig,
         lengths: list[int],
         generator: torch.Generator | list[torch.Generator] | None,
+        hotwords: HotwordTrie | None,
         streamer: Any,
         synced_gpus: bool,
     ) -> None:
@@ -202,6 +269,16 @@ class MDMASRGenerationMixin:
             if not synced_gpus:
                 open_rows.narrow(candidates.any(dim=-1))
             logits = self._canvas_logits(open_rows, canvas.tokens, canvas.mask, candidates, settings.suppress_tokens)
+            unbiased = None
+            if hotwords is not None:
+                unbiased = hotwords.raise_logits(
+                    logits,
+                    canvas.tokens,
+                    candidates,
+                    canvas.text_positions(),
+                    boost=settings.hotword_boost,
+                    threshold=settings.hotword_threshold,
+                )
             step = sampler_step(
                 sampler,
                 logits,
@@ -212,6 +289,7 @@ class MDMASRGenerationMixin:
                 candidates=candidates,
                 temperature=settings.temperature,
                 noise=draw_noise(generator, lengths, canvas.tokens.device) if noisy else None,
+                unbiased=unbiased,
             )
             canvas.commit(step, candidates)
             candidates = canvas.open_positions()
@@ -306,6 +384,36 @@ class MDMASRGenerationMixin:
         if attention_mask is not None:
             attention_mask = attention_mask.bool() | ~has_speech[:, None].to(attention_mask.device)
         return has_speech, attention_mask
+
+    def _judge_no_speech(
+        self,
+        encoder_outputs: MDMASREncoderOutput,
+        has_speech: torch.BoolTensor | None,
+        draft_ids: torch.LongTensor | None,
+        settings: MDMASRGenerationConfig,
+    ) -> tuple[torch.Tensor | None, torch.BoolTensor | None]:
+        """The probability (B,) that nothing was said, 1 where there is no signal, and which rows (B,) to decode."""
+        if settings.no_speech is None:
+            return None, has_speech
+        no_speech = no_speech_probability(encoder_outputs, settings.no_speech)
+        if has_speech is not None:
+            no_speech = no_speech.masked_fill(~has_speech, 1.0)
+        is_speech = no_speech <= settings.no_speech["threshold"]
+        if draft_ids is not None:
+            # What was committed stays: somebody heard it.
+            is_speech = is_speech | (draft_ids != OPEN_ID).any(dim=-1).to(is_speech.device)
+        return no_speech, is_speech if has_speech is None else is_speech & has_speech
+
+    def _reconsider_no_speech(
+        self, canvas: Canvas, no_speech: torch.Tensor, settings: MDMASRGenerationConfig
+    ) -> torch.Tensor:
+        """The probability (B,) that nothing was said, now that rows are decoded; empties, in place, those that then
+        are above the threshold."""
+        is_text = canvas.text_positions() & (canvas.tokens != canvas.eos_token_id) & (canvas.confidence > 0)
+        no_speech = with_confidence(no_speech, canvas.confidence, is_text, settings.no_speech)
+        is_drafted = canvas.drafted().any(dim=-1)
+        canvas.empty((no_speech > settings.no_speech["threshold"]) & ~is_drafted)
+        return no_speech
 
     def _prepare_prompt(
         self,
@@ -415,7 +523,9 @@ class MDMASRGenerationMixin:
             logits[..., suppress_tokens] = -torch.inf
         return logits
 
-    def _finalize(self, canvas: Canvas, settings: MDMASRGenerationConfig) -> MDMASRGenerateOutput:
+    def _finalize(
+        self, canvas: Canvas, settings: MDMASRGenerationConfig, duration_s: torch.Tensor | None
+    ) -> MDMASRGenerateOutput:
         """Cuts rows behind their first EOS and calibrates the confidences."""
         if num_full := canvas.num_full():
             logger.warning(
@@ -426,7 +536,13 @@ class MDMASRGenerationMixin:
             )
         pad_token_id = self.config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
         sequences, confidence, commit_steps = canvas.cut(pad_token_id)
-        confidence = calibrate(confidence, settings.confidence_temperature, settings.confidence_bias)
+        confidence = calibrate(
+            confidence,
+            settings.confidence_temperature,
+            settings.confidence_bias,
+            settings.confidence_context,
+            None if duration_s is None else duration_s.repeat_interleave(settings.num_return_sequences),
+        )
         return MDMASRGenerateOutput(
             sequences=sequences,
             confidence=confidence,

@@ -9,7 +9,8 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_mdm_asr import load_audio_batch
-from .prompt_mdm_asr import build_prompt_ids, validate_prompt_template
+from .hotwords_mdm_asr import HotwordIds, encode_hotwords
+from .prompt_mdm_asr import build_prompt_ids, prompt_values, validate_prompt_template
 
 IGNORED_LABEL = -100
 
@@ -72,6 +73,7 @@ class MDMASRProcessor(ProcessorMixin):
         padding: bool | str = True,
         return_attention_mask: bool = True,
         language: str | list[str] | None = None,
+        target_language: str | list[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -84,6 +86,8 @@ class MDMASRProcessor(ProcessorMixin):
             return_attention_mask (`bool`): the model needs the mask wherever clips were padded.
             language (`str` or `list[str]`, *optional*): of the text, for tokenizers that take one. By default the
                 prompt's.
+            target_language (`str` or `list[str]`, *optional*): of the text, where it translates what is said in
+                `language`.
             kwargs: further arguments of the feature extractor. Unknown ones raise.
 
         Returns:
@@ -120,7 +124,7 @@ class MDMASRProcessor(ProcessorMixin):
                 raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.80}.")
             if audio is not None and len(texts) != len(clips):
                 raise ValueError(f"`text` has {len(texts)} entries for {len(clips)} clips. Pass one per clip.")
-            data["labels"] = self._labels(texts, language)
+            data["labels"] = self._labels(texts, language, target_language)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def get_prompt_ids(
@@ -132,7 +136,8 @@ class MDMASRProcessor(ProcessorMixin):
         **slots: Any,
     ) -> torch.LongTensor:
         """
-        The decoder prompt (B, P) that `generate` builds from the same arguments.
+        The decoder prompt (B, P) that `generate` builds from the same arguments; further ones are the prompt's other
+        slots, such as `task` of Whisper donors or `itn` of Canary's.
 
         Raises:
             ValueError: the processor has no prompt, or the prompt does not know a value.
@@ -141,6 +146,24 @@ class MDMASRProcessor(ProcessorMixin):
             raise ValueError("This processor has no `prompt_template`. Give it the one of generation_config.json.")
         slots.update(language=language, target_language=target_language, punctuation=punctuation)
         return build_prompt_ids(self.prompt_template, batch_size, **slots)
+
+    def hotword_ids(self, words: list[str], language: str | None = None) -> HotwordIds:
+        """
+        The token sequences of words to expect, for `generate(hotword_ids=...)`: each word as given, in lower case,
+        capitalised, and in capitals.
+
+        Args:
+            words (`list[str]`): words or phrases, such as names.
+            language (`str`, *optional*): for tokenizers that take one. By default the prompt's.
+
+        Raises:
+            ValueError: an entry that is no word, or that takes more tokens than a word does.
+        """
+        if isinstance(words, str) or not isinstance(words, (list, tuple)):
+            raise ValueError(f"`hotwords` must be a list of words, got {words!r:.80}. Put a single word into a list.")
+        (its_language,) = self._languages(1, language, None)
+        arguments = {} if its_language is None else {"language": its_language}
+        return encode_hotwords(words, self.tokenizer, self.text_prefix, **arguments)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:
         """
@@ -162,12 +185,14 @@ class MDMASRProcessor(ProcessorMixin):
         """[`~MDMASRProcessor.decode`] of every row of a batch (B, L)."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in _to_list(token_ids)]
 
-    def _labels(self, texts: list[str], language: str | list[str] | None) -> np.ndarray:
+    def _labels(
+        self, texts: list[str], language: str | list[str] | None, target_language: str | list[str] | None
+    ) -> np.ndarray:
         """Labels (B, L): text tokens, end of text, -100."""
         eos_token_id = self.tokenizer.eos_token_id
         if eos_token_id is None:
             raise ValueError("The tokenizer has no `eos_token`, which ends every label. Set it.")
-        languages = self._languages(len(texts), language)
+        languages = self._languages(len(texts), language, target_language)
         rows = []
         for one, its_language in zip(texts, languages, strict=True):
             arguments = {} if its_language is None else {"language": its_language}
@@ -180,22 +205,33 @@ class MDMASRProcessor(ProcessorMixin):
             label[: len(row)] = row
         return labels
 
-    def _languages(self, batch_size: int, language: str | list[str] | None) -> list[str | None]:
+    def _languages(
+        self, batch_size: int, language: str | list[str] | None, target_language: str | list[str] | None
+    ) -> list[str | None]:
         """The language to tokenize each text with; None where the tokenizer takes none."""
         if not getattr(self.tokenizer, "takes_language", False):
-            # One vocabulary for all languages: the argument may still be given, since the prompt needs it.
+            # One vocabulary for all languages: the arguments may still be given, since the prompt needs them.
             return [None] * batch_size
-        if language is None:
-            language = ((self.prompt_template or {}).get("defaults") or {}).get("language")
-        if language is None:
+        given = {"language": language, "target_language": target_language}
+        for name, value in given.items():
+            if isinstance(value, (list, tuple)) and len(value) != batch_size:
+                raise ValueError(
+                    f"`{name}` has {len(value)} values for {batch_size} texts. Pass one, or one per text."
+                )
+        slots = (self.prompt_template or {}).get("slots") or {}
+        if "language" in slots:
+            # What the prompt would say, so that text and prompt cannot differ.
+            asked = {name: value for name, value in given.items() if value is not None}
+            rows = prompt_values(self.prompt_template, batch_size, **asked)
+        else:
+            rows = [
+                {name: value[i] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
+                for i in range(batch_size)
+            ]
+        languages = [row.get("target_language") or row["language"] for row in rows]
+        if None in languages:
             raise ValueError("This tokenizer needs the `language` of `text`. Pass one, or one per text.")
-        if isinstance(language, str):
-            return [language] * batch_size
-        if len(language) != batch_size:
-            raise ValueError(
-                f"`language` has {len(language)} values for {batch_size} texts. Pass one, or one per text."
-            )
-        return list(language)
+        return languages
 
 
 def _to_list(token_ids: Any) -> Any:

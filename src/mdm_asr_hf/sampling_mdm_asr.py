@@ -167,17 +167,25 @@ def propose_tokens(
     Returns:
         tokens (B, L), their log-probabilities (B, L), and the entropies in nats (B, L).
     """
-    log_probs = torch.log_softmax(logits.float() / temperature if temperature > 0 else logits.float(), dim=-1)
+    log_probs = _log_probs(logits, temperature)
     probs = log_probs.exp()
-    # A suppressed token has log-probability -inf; 0 * -inf would be NaN.
-    entropy = -(probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
+    entropy = _entropy(log_probs, probs)
     if temperature > 0:
         if token_noise is None:
             raise ValueError("`token_noise` is needed when `temperature` > 0. Draw it uniformly from [0, 1).")
         tokens = draw_tokens(probs, token_noise.float())
     else:
         tokens = log_probs.argmax(dim=-1)
-    return tokens, log_probs.gather(-1, tokens[..., None]).squeeze(-1), entropy.clamp(min=0.0)
+    return tokens, log_probs.gather(-1, tokens[..., None]).squeeze(-1), entropy
+
+
+def _log_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.log_softmax(logits.float() / temperature if temperature > 0 else logits.float(), dim=-1)
+
+
+def _entropy(log_probs: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    # A suppressed token has log-probability -inf; 0 * -inf would be NaN.
+    return -(probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1).clamp(max=0.0)
 
 
 def _ranked(scores: torch.Tensor, candidates: torch.BoolTensor) -> tuple[torch.Tensor, torch.LongTensor]:
@@ -221,6 +229,7 @@ def sampler_step(
     candidates: torch.BoolTensor | None = None,
     temperature: float = 0.0,
     noise: torch.Tensor | None = None,
+    unbiased: tuple[torch.LongTensor, torch.Tensor] | None = None,
 ) -> SamplerOutput:
     """
     One denoising step of any of the five samplers: stateless, vectorised over the batch.
@@ -238,6 +247,9 @@ def sampler_step(
         noise (`torch.Tensor` of shape (B, L, 2), *optional*): uniform on [0, 1). [..., 0] draws tokens when
             temperature > 0,
             [..., 1] positions for the random and the DFM sampler.
+        unbiased (`tuple` of `torch.LongTensor` (M,) and `torch.Tensor` (M, V), *optional*): places among N logits that
+            a bias was added to, and their logits before. Their entropies are of these, so that a bias decides for a
+            token and does not make the sampler bolder.
 
     Returns:
         [`SamplerOutput`]
@@ -261,6 +273,9 @@ def sampler_step(
         if len(logits) != int(candidates.sum()):
             raise ValueError(f"`logits` are of {len(logits)} positions, but {int(candidates.sum())} are candidates.")
         proposed = propose_tokens(logits, temperature, token_noise[candidates] if token_noise is not None else None)
+        if unbiased is not None and len(unbiased[0]):
+            log_probs = _log_probs(unbiased[1], temperature)
+            proposed[2][unbiased[0]] = _entropy(log_probs, log_probs.exp())
         # Positions that are no candidates propose nothing, with confidence 0.
         zeros = torch.zeros(canvas.shape, device=canvas.device)
         tokens, log_confidence, entropy = (

@@ -49,7 +49,8 @@ def describe_normaliser(language: str | None = "en", spellings: dict[str, str] |
 
 
 def _is_english(language: str | None) -> bool:
-    return language is None or language.lower() in ("en", "eng", "english") or language.lower().startswith("en-")
+    # "en_us", as FLEURS has it, is a region too.
+    return language is None or language.lower().replace("_", "-").split("-")[0] in ("en", "eng", "english")
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,7 +122,8 @@ def group_words(
     times_s: Sequence[Sequence[float]] | None = None,
 ) -> list[Word]:
     """
-    Words, as blanks part them, of tokens.
+    Words, as blanks part them, of tokens. With times, text of scripts that are written without blanks is parted at its
+    tokens, about one a character, as Whisper does (arXiv 2212.04356).
 
     Args:
         pieces (`list[str]`): what each token adds to the text, see `token_texts`.
@@ -138,16 +140,42 @@ def group_words(
         if piece:
             waiting = []
     words = []
-    for match in re.finditer(r"\S+", text):
-        places = range(match.start(), match.end())
+    for places in _word_places(text, None if times_s is None else owners):
         counted = [i for i in places if text[i].isalnum()] or list(places)
         its_tokens = sorted({token for i in counted for token in owners[i]})
-        word = Word(match.group(), confidence=math.prod(confidences[token] for token in its_tokens))
+        word = Word(text[places.start : places.stop], confidence=math.prod(confidences[token] for token in its_tokens))
         if times_s is not None:
             word.start_s = min(float(times_s[token][0]) for token in its_tokens)
             word.end_s = max(float(times_s[token][1]) for token in its_tokens)
         words.append(word)
     return words
+
+
+# Scripts written without blanks: Thai, Lao, Myanmar, Khmer, kana, ideographs and their punctuation.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff01-\uff9f\U00020000-\U0003134f]"
+)
+# Unicode categories of marks, lengthening signs, and punctuation that does not open.
+_STAYS_BEHIND = ("Mn", "Mc", "Me", "Lm", "Pe", "Pf", "Po", "Pd")
+
+
+def _word_places(text: str, owners: Sequence[tuple[int, ...]] | None) -> list[range]:
+    """Places of the words in a text, parted at blanks and, where its characters' tokens are given, between these."""
+    parts = []
+    for match in re.finditer(r"\S+", text):
+        begin = match.start()
+        for i in range(begin + 1, match.end()) if owners is not None else ():
+            before, after = text[i - 1], text[i]
+            if owners[i - 1] == owners[i] or not (_UNSPACED.match(before) or _UNSPACED.match(after)):
+                continue
+            # Marks and what closes stay with the character before, what opens with the one behind.
+            if unicodedata.category(after) in _STAYS_BEHIND or unicodedata.category(before) in ("Ps", "Pi"):
+                continue
+            parts.append(range(begin, i))
+            begin = i
+        parts.append(range(begin, match.end()))
+    return parts
 
 
 __all__ = ["Segment", "Transcript", "Word", "group_words", "token_texts"]

@@ -1,0 +1,368 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""When each token was spoken: dynamic time warping of the decoder's cross-attention (after arXiv 2212.04356)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .encoder_mdm_asr import MDMASREncoderOutput
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """
+    How attention becomes times. The defaults are those with the least errors of word starts and ends on training
+    speech, see training/find_alignment_heads.py. Costs are natural logarithms.
+
+    Args:
+        grid_s (`float`): longer frames are interpolated to this many seconds.
+        smoothing_s (`float`): attention jumps from frame to frame; its mean over this many seconds is taken.
+        peak_weight (`float`): a frame costs a token -log of the token's share in the frame's attention and, with this
+            weight, -log of the token's attention over the highest it has.
+        floor (`float`): added to both shares, so that no frame is impossible.
+        gap_cost (`float`): a frame of speech costs this if no token owns it; a silent one nothing.
+        silence_cost (`float`): a silent frame costs the token that owns it this more.
+        silent_level, speech_level (`float`): levels up to the first are silence, from the second on speech; 0 is the
+            5th percentile of the clip's frames, 1 the 95th.
+        pause_s (`float`): shorter silences between tokens belong to the one before.
+    """
+
+    grid_s: float = 0.02
+    smoothing_s: float = 0.1
+    peak_weight: float = 0.5
+    floor: float = 1e-3
+    gap_cost: float = 2.0
+    silence_cost: float = 1.0
+    silent_level: float = 0.1
+    speech_level: float = 0.2
+    pause_s: float = 0.04
+
+
+DEFAULT_SETTINGS = AlignmentSettings()
+
+
+def check_alignment_heads(
+    alignment_heads: Sequence[Sequence[int]] | None, decoder_config: Any
+) -> list[tuple[int, int]]:
+    """
+    The heads to read timestamps from: those given, or all heads of the lower half of the layers. There, a visible
+    token finds its own place in the audio; further up attention goes on to what comes next.
+
+    Raises:
+        ValueError: not a list of `[layer, head]`, or one that the decoder does not have.
+    """
+    num_layers, num_heads = decoder_config.num_hidden_layers, decoder_config.num_attention_heads
+    if alignment_heads is None:
+        return [(layer, head) for layer in range((num_layers + 1) // 2) for head in range(num_heads)]
+    heads = []
+    for pair in alignment_heads:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or any(type(number) is not int for number in pair):
+            raise ValueError(f"`alignment_heads` must be a list of [layer, head], got {pair!r} in it.")
+        layer, head = pair
+        if not (0 <= layer < num_layers and 0 <= head < num_heads):
+            raise ValueError(
+                f"`alignment_heads` name layer {layer}, head {head}, but the decoder has {num_layers} layers of "
+                f"{num_heads} heads, counted from 0. Find its own with training/find_alignment_heads.py."
+            )
+        heads.append((layer, head))
+    if not heads:
+        raise ValueError("`alignment_heads=[]` names no head. Use None for the default ones.")
+    return heads
+
+
+def frame_duration_s(encoder_config: Any, input_frames_per_s: float) -> float | None:
+    """Seconds of audio per frame of an encoder, as its configuration tells; None if it does not."""
+    if encoder_config.model_type == "whisper":
+        stride = 2
+    else:
+        stride = getattr(encoder_config, "subsampling_factor", None) or getattr(
+            encoder_config, "inputs_to_logits_ratio", None
+        )
+    return None if stride is None else stride / input_frames_per_s
+
+
+def cross_attention_weights(
+    decoder: nn.Module,
+    heads: Sequence[tuple[int, int]],
+    input_ids: torch.LongTensor,
+    attention_mask: torch.BoolTensor,
+    encoder_outputs: MDMASREncoderOutput,
+) -> torch.Tensor:
+    """
+    Cross-attention of some heads in one evaluation of the decoder, under any attention implementation.
+
+    Args:
+        heads (`list` of `(layer, head)`): A of them.
+        input_ids (`torch.LongTensor` of shape (B, P + L)), attention_mask (B, P + L): prompt and canvas.
+        encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
+
+    Returns:
+        `torch.Tensor` of shape (B, A, P + L, T): probabilities over each row's own frames, in fp32.
+    """
+    outputs = decoder(
+        input_ids,
+        encoder_outputs.last_hidden_state,
+        attention_mask=attention_mask,
+        encoder_attention_mask=encoder_outputs.attention_mask,
+        cross_attention_states=encoder_outputs.cross_attention_states,
+        output_cross_queries=True,
+    )
+    weights = []
+    for layer, head in heads:
+        attention = decoder.layers[layer].cross_attn
+        size = attention.head_dim
+        query = outputs["cross_queries"][layer][..., head * size : (head + 1) * size]
+        key = encoder_outputs.cross_attention_states[layer][0][:, head // attention.num_key_value_groups]
+        weights.append(query.float() @ key.float().transpose(-1, -2) * attention.scaling)
+    scores = torch.stack(weights, dim=1)
+    if encoder_outputs.attention_mask is not None:
+        scores = scores.masked_fill(~encoder_outputs.attention_mask.bool()[:, None, None], -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def smooth(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Mean over `width` (odd) neighbours in the last dimension; at the ends over those there are."""
+    width = min(width, values.shape[-1] - (values.shape[-1] + 1) % 2)
+    if width <= 1:
+        return values
+    flat = values.reshape(-1, 1, values.shape[-1])
+    mean = nn.functional.avg_pool1d(flat, width, stride=1, padding=width // 2, count_include_pad=False)
+    return mean.reshape(values.shape)
+
+
+def speech_presence(
+    features: torch.Tensor, num_frames: int, settings: AlignmentSettings = DEFAULT_SETTINGS
+) -> torch.Tensor:
+    """
+    How much each of `num_frames` equal parts of a clip sounds like speech, by its level: 0 silence, 1 speech.
+
+    Args:
+        features (`torch.Tensor` of shape (T, mel bins) or (N,)): log-mel, of any scale, or a waveform.
+    """
+    features = features.detach().cpu().float()
+    levels = features.mean(dim=-1) if features.dim() == 2 else features.square()
+    levels = nn.functional.adaptive_avg_pool1d(levels[None], num_frames)[0]
+    if features.dim() == 1:
+        levels = levels.clamp(min=1e-10).log()
+    quiet, loud = torch.quantile(levels, torch.tensor([0.05, 0.95]))
+    relative = (levels - quiet) / (loud - quiet).clamp(min=1e-6)
+    return ((relative - settings.silent_level) / (settings.speech_level - settings.silent_level)).clamp(0.0, 1.0)
+
+
+def warp(costs: np.ndarray, gap_costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The cheapest monotone assignment of frames to tokens (dynamic time warping): each token owns a run of at least one
+    frame, runs follow each other, and frames between them may stay without an owner.
+
+    Args:
+        costs (`np.ndarray` of shape (W, T)): of token i owning frame j; W <= T.
+        gap_costs (`np.ndarray` of shape (T,)): of frame j without an owner.
+
+    Returns:
+        First and last frames (W,) of each token.
+    """
+    num_tokens, num_frames = costs.shape
+    sums = np.pad(np.cumsum(costs, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
+    gaps = np.pad(np.cumsum(gap_costs, dtype=np.float64), (1, 0))
+    # Cost of the cheapest path over all frames before frame j, with token i to start there.
+    before = gaps[:-1]
+    starts, ends = [], []
+    for i in range(num_tokens):
+        # A run from j to k costs sums[k + 1] - sums[j]: a running minimum finds the best start for every end at once.
+        cheapest, start = _running_minimum(before - sums[i, :-1])
+        path = cheapest + sums[i, 1:]
+        # Likewise for the gap behind it.
+        cheapest, end = _running_minimum(path - gaps[1:])
+        before = np.append(np.inf, (cheapest + gaps[1:])[:-1])
+        starts.append(start)
+        ends.append(end)
+    first, last = np.empty(num_tokens, dtype=np.int64), np.empty(num_tokens, dtype=np.int64)
+    stop = num_frames - 1
+    for i in reversed(range(num_tokens)):
+        last[i] = ends[i][stop]
+        first[i] = starts[i][last[i]]
+        stop = first[i] - 1
+    return first, last
+
+
+def _running_minimum(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least of values[: j + 1] for every j, and the first place it stands at."""
+    least = np.minimum.accumulate(values)
+    is_new = np.append(True, values[1:] < least[:-1])
+    return least, np.maximum.accumulate(np.where(is_new, np.arange(len(values)), 0))
+
+
+def extend_ends(first: np.ndarray, last: np.ndarray, presence: np.ndarray, pause_frames: int) -> np.ndarray:
+    """
+    Last frames (W,) that reach to the next token, or to the next pause: as many frames of silence. Attention sees
+    where a token begins better than where it ends.
+    """
+    num_frames = len(presence)
+    silent = np.pad(np.cumsum(presence < 0.5), (1, 0))
+    at = np.arange(num_frames)
+    until = np.minimum(at + pause_frames, num_frames)
+    begins_pause = silent[until] - silent[at] == until - at
+    # The first pause that begins at a frame or behind it.
+    next_pause = np.minimum.accumulate(np.where(begins_pause, at, num_frames)[::-1])[::-1]
+    behind = np.append(first[1:], num_frames)
+    pause = np.append(next_pause, num_frames)[last + 1]
+    return np.minimum(behind, pause) - 1
+
+
+def align_row(
+    weights: torch.Tensor,
+    frame_s: float,
+    duration_s: float,
+    features: torch.Tensor | None = None,
+    has_end: bool = True,
+    settings: AlignmentSettings = DEFAULT_SETTINGS,
+) -> np.ndarray:
+    """
+    Start and end (W, 2) in seconds of W tokens.
+
+    Args:
+        weights (`torch.Tensor` of shape (A, W, T)): each token's attention over the row's own frames, of A heads.
+        frame_s (`float`): seconds per frame.
+        duration_s (`float`): of the audio; frames behind it are of the silence that the encoder adds.
+        features (`torch.Tensor` of shape (T', mel bins) or (N,), *optional*): the row's own, which tell speech from
+            pauses. Without them words may reach into pauses.
+        has_end (`bool`): the last token is the end of text, which may own silence.
+    """
+    num_tokens = weights.shape[1]
+    num_frames = max(min(math.ceil(duration_s / frame_s - 1e-6), weights.shape[-1]), 1)
+    weights = weights[..., :num_frames]
+    weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)).mean(dim=0)
+    grid = max(math.ceil(num_frames * frame_s / settings.grid_s - 1e-6), num_frames, 2 * num_tokens)
+    if grid != num_frames:
+        weights = nn.functional.interpolate(weights[None], size=grid, mode="linear", align_corners=False)[0]
+    grid_s = num_frames * frame_s / grid
+    weights = smooth(weights, 2 * round(settings.smoothing_s / grid_s / 2) + 1)
+    share = weights / weights.sum(dim=0, keepdim=True).clamp(min=1e-9)
+    of_peak = weights / weights.amax(dim=-1, keepdim=True).clamp(min=1e-9)
+    costs = -(share + settings.floor).log() - settings.peak_weight * (of_peak + settings.floor).log()
+    presence = torch.ones(grid)
+    if features is not None:
+        # Features end with the audio, frames up to one frame later.
+        inside = min(max(round(grid * duration_s / (num_frames * frame_s)), 1), grid)
+        presence = nn.functional.pad(speech_presence(features, inside, settings), (0, grid - inside))
+    penalties = settings.silence_cost * (1 - presence).expand(num_tokens, -1)
+    if has_end:
+        penalties = torch.cat([penalties[:-1], torch.zeros(1, grid)])
+    presence = presence.numpy()
+    first, last = warp((costs + penalties).numpy(), settings.gap_cost * presence)
+    last = extend_ends(first, last, presence, max(round(settings.pause_s / grid_s), 1))
+    if has_end:
+        last[-1] = grid - 1
+    return np.stack([first * grid_s, (last + 1) * grid_s], axis=-1).clip(0.0, duration_s)
+
+
+def token_attention(
+    model: Any,
+    sequences: torch.LongTensor,
+    is_token: torch.BoolTensor,
+    canvas_lengths: Sequence[int],
+    prompt_ids: torch.LongTensor,
+    encoder_outputs: MDMASREncoderOutput,
+    heads: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """
+    What each token of a finished text attends to: probabilities (B, A, W, T) over frames, on the CPU, for A heads.
+    All tokens are visible, which on training speech gave better times than masking them in turns. They are read at
+    their own positions, also where logits are read one earlier (`shift_logits`): of models with those, too, the heads
+    that find the visible token are the better ones. The other arguments are those of `token_timestamps`.
+    """
+    config, device = model.config, sequences.device
+    batch_size, width = sequences.shape
+    lengths = torch.tensor(canvas_lengths, device=device)
+    canvas = torch.full((batch_size, max(int(lengths.max()), width)), config.eos_token_id, device=device)
+    canvas[:, :width] = torch.where(is_token, sequences, config.eos_token_id)
+    inside = torch.arange(canvas.shape[1], device=device) < lengths[:, None]
+    weights = cross_attention_weights(
+        model.model.decoder,
+        heads,
+        torch.cat([prompt_ids, canvas], dim=-1),
+        torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), inside], dim=-1),
+        encoder_outputs,
+    )
+    begin = prompt_ids.shape[1]
+    return weights[:, :, begin : begin + width].cpu()
+
+
+def token_timestamps(
+    model: Any,
+    sequences: torch.LongTensor,
+    is_token: torch.BoolTensor,
+    canvas_lengths: Sequence[int],
+    prompt_ids: torch.LongTensor,
+    encoder_outputs: MDMASREncoderOutput,
+    duration_s: torch.Tensor | None = None,
+    input_features: torch.Tensor | None = None,
+    feature_mask: torch.Tensor | None = None,
+    alignment_heads: Sequence[Sequence[int]] | None = None,
+) -> torch.FloatTensor:
+    """
+    When each committed token was spoken, from one more evaluation of the decoder.
+
+    Args:
+        sequences (`torch.LongTensor` of shape (B, W)): the text and its end.
+        is_token (`torch.BoolTensor` of shape (B, W)): False for padding.
+        canvas_lengths (`list[int]` of length B): of the canvases the text was decoded on.
+        prompt_ids (`torch.LongTensor` of shape (B, P)): the visible prompt.
+        encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
+        duration_s (`torch.Tensor` of shape (B / n,), *optional*): of the audio, whose n samples stand one behind the
+            other among the B rows; the frames' without it.
+        input_features (`torch.Tensor` of shape (B / n, T, mel bins) or (B / n, N), *optional*): what the encoder got,
+            to find pauses in.
+        feature_mask (`torch.Tensor` of shape (B / n, T) or (B / n, N), *optional*): 1 for the utterance.
+        alignment_heads (*optional*): see `check_alignment_heads`.
+
+    Returns:
+        `torch.FloatTensor` of shape (B, W, 2): start and end of each token in seconds, rising from token to token and
+        inside the audio; 0 for padding.
+    """
+    config, batch_size = model.config, len(sequences)
+    heads = check_alignment_heads(alignment_heads, config.decoder_config)
+    weights = token_attention(model, sequences, is_token, canvas_lengths, prompt_ids, encoder_outputs, heads)
+    frame_mask = encoder_outputs.attention_mask
+    num_frames = [weights.shape[-1]] * batch_size if frame_mask is None else frame_mask.sum(dim=-1).tolist()
+    known_s = frame_duration_s(config.encoder_config, config.input_frames_per_s)
+    times = torch.zeros((*sequences.shape, 2))
+    for row in range(batch_size):
+        num_tokens, frames = int(is_token[row].sum()), int(num_frames[row])
+        if num_tokens == 0 or frames == 0:
+            continue
+        seconds, features = None, None
+        if duration_s is not None:
+            seconds = float(duration_s[row * len(duration_s) // batch_size])
+        if input_features is not None:
+            place = row * len(input_features) // batch_size
+            features = input_features[place]
+            if feature_mask is not None:
+                features = features[: int(feature_mask[place].sum())]
+        frame_s = known_s or (seconds or frames * DEFAULT_SETTINGS.grid_s) / frames
+        aligned = align_row(
+            weights[row, :, :num_tokens, :frames],
+            frame_s,
+            frames * frame_s if seconds is None else seconds,
+            features,
+            has_end=bool(sequences[row, num_tokens - 1] == config.eos_token_id),
+        )
+        times[row, :num_tokens] = torch.from_numpy(aligned)
+    return times.to(sequences.device)
+
+
+__all__ = [
+    "AlignmentSettings",
+    "align_row",
+    "check_alignment_heads",
+    "cross_attention_weights",
+    "frame_duration_s",
+    "token_attention",
+    "token_timestamps",
+    "warp",
+]

@@ -1,0 +1,403 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Token times from cross-attention: the warping, what surrounds it, and `return_token_timestamps`."""
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_model, tiny_processor
+
+import mdm_asr_hf
+from mdm_asr_hf.alignment_mdm_asr import (
+    align_row,
+    check_alignment_heads,
+    cross_attention_weights,
+    extend_ends,
+    frame_duration_s,
+    smooth,
+    speech_presence,
+    token_attention,
+    token_timestamps,
+    warp,
+)
+from mdm_asr_hf.timing_mdm_asr import ForcedAligner, join_clips, match_words, speech_span, summarise_errors
+from mdm_asr_hf.transcript_mdm_asr import group_words, token_texts
+
+ROOT = Path(__file__).parents[1]
+RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
+
+# --- warping ---
+
+
+def test_warp_by_hand():
+    costs = np.array([[1.0, 9, 9, 9, 9], [9, 9, 1, 1, 9]])
+    # A gap at frames 1 and 4 costs 2 each, in place of 9: 1 + 2 + 1 + 1 + 2 = 7.
+    first, last = warp(costs, np.full(5, 2.0))
+    assert first.tolist() == [0, 2] and last.tolist() == [0, 3]
+    # A gap as dear as owning is cheap elsewhere: gaps only where they cost nothing.
+    first, last = warp(costs, np.array([20.0, 0, 20, 20, 20]))
+    assert first.tolist() == [0, 2] and last.tolist() == [0, 4]
+    # Every token owns a frame, however dear.
+    first, last = warp(np.full((3, 3), 50.0), np.zeros(3))
+    assert first.tolist() == last.tolist() == [0, 1, 2]
+
+
+def path_cost(costs, gaps, first, last):
+    total = gaps.sum()
+    for i, (a, b) in enumerate(zip(first, last, strict=True)):
+        total += costs[i, a : b + 1].sum() - gaps[a : b + 1].sum()
+    return total
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_warp_is_the_cheapest_of_all_paths(num_tokens, more, seed):
+    num_frames, generator = num_tokens + more, np.random.default_rng(seed)
+    costs, gaps = generator.normal(size=(num_tokens, num_frames)), generator.normal(size=num_frames)
+    first, last = warp(costs, gaps)
+    bounds = range(num_frames)
+    paths = [
+        (flat[::2], flat[1::2])
+        for flat in itertools.combinations_with_replacement(bounds, 2 * num_tokens)
+        if all(b < a for b, a in zip(flat[1::2], flat[2::2], strict=False))
+    ]
+    assert (tuple(first), tuple(last)) in {(tuple(a), tuple(b)) for a, b in paths}
+    least = min(path_cost(costs, gaps, *path) for path in paths)
+    assert path_cost(costs, gaps, first, last) == pytest.approx(least, abs=1e-9)
+
+
+def test_ends_reach_to_the_next_token_or_pause():
+    #                    0  1  2  3  4  5  6  7  8  9
+    presence = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 0.0])
+    first, last = np.array([1, 4, 8]), np.array([1, 4, 8])
+    # One silent frame is no pause: the first token keeps it; two end the second one.
+    assert extend_ends(first, last, presence, 2).tolist() == [3, 5, 8]
+    assert extend_ends(first, last, presence, 1).tolist() == [2, 5, 8]
+
+
+def test_smooth_is_a_mean_of_neighbours():
+    values = torch.tensor([[3.0, 0, 0, 6, 0]])
+    assert smooth(values, 3).tolist() == [[1.5, 1, 2, 2, 3]]
+    assert smooth(values, 1) is values
+    # No wider than what there is.
+    assert smooth(torch.tensor([[2.0, 4.0]]), 5).tolist() == [[2.0, 4.0]]
+
+
+def test_presence_tells_speech_from_silence_in_any_features():
+    loud, quiet = torch.full((40, 80), 1.5), torch.full((60, 80), -0.5)
+    mel = torch.cat([quiet, loud])
+    expected = [0.0] * 30 + [1.0] * 20
+    assert speech_presence(mel, 50).tolist() == expected
+    assert speech_presence(3 * mel + 7, 50).tolist() == expected
+    wave = torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    wave[:9600] *= 1e-3
+    assert speech_presence(wave, 50).tolist() == expected
+
+
+def test_tokens_lie_where_they_are_attended_to():
+    # 3 tokens and the end of text over 2 s; speech from 0.4 to 1.4 s, with a pause from 0.8 to 1.0 s.
+    weights = torch.full((1, 4, 100), 1e-4)
+    for i, (a, b) in enumerate([(20, 30), (30, 40), (50, 70), (90, 100)]):
+        weights[0, i, a:b] = 0.1
+    presence = torch.zeros(200)
+    presence[40:80], presence[100:140] = 1, 1
+    features = presence[:, None].expand(-1, 80)
+    times = align_row(weights, 0.02, 2.0, features)
+    expected = np.array([[0.4, 0.6], [0.6, 0.8], [1.0, 1.4], [1.8, 2.0]])
+    assert np.abs(times - expected)[:3].max() <= 0.041
+    assert times[3, 1] == 2.0 and times[3, 0] >= 1.4
+    # The same attention twice as coarse gives the same times within a frame.
+    coarse = weights.reshape(1, 4, 50, 2).sum(-1)
+    assert np.abs(align_row(coarse, 0.04, 2.0, features) - times)[:3].max() <= 0.041
+    # Frames behind the audio, of the silence the encoder adds, have no say.
+    padded = torch.cat([weights, torch.full((1, 4, 50), 0.5)], dim=-1)
+    assert np.allclose(align_row(padded, 0.02, 2.0, features), times)
+
+
+# --- heads and frames ---
+
+
+def test_heads_are_checked():
+    config = tiny_model("whisper").config.decoder_config
+    assert check_alignment_heads(None, config) == [(0, 0), (0, 1)]
+    assert check_alignment_heads([[0, 1], [1, 0]], config) == [(0, 1), (1, 0)]
+    for wrong, message in (
+        ([[2, 0]], "layer 2, head 0"),
+        ([[0, 2]], "layer 0, head 2"),
+        ([[0, -1]], "layer 0, head -1"),
+        ([[0]], "list of"),
+        ([[0, 1.5]], "list of"),
+        ([3], "list of"),
+        ([], "names no head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_alignment_heads(wrong, config)
+
+
+@pytest.mark.parametrize(("encoder", "expected"), [("whisper", 0.02), ("parakeet", 0.08), ("wav2vec2", 0.02)])
+def test_frame_duration(encoder, expected):
+    config = tiny_model(encoder).config
+    assert frame_duration_s(config.encoder_config, config.input_frames_per_s) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
+def test_weights_are_those_of_eager_attention(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6))
+    outputs = model.prepare_cross_attention(model.encode(features, mask))
+    ids = torch.randint(2, VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
+    heads = [(1, 1), (0, 0), (1, 0)]
+    arguments = (heads, ids, torch.ones_like(ids, dtype=torch.bool), outputs)
+    with torch.no_grad():
+        weights = cross_attention_weights(model.model.decoder, *arguments)
+        model.set_attn_implementation("eager")
+        of_eager = cross_attention_weights(model.model.decoder, *arguments)
+        seen = model(decoder_input_ids=ids, encoder_outputs=outputs, output_attentions=True).cross_attentions
+    expected = torch.stack([seen[layer][:, head] for layer, head in heads], dim=1)
+    assert weights.shape == (2, 3, 9, outputs.last_hidden_state.shape[1])
+    assert torch.allclose(weights, expected, atol=1e-5) and torch.allclose(of_eager, expected, atol=1e-5)
+    num_frames = int(outputs.attention_mask[1].sum())
+    assert weights[1, ..., num_frames:].abs().max() == 0 and num_frames < weights.shape[-1]
+
+
+@pytest.mark.parametrize("shift_logits", [False, True])
+def test_attention_is_read_at_the_tokens_own_positions(shift_logits):
+    model = tiny_model("whisper", shift_logits=shift_logits)
+    features, mask = tiny_inputs("whisper", seconds=(1.0,))
+    outputs = model.prepare_cross_attention(model.encode(features, mask))
+    # In the first layer's queries, another token changes its own position most.
+    ids, prompt = torch.tensor([[5, 6, 7, 1]]), torch.tensor([[VOCAB_SIZE]])
+    other = torch.tensor([[5, 9, 7, 1]])
+    with torch.no_grad():
+        before, after = (
+            token_attention(model, x, x > 0, [6], prompt, outputs, [(0, 0), (0, 1)]) for x in (ids, other)
+        )
+    assert before.shape[:3] == (1, 2, 4)
+    assert (before - after).abs().sum(dim=(0, 1, 3)).argmax() == 1
+
+
+# --- generate ---
+
+
+def generate(model, features, mask, **kwargs):
+    kwargs = {"return_token_timestamps": True, "canvas_length": 12, **kwargs}
+    return model.generate(features, mask, return_dict_in_generate=True, **kwargs)
+
+
+@settings(max_examples=15)
+@given(
+    encoder=st.sampled_from(["whisper", "parakeet", "wav2vec2"]),
+    seconds=st.lists(st.floats(0.06, 2.0), min_size=1, max_size=3),
+    seed=st.integers(0, 5),
+    canvas_length=st.integers(1, 40),
+)
+def test_times_rise_inside_the_audio(encoder, seconds, seed, canvas_length):
+    features, mask = tiny_inputs(encoder, seconds=tuple(seconds), seed=seed)
+    model = tiny_model(encoder, seed=seed)
+    output = generate(model, features, mask, canvas_length=canvas_length)
+    durations_s = model.audio_duration_s(features, mask)
+    times = output.token_timestamps
+    assert times.shape == (*output.sequences.shape, 2)
+    for row, duration_s in enumerate(durations_s.tolist()):
+        num_tokens = int((output.confidence[row] > 0).sum())
+        own = times[row, :num_tokens].flatten()
+        assert (own.diff() >= 0).all() and own[0] >= 0 and own[-1] <= duration_s + 1e-5
+        assert (times[row, num_tokens:] == 0).all()
+        if output.sequences[row, num_tokens - 1] == model.config.eos_token_id:
+            assert own[-1] == pytest.approx(duration_s, abs=0.081)
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "parakeet", "wav2vec2"])
+def test_a_batch_has_the_times_of_its_rows_alone(encoder):
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder, seconds=(1.5, 0.9, 0.4))
+    draft = torch.tensor([[5, 6, 7, 8, 9, 1]])
+    together = generate(model, features, mask, draft_ids=draft.expand(3, -1)).token_timestamps
+    for row in range(3):
+        length = int(mask[row].sum())
+        alone = generate(model, features[row : row + 1, :length], mask[row : row + 1, :length], draft_ids=draft)
+        assert torch.allclose(alone.token_timestamps[0], together[row], atol=1e-4)
+    assert together[0, -1, 0] > together[2, -1, 1]
+
+
+def test_silent_rows_have_no_times_and_text_is_unchanged():
+    model = tiny_model("whisper")
+    features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
+    features[1] = 0.0
+    output = generate(model, features, mask)
+    assert (output.token_timestamps[1] == 0).all() and output.token_timestamps[0].max() > 0
+    plain = generate(model, features, mask, return_token_timestamps=False)
+    assert plain.token_timestamps is None
+    assert torch.equal(plain.sequences, output.sequences) and torch.equal(plain.nfe, output.nfe)
+
+
+def test_each_sample_has_the_times_of_its_own_text():
+    model = tiny_model("whisper")
+    features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    output = generate(model, features, mask, num_return_sequences=3, temperature=1.0, generator=generators)
+    assert len({tuple(row) for row in output.sequences.tolist()}) > 2
+    prompt_ids = torch.tensor([[VOCAB_SIZE]])
+    for row in range(6):
+        length = int(mask[row // 3].sum())
+        its_features, its_mask = features[row // 3, :length][None], mask[row // 3, :length][None]
+        num_tokens = int((output.confidence[row] > 0).sum())
+        ids = output.sequences[row : row + 1, :num_tokens]
+        outputs = model.prepare_cross_attention(model.encode(its_features, its_mask))
+        duration_s = model.audio_duration_s(its_features, its_mask)
+        with torch.no_grad():
+            alone = token_timestamps(model, ids, ids >= 0, [12], prompt_ids, outputs, duration_s, its_features)
+        assert torch.allclose(output.token_timestamps[row, :num_tokens], alone[0], atol=1e-4)
+
+
+def test_generate_without_features_or_with_foreign_heads():
+    model = tiny_model("whisper")
+    features, mask = tiny_inputs("whisper", seconds=(1.0,))
+    outputs = model.encode(features, mask)
+    with pytest.raises(ValueError, match="layer 7, head 0"):
+        generate(model, features, mask, alignment_heads=[[7, 0]])
+    output = model.generate(
+        encoder_outputs=outputs,
+        canvas_length=8,
+        return_token_timestamps=True,
+        return_dict_in_generate=True,
+        alignment_heads=[[0, 0]],
+    )
+    own = output.token_timestamps[0].flatten()
+    # The model has 0.3 s of silence behind the audio, which nothing tells here.
+    assert (own.diff() >= 0).all() and 0 < own[-1] <= 1.3001
+
+
+# --- words ---
+
+
+def test_words_of_scripts_without_blanks_are_parted_at_tokens():
+    pieces = [" ", "你", "好", "世界", "。", "OK", "（", "ラ", "ー", "）"]
+    times_s = [(i / 10, (i + 1) / 10) for i in range(len(pieces))]
+    words = group_words(pieces, [0.5] * len(pieces), times_s)
+    assert [word.text for word in words] == ["你", "好", "世界。", "OK", "（ラー）"]
+    assert [(word.start_s, word.end_s) for word in words][:3] == [(0.1, 0.2), (0.2, 0.3), (0.3, 0.4)]
+    # A character of two tokens is one word, and a Thai vowel sign stays with its consonant.
+    assert [w.text for w in group_words(["", "語", "ก", "\u0e34", "น"], [1.0] * 5, times_s[:5])] == ["語", "กิ", "น"]
+    # Words written with blanks stay whole, and without times nothing is parted.
+    assert [w.text for w in group_words([" I", "'m", " fi", "ne", "."], [1.0] * 5, times_s[:5])] == ["I'm", "fine."]
+    assert [w.text for w in group_words(pieces, [0.5] * len(pieces))] == ["你好世界。OK（ラー）"]
+
+
+# By the forced aligner of pocketsphinx, in seconds.
+STARTS_S = [0.68, 0.82, 0.93, 1.25, 1.37, 1.64, 1.93, 2.61, 2.7, 2.91, 3.4, 3.5, 3.69, 3.87]
+
+
+def test_golden_times_of_a_recording():
+    processor = mdm_asr_hf.MDMASRProcessor.from_pretrained(mdm_asr_hf.default_checkpoint())
+    model = mdm_asr_hf.MDMASRForConditionalGeneration.from_pretrained(mdm_asr_hf.default_checkpoint()).eval()
+    inputs = processor(RECORDING)
+    text = (ROOT / "demo" / "transcript.txt").read_text()
+    # The right text is given, so that the times do not hang on how it was recognised.
+    draft_ids = processor(text=text)["labels"]
+    output = generate(
+        model, inputs["input_features"], inputs["attention_mask"], canvas_length=None, draft_ids=draft_ids
+    )
+    pieces = token_texts(processor.tokenizer, output.sequences[0].tolist())
+    words = group_words(pieces, output.confidence[0].tolist(), output.token_timestamps[0].tolist())
+    assert [word.text for word in words] == text.split()
+    errors = np.abs([word.start_s - start_s for word, start_s in zip(words, STARTS_S, strict=True)])
+    assert np.median(errors) < 0.05 and errors.max() < 0.2
+    # The pause after "was," is no word's, nor is the silence at the end.
+    assert words[6].end_s < words[7].start_s - 0.1 and 3.9 < words[-1].end_s < 4.4
+
+
+# --- references ---
+
+
+def tone(duration_s, rate_hz=16000):
+    return np.sin(2 * np.pi * 220 * np.arange(round(duration_s * rate_hz)) / rate_hz).astype(np.float32)
+
+
+def test_speech_span_and_joined_clips():
+    generator = np.random.default_rng(0)
+    noise = [generator.normal(0, 1e-4, 8000).astype(np.float32) for _ in range(2)]
+    clip = np.concatenate([noise[0], tone(1.0), noise[1][:4000]])
+    start_s, end_s = speech_span(clip, 16000)
+    assert start_s == pytest.approx(0.5, abs=0.015) and end_s == pytest.approx(1.5, abs=0.015)
+    assert speech_span(np.zeros(16000, np.float32), 16000) == (0.0, 1.0)
+    joined = join_clips([clip, clip], ["one two", "three"], 16000, generator)
+    assert joined.text == "one two three"
+    assert joined.starts_s[1] is None and joined.ends_s[0] is None
+    for known_s, inside in (joined.starts_s[0], 1), (joined.ends_s[1], -1), (joined.starts_s[2], 1):
+        place = round(known_s * 16000)
+        around = [np.abs(joined.samples[place + side * 640 :][:320]).max() for side in (-2 * inside, inside)]
+        assert around[0] < 0.01 < 0.5 < around[1]
+
+
+def test_matching_and_summary():
+    assert match_words("The cat, sat on".split(), "the CAT on it".split()) == [(0, 0), (1, 1), (3, 2)]
+    numbers = summarise_errors([0.01, -0.03, 0.06, 0.3])
+    assert (numbers["num_words"], numbers["median_ms"], numbers["mean_ms"]) == (4, 45.0, 100.0)
+    assert [numbers[f"within_{ms}_ms"] for ms in (50, 100, 200)] == [0.5, 0.75, 0.75]
+    assert numbers["median_signed_ms"] == 35.0 and numbers["p90_ms"] == 228.0
+    assert summarise_errors([]) == {"num_words": 0}
+
+
+def test_forced_aligner_on_a_recording():
+    pytest.importorskip("pocketsphinx")
+    samples, rate_hz = soundfile.read(RECORDING, dtype="float32")
+    assert rate_hz == ForcedAligner.rate_hz
+    aligner, words = ForcedAligner(), (ROOT / "demo" / "transcript.txt").read_text().split()
+    times_s = aligner.align(samples, words)
+    assert [start for start, _ in times_s] == pytest.approx(STARTS_S, abs=0.03)
+    assert aligner.align(samples, ["qwxzk"]) is None
+
+
+def test_the_tool_writes_heads(tmp_path):
+    spec = importlib.util.spec_from_file_location("heads", ROOT / "training" / "find_alignment_heads.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    folder, data = tmp_path / "model", tmp_path / "data"
+    data.mkdir()
+    model = tiny_model("whisper")
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    lines = []
+    for k in range(6):
+        soundfile.write(data / f"{k}.wav", np.pad(tone(0.5 + 0.1 * k), 1600), 16000)
+        lines.append(json.dumps({"file_name": f"{k}.wav", "text": "ab cd"}) + "\n")
+    (data / "metadata.jsonl").write_text("".join(lines))
+    arguments = ["--data", str(data), "--model", str(folder), "--aligned", "0", "--clips", "2", "--joined", "3"]
+    report = tool.main([*arguments, "--write", "--output", str(tmp_path / "out")])
+    assert report["num_joined"] == 3 and len(report["heads"]) == 4
+    errors = [step["error_ms"] for step in report["path"]]
+    assert errors == sorted(errors, reverse=True) and errors[0] == report["heads"][0]["error_ms"]
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert written["alignment_heads"] == report["path"][-1]["alignment_heads"]
+    assert json.loads((tmp_path / "out" / "heads.json").read_text())["heads"] == report["heads"]
+    trials = tool.main([*arguments, "--settings", "4"])["settings"]
+    assert trials[0]["error_ms"] <= trials[-1]["error_ms"] and any(trial["is_default"] for trial in trials)
+
+
+def test_the_benchmark_scores_its_own_words_again(tmp_path):
+    spec = importlib.util.spec_from_file_location("run_timestamps", ROOT / "benchmarks" / "run_timestamps.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    lines = [
+        # The second word was not recognised; of joined clips only the outermost times are known.
+        ("checked", [["a", 0.1, 0.2], ["b", 0.2, 0.4], ["c", 0.4, 0.6]], [["A", 0.13, 0.2], ["c.", 0.3, 0.66]]),
+        ("joined", [["a", 0.5, None], ["b", None, 0.9]], [["a", 0.5, 0.6], ["b", 0.6, 0.95]]),
+    ]
+    rows = [
+        {"dataset": "d", "id": kind, "reference": kind, "system": "mdm-asr", "known": known, "words": words}
+        for kind, known, words in lines
+    ]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "results.json").write_text(json.dumps({"data": {"d": {"name": "d"}}}))
+    scored = benchmark.main(["--rescore", str(tmp_path)])["data"]["d"]["mdm-asr"]
+    assert scored["checked"]["start"]["num_words"] == 2 and scored["checked"]["start"]["mean_ms"] == 65.0
+    assert scored["aligner"] == scored["checked"]
+    assert scored["joined"]["start"]["median_ms"] == 0.0 and scored["joined"]["end"]["median_signed_ms"] == 50.0
+    assert "| d | checked | mdm-asr | start | 2 | 65.0 |" in (tmp_path / "results.md").read_text()
