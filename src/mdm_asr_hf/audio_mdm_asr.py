@@ -7,7 +7,7 @@ import numbers
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +32,8 @@ MAX_FRAMES_PER_BYTE = 2**14
 UNKNOWN_SIZE = 0x7FFF0000
 # Without a Xing header the length of an MP3 is an estimate from its size, good to a frame or two.
 MP3_TOLERANCE_S = 0.1
+# How much of a recording is read at once where it is not read whole.
+BLOCK_S = 30.0
 
 CONVERT = "convert it first, for example with `ffmpeg -i INPUT output.wav`"
 
@@ -79,11 +81,64 @@ def load_audio(
     target_sampling_rate = check_rate(target_sampling_rate, "target_sampling_rate")
     if sampling_rate is not None:
         sampling_rate = check_rate(sampling_rate, "sampling_rate")
-    waveform, rate = _decode(audio, sampling_rate, target_sampling_rate, max_duration_s)
+    rate, _, *blocks = _decode(audio, sampling_rate, target_sampling_rate, max_duration_s)
+    waveform = blocks[0] if blocks else np.zeros(0, dtype=np.float32)
     if rate != target_sampling_rate and waveform.size:
         # Mixing before resampling costs one channel's work and gives the same samples: both are linear.
         waveform = soxr.resample(np.ascontiguousarray(waveform), rate, target_sampling_rate, quality="HQ")
     return waveform
+
+
+class AudioStream:
+    """
+    One recording of any form and length, read in blocks, so that it need not fit into memory.
+
+    Iterating gives mono float32 blocks at the target rate, which together are what [`load_audio`] gives. Files are
+    decoded as the iteration goes on; the samples of a decoder of torchcodec are fetched at once.
+
+    Args:
+        audio, sampling_rate, target_sampling_rate, max_duration_s: as for [`load_audio`].
+        block_s (`float`): seconds of a block.
+
+    Attributes:
+        duration_s (`float`): as the header says it, which for MP3 may be an estimate.
+
+    Raises:
+        ValueError: as [`load_audio`] does; what a header does not tell, in the iteration.
+    """
+
+    def __init__(
+        self,
+        audio: Any,
+        *,
+        sampling_rate: float | None = None,
+        target_sampling_rate: float = 16_000,
+        max_duration_s: float | None = None,
+        block_s: float = BLOCK_S,
+    ):
+        self.target_rate_hz = check_rate(target_sampling_rate, "target_sampling_rate")
+        if sampling_rate is not None:
+            sampling_rate = check_rate(sampling_rate, "sampling_rate")
+        self._reading = _decode(audio, sampling_rate, self.target_rate_hz, max_duration_s, block_s)
+        self.rate_hz, num_samples = next(self._reading), next(self._reading)
+        self.duration_s = num_samples / self.rate_hz
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self.rate_hz == self.target_rate_hz:
+            yield from (block for block in self._reading if block.size)
+            return
+        resampler = soxr.ResampleStream(self.rate_hz, self.target_rate_hz, 1, dtype="float32", quality="HQ")
+        for block in self._reading:
+            resampled = resampler.resample_chunk(np.ascontiguousarray(block))
+            if resampled.size:
+                yield resampled
+        rest = resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+        if rest.size:
+            yield rest
+
+    def close(self) -> None:
+        """Closes the file. The end of the iteration does so, too."""
+        self._reading.close()
 
 
 def load_audio_batch(audio: Any, **kwargs: Any) -> list[np.ndarray]:
@@ -160,42 +215,64 @@ def to_mono_float32(samples: Any, channel_axis: int | None = None) -> np.ndarray
 
 
 def _decode(
-    audio: Any, sampling_rate: float | None, target_sampling_rate: float, max_duration_s: float | None
-) -> tuple[np.ndarray, float]:
-    """One clip of any form to its mono samples and their rate."""
+    audio: Any,
+    sampling_rate: float | None,
+    target_sampling_rate: float,
+    max_duration_s: float | None,
+    block_s: float | None = None,
+) -> Iterator[Any]:
+    """
+    Reads one clip of any form: yields its sampling rate, its number of samples at that rate as far as it is known
+    beforehand, then its mono samples, in blocks of `block_s` seconds or at once.
+    """
     if isinstance(audio, (str, os.PathLike)):
-        return _read_path(os.fspath(audio), max_duration_s)
-    if isinstance(audio, (bytes, bytearray, memoryview)):
-        return _read_bytes(bytes(audio), max_duration_s)
-    if hasattr(audio, "get_all_samples"):
-        return _read_decoder(audio, max_duration_s)
-    if hasattr(audio, "read"):
-        return _read_bytes(_content(audio), max_duration_s)
-    if isinstance(audio, Mapping) or (not _is_array_like(audio) and hasattr(audio, "__getitem__")):
-        return _read_mapping(audio, sampling_rate, target_sampling_rate, max_duration_s)
-    if _is_samples_and_rate(audio):
-        audio, sampling_rate = audio[0], check_rate(audio[1], "sampling_rate")
-    if sampling_rate is None and _is_array_like(audio):
-        logger.warning_once(
-            f"Audio samples came without `sampling_rate`: they are taken to be at {target_sampling_rate} Hz."
-        )
-    return _read_samples(audio, sampling_rate or target_sampling_rate, max_duration_s)
+        yield from _read_path(os.fspath(audio), max_duration_s, block_s)
+    elif isinstance(audio, (bytes, bytearray, memoryview)):
+        yield from _read_bytes(bytes(audio), max_duration_s, block_s)
+    elif hasattr(audio, "get_all_samples"):
+        yield from _read_decoder(audio, max_duration_s)
+    elif hasattr(audio, "read"):
+        yield from _read_bytes(_content(audio), max_duration_s, block_s)
+    elif isinstance(audio, Mapping) or (not _is_array_like(audio) and hasattr(audio, "__getitem__")):
+        yield from _read_mapping(audio, sampling_rate, target_sampling_rate, max_duration_s, block_s)
+    else:
+        if _is_samples_and_rate(audio):
+            audio, sampling_rate = audio[0], check_rate(audio[1], "sampling_rate")
+        if sampling_rate is None and _is_array_like(audio):
+            logger.warning_once(
+                f"Audio samples came without `sampling_rate`: they are taken to be at {target_sampling_rate} Hz."
+            )
+        yield from _read_samples(audio, sampling_rate or target_sampling_rate, max_duration_s, block_s)
 
 
-def _read_samples(samples: Any, rate: float, max_duration_s: float | None) -> tuple[np.ndarray, float]:
+def _read_samples(samples: Any, rate: float, max_duration_s: float | None, block_s: float | None) -> Iterator[Any]:
     if not _is_array_like(samples):
         raise ValueError(
             f"`audio` of type {type(samples).__name__} is not supported. Pass a path, bytes, samples with their "
             "sampling rate, or an entry of an audio dataset."
         )
-    waveform = to_mono_float32(samples)
-    check_duration(len(waveform), rate, max_duration_s)
-    return waveform, rate
+    samples = _to_numpy(samples)
+    if block_s is None or samples.ndim not in (1, 2) or samples.size == 0:
+        waveform = to_mono_float32(samples)
+        check_duration(len(waveform), rate, max_duration_s)
+        yield from (rate, len(waveform), waveform)
+        return
+    channel_axis = _channel_axis(samples.shape) if samples.ndim == 2 else None
+    by_time = samples.T if channel_axis == 0 else samples
+    check_duration(len(by_time), rate, max_duration_s)
+    yield from (rate, len(by_time))
+    block_size = max(round(block_s * rate), 1)
+    for start in range(0, len(by_time), block_size):
+        yield to_mono_float32(by_time[start : start + block_size], channel_axis=1)
 
 
 def _read_mapping(
-    audio: Mapping, sampling_rate: float | None, target_sampling_rate: float, max_duration_s: float | None
-) -> tuple[np.ndarray, float]:
+    audio: Mapping,
+    sampling_rate: float | None,
+    target_sampling_rate: float,
+    max_duration_s: float | None,
+    block_s: float | None,
+) -> Iterator[Any]:
     def get(key):
         try:
             return audio[key]
@@ -207,17 +284,19 @@ def _read_mapping(
         rate = get("sampling_rate") if get("sampling_rate") is not None else sampling_rate
         if rate is None:
             raise ValueError("`audio` is a dict without a `sampling_rate`. Add the rate of its samples in Hz.")
-        return _read_samples(samples, check_rate(rate, "sampling_rate"), max_duration_s)
+        yield from _read_samples(samples, check_rate(rate, "sampling_rate"), max_duration_s, block_s)
+        return
     for key in ("bytes", "path"):
         if isinstance(get(key), (str, bytes, os.PathLike)):
-            return _decode(get(key), None, target_sampling_rate, max_duration_s)
+            yield from _decode(get(key), None, target_sampling_rate, max_duration_s, block_s)
+            return
     raise ValueError(
         "`audio` is a dict, but has neither 'array' (or 'raw') and 'sampling_rate' nor 'bytes' or 'path'. "
         "Pass one of these."
     )
 
 
-def _read_decoder(decoder: Any, max_duration_s: float | None) -> tuple[np.ndarray, float]:
+def _read_decoder(decoder: Any, max_duration_s: float | None) -> Iterator[Any]:
     """torchcodec's AudioDecoder, known by its methods, so that torchcodec need not be installed."""
     duration_s = getattr(getattr(decoder, "metadata", None), "duration_seconds", None)
     if _is_number(duration_s):
@@ -228,11 +307,13 @@ def _read_decoder(decoder: Any, max_duration_s: float | None) -> tuple[np.ndarra
         raise ValueError(f"`audio` cannot be decoded ({_one_line(error)}). Is the file damaged?") from error
     waveform, rate = to_mono_float32(samples.data, channel_axis=0), check_rate(samples.sample_rate, "sampling_rate")
     check_duration(len(waveform), rate, max_duration_s)
-    return waveform, rate
+    yield from (rate, len(waveform), waveform)
 
 
-def _read_path(path: str | bytes, max_duration_s: float | None) -> tuple[np.ndarray, float]:
+def _read_path(path: str | bytes, max_duration_s: float | None, block_s: float | None) -> Iterator[Any]:
     name = f"{os.fsdecode(path)!r}"
+    # Such as text where a path should be; no file system takes longer ones.
+    name = name if len(name) <= 4200 else f"{name[:100]}...{name[-20:]}"
     if re.match(r"[a-z][a-z0-9+.-]+://", os.fsdecode(path), flags=re.IGNORECASE):
         raise ValueError(f"{name} is a URL. Download it first and pass the file.")
     try:
@@ -241,39 +322,56 @@ def _read_path(path: str | bytes, max_duration_s: float | None) -> tuple[np.ndar
             raise ValueError(f"{name} is a directory. Pass the audio files in it one by one.")
         if stat.S_ISFIFO(mode):
             with open(path, "rb") as file:
-                return _read_bytes(file.read(), max_duration_s, name)
+                content = file.read()
+            yield from _read_bytes(content, max_duration_s, block_s, name)
+            return
         if not stat.S_ISREG(mode):
             raise ValueError(f"{name} is not a regular file. Pass an audio file.")
         # By descriptor, libsndfile reads the file itself and judges it by its content, not by its name. It shares the
         # descriptor's position, which only an unbuffered file keeps in step.
         with open(path, "rb", buffering=0) as file:
-            return _read_file(file, file.fileno(), os.fstat(file.fileno()).st_size, max_duration_s, name)
+            num_bytes = os.fstat(file.fileno()).st_size
+            yield from _read_file(file, file.fileno(), num_bytes, max_duration_s, block_s, name)
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist. Check the path.") from error
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or _one_line(error)}.") from error
 
 
-def _read_bytes(content: bytes, max_duration_s: float | None, name: str = "the audio") -> tuple[np.ndarray, float]:
+def _read_bytes(
+    content: bytes, max_duration_s: float | None, block_s: float | None, name: str = "the audio"
+) -> Iterator[Any]:
     file = _Content(content)
-    return _read_file(file, file, len(content), max_duration_s, name)
+    yield from _read_file(file, file, len(content), max_duration_s, block_s, name)
 
 
 def _read_file(
-    file: BinaryIO, source: Any, num_bytes: int, max_duration_s: float | None, name: str
-) -> tuple[np.ndarray, float]:
+    file: BinaryIO, source: Any, num_bytes: int, max_duration_s: float | None, block_s: float | None, name: str
+) -> Iterator[Any]:
     """Decodes an audio file; `source` is what libsndfile opens, `file` the same content for a look at it."""
     if num_bytes == 0:
         raise ValueError(f"{name} is empty (0 bytes). Record or download it again.")
     if _is_unfinished_ogg(file, num_bytes):
         logger.warning(f"{name} has no end-of-stream mark: it may be cut off. What it holds is read.")
+    num_read = 0
     try:
         with soundfile.SoundFile(source, closefd=False) as sound:
             rate = check_rate(sound.samplerate, f"sampling_rate of {name}")
             _check_header(sound, num_bytes, name)
             check_duration(sound.frames, rate, max_duration_s, name)
             num_frames, is_mp3 = sound.frames, sound.format == "MP3"
-            samples = sound.read(dtype="float32", always_2d=True)
+            if block_s is not None and sound.format == "FLAC" and num_frames:
+                # Its header does not tell whether the end is there, and one should not learn that hours later.
+                sound.seek(num_frames - 1)
+                sound.read(1)
+                sound.seek(0)
+            yield from (rate, num_frames)
+            block_size = -1 if block_s is None else max(round(block_s * rate), 1)
+            while len(samples := sound.read(block_size, dtype="float32", always_2d=True)):
+                num_read += len(samples)
+                yield _mono_of_file(samples, name)
+                if block_s is None:
+                    break
     except (soundfile.SoundFileError, RuntimeError, TypeError, MemoryError) as error:
         reason = _one_line(getattr(error, "error_string", error))
         # The first bytes of a file that was recognised fit its format, so what failed is what follows them.
@@ -282,14 +380,17 @@ def _read_file(
         raise ValueError(
             f"{name} is not audio of a format that can be read ({', '.join(_formats())}). If it is audio, {CONVERT}."
         ) from error
-    missing_s = (num_frames - len(samples)) / rate
+    missing_s = (num_frames - num_read) / rate
     if missing_s > (MP3_TOLERANCE_S if is_mp3 else 0):
         raise ValueError(
-            f"{name} is truncated: {len(samples) / rate:.2f} s of {num_frames / rate:.2f} s are there. Copy or "
+            f"{name} is truncated: {num_read / rate:.2f} s of {num_frames / rate:.2f} s are there. Copy or "
             "convert it again."
         )
+
+
+def _mono_of_file(samples: np.ndarray, name: str) -> np.ndarray:
     try:
-        return to_mono_float32(samples, channel_axis=1), rate
+        return to_mono_float32(samples, channel_axis=1)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -408,6 +509,7 @@ def _one_line(error: Any) -> str:
 
 
 __all__ = [
+    "AudioStream",
     "check_duration",
     "check_rate",
     "is_audio_batch",

@@ -1,0 +1,179 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Voice activity: where somebody speaks, by silero-vad where it is installed, else by energy above the noise."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+VAD_NAMES = ("auto", "silero", "energy", "none")
+FRAME_S = 0.032
+# What silero-vad takes: 512 samples at 16 kHz.
+SILERO_RATE_HZ, SILERO_FRAME = 16_000, 512
+# Its state is not handed from block to block, so each starts this much earlier.
+SILERO_WARM_UP_FRAMES = 128
+# The noise floor and the level of speech are percentiles of the frames of the last minute.
+MEMORY_S = 60.0
+FLOOR_PERCENTILE, PEAK_PERCENTILE = 5.0, 99.0
+# Speech is what lies above the floor by a share of the way to the loudest frames, within these bounds in dB. Frames of
+# steady noise stray from their mean by less than the lower one.
+RISE_SHARE, MIN_RISE_DB, MAX_RISE_DB = 0.25, 3.0, 10.0
+# Quieter frames are digital silence, which says nothing about the noise of the room; unless all else varies less than
+# speech does, and so has no noise in it.
+SILENCE_DB, STEADY_DB = -95.0, 10.0
+# What energy is measured of: speech, but neither hum nor rumble nor hiss.
+BAND_HZ = (150.0, 6000.0)
+
+
+class EnergyVAD:
+    """
+    Energy above an adaptive noise floor. It asks for little: what varies in level is taken for speech, and only steady
+    noise and silence are not.
+
+    Args:
+        rate_hz (`float`): of the samples.
+    """
+
+    name = "energy"
+    # Scores in dB above the threshold: speech begins at `enter` and ends below `leave`.
+    enter, leave = 0.0, -1.5
+
+    def __init__(self, rate_hz: float):
+        self.frame_size = round(FRAME_S * rate_hz)
+        self._shape = np.hanning(self.frame_size).astype(np.float32)
+        frequencies_hz = np.fft.rfftfreq(self.frame_size, 1 / rate_hz)
+        self._band = (frequencies_hz >= BAND_HZ[0]) & (frequencies_hz <= BAND_HZ[1])
+        self._memory_size = round(MEMORY_S / FRAME_S)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the recording."""
+        self._levels_db = np.zeros(0)
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Scores (number of frames,) of the next samples (N,) of a recording; the last frame may be incomplete."""
+        frames = np.pad(samples, (0, -len(samples) % self.frame_size)).reshape(-1, self.frame_size)
+        power = (np.abs(np.fft.rfft(frames * self._shape)[:, self._band]) ** 2).sum(axis=1)
+        # So that a sine of full scale has 0 dB.
+        levels_db = 10 * np.log10(np.maximum(power / (3 / 32 * self.frame_size**2), 1e-12))
+        self._levels_db = np.concatenate([self._levels_db, levels_db])[-max(self._memory_size, len(levels_db)) :]
+        heard = self._levels_db[self._levels_db > SILENCE_DB]
+        if not len(heard):
+            return np.full(len(levels_db), -np.inf)
+        floor_db, peak_db = np.percentile(heard, [FLOOR_PERCENTILE, PEAK_PERCENTILE])
+        if peak_db - floor_db < STEADY_DB and len(heard) < len(self._levels_db):
+            floor_db = SILENCE_DB
+        rise_db = min(max(RISE_SHARE * (peak_db - floor_db), MIN_RISE_DB), MAX_RISE_DB)
+        return levels_db - (floor_db + rise_db)
+
+
+class SileroVAD:
+    """
+    silero-vad, on the CPU: by onnxruntime, which is seven times as fast, or by torch. Scores are its probabilities of
+    speech; the thresholds are lower than its own, since speech that is cut off is worse than noise that is decoded.
+    """
+
+    name = "silero"
+    enter, leave = 0.3, 0.15
+    frame_size = SILERO_FRAME
+
+    def __init__(self):
+        self._model = _load_silero()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the recording."""
+        self._before = np.zeros(0, dtype=np.float32)
+
+    @torch.no_grad()
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Scores (number of frames,) of the next samples (N,) of a recording; the last frame may be incomplete."""
+        num_before = len(self._before) // SILERO_FRAME
+        heard = np.concatenate([self._before, samples]).astype(np.float32, copy=False)
+        self._before = heard[-SILERO_WARM_UP_FRAMES * SILERO_FRAME :]
+        if isinstance(self._model, torch.jit.ScriptModule):
+            padded = np.pad(heard, (0, -len(heard) % SILERO_FRAME))
+            scores = self._model.audio_forward(torch.from_numpy(padded), SILERO_RATE_HZ)[0].numpy()
+        else:
+            scores = self._model.audio_forward(heard, SILERO_RATE_HZ)
+        return scores[num_before:]
+
+
+def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:
+    """
+    The detector of a name: "auto" (silero if it is installed and takes this rate, else energy), "silero", "energy", or
+    "none", which gives None.
+
+    Raises:
+        ValueError: another name, silero-vad is missing, or does not take the rate.
+    """
+    if name not in VAD_NAMES:
+        raise ValueError(f"`vad` must be one of {', '.join(VAD_NAMES)}, got {name!r}.")
+    if name == "none":
+        return None
+    takes_rate, is_installed = rate_hz == SILERO_RATE_HZ, find_spec("silero_vad") is not None
+    if name == "silero" and not takes_rate:
+        raise ValueError(f"`vad='silero'` needs {SILERO_RATE_HZ} Hz, but the model has {rate_hz}. Take 'energy'.")
+    if name == "silero" and not is_installed:
+        raise ValueError("`vad='silero'` needs silero-vad: `pip install mdm_asr_hf[vad]`. Or take 'energy'.")
+    if name == "energy" or not (takes_rate and is_installed):
+        return EnergyVAD(rate_hz)
+    return SileroVAD()
+
+
+@lru_cache(maxsize=1)
+def _load_silero() -> Any:
+    num_threads = torch.get_num_threads()
+    try:
+        from silero_vad import load_silero_vad
+
+        if find_spec("onnxruntime") is not None:
+            try:
+                return load_silero_vad(sequence=True)
+            except TypeError:
+                # Releases before 6.2.3 have no such model.
+                pass
+        return load_silero_vad()
+    finally:
+        # Importing silero_vad sets torch to one thread, for the recogniser too.
+        torch.set_num_threads(num_threads)
+
+
+def speech_runs(
+    scores: np.ndarray, enter: float, leave: float, min_pause_frames: int, min_speech_frames: int = 1
+) -> list[tuple[int, int]]:
+    """
+    Runs [start, end) of frames with speech.
+
+    Args:
+        scores (`np.ndarray` of shape (number of frames,)): a run begins at `enter` or above and ends below `leave`.
+        min_pause_frames (`int`): shorter pauses are part of a run.
+        min_speech_frames (`int`): shorter runs, between longer pauses, are noise; not at the end, where a run may be
+            going on.
+    """
+    above, keeps = scores >= enter, scores >= leave
+    # A frame is speech if, of the frames up to it, one that enters is later than the last that leaves.
+    last_enter = np.maximum.accumulate(np.where(above, np.arange(len(scores)), -1))
+    last_leave = np.maximum.accumulate(np.where(~keeps, np.arange(len(scores)), -1))
+    is_speech = last_enter > last_leave
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_speech, [False]])))
+    runs: list[tuple[int, int]] = []
+    for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        if runs and start - runs[-1][1] < min_pause_frames:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return [run for run in runs if run[1] - run[0] >= min_speech_frames or run[1] == len(scores)]
+
+
+def weakest_frame(samples: np.ndarray, frame_size: int) -> int:
+    """The frame, of a stretch of samples, around which there is the least energy."""
+    power = np.add.reduceat(samples.astype(np.float64) ** 2, np.arange(0, len(samples), frame_size))
+    if len(power) < 3:
+        return int(power.argmin())
+    return int(np.convolve(power, np.ones(3), mode="valid").argmin()) + 1
+
+
+__all__ = ["EnergyVAD", "SileroVAD", "VAD_NAMES", "make_vad", "speech_runs", "weakest_frame"]
