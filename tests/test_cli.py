@@ -63,7 +63,6 @@ def bad_files(tmp_path):
     (tmp_path / "notes.wav").write_text("These are notes and no audio.\n" * 100)
     (tmp_path / "zero_bytes.wav").touch()
     soundfile.write(tmp_path / "no_samples.wav", np.zeros(0), RATE_HZ)
-    soundfile.write(tmp_path / "long.wav", np.zeros(31 * RATE_HZ), RATE_HZ)
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan] * 8000), RATE_HZ, subtype="FLOAT")
     (tmp_path / "cut.flac").write_bytes(RECORDING.read_bytes()[:40_000])
     (tmp_path / "folder").mkdir()
@@ -72,7 +71,6 @@ def bad_files(tmp_path):
         tmp_path / "notes.wav": "not audio",
         tmp_path / "zero_bytes.wav": "is empty",
         tmp_path / "no_samples.wav": "is empty",
-        tmp_path / "long.wav": "31.00 s, more than the 30 s",
         tmp_path / "nan.wav": "NaN",
         tmp_path / "cut.flac": "truncated",
         tmp_path / "folder": "is a directory",
@@ -112,8 +110,8 @@ def test_settings_reach_generate(run):
         return json.loads(run("transcribe", "--json", RECORDING, *options)[1][0])["nfe"]
 
     assert nfe("--steps", 1) == 1
-    # gamma = inf commits everything in one step, gamma = 0 one token a step.
-    assert nfe("--gamma", "inf") == 1
+    # gamma = inf commits everything in one step, behind which may come one of repair; gamma = 0 one token a step.
+    assert nfe("--gamma", "inf") <= 2
     one_a_step = nfe("--gamma", 0, "--steps", 100)
     assert nfe() < one_a_step
     # Without position bias, end of text and words compete, so that it takes another number of steps.

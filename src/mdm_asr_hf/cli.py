@@ -2,7 +2,6 @@
 """The command line, `mdm-asr`: a thin shell over the Python API."""
 
 import copy
-import json
 import logging
 import re
 import sys
@@ -14,11 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import cli_evaluation
+from . import cli_evaluation, cli_streaming, cli_transcribe
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -34,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cli_transcribe.register(app)
 
 
 class DonorKind(StrEnum):
@@ -168,178 +165,6 @@ def generation_settings(
 
 
 @app.command()
-def transcribe(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Audio files: WAV, FLAC, OGG, MP3, ...")],
-    model: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line: file, text, confidence, nfe, duration_s.")
-    ] = False,
-    sampler: Annotated[
-        str | None, typer.Option(help="random, dfm, conf_top_k, eb_conf or pbeb_conf. Default: the checkpoint's.")
-    ] = None,
-    max_denoising_steps: Annotated[
-        int | None, typer.Option("--steps", help="The most decoder evaluations a file.")
-    ] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")
-    ] = None,
-    lambda_: Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")] = None,
-    canvas_length: Annotated[
-        int | None, typer.Option(help="Tokens a text may have. Default: adapted to the duration.")
-    ] = None,
-    language: Annotated[
-        str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Files decoded together. Does not change the text.")] = 8,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
-    ] = False,
-) -> None:
-    """
-    Transcribe audio files.
-
-    Prints the text of one file, or a line "file<TAB>text" for each of several. A file that cannot be transcribed is
-    reported on stderr, the others are still done, and the exit code is 1.
-    """
-    from . import default_checkpoint
-    from .prompt_mdm_asr import build_prompt_ids
-
-    with quiet_libraries() as collector:
-        source = model or str(default_checkpoint())
-        try:
-            with Console(stderr=True).status(f"loading {escape(source)}"):
-                loaded, processor = load_model(source, device, trust_remote_code)
-        except Exception as error:
-            # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
-            name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-            raise Failure(f"cannot load the model {source}: {name}{error}") from error
-        try:
-            settings = generation_settings(
-                loaded,
-                sampler=sampler,
-                max_denoising_steps=max_denoising_steps,
-                canvas_length=canvas_length,
-                gamma=gamma,
-                lambda_=lambda_,
-            )
-            if language is not None:
-                build_prompt_ids(settings.prompt_template or {"tokens": [0]}, language=language)
-        except ValueError as error:
-            raise Failure(error) from error
-
-        num_failed = 0
-        for path, result in _transcribe_files(files, batch_size, loaded, processor, settings, language, collector):
-            if isinstance(result, ValueError):
-                num_failed += 1
-                report("error", result)
-            elif as_json:
-                print(json.dumps({"file": str(path), **result}, ensure_ascii=False), flush=True)
-            else:
-                print(result["text"] if len(files) == 1 else f"{path}\t{result['text']}", flush=True)
-    if num_failed:
-        raise typer.Exit(1)
-
-
-def _transcribe_files(
-    files: list[Path],
-    batch_size: int,
-    model: "MDMASRForConditionalGeneration",
-    processor: "MDMASRProcessor",
-    settings: "MDMASRGenerationConfig",
-    language: str | None,
-    collector: _Collector,
-) -> Iterator[tuple[Path, dict[str, Any] | ValueError]]:
-    """Yields, in order, each file with its result or its error."""
-    from .audio_mdm_asr import load_audio
-
-    console = Console(stderr=True)
-    # On a terminal the texts themselves show how far it is, and a bar would break their lines.
-    is_shown = len(files) > 1 and console.is_terminal and not sys.stdout.isatty()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not is_shown,
-        redirect_stdout=False,
-    )
-    rate_hz = processor.feature_extractor.sampling_rate
-    max_duration_s = getattr(processor.feature_extractor, "max_duration_s", None)
-    with bar:
-        task = bar.add_task("transcribing", total=len(files))
-        for path_batch in (files[i : i + batch_size] for i in range(0, len(files), batch_size)):
-            results: dict[int, dict[str, Any] | ValueError] = {}
-            clips = {}
-            for i, path in enumerate(path_batch):
-                try:
-                    clip = load_audio(path, target_sampling_rate=rate_hz, max_duration_s=max_duration_s)
-                    if len(clip) == 0:
-                        raise ValueError(f"{str(path)!r} is empty (no samples). Record or export it again.")
-                    clips[i] = clip
-                except ValueError as error:
-                    results[i] = error
-            collector.flush_to_stderr()
-            if clips:
-                decoded = _decode(list(clips.values()), model, processor, settings, language)
-                for i, result in zip(clips, decoded, strict=True):
-                    results[i] = (
-                        ValueError(f"{str(path_batch[i])!r}: {result}") if isinstance(result, ValueError) else result
-                    )
-                # A full canvas is a matter of single files, also where a batch warns as one.
-                full = [
-                    str(path_batch[i]) for i in clips if isinstance(results[i], dict) and results[i].pop("is_full")
-                ]
-                collector.flush_to_stderr(", ".join(full))
-            for i, path in enumerate(path_batch):
-                yield path, results[i]
-            bar.advance(task, len(path_batch))
-
-
-def _decode(
-    clips: list, model: Any, processor: Any, settings: Any, language: str | None
-) -> list[dict[str, Any] | ValueError]:
-    """Results of a batch of clips, each (number of samples,); one that cannot be decoded does not stop the others."""
-    import torch
-
-    from .confidence_mdm_asr import utterance_confidence
-
-    rate_hz = processor.feature_extractor.sampling_rate
-    try:
-        inputs = processor(clips, sampling_rate=rate_hz, return_tensors="pt").to(model.device)
-        # The random and DFM samplers draw: a generator per row makes a file's text the same every time, in any batch.
-        generators = [torch.Generator().manual_seed(0) for _ in clips]
-        output = model.generate(**inputs, generation_config=settings, language=language, generator=generators)
-    except ValueError as error:
-        if len(clips) == 1:
-            return [error]
-        return [result for clip in clips for result in _decode([clip], model, processor, settings, language)]
-    eos_token_id = model.config.eos_token_id
-    rows = zip(
-        clips,
-        processor.batch_decode(output.sequences),
-        utterance_confidence(output.confidence),
-        output.nfe.tolist(),
-        (eos_token_id not in row for row in output.sequences.tolist()),
-        strict=True,
-    )
-    return [
-        {
-            "text": text,
-            "confidence": confidence,
-            "nfe": nfe,
-            "duration_s": round(len(clip) / rate_hz, 3),
-            "is_full": full,
-        }
-        for clip, text, confidence, nfe, full in rows
-    ]
-
-
-@app.command()
 def convert(
     donor: Annotated[
         str, typer.Argument(metavar="DONOR", help="A Whisper or Canary checkpoint: folder, .nemo file or id.")
@@ -431,6 +256,7 @@ def saving_code(enabled: bool) -> Iterator[None]:
 
 
 cli_evaluation.register(app)
+cli_streaming.register(app)
 
 
 def _print_version(value: bool) -> None:
@@ -458,4 +284,4 @@ def main() -> None:
         sys.exit(1)
 
 
-__all__ = ["app", "convert", "generation_settings", "load_model", "main", "transcribe"]
+__all__ = ["app", "convert", "generation_settings", "load_model", "main"]

@@ -1,0 +1,279 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""`mdm-asr transcribe`: recordings of any length to text, subtitles or JSON, going on where a killed run stopped."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from .cli_journal import fingerprint
+from .cli_output import Format, Timestamps, Writer, make_writer
+
+# torch and transformers take seconds to import, and help and usage errors need neither.
+if TYPE_CHECKING:
+    from .transcript_mdm_asr import Transcript
+    from .transcription_mdm_asr import Transcriber
+
+
+# Of one file, on stderr; its JSON has all.
+MAX_WARNINGS = 3
+
+
+class Vad(StrEnum):
+    auto = "auto"
+    silero = "silero"
+    energy = "energy"
+    none = "none"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this module to the application."""
+    app.command()(transcribe)
+
+
+def transcribe(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Audio files of any length: WAV, FLAC, OGG, MP3, ...")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
+    ] = None,
+    formats: Annotated[
+        list[Format] | None,
+        typer.Option("--format", help="Of the result; several with --output-dir: --format srt --format txt."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line: file, text, confidence, nfe, duration_s.")
+    ] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write a file per recording and format.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help="A file for what --json prints, a line per recording.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run into the same place was stopped.")
+    ] = False,
+    timestamps: Annotated[
+        Timestamps | None, typer.Option(help="JSON with the times of segments, or of words, too.")
+    ] = None,
+    hotwords: Annotated[
+        list[str] | None, typer.Option(metavar="WORDS", help="Words to expect, parted by commas. May be repeated.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de; auto detects it.")
+    ] = None,
+    target_language: Annotated[
+        str | None, typer.Option(help="Of the text, for checkpoints that translate, such as en.")
+    ] = None,
+    vad: Annotated[
+        Vad, typer.Option(help="How speech is found. Default: silero, if silero-vad is installed, else energy.")
+    ] = Vad.auto,
+    max_window_s: Annotated[
+        float | None, typer.Option("--window-s", help="Longest audio decoded at once. Default: the checkpoint's.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="random, dfm, conf_top_k, eb_conf or pbeb_conf. Default: the checkpoint's.")
+    ] = None,
+    max_denoising_steps: Annotated[
+        int | None, typer.Option("--steps", help="The most decoder evaluations a window.")
+    ] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")
+    ] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")] = None,
+    canvas_length: Annotated[
+        int | None, typer.Option(help="Tokens a window's text may have. Default: adapted to the duration.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")] = 8,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """
+    Transcribe audio files.
+
+    Prints the text of one file, or a line "file<TAB>text" for each of several; or writes it with --output-dir or
+    --output. A file that cannot be transcribed is reported on stderr, the others are still done, and the exit code
+    is 1.
+    """
+    from . import cli, default_checkpoint
+    from .transcription_mdm_asr import Transcriber
+
+    formats = list(dict.fromkeys(formats or []))
+    try:
+        writer = make_writer(
+            files, formats, as_json=as_json, output_dir=output_dir, output=output, resume=resume, timestamps=timestamps
+        )
+    except ValueError as error:
+        raise cli.Failure(error) from error
+    with cli.quiet_libraries() as collector:
+        source = model or str(default_checkpoint())
+        try:
+            with Console(stderr=True).status(f"loading {escape(source)}"):
+                loaded, processor = cli.load_model(source, device, trust_remote_code)
+        except Exception as error:
+            # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
+            name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            raise cli.Failure(f"cannot load the model {source}: {name}{error}") from error
+        words = [word.strip() for one in hotwords or [] for word in one.split(",") if word.strip()]
+        with_times = timestamps is Timestamps.word or (timestamps is None and writer.wants_times)
+        try:
+            settings = cli.generation_settings(
+                loaded,
+                sampler=sampler,
+                max_denoising_steps=max_denoising_steps,
+                canvas_length=canvas_length,
+                gamma=gamma,
+                lambda_=lambda_,
+            )
+            transcriber = Transcriber(
+                loaded,
+                processor,
+                settings=settings,
+                max_window_s=max_window_s,
+                batch_size=batch_size,
+                vad=vad.value,
+                timestamps=with_times,
+                hotwords=words or None,
+                language=language,
+                target_language=target_language,
+            )
+            # Whatever decides a result; the batch size does not.
+            decisive = {
+                "model": _model_identity(source),
+                "settings": settings.to_dict(),
+                "window_s": transcriber.max_window_s,
+                "vad": getattr(transcriber.vad, "name", None),
+                "prompt": [language, target_language],
+                "hotwords": words,
+                "times": with_times,
+                "layout": timestamps,
+            }
+            writer.prepare(fingerprint(decisive))
+        except (ValueError, OSError) as error:
+            raise cli.Failure(error) from error
+        num_failed = 0
+        try:
+            for path, result in _results(files, transcriber, writer, collector):
+                if isinstance(result, ValueError):
+                    num_failed += 1
+                    cli.report("error", result)
+                    continue
+                for message in result.warnings[:MAX_WARNINGS]:
+                    cli.report("warning", f"{path}: {message}")
+                if (num_more := len(result.warnings) - MAX_WARNINGS) > 0:
+                    cli.report("warning", f"{path}: {num_more} more like this.")
+                writer.write(path, result)
+        except OSError as error:
+            raise cli.Failure(f"cannot write the result: {error}") from error
+    if num_failed:
+        raise typer.Exit(1)
+
+
+def _results(
+    files: list[Path], transcriber: "Transcriber", writer: "Writer", collector: Any
+) -> Iterator[tuple[Path, "Transcript | ValueError"]]:
+    """Yields, in order, each file that is not done with its transcript or its error."""
+    todo = [path for path in files if not writer.is_done(path)]
+    bar = ProgressBar(todo)
+    with bar.shown():
+        results = transcriber.transcribe_all(
+            todo,
+            on_progress=bar.advance,
+            on_window=lambda i, window: writer.keep_window(todo[i], window),
+            known_window=lambda i, window: writer.known_window(todo[i], window),
+        )
+        for i, result in results:
+            # `generate` warns of full canvases per batch; the transcripts do so, too, and say where.
+            collector.messages = [one for one in collector.messages if "without an end of text" not in one]
+            if not isinstance(result, ValueError) and result.duration_s == 0:
+                result = ValueError(f"{str(todo[i])!r} is empty (no samples). Record or export it again.")
+            # Until the next one is asked for, lines are printed.
+            with bar.paused():
+                collector.flush_to_stderr()
+                yield todo[i], result
+
+
+def _model_identity(source: str) -> list[Any]:
+    """A checkpoint's name and, of a folder, what changes when its weights do."""
+    from importlib.metadata import version
+
+    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    return [source, version("mdm_asr_hf"), stats]
+
+
+# --- progress ---
+
+
+class _ClockColumn(ProgressColumn):
+    """How much of the audio is done, as 0:12:30/1:00:00."""
+
+    def render(self, task: Any) -> Text:
+        def clock(seconds: float) -> str:
+            minutes, s = divmod(int(seconds), 60)
+            return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+        return Text(f"{clock(task.completed)}/{clock(task.total or 0)}")
+
+
+class ProgressBar:
+    """A bar on stderr, where that is a terminal: seconds of audio done, of all, and the time it still takes."""
+
+    def __init__(self, files: list[Path]):
+        console = Console(stderr=True)
+        self.is_shown = console.is_terminal and bool(files)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _ClockColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        total_s = sum(map(_header_duration_s, files)) if self.is_shown else 0.0
+        self.task = self.bar.add_task("transcribing", total=total_s or None)
+
+    def advance(self, seconds: float) -> None:
+        self.bar.advance(self.task, seconds)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        if not self.is_shown:
+            yield
+            return
+        with self.bar:
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For printing: the bar would stand amid the lines."""
+        if self.is_shown:
+            self.bar.stop()
+        yield
+        if self.is_shown:
+            self.bar.start()
+
+
+def _header_duration_s(path: Path) -> float:
+    """What a file's header says, 0 if it says nothing; a pipe is not touched, since it can be read once only."""
+    import soundfile
+
+    try:
+        return soundfile.info(str(path)).duration if path.is_file() else 0.0
+    except (soundfile.SoundFileError, RuntimeError, OSError, TypeError):
+        return 0.0
+
+
+__all__ = ["register", "transcribe"]
