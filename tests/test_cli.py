@@ -23,6 +23,7 @@ from canary_donors import (
 )
 from safetensors.torch import load_file, save_file
 from test_tokenization import ENGLISH, GERMAN, train
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -38,6 +39,7 @@ from mdm_asr_hf import (
     MDMASRProcessor,
     default_checkpoint,
 )
+from mdm_asr_hf.cli import generation_settings
 from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -350,3 +352,16 @@ def test_convert_errors_give_one_line(run, whisper_donor, tmp_path):
     (output / "precious.txt").touch()
     fails("not an empty folder", whisper_donor, output)
     assert os.listdir(output) == ["precious.txt"]
+
+
+def test_any_setting_can_be_given_and_a_bad_one_is_named(tmp_path):
+    model = tiny_model("whisper")
+    settings = generation_settings(model, others=["repair_rounds=2", "no_speech=null", "alignment_heads=[[0, 1]]"])
+    assert settings.repair_rounds == 2 and settings.no_speech is None and settings.alignment_heads == [[0, 1]]
+    for bad, message in (("repair=1", "'repair' is not a setting"), ("gamma", "'gamma' is not a setting")):
+        with pytest.raises(ValueError, match=message):
+            generation_settings(model, others=[bad])
+    with pytest.raises(ValueError, match="'off' is not a JSON value"):
+        generation_settings(model, others=["repair_rounds=off"])
+    with pytest.raises(ValueError, match="repair_rounds"):
+        generation_settings(model, others=["repair_rounds=-1"])

@@ -98,7 +98,10 @@ def test_confidence_tells_speech_from_noise(clip):
     speech = pipe(str(RECORDING))
     assert normalize(speech["text"]) == normalize(TRANSCRIPT) and 1 <= speech["nfe"] <= 32
     noise = np.random.default_rng(0).standard_normal(len(clip)).astype(np.float32) * 0.1
-    assert speech["confidence"] > pipe(noise)["confidence"] + 0.1
+    unheard = pipe(noise)
+    assert unheard["text"] == "" and unheard["confidence"] is None and unheard["nfe"] == 0
+    made_up = pipe(noise, generate_kwargs={"no_speech": None})
+    assert made_up["text"] and speech["confidence"] > made_up["confidence"] + 0.1
 
 
 def test_silence_and_clips_of_a_few_samples_are_empty(model, processor):

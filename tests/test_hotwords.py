@@ -23,6 +23,7 @@ from mdm_asr_hf.sampling_mdm_asr import EBConfConfig, sampler_step
 
 MASK, EOS, V = 9, 8, 9
 REPOSITORY = Path(__file__).parent.parent
+LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
 
 
 def raised(hotword_ids, rows, logits, boost=5.0, threshold=3.0):
@@ -387,3 +388,15 @@ def test_hotwords_of_the_real_tokenizer(real):
     inner = set(ids.inner_ids)
     (il,), (stop,), (word,) = (processor.tokenizer.encode(t, add_special_tokens=False) for t in ("il", ".", " the"))
     assert il in inner and stop not in inner and word not in inner
+
+
+def test_a_name_that_was_said_is_written(real):
+    recording = LIBRISPEECH / "audio" / "1272-128104-0014.flac"
+    if not recording.is_file():
+        pytest.skip("LibriSpeech does not lie beside the repository.")
+    model, processor = real
+    inputs = processor(recording)
+    assert "Quilter" not in processor.decode(model.generate(**inputs))[0]
+    words = ["quilter", "mulrady", "olbinett", "firefox", "cosette", "sherman"]
+    text = processor.decode(model.generate(**inputs, hotword_ids=processor.hotword_ids(words)))[0]
+    assert text.startswith("By Harry Quilter")

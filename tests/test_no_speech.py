@@ -133,6 +133,15 @@ def test_doubtful_text_is_taken_back():
     assert output.nfe.tolist() == plain.nfe.tolist() and output.commit_steps[:, 0].tolist() == plain.nfe.tolist()
 
 
+def test_none_switches_the_models_own_off():
+    model = tiny_model()
+    features, mask = tiny_inputs()
+    plain = model.generate(features, attention_mask=mask)
+    model.generation_config.no_speech = settings_of(bias=-5.0)
+    assert (model.generate(features, attention_mask=mask) == model.config.eos_token_id).all()
+    assert model.generate(features, attention_mask=mask, no_speech=None).equal(plain)
+
+
 def test_drafted_text_stays():
     model = tiny_model()
     features, mask = tiny_inputs()

@@ -387,5 +387,8 @@ def test_joined_clips_read_as_the_clips_do(real):
     pause = np.zeros(RATE, np.float32)
     together = transcriber.transcribe((np.concatenate([part for one in clips for part in (one, pause)]), RATE)).text
     normalise = normaliser("en")
-    errors = count_errors([normalise(" ".join(own))], [normalise(together)])[0]
-    assert errors[:3].sum() <= 0.1 * errors[3]
+    # Other windows are heard a little otherwise; a clip lost or read twice would be a quarter of the words.
+    reference = normalise(" ".join(row["text"] for row in rows))
+    errors = count_errors([reference] * 2, [normalise(" ".join(own)), normalise(together)])
+    assert errors[1, :3].sum() <= errors[0, :3].sum() + 0.1 * errors[0, 3]
+    assert abs(len(normalise(together).split()) - len(normalise(" ".join(own)).split())) <= 0.1 * errors[0, 3]

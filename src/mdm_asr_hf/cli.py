@@ -2,6 +2,7 @@
 """The command line, `mdm-asr`: a thin shell over the Python API."""
 
 import copy
+import json
 import logging
 import re
 import sys
@@ -146,9 +147,15 @@ def generation_settings(
     sampler: str | None = None,
     max_denoising_steps: int | None = None,
     canvas_length: int | None = None,
+    others: list[str] | None = None,
     **sampler_settings: float | None,
 ) -> "MDMASRGenerationConfig":
-    """The checkpoint's generation settings with those given, checked. None keeps the checkpoint's."""
+    """
+    The checkpoint's generation settings with those given, checked. None keeps the checkpoint's.
+
+    Args:
+        others (`list[str]`, *optional*): NAME=VALUE of any further setting, the value as JSON has it.
+    """
     from .sampling_mdm_asr import make_sampler
 
     settings = copy.deepcopy(model.generation_config)
@@ -159,6 +166,16 @@ def generation_settings(
         settings.max_denoising_steps = max_denoising_steps
     if canvas_length is not None:
         settings.canvas_length = canvas_length
+    for one in others or []:
+        name, _, value = one.partition("=")
+        if name not in vars(settings) or name.startswith("_"):
+            raise ValueError(
+                f"`--set {one}`: {name!r} is not a setting of generation. Use one of generation_config.json."
+            )
+        try:
+            setattr(settings, name, json.loads(value))
+        except ValueError as error:
+            raise ValueError(f"`--set {one}`: {value!r} is not a JSON value, such as 0.5, null or [1, 2].") from error
     settings.return_dict_in_generate = True
     settings.validate()
     return settings

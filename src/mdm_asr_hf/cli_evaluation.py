@@ -67,6 +67,12 @@ def evaluate(
     canvas_length: Annotated[
         int | None, typer.Option(help="Tokens a text may have. Default: adapted to the duration.")
     ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as repair_rounds=0."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
     dtype: Annotated[DType, typer.Option(help="Of weights and activations.")] = DType.float32,
@@ -117,6 +123,7 @@ def evaluate(
                     lambda_=lambda_,
                     max_denoising_steps=max_denoising_steps,
                     canvas_length=canvas_length,
+                    others=others,
                 )
             except (ValueError, OSError) as error:
                 raise cli.Failure(error) from error

@@ -121,8 +121,6 @@ def stream(
         except ValueError as error:
             raise cli.Failure(error) from error
         finally:
-            # A full canvas of a tail that is decoded again right after is no news.
-            collector.messages = [one for one in collector.messages if "without an end of text" not in one]
             collector.flush_to_stderr()
 
 

@@ -92,6 +92,12 @@ def transcribe(
     canvas_length: Annotated[
         int | None, typer.Option(help="Tokens a window's text may have. Default: adapted to the duration.")
     ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as repair_rounds=0."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")] = 8,
     trust_remote_code: Annotated[
@@ -132,6 +138,7 @@ def transcribe(
                 sampler=sampler,
                 max_denoising_steps=max_denoising_steps,
                 canvas_length=canvas_length,
+                others=others,
                 gamma=gamma,
                 lambda_=lambda_,
             )

@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 # What callers of autoregressive models pass by habit and what has no meaning for a canvas.
 _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mask")
 _SAMPLER_SETTINGS = ("gamma", "lambda_", "k")
+# Settings that None switches off; of others it means that the caller has no wish.
+_MEANINGFUL_NONES = ("canvas_length", "confidence_context", "no_speech")
 # Names of prompt slots, so that one the checkpoint lacks is reported as such and not as an unknown argument.
 _PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "timestamp", "diarize", "emotion")
 
@@ -323,7 +325,7 @@ class MDMASRGenerationMixin:
         template_slots = (settings.prompt_template or {}).get("slots", {})
         prompt_slots, sampler_settings, unknown = {}, {}, []
         for key, value in kwargs.items():
-            if key in _IGNORED_ARGUMENTS or (value is None and key != "canvas_length"):
+            if key in _IGNORED_ARGUMENTS or (value is None and key not in _MEANINGFUL_NONES):
                 continue
             if key in _SAMPLER_SETTINGS:
                 sampler_settings[key] = value

@@ -12,7 +12,7 @@ extends it to the right and to the left. In each step
    at all its places writes it twice.
 3. The boost is added to the tokens of what is left, at all of their open positions at once.
 ```
-Shallow fusion of autoregressive models (arXiv 1808.02480) raises only what continues the text to its left.
+Trie-based shallow fusion in autoregressive models (arXiv 2104.02194) raises only what continues the text to its left.
 """
 
 from collections.abc import Sequence

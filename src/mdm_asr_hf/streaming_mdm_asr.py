@@ -16,6 +16,7 @@ import numpy as np
 import soxr
 
 from .audio_mdm_asr import check_rate, to_mono_float32
+from .generation_mdm_asr import logger as generation_logger
 from .transcript_mdm_asr import Word, group_words, token_texts
 
 FRAME_S = 0.02
@@ -480,14 +481,19 @@ class StreamingTranscriber:
         window = self._window
         prefix_ids = [token_id for unit in window.prefix for token_id in unit.token_ids]
         inputs = self.processor(window.samples, sampling_rate=self.rate_hz, return_tensors="pt")
-        output = self.model.generate(
-            **inputs.to(self.model.device),
-            generation_config=self.settings,
-            draft_ids=[prefix_ids] if prefix_ids else None,
-            canvas_length=self._canvas_length(len(prefix_ids), is_last),
-            **({} if is_last else self._partial_arguments),
-            **self._arguments,
-        )
+        # The canvas of a tail that is decoded again is tight on purpose: that it is full is no news.
+        generation_logger.disabled = not is_last
+        try:
+            output = self.model.generate(
+                **inputs.to(self.model.device),
+                generation_config=self.settings,
+                draft_ids=[prefix_ids] if prefix_ids else None,
+                canvas_length=self._canvas_length(len(prefix_ids), is_last),
+                **({} if is_last else self._partial_arguments),
+                **self._arguments,
+            )
+        finally:
+            generation_logger.disabled = False
         ids = output.sequences[0].tolist()
         if self.model.config.eos_token_id in ids:
             ids = ids[: ids.index(self.model.config.eos_token_id)]
