@@ -42,7 +42,6 @@ class StreamingPolicy:
             it.
         min_confidence (`float`): and whose confidence is at least this.
         max_wait_s (`float`): a word that ended so long ago is committed as it stands, and those before it.
-        show_confidence (`float`): the tentative text ends before words that lack this at its end.
         pause_s (`float`): after so long without speech everything is committed, and the window's audio dropped.
         pre_roll_s (`float`): audio kept before the first speech of a window.
         context_s (`float`): committed speech that stays in the window, with its words as the canvas's prefix, when a
@@ -60,7 +59,6 @@ class StreamingPolicy:
     margin_s: float = 0.6
     min_confidence: float = 0.5
     max_wait_s: float = 3.0
-    show_confidence: float = 0.0
     pause_s: float = 0.8
     pre_roll_s: float = 0.4
     context_s: float = 2.0
@@ -80,7 +78,6 @@ class StreamingPolicy:
             "margin_s",
             "min_confidence",
             "max_wait_s",
-            "show_confidence",
             "pause_s",
             "pre_roll_s",
             "context_s",
@@ -406,10 +403,7 @@ class StreamingTranscriber:
             units, counts = units[num_forced:], counts[num_forced:]
             self._cut(units)
         window.tail_keys, window.tail_counts = [unit.key for unit in units], counts
-        shown = len(units)
-        while shown and units[shown - 1].word.confidence < self.policy.show_confidence:
-            shown -= 1
-        self._partial = _join(units[:shown])
+        self._partial = _join(units)
         return self._update(new, started, nfe)
 
     def _num_sure(self, units: list[_Unit], counts: list[int]) -> int:
