@@ -268,6 +268,9 @@ def _display(as_json: bool) -> Iterator[Any]:
 
 def _show_json(update: "StreamUpdate") -> None:
     values = dataclasses.asdict(update)
+    values["latency_s"] = round(update.latency_s, 3)
+    for word in values["new"]:
+        word["confidence"] = round(word["confidence"], 4)
     # The text so far on every line would make the output of an hour gigabytes: the new words are enough.
     text = values.pop("committed")
     if update.is_final:

@@ -537,8 +537,8 @@ class StreamingTranscriber:
         for unit in units:
             word = unit.word
             # Times of a hypothesis are monotone, but the words before may be of an earlier one.
-            word.start_s = max(word.start_s, self._last_end_s)
-            word.end_s = max(word.end_s, word.start_s)
+            word.start_s = round(max(word.start_s, self._last_end_s), 3)
+            word.end_s = round(max(word.end_s, word.start_s), 3)
             self._last_end_s = word.end_s
             self._text += (" " if unit.is_spaced and self._text else "") + word.text
         self._window.prefix += units
