@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from . import cli_evaluation, cli_streaming, cli_transcribe
 
@@ -139,6 +141,24 @@ def load_model(
             f"The weights of {model!r} do not fit its configuration: {'; '.join(map(str, problems[:5]))}."
         )
     return loaded.to(device).eval(), processor
+
+
+def load_named_model(
+    model: str, device: str | None = None, trust_remote_code: bool = False
+) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
+    """
+    [`load_model`] for commands: shows what is being loaded, and names it where that fails.
+
+    Raises:
+        ValueError: whatever went wrong.
+    """
+    try:
+        with Console(stderr=True).status(f"loading {escape(model)}"):
+            return load_model(model, device, trust_remote_code)
+    except Exception as error:
+        # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
+        name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise ValueError(f"cannot load the model {model}: {name}{error}") from error
 
 
 def generation_settings(

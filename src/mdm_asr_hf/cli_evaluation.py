@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_options import Device, Gamma, Lambda, Model, OtherSettings, Sampler, TrustRemoteCode
+
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
     from .evaluation_data_mdm_asr import EvaluationData
@@ -45,45 +47,32 @@ def evaluate(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write hypotheses.jsonl and metrics.json.")],
     # An option of typer takes one value: those behind it arrive here.
     more_data: Annotated[list[str] | None, typer.Argument(metavar="DATA", hidden=True)] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
-    ] = None,
+    model: Model = None,
     split: Annotated[str | None, typer.Option(help="Of the data. Default: test, where it has splits.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a data set of `datasets`.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the transcripts. Default: text.")] = None,
     language: Annotated[
         str | None, typer.Option(help="Of the speech, such as de: chooses prompt and normaliser. Default: en.")
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="random, dfm, conf_top_k, eb_conf or pbeb_conf. Default: the checkpoint's.")
-    ] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")
-    ] = None,
-    lambda_: Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")] = None,
+    sampler: Sampler = None,
+    gamma: Gamma = None,
+    lambda_: Lambda = None,
     max_denoising_steps: Annotated[
         int | None, typer.Option("--steps", help="The most decoder evaluations an utterance.")
     ] = None,
     canvas_length: Annotated[
         int | None, typer.Option(help="Tokens a text may have. Default: adapted to the duration.")
     ] = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as repair_rounds=0."
-        ),
-    ] = None,
+    others: OtherSettings = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
+    device: Device = None,
     dtype: Annotated[DType, typer.Option(help="Of weights and activations.")] = DType.float32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each data set.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random and DFM samplers.")] = 0,
     batch_1_rows: Annotated[
         int, typer.Option(min=0, help="Utterances to measure the speed at batch size 1 on; 0: not at all.")
     ] = 16,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Measure a model: error rates, speed, calibration.
@@ -171,7 +160,7 @@ def run_evaluation(
     import torch
 
     from . import DEFAULT_CHECKPOINT_NAME, default_checkpoint
-    from .cli import generation_settings, load_model
+    from .cli import generation_settings, load_named_model
     from .evaluation_mdm_asr import (
         evaluate_model,
         measure_batch_1,
@@ -182,13 +171,7 @@ def run_evaluation(
 
     index, _ = process_index_and_number(device)
     path = model or str(default_checkpoint())
-    with Console(stderr=True).status(f"loading {escape(path)}"):
-        try:
-            loaded, processor = load_model(path, device, trust_remote_code)
-        except Exception as error:
-            # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
-            name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-            raise ValueError(f"cannot load the model {path}: {name}{error}") from error
+    loaded, processor = load_named_model(path, device, trust_remote_code)
     loaded = loaded.to(getattr(torch, dtype))
     settings = generation_settings(loaded, **sampler_settings)
     results = {}

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.text import Text
+
+from .cli_options import Device, Model, TrustRemoteCode, split_words
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ def stream(
     source: Annotated[
         str | None, typer.Argument(metavar="[FILE]", help="An audio file, or - for raw s16le at 16 kHz on stdin.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
-    ] = None,
+    model: Model = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line for every update: new, partial, time_s, ...")
     ] = False,
@@ -61,10 +60,8 @@ def stream(
     input_device: Annotated[
         str | None, typer.Option(metavar="NAME", help="The microphone, by number or a part of its name.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
-    ] = False,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Transcribe speech while it goes on: the microphone, or a file as if it were live.
@@ -84,19 +81,11 @@ def stream(
     except ValueError as error:
         raise cli.Failure(error) from error
     with cli.quiet_libraries() as collector:
-        path = model or str(default_checkpoint())
         try:
-            with Console(stderr=True).status(f"loading {escape(path)}"):
-                loaded, processor = cli.load_model(path, device, trust_remote_code)
-        except Exception as error:
-            # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
-            name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-            raise cli.Failure(f"cannot load the model {path}: {name}{error}") from error
-        try:
+            loaded, processor = cli.load_named_model(model or str(default_checkpoint()), device, trust_remote_code)
             settings = cli.generation_settings(loaded)
             if language not in (None, "auto"):
                 build_prompt_ids(settings.prompt_template or {"tokens": [0]}, language=language)
-            words = [word.strip() for entry in hotwords or () for word in entry.split(",") if word.strip()]
             is_live = source is None or source == RAW_INPUT or realtime
             transcriber = StreamingTranscriber(
                 loaded,
@@ -104,7 +93,7 @@ def stream(
                 settings=settings,
                 step_s=step_s,
                 max_window_s=max_window_s,
-                hotwords=words or None,
+                hotwords=split_words(hotwords) or None,
                 keep_up=is_live,
                 language=language,
             )

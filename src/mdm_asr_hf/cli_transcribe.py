@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .cli_journal import fingerprint
+from .cli_options import Device, Gamma, Lambda, Model, OtherSettings, Sampler, TrustRemoteCode, split_words
 from .cli_output import Format, Timestamps, Writer, make_writer
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
@@ -42,9 +42,7 @@ def transcribe(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE", help="Audio files of any length: WAV, FLAC, OGG, MP3, ...")
     ],
-    model: Annotated[
-        str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
-    ] = None,
+    model: Model = None,
     formats: Annotated[
         list[Format] | None,
         typer.Option("--format", help="Of the result; several with --output-dir: --format srt --format txt."),
@@ -79,30 +77,19 @@ def transcribe(
     max_window_s: Annotated[
         float | None, typer.Option("--window-s", help="Longest audio decoded at once. Default: the checkpoint's.")
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="random, dfm, conf_top_k, eb_conf or pbeb_conf. Default: the checkpoint's.")
-    ] = None,
+    sampler: Sampler = None,
     max_denoising_steps: Annotated[
         int | None, typer.Option("--steps", help="The most decoder evaluations a window.")
     ] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")
-    ] = None,
-    lambda_: Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")] = None,
+    gamma: Gamma = None,
+    lambda_: Lambda = None,
     canvas_length: Annotated[
         int | None, typer.Option(help="Tokens a window's text may have. Default: adapted to the duration.")
     ] = None,
-    others: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as repair_rounds=0."
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")] = None,
+    others: OtherSettings = None,
+    device: Device = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")] = 8,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
     Transcribe audio files.
@@ -123,16 +110,10 @@ def transcribe(
         raise cli.Failure(error) from error
     with cli.quiet_libraries() as collector:
         source = model or str(default_checkpoint())
-        try:
-            with Console(stderr=True).status(f"loading {escape(source)}"):
-                loaded, processor = cli.load_model(source, device, trust_remote_code)
-        except Exception as error:
-            # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
-            name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-            raise cli.Failure(f"cannot load the model {source}: {name}{error}") from error
-        words = [word.strip() for one in hotwords or [] for word in one.split(",") if word.strip()]
+        words = split_words(hotwords)
         with_times = timestamps is Timestamps.word or (timestamps is None and writer.wants_times)
         try:
+            loaded, processor = cli.load_named_model(source, device, trust_remote_code)
             settings = cli.generation_settings(
                 loaded,
                 sampler=sampler,

@@ -51,19 +51,20 @@ def calibrate(
 def validate_calibration(temperature: Any, bias: Any, context: Any) -> None:
     """Raises ValueError on settings `confidence_temperature`, `confidence_bias`, `confidence_context` without
     meaning."""
-    if not _is_finite(temperature) or temperature <= 0:
+    if not is_finite(temperature) or temperature <= 0:
         raise ValueError(f"`confidence_temperature` must be a finite number above 0, got {temperature!r}.")
-    if not _is_finite(bias):
+    if not is_finite(bias):
         raise ValueError(f"`confidence_bias` must be a finite number, got {bias!r}.")
     if context is None:
         return
-    if not isinstance(context, dict) or set(context) != CONTEXT_KEYS or not all(map(_is_finite, context.values())):
+    if not isinstance(context, dict) or set(context) != CONTEXT_KEYS or not all(map(is_finite, context.values())):
         raise ValueError(
             f"`confidence_context` must be None or a dict of numbers with {sorted(CONTEXT_KEYS)}, got {context!r}."
         )
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a setting is a number, neither infinite nor NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -78,4 +79,4 @@ def utterance_confidence(confidence: torch.Tensor) -> list[float | None]:
     return [float(row.log().mean().exp()) if len(row) else None for row in rows]
 
 
-__all__ = ["calibrate", "utterance_confidence", "validate_calibration"]
+__all__ = ["calibrate", "is_finite", "utterance_confidence", "validate_calibration"]

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .transcript_mdm_asr import Segment, Transcript, group_words
+from .transcript_mdm_asr import UNSPACED, Segment, Transcript, group_words
 from .windows_mdm_asr import Window
 
 # How far apart two windows may place the same word.
@@ -111,7 +111,7 @@ def join_texts(texts: Sequence[str]) -> str:
     """Texts one after the other, with blanks between them, but for scripts that have none."""
     joined = ""
     for text in filter(None, texts):
-        blank = " " if joined and not (_has_no_blanks(joined[-1]) and _has_no_blanks(text[0])) else ""
+        blank = " " if joined and not (UNSPACED.match(joined[-1]) and UNSPACED.match(text[0])) else ""
         joined += blank + text
     return joined
 
@@ -213,7 +213,7 @@ def _units(window: DecodedWindow) -> list[_Unit]:
     is_open = False
     for i, (piece, (start_s, end_s)) in enumerate(zip(window.pieces, window.times_s, strict=True)):
         text = _plain(piece)
-        starts_word = not units or piece[:1].isspace() or not is_open or (text and _has_no_blanks(text[0]))
+        starts_word = not units or piece[:1].isspace() or not is_open or UNSPACED.match(text)
         if starts_word and piece.strip():
             units.append(_Unit(text, i, i + 1, start_s, end_s))
         elif units:
@@ -228,13 +228,6 @@ def _units(window: DecodedWindow) -> list[_Unit]:
 
 def _plain(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-
-
-def _has_no_blanks(character: str) -> bool:
-    """Whether it is of a script that does not part words by blanks: Chinese, Japanese, Thai, Lao, Khmer, Burmese."""
-    code = ord(character)
-    ranges = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3000, 0x30FF), (0x3400, 0x9FFF))
-    return any(low <= code <= high for low, high in (*ranges, (0xF900, 0xFAFF), (0xFF00, 0xFFEF), (0x20000, 0x3FFFF)))
 
 
 __all__ = ["DecodedWindow", "join_texts", "join_windows", "keep_once"]

@@ -4,11 +4,11 @@ Whether anything was said: a linear probe on the encoder's frames, which costs n
 the decoder is of the surest tokens of what it wrote.
 """
 
-import math
 from typing import Any
 
 import torch
 
+from .confidence_mdm_asr import is_finite
 from .encoder_mdm_asr import MDMASREncoderOutput
 
 _KEYS = {
@@ -42,21 +42,17 @@ def validate_no_speech(no_speech: dict[str, Any]) -> None:
         got = sorted(map(str, no_speech)) if isinstance(no_speech, dict) else repr(no_speech)
         raise ValueError(f"`no_speech` must be None or a dict with {sorted(_KEYS)}, got {got}.")
     weights = no_speech["weights"]
-    if not isinstance(weights, (list, tuple)) or not weights or not all(_is_finite(one) for one in weights):
+    if not isinstance(weights, (list, tuple)) or not weights or not all(is_finite(one) for one in weights):
         raise ValueError("`no_speech['weights']` must be a list of finite numbers, one for each of the encoder's.")
     for name in ("bias", "confidence_weight", "confidence_offset"):
-        if not _is_finite(no_speech[name]):
+        if not is_finite(no_speech[name]):
             raise ValueError(f"`no_speech[{name!r}]` must be a finite number, got {no_speech[name]!r}.")
     for name in ("window_frames", "step_frames"):
         if type(no_speech[name]) is not int or no_speech[name] < 1:
             raise ValueError(f"`no_speech[{name!r}]` must be an integer of at least 1, got {no_speech[name]!r}.")
     threshold = no_speech["threshold"]
-    if not _is_finite(threshold) or not 0 < threshold <= 1:
+    if not is_finite(threshold) or not 0 < threshold <= 1:
         raise ValueError(f"`no_speech['threshold']` must be above 0 and at most 1, got {threshold!r}.")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def window_means(values: torch.Tensor, num_frames: torch.Tensor, window_frames: int, step_frames: int) -> torch.Tensor:

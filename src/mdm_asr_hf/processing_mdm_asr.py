@@ -159,8 +159,6 @@ class MDMASRProcessor(ProcessorMixin):
         Raises:
             ValueError: an entry that is no word, or that takes more tokens than a word does.
         """
-        if isinstance(words, str) or not isinstance(words, (list, tuple)):
-            raise ValueError(f"`hotwords` must be a list of words, got {words!r:.80}. Put a single word into a list.")
         (its_language,) = self._languages(1, language, None)
         arguments = {} if its_language is None else {"language": its_language}
         return encode_hotwords(words, self.tokenizer, self.text_prefix, **arguments)

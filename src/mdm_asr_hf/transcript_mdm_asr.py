@@ -151,8 +151,8 @@ def group_words(
     return words
 
 
-# Scripts written without blanks: Thai, Lao, Myanmar, Khmer, kana, ideographs and their punctuation.
-_UNSPACED = re.compile(
+# A character of scripts written without blanks: Thai, Lao, Myanmar, Khmer, kana, ideographs and their punctuation.
+UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\uff01-\uff9f\U00020000-\U0003134f]"
 )
@@ -167,7 +167,7 @@ def _word_places(text: str, owners: Sequence[tuple[int, ...]] | None) -> list[ra
         begin = match.start()
         for i in range(begin + 1, match.end()) if owners is not None else ():
             before, after = text[i - 1], text[i]
-            if owners[i - 1] == owners[i] or not (_UNSPACED.match(before) or _UNSPACED.match(after)):
+            if owners[i - 1] == owners[i] or not (UNSPACED.match(before) or UNSPACED.match(after)):
                 continue
             # Marks and what closes stay with the character before, what opens with the one behind.
             if unicodedata.category(after) in _STAYS_BEHIND or unicodedata.category(before) in ("Ps", "Pi"):
@@ -178,4 +178,4 @@ def _word_places(text: str, owners: Sequence[tuple[int, ...]] | None) -> list[ra
     return parts
 
 
-__all__ = ["Segment", "Transcript", "Word", "group_words", "token_texts"]
+__all__ = ["UNSPACED", "Segment", "Transcript", "Word", "group_words", "token_texts"]

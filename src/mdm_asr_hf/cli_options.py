@@ -1,0 +1,33 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Options that several commands have, each written once; and how their values are read."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
+]
+Sampler = Annotated[
+    str | None, typer.Option(help="random, dfm, conf_top_k, eb_conf or pbeb_conf. Default: the checkpoint's.")
+]
+Gamma = Annotated[float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")]
+Lambda = Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")]
+OtherSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as repair_rounds=0."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
+]
+
+
+def split_words(entries: list[str] | None) -> list[str]:
+    """The words of an option that takes them parted by commas and may be repeated."""
+    return [word.strip() for entry in entries or [] for word in entry.split(",") if word.strip()]
+
+
+__all__ = ["Device", "Gamma", "Lambda", "Model", "OtherSettings", "Sampler", "TrustRemoteCode", "split_words"]
