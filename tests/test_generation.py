@@ -31,10 +31,10 @@ class ScriptedModel:
                 self.logits[row, i, text[i] if i < len(text) else EOS] = confidence
         monkeypatch.setattr(model, "_canvas_logits", self)
 
-    def __call__(self, open_rows, canvas, canvas_mask, candidates, suppress_tokens):
-        self.calls.append((open_rows.prompt_ids.clone(), canvas.clone()))
+    def __call__(self, open_rows, canvas, candidates, settings):
+        self.calls.append((open_rows.prompt_ids.clone(), canvas.tokens.clone()))
         self.open_rows.append(open_rows.rows.tolist())
-        return self.logits[:, : canvas.shape[1]].clone()
+        return self.logits[:, : canvas.tokens.shape[1]].clone(), candidates
 
 
 # --- rows, EOS and counting, on scripted logits ---

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .active_window_mdm_asr import CanvasCache
 from .diffusion_mdm_asr import draw_uniform
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .sampling_mdm_asr import SamplerOutput
@@ -167,18 +168,23 @@ def draw_noise(
 
 class OpenRows:
     """
-    What the decoder reads of the rows that are not finished: prompts and encoder outputs, made narrower as rows
-    finish, so that a batch costs no more than its rows do.
+    What the decoder reads of the rows that are not finished: prompts, encoder outputs and cached keys, made narrower as
+    rows finish, so that a batch costs no more than its rows do.
 
     Attributes:
         rows (`torch.LongTensor` of shape (R,)): places of the open rows in the batch.
         prompt_ids (`torch.LongTensor` of shape (R, P)).
         encoder_outputs ([`MDMASREncoderOutput`]): of R rows.
+        cache ([`CanvasCache`], *optional*): of R rows.
+        computed (`torch.LongTensor` of shape (R, P + L), *optional*): the ids that the cache was computed of, -1 for
+            none.
     """
 
     def __init__(self, prompt_ids: torch.LongTensor, encoder_outputs: MDMASREncoderOutput):
         self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
         self.prompt_ids, self.encoder_outputs = prompt_ids, encoder_outputs
+        self.cache: CanvasCache | None = None
+        self.computed: torch.LongTensor | None = None
 
     def narrow(self, is_open: torch.BoolTensor) -> None:
         """Drops the rows that are not open (B,) any more."""
@@ -187,6 +193,9 @@ class OpenRows:
             return
         self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
         self.encoder_outputs = take_rows(self.encoder_outputs, kept)
+        if self.cache is not None:
+            self.cache.take_rows(kept)
+            self.computed = self.computed[kept]
 
 
 def take_rows(outputs: MDMASREncoderOutput, rows: torch.Tensor) -> MDMASREncoderOutput:

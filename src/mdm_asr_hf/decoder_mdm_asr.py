@@ -15,10 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .active_window_mdm_asr import CanvasCache, KeyValue
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .encoder_mdm_asr import key_mask
-
-KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 class MDMASRSinusoidalPositions(nn.Module):
@@ -38,8 +37,8 @@ class MDMASRSinusoidalPositions(nn.Module):
         angles = torch.arange(self.num_positions).float()[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(self.width)
 
-    def forward(self, length: int) -> torch.Tensor:
-        return self.table[:length]
+    def forward(self, position_ids: torch.LongTensor) -> torch.Tensor:
+        return self.table[position_ids]
 
 
 class MDMASRAttention(nn.Module):
@@ -86,8 +85,9 @@ class MDMASRAttention(nn.Module):
 class MDMASRDecoderLayer(GradientCheckpointingLayer):
     """Pre-LayerNorm block: self-attention over the whole canvas, cross-attention to all frames, feed-forward."""
 
-    def __init__(self, config: MDMASRDecoderConfig):
+    def __init__(self, config: MDMASRDecoderConfig, index: int = 0):
         super().__init__()
+        self.index = index
         self.self_attn = MDMASRAttention(config, is_causal=config.is_causal)
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.cross_attn = MDMASRAttention(config)
@@ -109,10 +109,14 @@ class MDMASRDecoderLayer(GradientCheckpointingLayer):
         cross_key_value: KeyValue,
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        canvas_cache: CanvasCache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         normed = self.self_attn_layer_norm(hidden_states)
-        attended, _ = self.self_attn(normed, self.self_attn.project_key_value(normed), attention_mask, **kwargs)
+        key_value = self.self_attn.project_key_value(normed)
+        if canvas_cache is not None:
+            key_value = canvas_cache.update(self.index, *key_value)
+        attended, _ = self.self_attn(normed, key_value, attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         attended, _ = self.cross_attn(
             self.cross_attn_layer_norm(hidden_states), cross_key_value, encoder_attention_mask, **kwargs
@@ -185,7 +189,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         if config.embedding_layernorm:
             self.embedding_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList([MDMASRDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([MDMASRDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -207,18 +211,18 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         input_only = self.input_only_embeddings((input_ids - num_predicted).clamp(min=0))
         return torch.where((input_ids < num_predicted)[..., None], known, input_only)
 
-    def embed(self, token_embeds: torch.Tensor) -> torch.Tensor:
-        """What the first layer sees: token embeddings (B, L, D) with positions added."""
-        length = token_embeds.shape[1]
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"`decoder_input_ids` have {length} tokens, but the decoder has "
-                f"{self.config.max_position_embeddings} positions. Use a shorter canvas."
-            )
-        if isinstance(self.embed_positions, nn.Embedding):
-            embeds = token_embeds + self.embed_positions.weight[:length]
-        else:
-            embeds = token_embeds + self.embed_positions(length).to(token_embeds.dtype)
+    def embed(self, token_embeds: torch.Tensor, position_ids: torch.LongTensor | None = None) -> torch.Tensor:
+        """What the first layer sees: token embeddings (B, L, D) with positions added, 0 to L - 1 or those given
+        (B, L)."""
+        if position_ids is None:
+            length = token_embeds.shape[1]
+            if length > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"`decoder_input_ids` have {length} tokens, but the decoder has "
+                    f"{self.config.max_position_embeddings} positions. Use a shorter canvas."
+                )
+            position_ids = torch.arange(length, device=token_embeds.device)
+        embeds = token_embeds + self.embed_positions(position_ids).to(token_embeds.dtype)
         if self.embedding_layernorm is not None:
             embeds = self.embedding_layernorm(embeds)
         return self.dropout(embeds)
@@ -261,6 +265,8 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         cross_attention_states: tuple[KeyValue, ...] | None = None,
         token_embeds: torch.Tensor | None = None,
         future_visibility: float | None = None,
+        position_ids: torch.LongTensor | None = None,
+        canvas_cache: CanvasCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithCrossAttentions:
         """
@@ -274,14 +280,20 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             future_visibility (`float`, *optional*):
                 The share of later positions a position may attend to: from 0, causal as the donor, to 1, for annealing
                 from the one to the other in training. None is the full attention.
+            position_ids (`torch.LongTensor` of shape (B, L), *optional*): where `input_ids` stand, default 0 to L - 1.
+            canvas_cache ([`CanvasCache`], *optional*):
+                `input_ids` are a window of the sequence, whose keys and values are written there. The attention mask
+                is (B, 1, 1 or L, K) of its K keys, as the attention implementation takes it, or None.
         """
-        hidden_states = self.embed(self.embed_ids(input_ids) if token_embeds is None else token_embeds)
+        hidden_states = self.embed(self.embed_ids(input_ids) if token_embeds is None else token_embeds, position_ids)
         if cross_attention_states is None:
             cross_attention_states = self.cross_attention_states(encoder_hidden_states)
-        self_mask = self._self_attention_mask(hidden_states, attention_mask, future_visibility)
+        self_mask = attention_mask
+        if canvas_cache is None:
+            self_mask = self._self_attention_mask(hidden_states, attention_mask, future_visibility)
         cross_mask = key_mask(self, hidden_states, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states)
         for layer, key_value in zip(self.layers, cross_attention_states, strict=True):
-            hidden_states = layer(hidden_states, key_value, self_mask, cross_mask, **kwargs)
+            hidden_states = layer(hidden_states, key_value, self_mask, cross_mask, canvas_cache, **kwargs)
         return BaseModelOutputWithCrossAttentions(last_hidden_state=self.layer_norm(hidden_states))
 
 

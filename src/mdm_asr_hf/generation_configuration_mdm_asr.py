@@ -22,6 +22,10 @@ class MDMASRGenerationConfig(GenerationConfig):
         max_denoising_steps (`int`): the most decoder evaluations per utterance (NFE). The last step commits what is
             left.
         temperature (`float`): 0 takes the most probable token, above 0 draws from softmax(logits / temperature).
+        active_ahead (`int`, *optional*):
+            Samplers bounded by entropy compute and commit only so many canvas positions from the first open one on, see
+            `active_window_mdm_asr`. None computes the whole canvas in every step, as the paper does.
+        active_behind (`int`): how many positions behind the first open one are computed again in every step.
         canvas_length (`int`, *optional*):
             A fixed number of canvas tokens (the paper's is 256). None adapts it to each utterance's duration:
             `canvas_tokens_per_s` * seconds + `canvas_extra_tokens`.
@@ -66,6 +70,8 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.sampler = kwargs.pop("sampler", "pbeb_conf")
         self.max_denoising_steps: int = kwargs.pop("max_denoising_steps", 32)
         self.temperature: float = kwargs.pop("temperature", 0.0)
+        self.active_ahead: int | None = kwargs.pop("active_ahead", None)
+        self.active_behind: int = kwargs.pop("active_behind", 2)
         self.canvas_length: int | None = kwargs.pop("canvas_length", None)
         self.canvas_tokens_per_s: float = kwargs.pop("canvas_tokens_per_s", 7.0)
         self.canvas_extra_tokens: int = kwargs.pop("canvas_extra_tokens", 10)
@@ -106,14 +112,17 @@ class MDMASRGenerationConfig(GenerationConfig):
     def validate(self, *args, **kwargs) -> None:
         """Raises ValueError on a setting that makes no sense; brings `sampler` into its JSON form."""
         self.sampler = make_sampler(self.sampler).to_dict()
-        for name in ("max_denoising_steps", "max_length", "canvas_length", "max_new_tokens", "num_return_sequences"):
+        optional = ("active_ahead", "canvas_length", "max_new_tokens")
+        for name in (*optional, "max_denoising_steps", "max_length", "num_return_sequences"):
             value = getattr(self, name)
-            if value is None and name in ("canvas_length", "max_new_tokens"):
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if type(self.repair_rounds) is not int or self.repair_rounds < 0:
-            raise ValueError(f"`repair_rounds` must be an integer of at least 0, got {self.repair_rounds!r}.")
+        for name in ("active_behind", "repair_rounds"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}.")
         for name in (
             "temperature",
             "canvas_tokens_per_s",

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .active_window_mdm_asr import ActiveWindow, CanvasCache
 from .alignment_mdm_asr import check_alignment_heads, token_timestamps
 from .canvas_mdm_asr import OPEN_ID, Canvas, OpenRows, draw_noise, read_draft, take_rows
 from .confidence_mdm_asr import calibrate, utterance_confidence
-from .encoder_mdm_asr import MDMASREncoderOutput
+from .encoder_mdm_asr import MDMASREncoderOutput, key_mask
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordTrie
 from .language_mdm_asr import settle_languages
 from .no_speech_mdm_asr import no_speech_probability, with_confidence
 from .prompt_mdm_asr import build_prompt_ids
 from .repair_mdm_asr import repair
-from .sampling_mdm_asr import SamplerConfig, make_sampler, sampler_step
+from .sampling_mdm_asr import EBConfConfig, SamplerConfig, make_sampler, sampler_step
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +31,7 @@ logger = logging.get_logger(__name__)
 _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mask")
 _SAMPLER_SETTINGS = ("gamma", "lambda_", "k")
 # Settings that None switches off; of others it means that the caller has no wish.
-_MEANINGFUL_NONES = ("canvas_length", "confidence_context", "no_speech")
+_MEANINGFUL_NONES = ("active_ahead", "canvas_length", "confidence_context", "no_speech")
 # Names of prompt slots, so that one the checkpoint lacks is reported as such and not as an unknown argument.
 _PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "timestamp", "diarize", "emotion")
 
@@ -105,7 +107,7 @@ class MDMASRGenerationMixin:
         2. Encode the audio once, and its cross-attention keys and values once.
         3. Lay the visible prompt and a canvas of [MASK] for every row, as long as its duration asks for.
         4. Per denoising step, until every row is finished:
-            a. run the decoder on prompt and canvas,
+            a. run the decoder on prompt and canvas, or on the active window of them,
             b. let the sampler commit positions,
             c. finish the rows whose text, up to the first EOS, is committed;
            then take doubled tokens out and refine around them, if the settings say so.
@@ -270,13 +272,13 @@ class MDMASRGenerationMixin:
         while self._any_unfinished(candidates, synced_gpus):
             if not synced_gpus:
                 open_rows.narrow(candidates.any(dim=-1))
-            logits = self._canvas_logits(open_rows, canvas.tokens, canvas.mask, candidates, settings.suppress_tokens)
+            logits, within = self._canvas_logits(open_rows, canvas, candidates, settings)
             unbiased = None
             if hotwords is not None:
                 unbiased = hotwords.raise_logits(
                     logits,
                     canvas.tokens,
-                    candidates,
+                    within,
                     canvas.text_positions(),
                     boost=settings.hotword_boost,
                     threshold=settings.hotword_threshold,
@@ -288,7 +290,7 @@ class MDMASRGenerationMixin:
                 mask_token_id=canvas.mask_token_id,
                 # A finished row has nothing to commit, whatever it has left.
                 steps_left=(settings.max_denoising_steps - canvas.nfe).clamp(min=1),
-                candidates=candidates,
+                candidates=within,
                 temperature=settings.temperature,
                 noise=draw_noise(generator, lengths, canvas.tokens.device) if noisy else None,
                 unbiased=unbiased,
@@ -501,29 +503,122 @@ class MDMASRGenerationMixin:
 
     def _canvas_logits(
         self,
-        open_rows: "OpenRows",
-        canvas: torch.LongTensor,
-        canvas_mask: torch.BoolTensor,
+        open_rows: OpenRows,
+        canvas: Canvas,
         candidates: torch.BoolTensor,
-        suppress_tokens: list[int] | None,
-    ) -> torch.Tensor:
+        settings: MDMASRGenerationConfig,
+    ) -> tuple[torch.Tensor, torch.BoolTensor]:
         """
-        One decoder evaluation of the open rows of a canvas (B, L): logits (N, V), in fp32, of its N candidates in
-        row-major order. The output layer is as wide as the vocabulary, so that other positions would cost most.
+        One decoder evaluation of the open rows of a canvas (B, L). The output layer is as wide as the vocabulary, so
+        that it is spared for positions that may not be committed.
+
+        Returns:
+            Logits (N, V), in fp32, of N candidates in row-major order; and which ones (B, L) of the candidates those
+            are: the ones within the active window, or all.
         """
         rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
-        outputs = self(
-            decoder_input_ids=torch.cat([prompt_ids, canvas[rows]], dim=-1),
-            decoder_attention_mask=torch.cat(
-                [torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask[rows]], dim=-1
-            ),
-            encoder_outputs=open_rows.encoder_outputs,
-            logits_to_keep=candidates[rows],
-        )
+        sequences = torch.cat([prompt_ids, canvas.tokens[rows]], dim=-1)
+        # The other samplers choose among the whole canvas.
+        if settings.active_ahead is not None and isinstance(settings.sampler_config, EBConfConfig):
+            outputs, within = self._run_window(open_rows, canvas, sequences, candidates, settings)
+        else:
+            visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask[rows]], dim=-1)
+            outputs, within = self._run_sequences(open_rows, sequences, visible, candidates[rows]), candidates
         logits = outputs.logits.float()
-        if suppress_tokens:
-            logits[..., suppress_tokens] = -torch.inf
-        return logits
+        if settings.suppress_tokens:
+            logits[..., settings.suppress_tokens] = -torch.inf
+        return logits, within
+
+    def _run_sequences(
+        self,
+        open_rows: OpenRows,
+        sequences: torch.LongTensor,
+        visible: torch.BoolTensor,
+        candidates: torch.BoolTensor,
+    ) -> ModelOutput:
+        """Runs the decoder on whole sequences (R, S) of prompt and canvas, up to S."""
+        return self(
+            decoder_input_ids=sequences,
+            decoder_attention_mask=visible,
+            encoder_outputs=open_rows.encoder_outputs,
+            logits_to_keep=candidates,
+        )
+
+    def _run_window(
+        self,
+        open_rows: OpenRows,
+        canvas: Canvas,
+        sequences: torch.LongTensor,
+        candidates: torch.BoolTensor,
+        settings: MDMASRGenerationConfig,
+    ) -> tuple[ModelOutput, torch.BoolTensor]:
+        """Runs the decoder on the active window of sequences (R, S), see [`ActiveWindow`]. Returns its output, and the
+        candidates (B, L) within the window."""
+        rows, prompt_length = open_rows.rows, open_rows.prompt_ids.shape[1]
+        num_positions, device = sequences.shape[1], sequences.device
+        if open_rows.computed is None:
+            open_rows.computed = torch.full_like(sequences, -1)
+        in_sequence = nn.functional.pad(candidates[rows], (prompt_length, 0))
+        shift = int(self.config.shift_logits)
+        window = ActiveWindow.around(
+            sequences,
+            open_rows.computed,
+            in_sequence,
+            prompt_length + canvas.mask[rows].sum(dim=-1),
+            canvas.nfe[rows] >= settings.max_denoising_steps - 1,
+            self.config.mask_token_id,
+            ahead=settings.active_ahead,
+            # Shifted logits are read one position earlier.
+            behind=max(settings.active_behind, shift),
+        )
+        num_keys = int(window.ends.max())
+        positions = torch.arange(num_positions, device=device)
+        visible = positions < window.ends[:, None]
+        in_sequence = in_sequence & visible
+        within = torch.zeros_like(candidates)
+        within[rows] = in_sequence[:, prompt_length:]
+        decoder_config = self.model.decoder.config
+        if decoder_config.is_causal or decoder_config._attn_implementation not in ("sdpa", "eager"):
+            # Without a cache: other kernels cannot attend to keys that other rows do not have.
+            kept = in_sequence[:, prompt_length:num_keys]
+            return self._run_sequences(open_rows, sequences[:, :num_keys], visible[:, :num_keys], kept), within
+        if open_rows.cache is None:
+            self._open_cache(open_rows, num_positions)
+        cache, places = open_rows.cache, window.places.clamp(max=num_positions - 1)
+        cache.places, cache.num_keys = window.places, num_keys
+        is_inside = window.places < num_positions
+        kept = in_sequence.gather(1, places) & is_inside
+        is_computed = visible & (positions >= window.starts[:, None])
+        open_rows.computed = torch.where(is_computed, sequences, open_rows.computed)
+        mask = None
+        if not bool(visible[:, :num_keys].all()):
+            mask = visible[:, None, None, :num_keys]
+            if decoder_config._attn_implementation == "eager":
+                blank = torch.zeros(mask.shape, dtype=self.dtype, device=device)
+                mask = blank.masked_fill(~mask, torch.finfo(self.dtype).min)
+        outputs = self(
+            decoder_input_ids=sequences.gather(1, places),
+            decoder_attention_mask=mask,
+            encoder_outputs=open_rows.encoder_outputs,
+            position_ids=places,
+            canvas_cache=cache,
+            logits_to_keep=kept[:, shift:],
+        )
+        return outputs, within
+
+    def _open_cache(self, open_rows: OpenRows, num_positions: int) -> None:
+        """Makes room for the keys of the open rows, and the mask of their frames, which stays the same."""
+        decoder, frames = self.model.decoder, open_rows.encoder_outputs.last_hidden_state
+        config, num_rows = decoder.config, len(open_rows.rows)
+        open_rows.cache = CanvasCache(
+            config.num_hidden_layers,
+            (num_rows, config.num_key_value_heads, num_positions, config.head_dim),
+            dtype=self.dtype,
+            device=frames.device,
+        )
+        blank = frames.new_zeros((num_rows, 1, 1), dtype=self.dtype)
+        frame_mask = key_mask(decoder, blank, open_rows.encoder_outputs.attention_mask, encoder_hidden_states=frames)
+        open_rows.encoder_outputs = MDMASREncoderOutput(**{**open_rows.encoder_outputs, "attention_mask": frame_mask})
 
     def _finalize(
         self, canvas: Canvas, settings: MDMASRGenerationConfig, duration_s: torch.Tensor | None

@@ -1,0 +1,113 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The active window: the few positions around the first open one that a denoising step computes.
+
+PBEB-Conf (arXiv 2602.18952) commits near the first open position, so that the rest of the canvas need not be computed
+in every step. What lies behind the window keeps the keys and values of its last evaluation (as prefix caches of block
+diffusion do, arXiv 2503.09573); what lies ahead of it does not exist yet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class CanvasCache:
+    """
+    Keys and values of the decoder's self-attention for R rows of prompt and canvas, S positions, written window by
+    window.
+
+    Attributes:
+        keys, values (`list` of `torch.Tensor` of shape (R, key-value heads, S + 1, head_dim)): one per layer. The last
+            position takes what is padding of a window.
+        places (`torch.LongTensor` of shape (R, W)): where the window of the current step stands, S for its padding.
+        num_keys (`int`): positions that the current step may look at.
+    """
+
+    def __init__(self, num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        num_rows, num_heads, num_positions, head_dim = shape
+        shape = (num_rows, num_heads, num_positions + 1, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.places: torch.LongTensor | None = None
+        self.num_keys = num_positions
+
+    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
+        """Writes a layer's keys and values (R, heads, W, head_dim) of the window, and returns all up to
+        `num_keys`."""
+        index = self.places[:, None, :, None].expand_as(keys)
+        self.keys[layer].scatter_(2, index, keys)
+        self.values[layer].scatter_(2, index, values)
+        return self.keys[layer][:, :, : self.num_keys], self.values[layer][:, :, : self.num_keys]
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps some rows, a mask (R,) or indices."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+
+
+@dataclass
+class ActiveWindow:
+    """
+    What one step computes of the sequences (R, S) of prompt and canvas.
+
+    Attributes:
+        places (`torch.LongTensor` of shape (R, W)): positions in the sequence; S where a row has fewer than W.
+        starts, ends (`torch.LongTensor` of shape (R,)): the first position of each row's window, and the one behind
+            its last. Nothing from `ends` on is visible.
+    """
+
+    places: torch.LongTensor
+    starts: torch.LongTensor
+    ends: torch.LongTensor
+
+    @classmethod
+    def around(
+        cls,
+        sequences: torch.LongTensor,
+        computed: torch.LongTensor,
+        candidates: torch.BoolTensor,
+        lengths: torch.LongTensor,
+        is_last: torch.BoolTensor,
+        mask_token_id: int,
+        ahead: int,
+        behind: int,
+    ) -> "ActiveWindow":
+        """
+        The window around each row's first candidate. It reaches `ahead` positions ahead of it, that one included, and
+        to the last committed position of the text if that is further, as after a repair or with a draft; in a row's
+        last step, in which everything is committed, to the end. It starts `behind` positions behind the first
+        candidate, or earlier, at the first position whose token is not the one its cached keys were computed of.
+
+        Args:
+            sequences (`torch.LongTensor` of shape (R, S)): the ids of prompt and canvas.
+            computed (`torch.LongTensor` of shape (R, S)): the ids that the cache was computed of, -1 for none.
+            candidates (`torch.BoolTensor` of shape (R, S)): positions that may be committed.
+            lengths (`torch.LongTensor` of shape (R,)): prompt and own canvas of each row.
+            is_last (`torch.BoolTensor` of shape (R,)): rows that take their last step.
+            mask_token_id (`int`).
+            ahead, behind (`int`): at least 1 and 0.
+        """
+        num_positions = sequences.shape[1]
+        positions = torch.arange(num_positions, device=sequences.device)
+        is_open_row = candidates.any(dim=-1)
+        first = torch.where(is_open_row, candidates.int().argmax(dim=-1), 0)
+        # Up to the end of the text: what lies behind the last candidate and what follows it does not count, nor what
+        # fills up a shorter row.
+        last_candidate = (candidates * positions).amax(dim=-1)
+        text_ends = torch.minimum(last_candidate + 2, lengths)
+        known = (sequences != mask_token_id) & (positions < text_ends[:, None])
+        last_known = (known * positions).amax(dim=-1)
+        ends = torch.maximum(first + ahead, last_known + 1)
+        ends = torch.where(is_last, lengths, torch.minimum(ends, lengths)).clamp(min=2)
+        is_stale = sequences != computed
+        first_stale = torch.where(is_stale.any(dim=-1), is_stale.int().argmax(dim=-1), num_positions)
+        starts = torch.minimum(torch.minimum((first - behind).clamp(min=0), first_stale), ends - 1)
+        width = int((ends - starts).max())
+        places = starts[:, None] + torch.arange(width, device=sequences.device)
+        return cls(places.masked_fill(places >= ends[:, None], num_positions), starts, ends)
+
+
+__all__ = ["ActiveWindow", "CanvasCache"]
