@@ -69,6 +69,7 @@ class ActiveWindow:
         sequences: torch.LongTensor,
         computed: torch.LongTensor,
         candidates: torch.BoolTensor,
+        is_text: torch.BoolTensor,
         lengths: torch.LongTensor,
         is_last: torch.BoolTensor,
         mask_token_id: int,
@@ -85,6 +86,7 @@ class ActiveWindow:
             sequences (`torch.LongTensor` of shape (R, S)): the ids of prompt and canvas.
             computed (`torch.LongTensor` of shape (R, S)): the ids that the cache was computed of, -1 for none.
             candidates (`torch.BoolTensor` of shape (R, S)): positions that may be committed.
+            is_text (`torch.BoolTensor` of shape (R, S)): positions up to the row's first EOS.
             lengths (`torch.LongTensor` of shape (R,)): prompt and own canvas of each row.
             is_last (`torch.BoolTensor` of shape (R,)): rows that take their last step.
             mask_token_id (`int`).
@@ -94,12 +96,7 @@ class ActiveWindow:
         positions = torch.arange(num_positions, device=sequences.device)
         is_open_row = candidates.any(dim=-1)
         first = torch.where(is_open_row, candidates.int().argmax(dim=-1), 0)
-        # Up to the end of the text: what lies behind the last candidate and what follows it does not count, nor what
-        # fills up a shorter row.
-        last_candidate = (candidates * positions).amax(dim=-1)
-        text_ends = torch.minimum(last_candidate + 2, lengths)
-        known = (sequences != mask_token_id) & (positions < text_ends[:, None])
-        last_known = (known * positions).amax(dim=-1)
+        last_known = (((sequences != mask_token_id) & is_text) * positions).amax(dim=-1)
         ends = torch.maximum(first + ahead, last_known + 1)
         ends = torch.where(is_last, lengths, torch.minimum(ends, lengths)).clamp(min=2)
         is_stale = sequences != computed

@@ -193,9 +193,10 @@ class OpenRows:
             return
         self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
         self.encoder_outputs = take_rows(self.encoder_outputs, kept)
+        if self.computed is not None:
+            self.computed = self.computed[kept]
         if self.cache is not None:
             self.cache.take_rows(kept)
-            self.computed = self.computed[kept]
 
 
 def take_rows(outputs: MDMASREncoderOutput, rows: torch.Tensor) -> MDMASREncoderOutput:

@@ -564,6 +564,7 @@ class MDMASRGenerationMixin:
             sequences,
             open_rows.computed,
             in_sequence,
+            nn.functional.pad(canvas.text_positions()[rows], (prompt_length, 0), value=True),
             prompt_length + canvas.mask[rows].sum(dim=-1),
             canvas.nfe[rows] >= settings.max_denoising_steps - 1,
             self.config.mask_token_id,
