@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ OUR_SETTINGS = {
     "steps": ("max_denoising_steps", int),
     "canvas-length": ("canvas_length", int),
 }
+# Those that have no flag, as generation_config.json calls them; the first may be "none".
+OTHER_SETTINGS = ("active_ahead", "active_behind", "repair_rounds")
+NONE = "none"
+PROCESSOR_NAMES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,12 @@ class Peer:
     What to load and how to call it.
 
     Args:
-        kind (`str`): "transformers", "compiled", "faster-whisper" or "ours".
+        kind (`str`): "transformers", "compiled", "faster-whisper", "ours" or "onnx", which is ours in ONNX Runtime.
         source (`str`): folder or id of the checkpoint; for faster-whisper the converted folder.
         name (`str`): what tables call the checkpoint.
-        dtype (`str`): of torch, or the compute type of CTranslate2.
+        dtype (`str`): of torch, or the compute type of CTranslate2; the name of the exported folder for ONNX Runtime.
         settings (`str`): of ours, as in "gamma=0.05,steps=32"; empty for the checkpoint's own.
+        onnx (`str`): the exported folder, for ONNX Runtime; `source` then is where the processor comes from.
     """
 
     kind: str
@@ -49,23 +55,41 @@ class Peer:
     name: str
     dtype: str
     settings: str = ""
+    onnx: str = ""
 
     @property
     def label(self) -> str:
+        settings = self.settings.replace(",", " ") or "its own settings"
         middle = {
             "transformers": "transformers",
             "compiled": "transformers, torch.compile",
             "faster-whisper": "faster-whisper",
-            "ours": self.settings.replace(",", " ") or "its own settings",
+            "ours": settings,
+            "onnx": f"ONNX Runtime, {settings}",
         }[self.kind]
         return f"{self.name}, {middle}, {self.dtype}"
 
     @property
+    def encoder_label(self) -> str:
+        """Of the encoder alone, which does not know the settings it is decoded with."""
+        engine = "ONNX Runtime, " if self.kind == "onnx" else ""
+        return f"{self.name}, {engine}encoder alone, {self.dtype}"
+
+    @property
     def is_ours(self) -> bool:
-        return self.kind == "ours"
+        return self.kind in ("ours", "onnx")
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)
+
+
+def split_onnx(text: str) -> tuple[str, str]:
+    """The exported folder of "onnx=FOLDER,gamma=0.2", empty if there is none, and the settings without it."""
+    pairs = list(filter(None, text.split(",")))
+    folders = [pair.partition("=")[2] for pair in pairs if pair.startswith("onnx=")]
+    if len(folders) > 1 or not all(folders):
+        raise ValueError(f"`--ours` {text!r}: `onnx=FOLDER` must name one folder.")
+    return "".join(folders), ",".join(pair for pair in pairs if not pair.startswith("onnx="))
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -75,16 +99,22 @@ def parse_settings(text: str) -> dict[str, Any]:
     Raises:
         ValueError: a name that is no setting, or a value that does not fit it.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     for pair in filter(None, text.split(",")):
-        name, _, value = pair.partition("=")
-        if name.strip() not in OUR_SETTINGS or not value:
-            raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, NAME one of {', '.join(OUR_SETTINGS)}.")
-        argument, kind = OUR_SETTINGS[name.strip()]
+        name, _, value = (part.strip() for part in pair.partition("="))
+        other = name.replace("-", "_")
+        if not value or (name not in OUR_SETTINGS and other not in OTHER_SETTINGS):
+            known = ", ".join((*OUR_SETTINGS, *(one.replace("_", "-") for one in OTHER_SETTINGS)))
+            raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, NAME one of {known}.")
+        argument, kind = OUR_SETTINGS.get(name, (other, int))
         try:
-            settings[argument] = kind(value)
+            number = None if (argument, value) == (OTHER_SETTINGS[0], NONE) else kind(value)
         except ValueError as error:
             raise ValueError(f"`--ours` {text!r}: {value!r} is not of type {kind.__name__}.") from error
+        if argument in OTHER_SETTINGS:
+            settings.setdefault("others", []).append(f"{argument}={json.dumps(number)}")
+        else:
+            settings[argument] = number
     return settings
 
 
@@ -169,7 +199,10 @@ class OurModel:
         torch = _torch(threads)
         from mdm_asr_hf.cli import generation_settings
 
-        self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
+        if peer.kind == "onnx":
+            self.model, self.processor = _load_onnx(peer.onnx, peer.source, threads)
+        else:
+            self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
         self.settings = generation_settings(self.model, **parse_settings(peer.settings))
         self.device = device
         self.new_generator = lambda: torch.Generator().manual_seed(0)
@@ -203,6 +236,19 @@ def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
     return model.to(getattr(torch, dtype)), processor
 
 
+@cache
+def _load_onnx(folder: str, source: str, threads: int) -> tuple[Any, Any]:
+    """The exported model, with the processor beside it or, where the export has none, the checkpoint's."""
+    from transformers import AutoProcessor
+
+    from mdm_asr_hf.onnx_mdm_asr import OnnxMDMASR
+
+    options = {"num_threads": threads} if "num_threads" in signature(OnnxMDMASR.from_pretrained).parameters else {}
+    has_processor = any((Path(folder) / name).exists() for name in PROCESSOR_NAMES)
+    processor = AutoProcessor.from_pretrained(folder if has_processor else source)
+    return OnnxMDMASR.from_pretrained(folder, **options), processor
+
+
 def _torch(threads: int) -> Any:
     """torch and transformers with the threads fixed, and without transformers' warnings and bars."""
     import torch
@@ -216,7 +262,7 @@ def _torch(threads: int) -> Any:
 
 def load_peer(peer: Peer, device: str, threads: int) -> TransformersWhisper | FasterWhisper | OurModel:
     """Raises ValueError or OSError where its checkpoint cannot be used."""
-    classes = {"faster-whisper": FasterWhisper, "ours": OurModel}
+    classes = {"faster-whisper": FasterWhisper, "ours": OurModel, "onnx": OurModel}
     return classes.get(peer.kind, TransformersWhisper)(peer, device, threads)
 
 
@@ -225,6 +271,15 @@ def require_faster_whisper() -> None:
     for module in ("ctranslate2", "faster_whisper"):
         if find_spec(module) is None:
             raise ValueError(f"`{module}` is not installed: {INSTALL_PEERS}, or pass --skip faster-whisper.")
+
+
+def require_onnx(folder: str) -> None:
+    """Raises ValueError where ONNX Runtime is not installed or there is no such folder."""
+    for module in ("onnxruntime", "mdm_asr_hf.onnx_mdm_asr"):
+        if find_spec(module) is None:
+            raise ValueError(f"`--ours` onnx={folder}: {module!r} cannot be found. Install it, or leave this out.")
+    if not Path(folder).is_dir():
+        raise ValueError(f"`--ours` onnx={folder}: there is no such folder. Export the checkpoint first.")
 
 
 def convert_for_faster_whisper(donor: str, folder: Path, quantization: str) -> None:
@@ -313,4 +368,6 @@ __all__ = [
     "measure_memory",
     "parse_settings",
     "require_faster_whisper",
+    "require_onnx",
+    "split_onnx",
 ]

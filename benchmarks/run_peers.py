@@ -33,13 +33,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-PACKAGES = ("mdm_asr_hf", "transformers", "torch", "tokenizers", "faster-whisper", "ctranslate2", "numpy", "jiwer")
+PACKAGES = ("mdm_asr_hf", "transformers", "torch", "tokenizers", "faster-whisper", "ctranslate2", "onnxruntime")
+PACKAGES += ("numpy", "jiwer")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MAX_CLIP_S = 30.0
 # An utterance counts as one of length n seconds from n less 15 % to n and 15 %.
 TOLERANCE = 0.15
 # torch's and CTranslate2's idle threads spin for up to 0.2 s, which the next system must not pay for.
 SETTLE_S = 0.3
+OURS_HELP = "such as gamma=0.2,steps=128, or onnx=FOLDER,gamma=0.2 for an export in ONNX Runtime; repeatable"
 
 
 # Clips
@@ -133,7 +135,7 @@ def batches_of(clips: list[Any], batch_size: int) -> list[list[Any]]:
 
 def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
     """What is compared, ours last."""
-    from peers import Peer
+    from peers import Peer, split_onnx
 
     from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME, default_checkpoint
 
@@ -149,8 +151,12 @@ def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
     if "faster-whisper" not in args.skip:
         peers.append(Peer("faster-whisper", str(work / "int8"), donor_name, "int8"))
     source, name = args.model or str(default_checkpoint()), args.model and Path(args.model).name
+    name = name or DEFAULT_CHECKPOINT_NAME
+    ours = [split_onnx(settings) for settings in args.ours]
     for dtype in args.dtypes:
-        peers += [Peer("ours", source, name or DEFAULT_CHECKPOINT_NAME, dtype, settings) for settings in args.ours]
+        peers += [Peer("ours", source, name, dtype, settings) for folder, settings in ours if not folder]
+    # Once, since the folder has its own precision.
+    peers += [Peer("onnx", source, name, Path(folder).name, settings, folder) for folder, settings in ours if folder]
     return peers
 
 
@@ -209,11 +215,9 @@ def run_rounds(
         for peer in progress.track(peers, description="loading"):
             system = load_peer(peer, args.device, args.threads)
             tasks.append(("transcribe", peer.label, peer.is_ours, system))
-            # The encoder does not know the settings it is decoded with.
-            encoder = (peer.name, peer.dtype)
-            if peer.kind in ("transformers", "ours") and encoder not in seen:
-                seen.add(encoder)
-                tasks.append(("encode", f"{peer.name}, encoder alone, {peer.dtype}", peer.is_ours, system))
+            if peer.kind in ("transformers", "ours", "onnx") and peer.encoder_label not in seen:
+                seen.add(peer.encoder_label)
+                tasks.append(("encode", peer.encoder_label, peer.is_ours, system))
         shapes = [(batch_size, length_s) for batch_size in args.batch_sizes for length_s in clips]
         # Round 0 is the warm-up: one batch of every shape, not written.
         steps = [(r, *shape, task) for r in range(args.rounds + 1) for shape in shapes for task in tasks]
@@ -243,7 +247,13 @@ def run_rounds(
             write(row)
 
 
-def describe_run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+def describe_run(
+    args: argparse.Namespace,
+    arguments: list[str],
+    script: str = "run_peers.py",
+    settings: tuple[str, ...] = ("threads", "rounds", "clips", "lengths", "batch_sizes"),
+) -> dict[str, Any]:
+    """Command, the `settings` of `args`, machine and versions, for the first row of raw.jsonl."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -259,9 +269,9 @@ def describe_run(args: argparse.Namespace, arguments: list[str]) -> dict[str, An
 
         machine["device"] = torch.cuda.get_device_name()
     machine |= {"platform": platform.platform(), "load_before": round(os.getloadavg()[0], 2)}
-    settings = {name: getattr(args, name) for name in ("threads", "rounds", "clips", "lengths", "batch_sizes")}
-    command = shlex.join(["python", "benchmarks/run_peers.py", *arguments])
-    return {"kind": "run", "command": command, "settings": settings, "machine": machine, "versions": versions}
+    values = {name: getattr(args, name) for name in settings}
+    command = shlex.join(["python", f"benchmarks/{script}", *arguments])
+    return {"kind": "run", "command": command, "settings": values, "machine": machine, "versions": versions}
 
 
 # Scoring
@@ -278,7 +288,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     - `mean_nfe`, decoder evaluations per utterance, where the system tells;
     - `memory_mib`, see `peers.measure_memory`.
 
-    Ours come last. Encoders alone have no WER and no memory.
+    Ours come last. Encoders alone have no WER and no memory. `ratios` say how many times as fast as each peer each of
+    ours is, by batch size and length, from the medians.
     """
     import jiwer
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
@@ -311,11 +322,28 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         results.append(result)
     results.sort(key=lambda result: result["is_ours"])
     run = next((row for row in rows if row["kind"] == "run"), None)
-    return {"run": run, "results": results}
+    whole = [result for result in results if result["task"] == "transcribe"]
+    ratios = [
+        {
+            "batch_size": ours["batch_size"],
+            "length_s": ours["length_s"],
+            "ours": ours["system"],
+            "peer": peer["system"],
+            # Not of the rounded RTFx; both had the same audio.
+            "times_as_fast": round(peer["wall_s"] / ours["wall_s"], 2),
+        }
+        for ours in whole
+        for peer in whole
+        if ours["is_ours"]
+        and not peer["is_ours"]
+        and (ours["batch_size"], ours["length_s"]) == (peer["batch_size"], peer["length_s"])
+    ]
+    return {"run": run, "results": results, "ratios": ratios}
 
 
 def to_markdown(summary: dict[str, Any]) -> str:
-    """The tables of results.md: per batch size one of the systems, ours last, and one of the encoders alone."""
+    """The tables of results.md: per batch size one of the systems, ours last, one of the encoders alone, and one of
+    the speed of ours over that of each peer."""
     results = summary["results"]
     lengths_s = sorted({result["length_s"] for result in results})
     parts = []
@@ -340,6 +368,14 @@ def to_markdown(summary: dict[str, Any]) -> str:
                     head, [[name, *(f"{cells[s]['rtfx']:.1f}" for s in lengths_s)] for name, cells in encoders.items()]
                 )
             )
+        ratios: dict[tuple[str, str], dict[float, float]] = {}
+        for one in summary["ratios"]:
+            if one["batch_size"] == batch_size:
+                ratios.setdefault((one["ours"], one["peer"]), {})[one["length_s"]] = one["times_as_fast"]
+        if ratios:
+            head = [f"times as fast, batch size {batch_size}", "as", *(f"{s:g} s" for s in lengths_s)]
+            lines = [[*pair, *(f"{of_length[s]:.2f}" for s in lengths_s)] for pair, of_length in ratios.items()]
+            parts.append(_table(head, lines))
     spread = max((result["rtfx_max"] - result["rtfx_min"]) / result["rtfx"] for result in results)
     parts.append(
         f"Medians; rounds: {min(result['num_rounds'] for result in results)}. Between its slowest and its fastest "
@@ -424,13 +460,16 @@ def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
         work = Path(work)
         work.mkdir(parents=True, exist_ok=True)
         import numpy as np
-        from peers import convert_for_faster_whisper, parse_settings, require_faster_whisper
+        from peers import convert_for_faster_whisper, parse_settings, require_faster_whisper, require_onnx, split_onnx
         from rich.console import Console
         from rich.progress import track
 
         # What would fail only after the slow parts.
-        for settings in args.ours:
+        for one in args.ours:
+            folder, settings = split_onnx(one)
             parse_settings(settings)
+            if folder:
+                require_onnx(folder)
         if "faster-whisper" not in args.skip:
             require_faster_whisper()
         clips = make_clips(args.data, args.lengths, args.clips)
@@ -460,7 +499,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--output", type=Path, help="folder to write")
     parser.add_argument("--rescore", type=Path, metavar="OUT", help="only make the tables of OUT/raw.jsonl again")
     parser.add_argument("--model", help="ours, folder or id; default: the checkpoint of the package")
-    parser.add_argument("--ours", action="append", metavar="SETTINGS", help="such as gamma=0.2,steps=128; repeatable")
+    parser.add_argument("--ours", action="append", metavar="SETTINGS", help=OURS_HELP)
     parser.add_argument("--skip", nargs="+", default=[], choices=("transformers", "faster-whisper"))
     parser.add_argument("--compile", action="store_true", help="the donor with torch.compile, too")
     parser.add_argument("--lengths", type=float, nargs="+", default=[2.0, 5.0, 10.0, 20.0], help="of the clips, in s")

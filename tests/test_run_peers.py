@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from canary_donors import randomize
 from test_convert_whisper import save_tokenizer
 from tiny_models import tiny_model, tiny_processor
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from mdm_asr_hf.cli import generation_settings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -103,6 +106,29 @@ def test_settings_of_ours():
         peers.parse_settings("steps=many")
 
 
+def test_settings_of_the_active_window():
+    # As generation_config.json or as flags call them; "none" is the whole canvas, and only of the first a value.
+    parsed = peers.parse_settings("active_ahead=8,active-behind=3,gamma=0.2")
+    assert parsed == {"others": ["active_ahead=8", "active_behind=3"], "gamma": 0.2}
+    assert peers.parse_settings("active-ahead=none") == {"others": ["active_ahead=null"]}
+    settings = generation_settings(tiny_model(), **parsed)
+    assert (settings.active_ahead, settings.active_behind, settings.sampler["gamma"]) == (8, 3, 0.2)
+    assert generation_settings(tiny_model(), **peers.parse_settings("active-ahead=none")).active_ahead is None
+    with pytest.raises(ValueError, match="'none' is not of type int"):
+        peers.parse_settings("steps=none")
+
+
+def test_the_exported_folder_of_ours():
+    assert peers.split_onnx("gamma=0.2,onnx=a/b,steps=4") == ("a/b", "gamma=0.2,steps=4")
+    assert peers.split_onnx("onnx=a") == ("a", "") and peers.split_onnx("k=2") == ("", "k=2")
+    for text in ("onnx=,k=2", "onnx=a,onnx=b"):
+        with pytest.raises(ValueError, match="must name one folder"):
+            peers.split_onnx(text)
+    peer = peers.Peer("onnx", "model", "ours-tiny", "int8", "gamma=0.2,k=2", "out/int8")
+    assert peer.label == "ours-tiny, ONNX Runtime, gamma=0.2 k=2, int8" and peer.is_ours
+    assert peer.encoder_label == "ours-tiny, ONNX Runtime, encoder alone, int8"
+
+
 # Tables
 
 
@@ -159,6 +185,17 @@ def test_the_table_has_ours_last(rows):
     assert "| encoder | 8.0 | 16.0 |" in lines
     # The least number of rounds; ours took from 0.8 to 8 s, RTFx 5 to 0.5 around 4.
     assert "rounds: 1." in tables and "112 % of its median" in tables
+
+
+def test_ratios_to_each_peer(rows):
+    rows += [time_row("other", 1, 3.0, s, texts=[("a", "a", {})]) for s in (2.0, 5.0)]
+    summary = run_peers.summarise(rows)
+    # The medians are 1 s and 2 s of ours, 2 s and 1 s of the peer, 3 s of the other; encoders have none.
+    found = {(one["peer"], one["length_s"]): one["times_as_fast"] for one in summary["ratios"]}
+    assert found == {("peer", 2.0): 2.0, ("peer", 5.0): 0.5, ("other", 2.0): 3.0, ("other", 5.0): 1.5}
+    lines = run_peers.to_markdown(summary).splitlines()
+    start = lines.index("| times as fast, batch size 1 | as | 2 s | 5 s |")
+    assert lines[start + 2 : start + 5] == ["| ours | peer | 2.00 | 0.50 |", "| ours | other | 3.00 | 1.50 |", ""]
 
 
 def test_device_memory_goes_first_where_it_was_measured(rows):
@@ -311,6 +348,43 @@ def test_faster_whisper(setting, tmp_path, monkeypatch):
     for name, hypothesis in found.items():
         samples = soundfile.read(setting / "data" / name, dtype="float32")[0]
         assert "".join(part.text for part in model.transcribe(samples, **options)[0]).strip() == hypothesis != ""
+
+
+class Exported:
+    """What an exported model looks like from outside, with PyTorch inside."""
+
+    def __init__(self, model):
+        self.model, self.generation_config = model, model.generation_config
+        self.generate, self.encode = model.generate, model.encode
+
+    @classmethod
+    def from_pretrained(cls, folder, num_threads=0):
+        assert Path(folder).name == "fast" and num_threads == 1
+        return cls(tiny_model().eval())
+
+
+def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
+    (tmp_path / "fast").mkdir()
+    module = ModuleType("mdm_asr_hf.onnx_mdm_asr")
+    module.OnnxMDMASR = Exported
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    find_spec = peers.find_spec
+    monkeypatch.setattr(peers, "find_spec", lambda name: "onnx" in name or find_spec(name))
+    monkeypatch.setattr(run_peers, "SETTLE_S", 0.0)
+    measure_memory_of(monkeypatch, slice(0))
+    for name in run_peers.THREAD_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    arguments = ["--skip", "transformers", "faster-whisper", "--rounds", "1", "--batch-sizes", "2"]
+    arguments += ["--ours", "steps=4", "--ours", f"onnx={tmp_path / 'fast'},steps=4", "--dtypes", "float32"]
+    rows = run(setting, tmp_path / "output", *arguments)
+    systems = ["tiny-ours, steps=4, float32", "tiny-ours, encoder alone, float32"]
+    systems += ["tiny-ours, ONNX Runtime, steps=4, fast", "tiny-ours, ONNX Runtime, encoder alone, fast"]
+    assert [row["system"] for row in rows if row.get("length_s") == 0.5] == systems
+    texts = [row["utterances"] for row in rows if row.get("length_s") == 0.5 and row["task"] == "transcribe"]
+    assert texts[0] == texts[1] and texts[0][0]["hypothesis"]
+    with pytest.raises(SystemExit) as stopped:
+        run(setting, tmp_path / "output", *arguments[:-4], "--ours", f"onnx={tmp_path / 'gone'}")
+    assert "there is no such folder" in stopped.value.code
 
 
 def test_a_peer_that_is_not_installed(monkeypatch, setting, tmp_path, capsys):
