@@ -10,6 +10,7 @@ The multiply-accumulates are those of matrix products, convolutions and attentio
 operation while they run; activations, norms and softmax are not counted.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -45,14 +46,15 @@ def watch_stages(
     """
     Enters `around(stage)` about every call of a stage of `generate`, see `STAGES`, and tells `on_evaluation` of every
     decoder evaluation how many positions (rows times width, padding included) it computes. A stage that is called
-    within another belongs to that one. Of a model without PyTorch modules the decoder has the output layer in it.
+    within another belongs to that one. Of an export in ONNX Runtime the encoder has the cross keys in it, and the
+    decoder the output layer.
     """
     targets = [("encoder", model, "encode"), ("cross keys", model, "prepare_cross_attention")]
-    decoder = getattr(getattr(model, "model", None), "decoder", None)
-    if hasattr(decoder, "forward"):
-        targets += [("decoder", decoder, "forward"), ("output layer", model.proj_out, "forward")]
+    if hasattr(model, "proj_out"):
+        targets += [("decoder", model.get_decoder(), "forward"), ("output layer", model.proj_out, "forward")]
     else:
-        targets.append(("decoder", model, "forward"))
+        # Python looks a call up in the class.
+        targets.append(("decoder", type(model.get_decoder()), "__call__"))
     # Not imported by name: a checkpoint that brings its code has a module of its own.
     targets.append(("sampler", sys.modules[type(model).generate.__module__], "sampler_step"))
     active: list[str] = []
@@ -63,8 +65,7 @@ def watch_stages(
                 if active:
                     return call(*args, **kwargs)
                 if stage == "decoder":
-                    ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
-                    on_evaluation(ids.numel())
+                    on_evaluation(_num_positions(args, kwargs))
                 active.append(stage)
                 try:
                     with around(stage):
@@ -78,9 +79,14 @@ def watch_stages(
 
     with ExitStack() as stack:
         for stage, owner, name in targets:
-            if hasattr(owner, name):
-                stack.enter_context(replaced(owner, name, wrap(stage)))
+            stack.enter_context(replaced(owner, name, wrap(stage)))
         yield
+
+
+def _num_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Of a call of the decoder, with ids by name or as the first of the tensors."""
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else next(one for one in args if hasattr(one, "numel"))
+    return ids.numel()
 
 
 @dataclass
@@ -116,10 +122,13 @@ def count_work(model: Any) -> Iterator[Work]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    # PyTorch has no formula for the CPU's kernel.
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # PyTorch has no formulas for these kernels of CPUs.
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.quantized.linear_dynamic: _int8_linear_flops,
+    }
     work = Work()
-    with FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
 
         def count() -> tuple[int, int]:
             """All MACs so far, and those of attention."""
@@ -149,6 +158,11 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
     """Of shapes (B, heads, L, head_dim) and (B, heads, K, head_dim)."""
     batch_size, num_heads, length, head_dim = query
     return 2 * batch_size * num_heads * length * key[2] * (head_dim + value[3])
+
+
+def _int8_linear_flops(states: Any, packed: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Of a shape (..., in_features); those of packed weights cannot be seen."""
+    return 2 * math.prod(states) * out_shape[-1]
 
 
 __all__ = ["STAGES", "Work", "count_work", "replaced", "watch_stages"]

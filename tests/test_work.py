@@ -126,6 +126,26 @@ def test_macs_and_positions_by_hand():
     assert "encode" not in vars(model) and "forward" not in vars(model.model.decoder)
 
 
+def test_int8_layers_count_as_the_others_do():
+    from tiny_models import tiny_model
+
+    class Int8(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            weight = linear.weight.detach()
+            scales, zeros = torch.full((len(weight),), 0.1).double(), torch.zeros(len(weight), dtype=torch.long)
+            weight = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
+
+        def forward(self, states):
+            return torch.ops.quantized.linear_dynamic(states, self.packed, False)
+
+    model = tiny_model()
+    expected = generate(model, 50, canvas_length=4)[0].macs
+    model.proj_out = Int8(model.proj_out)
+    assert generate(model, 50, canvas_length=4)[0].macs == expected
+
+
 def test_the_work_of_the_window_is_linear_in_the_audio():
     from tiny_models import tiny_model
 
