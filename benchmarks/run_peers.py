@@ -359,12 +359,12 @@ def to_markdown(summary: dict[str, Any]) -> str:
             errors, words = (sum(cells[s][name] for s in lengths_s) for name in ("num_errors", "num_words"))
             line = [system, *(f"{cells[s]['wer']:.1f}" for s in lengths_s), f"{100 * errors / words:.1f}"]
             lines.append([*line, *(f"{cells[s]['rtfx']:.1f}" for s in lengths_s), "" if mib is None else f"{mib:.0f}"])
-        parts.append(_table(head, lines))
+        parts.append(table(head, lines))
         encoders = _cells([result for result in of_batch if result["task"] == "encode"])
         if encoders:
             head = [f"encoder alone, batch size {batch_size}", *(f"RTFx {s:g} s" for s in lengths_s)]
             parts.append(
-                _table(
+                table(
                     head, [[name, *(f"{cells[s]['rtfx']:.1f}" for s in lengths_s)] for name, cells in encoders.items()]
                 )
             )
@@ -375,7 +375,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         if ratios:
             head = [f"times as fast, batch size {batch_size}", "as", *(f"{s:g} s" for s in lengths_s)]
             lines = [[*pair, *(f"{of_length[s]:.2f}" for s in lengths_s)] for pair, of_length in ratios.items()]
-            parts.append(_table(head, lines))
+            parts.append(table(head, lines))
     spread = max((result["rtfx_max"] - result["rtfx_min"]) / result["rtfx"] for result in results)
     parts.append(
         f"Medians; rounds: {min(result['num_rounds'] for result in results)}. Between its slowest and its fastest "
@@ -401,7 +401,7 @@ def _cells(results: list[dict[str, Any]]) -> dict[str, dict[float, dict[str, Any
     return cells
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
 
