@@ -87,7 +87,7 @@ def frame_duration_s(encoder_config: Any, input_frames_per_s: float) -> float | 
 
 
 def cross_attention_weights(
-    decoder: nn.Module,
+    decoder: Any,
     heads: Sequence[tuple[int, int]],
     input_ids: torch.LongTensor,
     attention_mask: torch.BoolTensor,
@@ -97,6 +97,7 @@ def cross_attention_weights(
     Cross-attention of some heads in one evaluation of the decoder, under any attention implementation.
 
     Args:
+        decoder ([`MDMASRDecoder`]), or what takes the same and has its `config`.
         heads (`list` of `(layer, head)`): A of them.
         input_ids (`torch.LongTensor` of shape (B, P + L)), attention_mask (B, P + L): prompt and canvas.
         encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
@@ -112,13 +113,12 @@ def cross_attention_weights(
         cross_attention_states=encoder_outputs.cross_attention_states,
         output_cross_queries=True,
     )
-    weights = []
+    config, weights = decoder.config, []
+    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     for layer, head in heads:
-        attention = decoder.layers[layer].cross_attn
-        size = attention.head_dim
         query = outputs["cross_queries"][layer][..., head * size : (head + 1) * size]
-        key = encoder_outputs.cross_attention_states[layer][0][:, head // attention.num_key_value_groups]
-        weights.append(query.float() @ key.float().transpose(-1, -2) * attention.scaling)
+        key = encoder_outputs.cross_attention_states[layer][0][:, head // group]
+        weights.append(query.float() @ key.float().transpose(-1, -2) * size**-0.5)
     scores = torch.stack(weights, dim=1)
     if encoder_outputs.attention_mask is not None:
         scores = scores.masked_fill(~encoder_outputs.attention_mask.bool()[:, None, None], -torch.inf)
@@ -283,7 +283,7 @@ def token_attention(
     canvas[:, :width] = torch.where(is_token, sequences, config.eos_token_id)
     inside = torch.arange(canvas.shape[1], device=device) < lengths[:, None]
     weights = cross_attention_weights(
-        model.model.decoder,
+        model.get_decoder(),
         heads,
         torch.cat([prompt_ids, canvas], dim=-1),
         torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), inside], dim=-1),

@@ -117,8 +117,9 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         num_silence = round(trailing_silence_s * WHISPER_FRAMES_PER_S)
         # An even number, since the second convolution halves it.
         num_frames = ((num_speech + num_silence + 1) // 2 * 2).clamp(min=2, max=capacity)
-        target = min(max((longest + num_silence + 1) // 2 * 2, 2), capacity)
-        features = nn.functional.pad(features[..., :target], (0, max(target - width, 0)))
+        # `sym_max` and `sym_min` also stand in a graph that is exported for any width.
+        target = torch.sym_min(torch.sym_max((longest + num_silence + 1) // 2 * 2, 2), capacity)
+        features = nn.functional.pad(features[..., :target], (0, torch.sym_max(target - width, 0)))
 
         positions = torch.arange(target, device=features.device)
         speech = (positions < num_speech[:, None])[:, None]

@@ -389,6 +389,18 @@ class MDMASRGenerationMixin:
             attention_mask = attention_mask.bool() | ~has_speech[:, None].to(attention_mask.device)
         return has_speech, attention_mask
 
+    def audio_duration_s(
+        self, input_features: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Seconds of audio in each row (B,), or None if nothing tells."""
+        if attention_mask is not None:
+            num_frames = attention_mask.sum(dim=-1)
+        elif input_features is not None:
+            num_frames = torch.full(input_features.shape[:1], input_features.shape[1])
+        else:
+            return None
+        return num_frames / self.config.input_frames_per_s
+
     def _judge_no_speech(
         self,
         encoder_outputs: MDMASREncoderOutput,
@@ -578,7 +590,7 @@ class MDMASRGenerationMixin:
         in_sequence = in_sequence & visible
         within = torch.zeros_like(candidates)
         within[rows] = in_sequence[:, prompt_length:]
-        decoder_config = self.model.decoder.config
+        decoder_config = self.get_decoder().config
         if decoder_config.is_causal or decoder_config._attn_implementation not in ("sdpa", "eager"):
             # Without a cache: other kernels cannot attend to keys that other rows do not have.
             kept = in_sequence[:, prompt_length:num_keys]

@@ -177,18 +177,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         states = self.model.decoder.cross_attention_states(self.model.project(encoder_outputs.last_hidden_state))
         return MDMASREncoderOutput(**{**encoder_outputs, "cross_attention_states": states})
 
-    def audio_duration_s(
-        self, input_features: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Seconds of audio in each row (B,), or None if nothing tells."""
-        if attention_mask is not None:
-            num_frames = attention_mask.sum(dim=-1)
-        elif input_features is not None:
-            num_frames = torch.full(input_features.shape[:1], input_features.shape[1])
-        else:
-            return None
-        return num_frames / self.config.input_frames_per_s
-
     @can_return_tuple
     def forward(
         self,
