@@ -407,7 +407,7 @@ def build_parser() -> argparse.ArgumentParser:
     front.add_argument("--behinds", type=int, nargs="+", default=[2])
     front.add_argument("--steps", type=int, nargs="+", default=[128], help="bounds of denoising steps")
     front.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of generation_config.json")
-    front.add_argument("--limit", type=int, help="utterances of each data set, spread evenly")
+    front.add_argument("--limit", type=int, help="at most so many utterances of each data set, spread evenly")
     front.add_argument("--batch-size", type=int, default=8)
     return parser
 

@@ -126,6 +126,8 @@ def test_macs_and_positions_by_hand():
     assert "encode" not in vars(model) and "forward" not in vars(model.model.decoder)
 
 
+# PyTorch means to move its quantised tensors to another package.
+@pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
 def test_int8_layers_count_as_the_others_do():
     from tiny_models import tiny_model
 
