@@ -33,6 +33,7 @@ OUR_SETTINGS = {
 # Those that have no flag, as generation_config.json calls them; the first may be "none".
 OTHER_SETTINGS = ("active_ahead", "active_behind", "repair_rounds")
 NONE = "none"
+OUR_DTYPES = ("float32", "float16", "bfloat16", "int8")
 PROCESSOR_NAMES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -83,13 +84,22 @@ class Peer:
         return asdict(self)
 
 
-def split_onnx(text: str) -> tuple[str, str]:
-    """The exported folder of "onnx=FOLDER,gamma=0.2", empty if there is none, and the settings without it."""
+def split_off(name: str, text: str) -> tuple[str, str]:
+    """The value of one name in "onnx=FOLDER,gamma=0.2", empty if there is none, and the settings without it."""
     pairs = list(filter(None, text.split(",")))
-    folders = [pair.partition("=")[2] for pair in pairs if pair.startswith("onnx=")]
-    if len(folders) > 1 or not all(folders):
-        raise ValueError(f"`--ours` {text!r}: `onnx=FOLDER` must name one folder.")
-    return "".join(folders), ",".join(pair for pair in pairs if not pair.startswith("onnx="))
+    values = [pair.partition("=")[2] for pair in pairs if pair.startswith(f"{name}=")]
+    if len(values) > 1 or not all(values):
+        raise ValueError(f"`--ours` {text!r}: `{name}=` must have one value.")
+    return "".join(values), ",".join(pair for pair in pairs if not pair.startswith(f"{name}="))
+
+
+def read_ours(text: str) -> tuple[str, str, str]:
+    """The exported folder, the precision and the settings of "onnx=FOLDER,gamma=0.2" or "dtype=int8,gamma=0.2"."""
+    folder, rest = split_off("onnx", text)
+    dtype, settings = split_off("dtype", rest)
+    if dtype and (folder or dtype not in OUR_DTYPES):
+        raise ValueError(f"`--ours` {text!r}: `dtype=` must be one of {', '.join(OUR_DTYPES)}, without an export.")
+    return folder, dtype, settings
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -230,10 +240,11 @@ class OurModel:
 def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
 
+    from mdm_asr_hf import quantize_int8
     from mdm_asr_hf.cli import load_model
 
     model, processor = load_model(source, device)
-    return model.to(getattr(torch, dtype)), processor
+    return quantize_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype)), processor
 
 
 @cache
@@ -367,7 +378,8 @@ __all__ = [
     "load_peer",
     "measure_memory",
     "parse_settings",
+    "read_ours",
     "require_faster_whisper",
     "require_onnx",
-    "split_onnx",
+    "split_off",
 ]

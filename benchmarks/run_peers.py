@@ -41,7 +41,10 @@ MAX_CLIP_S = 30.0
 TOLERANCE = 0.15
 # torch's and CTranslate2's idle threads spin for up to 0.2 s, which the next system must not pay for.
 SETTLE_S = 0.3
-OURS_HELP = "such as gamma=0.2,steps=128, or onnx=FOLDER,gamma=0.2 for an export in ONNX Runtime; repeatable"
+OURS_HELP = (
+    "such as gamma=0.2,steps=128, dtype=int8,gamma=0.2, or onnx=FOLDER,gamma=0.2 for an export in ONNX Runtime; "
+    "repeatable"
+)
 
 
 # Clips
@@ -135,7 +138,7 @@ def batches_of(clips: list[Any], batch_size: int) -> list[list[Any]]:
 
 def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
     """What is compared, ours last."""
-    from peers import Peer, split_onnx
+    from peers import Peer, read_ours
 
     from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME, default_checkpoint
 
@@ -152,11 +155,15 @@ def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
         peers.append(Peer("faster-whisper", str(work / "int8"), donor_name, "int8"))
     source, name = args.model or str(default_checkpoint()), args.model and Path(args.model).name
     name = name or DEFAULT_CHECKPOINT_NAME
-    ours = [split_onnx(settings) for settings in args.ours]
+    ours = [read_ours(settings) for settings in args.ours]
     for dtype in args.dtypes:
-        peers += [Peer("ours", source, name, dtype, settings) for folder, settings in ours if not folder]
-    # Once, since the folder has its own precision.
-    peers += [Peer("onnx", source, name, Path(folder).name, settings, folder) for folder, settings in ours if folder]
+        peers += [Peer("ours", source, name, dtype, settings) for folder, own, settings in ours if not folder + own]
+    # Once, since these have their own precision.
+    for folder, dtype, settings in ours:
+        if folder:
+            peers.append(Peer("onnx", source, name, Path(folder).name, settings, folder))
+        elif dtype:
+            peers.append(Peer("ours", source, name, dtype, settings))
     return peers
 
 
@@ -460,13 +467,13 @@ def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
         work = Path(work)
         work.mkdir(parents=True, exist_ok=True)
         import numpy as np
-        from peers import convert_for_faster_whisper, parse_settings, require_faster_whisper, require_onnx, split_onnx
+        from peers import convert_for_faster_whisper, parse_settings, read_ours, require_faster_whisper, require_onnx
         from rich.console import Console
         from rich.progress import track
 
         # What would fail only after the slow parts.
         for one in args.ours:
-            folder, settings = split_onnx(one)
+            folder, _, settings = read_ours(one)
             parse_settings(settings)
             if folder:
                 require_onnx(folder)

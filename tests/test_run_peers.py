@@ -119,11 +119,15 @@ def test_settings_of_the_active_window():
 
 
 def test_the_exported_folder_of_ours():
-    assert peers.split_onnx("gamma=0.2,onnx=a/b,steps=4") == ("a/b", "gamma=0.2,steps=4")
-    assert peers.split_onnx("onnx=a") == ("a", "") and peers.split_onnx("k=2") == ("", "k=2")
-    for text in ("onnx=,k=2", "onnx=a,onnx=b"):
-        with pytest.raises(ValueError, match="must name one folder"):
-            peers.split_onnx(text)
+    assert peers.read_ours("gamma=0.2,onnx=a/b,steps=4") == ("a/b", "", "gamma=0.2,steps=4")
+    assert peers.read_ours("onnx=a") == ("a", "", "") and peers.read_ours("k=2") == ("", "", "k=2")
+    assert peers.read_ours("dtype=int8,k=2") == ("", "int8", "k=2")
+    for text in ("onnx=,k=2", "onnx=a,onnx=b", "dtype="):
+        with pytest.raises(ValueError, match="must have one value"):
+            peers.read_ours(text)
+    for text in ("dtype=int4", "dtype=int8,onnx=a"):
+        with pytest.raises(ValueError, match="`dtype=` must be one of"):
+            peers.read_ours(text)
     peer = peers.Peer("onnx", "model", "ours-tiny", "int8", "gamma=0.2,k=2", "out/int8")
     assert peer.label == "ours-tiny, ONNX Runtime, gamma=0.2 k=2, int8" and peer.is_ours
     assert peer.encoder_label == "ours-tiny, ONNX Runtime, encoder alone, int8"

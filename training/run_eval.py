@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--batch-1-rows", type=int, default=0, help="utterances to measure the speed of batch size 1 on"
     )
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the random and DFM samplers")
     parser.add_argument("--trust-remote-code", action="store_true")
     args = parser.parse_args(arguments)

@@ -16,6 +16,7 @@ from .decoder_mdm_asr import MDMASRDecoder
 from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerateOutput
+from .int8_mdm_asr import MDMASRInt8Config, quantize_int8
 from .modeling_mdm_asr import MDMASRForConditionalGeneration, MDMASRModel, MDMASROutput
 from .objective_mdm_asr import DiffusionObjective
 from .pipeline_mdm_asr import MDMASRPipeline
@@ -72,6 +73,7 @@ __all__ = [
     "MDMASRForConditionalGeneration",
     "MDMASRGenerateOutput",
     "MDMASRGenerationConfig",
+    "MDMASRInt8Config",
     "MDMASRModel",
     "MDMASROutput",
     "MDMASRPipeline",
@@ -82,4 +84,5 @@ __all__ = [
     "default_checkpoint",
     "load_sources",
     "make_wer_metric",
+    "quantize_int8",
 ]

@@ -168,8 +168,8 @@ def draw_noise(
 
 class OpenRows:
     """
-    What the decoder reads of the rows that are not finished: prompts, encoder outputs and cached keys, made narrower as
-    rows finish, so that a batch costs no more than its rows do.
+    What the decoder reads of the rows that are not finished: prompts, encoder outputs and cached keys, made narrower
+    as rows finish, so that a batch costs no more than its rows do.
 
     Attributes:
         rows (`torch.LongTensor` of shape (R,)): places of the open rows in the batch.

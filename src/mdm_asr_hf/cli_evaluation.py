@@ -24,6 +24,7 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +67,7 @@ def evaluate(
     others: OtherSettings = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 8,
     device: Device = None,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations.")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="Of weights and activations; int8 on CPUs only.")] = DType.float32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each data set.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random and DFM samplers.")] = 0,
     batch_1_rows: Annotated[
@@ -159,7 +160,7 @@ def run_evaluation(
     """
     import torch
 
-    from . import DEFAULT_CHECKPOINT_NAME, default_checkpoint
+    from . import DEFAULT_CHECKPOINT_NAME, default_checkpoint, quantize_int8
     from .cli import generation_settings, load_named_model
     from .evaluation_mdm_asr import (
         evaluate_model,
@@ -172,7 +173,7 @@ def run_evaluation(
     index, _ = process_index_and_number(device)
     path = model or str(default_checkpoint())
     loaded, processor = load_named_model(path, device, trust_remote_code)
-    loaded = loaded.to(getattr(torch, dtype))
+    loaded = quantize_int8(loaded) if dtype == "int8" else loaded.to(getattr(torch, dtype))
     settings = generation_settings(loaded, **sampler_settings)
     results = {}
     for name, one in data.items():

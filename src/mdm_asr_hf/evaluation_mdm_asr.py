@@ -25,6 +25,7 @@ from .confidence_mdm_asr import utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .evaluation_data_mdm_asr import PRESETS, EvaluationData, load_data, report_skipped
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .int8_mdm_asr import is_int8
 from .prompt_mdm_asr import AUTO, prompt_values
 from .scoring_mdm_asr import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
 from .sources_mdm_asr import Source, check_on_bad_row
@@ -579,7 +580,7 @@ def write_evaluation(
             **describe_settings(settings if settings is not None else model.generation_config),
             "batch_size": batch_size,
             "seed": seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": "int8" if is_int8(model) else str(model.dtype).removeprefix("torch."),
             "num_threads": torch.get_num_threads(),
             "num_processes": process_index_and_number()[1],
             "num_bootstrap": num_bootstrap,

@@ -1,0 +1,151 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+8-bit integers on a CPU: linear layers with int8 weights, one scale per output channel, and activations quantised as
+they come, one scale per call. Everything else stays in fp32.
+
+A denoising step of a few positions takes as long as reading the decoder's weights does, so that a quarter of the bytes
+counts more there than the faster arithmetic.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+logger = logging.get_logger(__name__)
+
+QUANT_METHOD = "mdm_asr_int8"
+PARTS = ("encoder", "decoder")
+
+
+class Int8Linear(nn.Linear):
+    """
+    A linear layer (..., in_features) -> (..., out_features) with packed int8 weights, for inference on a CPU. It is an
+    `nn.Linear` for whoever looks for those, but has no `weight`.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        # Symmetric; a row of zeros takes any scale.
+        scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        zero_points = torch.zeros(len(weight), dtype=torch.long)
+        with warnings.catch_warnings():
+            # The kernel takes no other tensors, and has no successor that is as fast without compiling.
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+            quantized = torch.quantize_per_channel(weight, scales.double(), zero_points, 0, torch.qint8)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # Left out in silence, the weights would be missing from the checkpoint.
+        raise ValueError(
+            f"int8 layers such as {prefix.rstrip('.')!r} cannot be saved. Save the model in fp32, and load that in "
+            "int8."
+        )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.numel() == 0:
+            return states.new_zeros((*states.shape[:-1], self.out_features))
+        return torch.ops.quantized.linear_dynamic(states, self.packed, False)
+
+
+def _quantize_linears(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            setattr(module, name, Int8Linear(child))
+        else:
+            _quantize_linears(child)
+
+
+def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module:
+    """
+    Puts int8 layers in the place of the linear ones, in place, and returns the model.
+
+    Args:
+        model ([`MDMASRForConditionalGeneration`]): in fp32, on the CPU.
+        parts (`tuple[str, ...]`): of "encoder" and "decoder"; the output layer belongs to the decoder.
+
+    Raises:
+        ValueError: unknown parts, another precision, or weights that are not on the CPU.
+    """
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"`parts` must be of {list(PARTS)}, got {list(parts)}.")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if devices - {"cpu"}:
+        raise ValueError(f"int8 runs on CPUs, but the model is on {sorted(devices)}. Load it with `device_map='cpu'`.")
+    if model.dtype != torch.float32:
+        raise ValueError(f"int8 needs a model in fp32, got {model.dtype}. Load it with `dtype=torch.float32`.")
+    if "encoder" in parts:
+        _quantize_linears(model.model.encoder)
+    if "decoder" in parts:
+        _quantize_linears(model.model.decoder)
+        if model.model.encoder_projection is not None:
+            model.model.encoder_projection = Int8Linear(model.model.encoder_projection)
+        # Tied to the embedding, which is read row by row and stays as it is.
+        model.proj_out = Int8Linear(model.proj_out)
+    # As transformers notes it on quantized models.
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    return model
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether `quantize_int8` made the model, or a part of it, what it is."""
+    return getattr(model, "quantization_method", None) == QUANT_METHOD
+
+
+@register_quantization_config(QUANT_METHOD)
+@dataclass
+class MDMASRInt8Config(QuantizationConfigMixin):
+    """
+    For `from_pretrained(..., quantization_config=MDMASRInt8Config())`: int8 on a CPU, see `int8_mdm_asr`.
+
+    Args:
+        parts (`list[str]`): of "encoder" and "decoder".
+    """
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
+    quant_method: Any = QUANT_METHOD
+
+    def __post_init__(self):
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise ValueError(f"`parts` must be of {list(PARTS)}, got {self.parts!r}.")
+
+
+@register_quantizer(QUANT_METHOD)
+class MDMASRInt8Quantizer(HfQuantizer):
+    """Quantises a model behind the loading of its weights."""
+
+    requires_calibration = False
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        if dtype not in (None, torch.float32):
+            logger.info(f"`dtype={dtype}`: what int8 leaves is loaded in fp32.")
+        return torch.float32
+
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if {str(device) for device in devices} - {"cpu", "None"}:
+            raise ValueError(f"int8 runs on CPUs, got `device_map={device_map!r}`. Load with `device_map='cpu'`.")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+        return quantize_int8(model, tuple(self.quantization_config.parts))
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+__all__ = ["Int8Linear", "MDMASRInt8Config", "MDMASRInt8Quantizer", "is_int8", "quantize_int8"]

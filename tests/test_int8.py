@@ -1,0 +1,105 @@
+import copy
+
+import pytest
+import torch
+from tiny_models import tiny_inputs, tiny_model, tiny_processor
+from torch import nn
+from transformers import AutoModelForSpeechSeq2Seq
+
+from mdm_asr_hf import MDMASRInt8Config, default_checkpoint, quantize_int8
+from mdm_asr_hf.int8_mdm_asr import Int8Linear
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_model("whisper").save_pretrained(path)
+    tiny_processor().save_pretrained(path)
+    return path
+
+
+def test_an_int8_layer_by_hand():
+    linear = nn.Linear(2, 2)
+    with torch.no_grad():
+        # Scales 1 / 127 and 2 / 127: the weights are 127, 64 and -127, 32 of them.
+        linear.weight.copy_(torch.tensor([[1.0, 64 / 127], [-2.0, 64 / 127]]))
+        linear.bias.copy_(torch.tensor([0.0, 1.0]))
+    layer = Int8Linear(linear)
+    # From -1 to 1, the inputs have a scale of 2 / 255.
+    outputs = layer(torch.tensor([[1.0, -1.0]]))
+    torch.testing.assert_close(outputs, torch.tensor([[1 - 64 / 127, 1 - 2 - 64 / 127]]), atol=2e-2, rtol=0)
+    assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (2, 2)
+    assert layer(torch.empty(0, 2)).shape == (0, 2)
+
+
+def test_int8_layers_are_close_to_theirs():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    states = torch.randn(3, 5, 64)
+    exact, close = linear(states), Int8Linear(linear)(states)
+    assert close.shape == exact.shape
+    assert (close - exact).norm() / exact.norm() < 0.02
+    # A row of zeros has no scale of its own.
+    with torch.no_grad():
+        linear.weight[3] = 0.0
+    assert torch.allclose(Int8Linear(linear)(states)[..., 3], linear.bias[3])
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
+@pytest.mark.parametrize("parts", [("encoder",), ("decoder",), ("encoder", "decoder")])
+def test_the_named_parts_become_int8(encoder, parts):
+    model = quantize_int8(tiny_model(encoder), parts)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            part = "encoder" if name.startswith("model.encoder.") else "decoder"
+            assert isinstance(module, Int8Linear) == (part in parts), name
+    features, mask = tiny_inputs(encoder)
+    out = model.generate(features, attention_mask=mask, return_dict_in_generate=True, return_token_timestamps=True)
+    assert out.confidence.isfinite().all() and out.token_timestamps.isfinite().all()
+
+
+def test_from_pretrained_quantizes(folder):
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, quantization_config=MDMASRInt8Config()).eval()
+    by_hand = quantize_int8(AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval())
+    assert isinstance(model.proj_out, Int8Linear) and model.dtype == torch.float32 and model.is_quantized
+    features, mask = tiny_inputs("whisper")
+    assert model.generate(features, attention_mask=mask).equal(by_hand.generate(features, attention_mask=mask))
+    # In half precision on the Hub or not: int8 starts from fp32.
+    config = MDMASRInt8Config(parts=["decoder"])
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float16, quantization_config=config)
+    assert model.dtype == torch.float32 and not isinstance(model.model.encoder.layers[0].fc1, Int8Linear)
+
+
+def test_an_int8_model_refuses_to_be_saved(folder, tmp_path):
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, quantization_config=MDMASRInt8Config())
+    with pytest.raises(ValueError, match="mdm_asr_int8"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be saved. Save the model in fp32"):
+        quantize_int8(tiny_model("whisper")).state_dict()
+
+
+def test_bad_uses_are_named(folder):
+    with pytest.raises(ValueError, match="`parts` must be of"):
+        MDMASRInt8Config(parts=["head"])
+    with pytest.raises(ValueError, match="`parts` must be of"):
+        quantize_int8(tiny_model("whisper"), ())
+    with pytest.raises(ValueError, match="int8 needs a model in fp32"):
+        quantize_int8(tiny_model("whisper").to(torch.bfloat16))
+    with pytest.raises(ValueError, match="int8 runs on CPUs"):
+        quantize_int8(tiny_model("whisper").to("meta"))
+    with pytest.raises(ValueError, match="int8 runs on CPUs"):
+        AutoModelForSpeechSeq2Seq.from_pretrained(folder, device_map="cuda", quantization_config=MDMASRInt8Config())
+
+
+def test_the_default_checkpoint_in_int8_predicts_what_it_does_in_fp32():
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(default_checkpoint(), dtype=torch.float32).eval()
+    int8 = quantize_int8(copy.deepcopy(model))
+    features, mask = tiny_inputs("whisper", seconds=(2.0,))
+    frames, close = model.encode(features, mask), int8.encode(features, mask)
+    difference = (frames.last_hidden_state - close.last_hidden_state).norm() / frames.last_hidden_state.norm()
+    assert difference < 0.2
+    ids = torch.tensor([[16385, 16386, 257, 1285, 16387, 16387, 16387]])
+    exact = model(decoder_input_ids=ids, encoder_outputs=frames).logits.log_softmax(dim=-1)
+    close = int8(decoder_input_ids=ids, encoder_outputs=frames).logits.log_softmax(dim=-1)
+    divergence = (exact.exp() * (exact - close)).sum(dim=-1)
+    assert divergence.max() < 0.1
