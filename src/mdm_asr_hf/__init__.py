@@ -19,6 +19,8 @@ from .generation_mdm_asr import MDMASRGenerateOutput
 from .int8_mdm_asr import MDMASRInt8Config, quantize_int8
 from .modeling_mdm_asr import MDMASRForConditionalGeneration, MDMASRModel, MDMASROutput
 from .objective_mdm_asr import DiffusionObjective
+from .onnx_export_mdm_asr import export_onnx
+from .onnx_mdm_asr import OnnxMDMASR
 from .pipeline_mdm_asr import MDMASRPipeline
 from .processing_mdm_asr import MDMASRProcessor
 from .sampling_mdm_asr import ConfTopKConfig, DFMConfig, EBConfConfig, PBEBConfConfig, RandomConfig
@@ -79,9 +81,11 @@ __all__ = [
     "MDMASRPipeline",
     "MDMASRProcessor",
     "MDMASRTrainingArguments",
+    "OnnxMDMASR",
     "PBEBConfConfig",
     "RandomConfig",
     "default_checkpoint",
+    "export_onnx",
     "load_sources",
     "make_wer_metric",
     "quantize_int8",
