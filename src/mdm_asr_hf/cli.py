@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import cli_evaluation, cli_streaming, cli_transcribe
+from . import cli_evaluation, cli_export, cli_streaming, cli_transcribe
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_model(
     model: str, device: str | None = None, trust_remote_code: bool = False
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
-    Loads a checkpoint, in fp32, and its processor.
+    Loads a checkpoint, in fp32, or a folder that [`export_onnx`] wrote, and its processor.
 
     Raises:
         ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device.
@@ -106,6 +106,12 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
+    from .onnx_mdm_asr import OnnxMDMASR, is_onnx_folder
+
+    if is_onnx_folder(model):
+        if device not in (None, "cpu"):
+            raise ValueError(f"`device` {device!r} cannot be used with the ONNX model {model!r}. Leave it out.")
+        return OnnxMDMASR.from_pretrained(model), AutoProcessor.from_pretrained(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -292,6 +298,7 @@ def saving_code(enabled: bool) -> Iterator[None]:
             one_class._auto_class = name
 
 
+cli_export.register(app)
 cli_evaluation.register(app)
 cli_streaming.register(app)
 

@@ -195,7 +195,9 @@ def _model_identity(source: str) -> list[Any]:
     """A checkpoint's name and, of a folder, what changes when its weights do."""
     from importlib.metadata import version
 
-    weights = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    weights = []
+    if Path(source).is_dir():
+        weights = sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".onnx", ".data"))
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
     return [source, version("mdm_asr_hf"), stats]
 
