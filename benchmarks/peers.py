@@ -33,6 +33,7 @@ OUR_SETTINGS = {
 # Those that have no flag, as generation_config.json calls them; the first may be "none".
 OTHER_SETTINGS = ("active_ahead", "active_behind", "repair_rounds")
 NONE = "none"
+WINDOW = "window-s"
 OUR_DTYPES = ("float32", "float16", "bfloat16", "int8")
 PROCESSOR_NAMES = ("processor_config.json", "preprocessor_config.json")
 
@@ -91,6 +92,14 @@ def split_off(name: str, text: str) -> tuple[str, str]:
     if len(values) > 1 or not all(values):
         raise ValueError(f"`--ours` {text!r}: `{name}=` must have one value.")
     return "".join(values), ",".join(pair for pair in pairs if not pair.startswith(f"{name}="))
+
+
+def read_window_s(text: str) -> float | None:
+    """Of "window-s=7": clips are cut into windows of at most so many seconds; None decodes each as a whole."""
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"`--ours`: `{WINDOW}={text}` must be a number of seconds.") from error
 
 
 def read_ours(text: str) -> tuple[str, str, str]:
@@ -213,17 +222,32 @@ class OurModel:
             self.model, self.processor = _load_onnx(peer.onnx, peer.source, threads)
         else:
             self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
-        self.settings = generation_settings(self.model, **parse_settings(peer.settings))
+        window_s, settings = split_off(WINDOW, peer.settings)
+        self.settings = generation_settings(self.model, **parse_settings(settings))
+        self.window_s, self.transcriber = read_window_s(window_s), None
         self.device = device
         self.new_generator = lambda: torch.Generator().manual_seed(0)
 
     def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
+        if self.window_s is not None:
+            return self._transcribe_windows(clips)
         inputs = self.encoder_inputs(clips)
         # The random and DFM samplers draw; the others leave the generators alone.
         generators = [self.new_generator() for _ in clips]
         output = self.model.generate(**inputs, generation_config=self.settings, generator=generators)
         texts = self.processor.batch_decode(output.sequences)
         return [{"hypothesis": text, "nfe": nfe} for text, nfe in zip(texts, output.nfe.tolist(), strict=True)]
+
+    def _transcribe_windows(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
+        """As `mdm-asr transcribe` and the pipeline do: cut at pauses, all windows of all clips in common batches."""
+        from mdm_asr_hf.transcription_mdm_asr import Transcriber
+
+        if self.transcriber is None:
+            self.transcriber = Transcriber(
+                self.model, self.processor, settings=self.settings, max_window_s=self.window_s, batch_size=64
+            )
+        results = self.transcriber.transcribe_all(clips, sampling_rate=SAMPLING_RATE)
+        return [{"hypothesis": transcript.text, "nfe": transcript.nfe} for _, transcript in results]
 
     def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
         return self.processor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(self.device)

@@ -42,8 +42,8 @@ TOLERANCE = 0.15
 # torch's and CTranslate2's idle threads spin for up to 0.2 s, which the next system must not pay for.
 SETTLE_S = 0.3
 OURS_HELP = (
-    "such as gamma=0.2,steps=128, dtype=int8,gamma=0.2, or onnx=FOLDER,gamma=0.2 for an export in ONNX Runtime; "
-    "repeatable"
+    "such as gamma=0.2,steps=128, dtype=int8,gamma=0.2, window-s=7 for windows of at most 7 s cut at pauses, or "
+    "onnx=FOLDER,gamma=0.2 for an export in ONNX Runtime; repeatable"
 )
 
 
@@ -467,13 +467,24 @@ def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
         work = Path(work)
         work.mkdir(parents=True, exist_ok=True)
         import numpy as np
-        from peers import convert_for_faster_whisper, parse_settings, read_ours, require_faster_whisper, require_onnx
+        from peers import (
+            WINDOW,
+            convert_for_faster_whisper,
+            parse_settings,
+            read_ours,
+            read_window_s,
+            require_faster_whisper,
+            require_onnx,
+            split_off,
+        )
         from rich.console import Console
         from rich.progress import track
 
         # What would fail only after the slow parts.
         for one in args.ours:
             folder, _, settings = read_ours(one)
+            window_s, settings = split_off(WINDOW, settings)
+            read_window_s(window_s)
             parse_settings(settings)
             if folder:
                 require_onnx(folder)

@@ -2,7 +2,8 @@
 """OnnxMDMASR: `generate` on the graphs that `export_onnx` wrote, by ONNX Runtime."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .canvas_mdm_asr import OpenRows
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S, MDMASREncoderOutput
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .generation_mdm_asr import MDMASRGenerationMixin
+from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
 from .onnx_export_mdm_asr import DECODER_FILE, ENCODER_FILE, layer_names, require
 
 
@@ -182,6 +183,11 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         model.name_or_path = str(folder)
         return model
 
+    def generate(self, *args: Any, **kwargs: Any) -> torch.LongTensor | MDMASRGenerateOutput:
+        """See [`MDMASRGenerationMixin.generate`]."""
+        with _one_torch_thread():
+            return super().generate(*args, **kwargs)
+
     def get_decoder(self) -> OnnxDecoder:
         return self.decoder
 
@@ -287,6 +293,20 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             dtype=self.dtype,
             device=self.device,
         )
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """
+    What is left to PyTorch, the sampler, takes one thread. The idle threads of two pools, which spin while they wait,
+    would keep each other from the cores: more than ten times as long a step.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def run(session: Any, names: Sequence[str], feed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
