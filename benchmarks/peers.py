@@ -262,13 +262,10 @@ class OurModel:
 # Several settings of ours share one model.
 @cache
 def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
-    import torch
 
-    from mdm_asr_hf import quantize_int8
     from mdm_asr_hf.cli import load_model
 
-    model, processor = load_model(source, device)
-    return quantize_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype)), processor
+    return load_model(source, device, dtype=dtype)
 
 
 @cache

@@ -414,3 +414,14 @@ def test_the_whole_recording_is_counted(tiny, recordings):
     transcriber = Transcriber(tiny_model(), tiny_processor(), max_window_s=3.0, vad="energy")
     assert len(list(transcriber.transcribe_all(recordings, on_progress=seconds.append))) == 3
     assert sum(seconds) == pytest.approx(27.0) and min(seconds) > 0
+
+
+def test_the_precision_is_an_option(run, tiny, recordings, monkeypatch):
+    import mdm_asr_hf.int8_mdm_asr as int8
+
+    quantized = []
+    monkeypatch.setattr(int8, "quantize_int8", lambda model: quantized.append(model) or model)
+    code, out, _ = run("transcribe", recordings[0], "--model", tiny, *WINDOWS, "--dtype", "int8")
+    assert code == 0 and len(out) == 1 and len(quantized) == 1
+    code, _, err = run("transcribe", recordings[0], "--model", tiny, "--dtype", "int4")
+    assert code == 2 and any("int4" in line for line in err)

@@ -283,6 +283,8 @@ def test_wrong_folders(pair, tmp_path, run_command):
     assert code == 1 and "is not an empty folder" in error
     code, _, error = run_command("transcribe", "--model", pair[2], "--device", "cuda", RECORDING)
     assert code == 1 and "`device` 'cuda'" in error
+    code, _, error = run_command("transcribe", "--model", pair[2], "--dtype", "int8", RECORDING)
+    assert code == 1 and "`dtype` 'int8' cannot be used with the ONNX model" in error
 
 
 def test_wrong_arguments(pair):

@@ -95,22 +95,30 @@ def quiet_libraries() -> Iterator[_Collector]:
 
 
 def load_model(
-    model: str, device: str | None = None, trust_remote_code: bool = False
+    model: str, device: str | None = None, trust_remote_code: bool = False, dtype: str = "float32"
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
-    Loads a checkpoint, in fp32, or a folder that [`export_onnx`] wrote, and its processor.
+    Loads a checkpoint in one of the precisions of `cli_options.DType`, or a folder that [`export_onnx`] wrote, which
+    has its own; and its processor.
 
     Raises:
-        ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device.
+        ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device, or a precision that
+            it does not have.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
 
+    from .int8_mdm_asr import quantize_int8
     from .onnx_mdm_asr import OnnxMDMASR, is_onnx_folder
 
     if is_onnx_folder(model):
         if device not in (None, "cpu"):
             raise ValueError(f"`device` {device!r} cannot be used with the ONNX model {model!r}. Leave it out.")
+        if dtype != "float32":
+            raise ValueError(
+                f"`dtype` {dtype!r} cannot be used with the ONNX model {model!r}. Leave it out, or export it with "
+                "--int8."
+            )
         return OnnxMDMASR.from_pretrained(model), AutoProcessor.from_pretrained(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -146,11 +154,12 @@ def load_model(
         raise ValueError(
             f"The weights of {model!r} do not fit its configuration: {'; '.join(map(str, problems[:5]))}."
         )
-    return loaded.to(device).eval(), processor
+    loaded = loaded.to(device).eval()
+    return quantize_int8(loaded) if dtype == "int8" else loaded.to(getattr(torch, dtype)), processor
 
 
 def load_named_model(
-    model: str, device: str | None = None, trust_remote_code: bool = False
+    model: str, device: str | None = None, trust_remote_code: bool = False, dtype: str = "float32"
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
     [`load_model`] for commands: shows what is being loaded, and names it where that fails.
@@ -160,7 +169,7 @@ def load_named_model(
     """
     try:
         with Console(stderr=True).status(f"loading {escape(model)}"):
-            return load_model(model, device, trust_remote_code)
+            return load_model(model, device, trust_remote_code, dtype)
     except Exception as error:
         # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
         name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "

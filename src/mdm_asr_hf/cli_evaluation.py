@@ -4,7 +4,6 @@
 import json
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,18 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_options import Device, Gamma, Lambda, Model, OtherSettings, Sampler, TrustRemoteCode
+from .cli_options import Device, DType, Gamma, Lambda, Model, OtherSettings, Precision, Sampler, TrustRemoteCode
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
     from .evaluation_data_mdm_asr import EvaluationData
-
-
-class DType(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
 
 
 def register(app: typer.Typer) -> None:
@@ -67,7 +59,7 @@ def evaluate(
     others: OtherSettings = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 8,
     device: Device = None,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations; int8 on CPUs only.")] = DType.float32,
+    dtype: Precision = DType.float32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each data set.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random and DFM samplers.")] = 0,
     batch_1_rows: Annotated[
@@ -160,7 +152,7 @@ def run_evaluation(
     """
     import torch
 
-    from . import DEFAULT_CHECKPOINT_NAME, default_checkpoint, quantize_int8
+    from . import DEFAULT_CHECKPOINT_NAME, default_checkpoint
     from .cli import generation_settings, load_named_model
     from .evaluation_mdm_asr import (
         evaluate_model,
@@ -172,8 +164,7 @@ def run_evaluation(
 
     index, _ = process_index_and_number(device)
     path = model or str(default_checkpoint())
-    loaded, processor = load_named_model(path, device, trust_remote_code)
-    loaded = quantize_int8(loaded) if dtype == "int8" else loaded.to(getattr(torch, dtype))
+    loaded, processor = load_named_model(path, device, trust_remote_code, dtype)
     settings = generation_settings(loaded, **sampler_settings)
     results = {}
     for name, one in data.items():

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .cli_options import Device, Model, TrustRemoteCode, split_words
+from .cli_options import Device, DType, Model, Precision, TrustRemoteCode, split_words
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def stream(
         str | None, typer.Option(metavar="NAME", help="The microphone, by number or a part of its name.")
     ] = None,
     device: Device = None,
+    dtype: Precision = DType.float32,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
@@ -82,7 +83,8 @@ def stream(
         raise cli.Failure(error) from error
     with cli.quiet_libraries() as collector:
         try:
-            loaded, processor = cli.load_named_model(model or str(default_checkpoint()), device, trust_remote_code)
+            folder = model or str(default_checkpoint())
+            loaded, processor = cli.load_named_model(folder, device, trust_remote_code, dtype.value)
             settings = cli.generation_settings(loaded)
             if language not in (None, "auto"):
                 build_prompt_ids(settings.prompt_template or {"tokens": [0]}, language=language)

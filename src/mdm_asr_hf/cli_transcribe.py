@@ -13,7 +13,18 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.text import Text
 
 from .cli_journal import fingerprint
-from .cli_options import Device, Gamma, Lambda, Model, OtherSettings, Sampler, TrustRemoteCode, split_words
+from .cli_options import (
+    Device,
+    DType,
+    Gamma,
+    Lambda,
+    Model,
+    OtherSettings,
+    Precision,
+    Sampler,
+    TrustRemoteCode,
+    split_words,
+)
 from .cli_output import Format, Timestamps, Writer, make_writer
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
@@ -88,6 +99,7 @@ def transcribe(
     ] = None,
     others: OtherSettings = None,
     device: Device = None,
+    dtype: Precision = DType.float32,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")] = 8,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -113,7 +125,7 @@ def transcribe(
         words = split_words(hotwords)
         with_times = timestamps is Timestamps.word or (timestamps is None and writer.wants_times)
         try:
-            loaded, processor = cli.load_named_model(source, device, trust_remote_code)
+            loaded, processor = cli.load_named_model(source, device, trust_remote_code, dtype.value)
             settings = cli.generation_settings(
                 loaded,
                 sampler=sampler,
@@ -138,6 +150,7 @@ def transcribe(
             # Whatever decides a result; the batch size does not.
             decisive = {
                 "model": _model_identity(source),
+                "dtype": dtype.value,
                 "settings": settings.to_dict(),
                 "window_s": transcriber.max_window_s,
                 "vad": getattr(transcriber.vad, "name", None),
