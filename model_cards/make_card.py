@@ -91,6 +91,9 @@ def decoding_settings(settings: dict[str, Any]) -> dict[str, Any]:
     shown["steps"] = settings["max_denoising_steps"]
     length = settings.get("canvas", {}).get("canvas_length")
     shown["canvas"] = "adaptive" if length is None else f"{length} tokens"
+    if "active_window" in settings:
+        ahead = settings["active_window"]["active_ahead"]
+        shown["window"] = "whole canvas" if ahead is None else ahead
     if settings.get("temperature"):
         shown["temperature"] = settings["temperature"]
     if settings.get("dtype"):
