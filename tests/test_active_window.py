@@ -189,6 +189,11 @@ def test_samplers_that_choose_among_the_whole_canvas_get_it():
         assert_same(*outputs)
 
 
+def test_without_a_bound_all_is_committed_at_once():
+    out = transcribe(tiny_model("whisper"), gamma=float("inf"), active_ahead=2)
+    assert out.nfe.tolist() == [1, 1, 1]
+
+
 def test_eb_conf_uses_the_window():
     model = tiny_model("whisper")
     out = transcribe(model, sampler="eb_conf", gamma=1e6, active_ahead=2, max_denoising_steps=200)

@@ -117,7 +117,8 @@ def test_settings_reach_generate(run):
     one_a_step = nfe("--gamma", 0, "--steps", 100)
     assert nfe() < one_a_step
     # Without position bias, end of text and words compete, so that it takes another number of steps.
-    assert nfe("--gamma", 0, "--steps", 100, "--lambda", 0) != one_a_step
+    # Within the window, the order seldom changes how many steps there are.
+    assert nfe("--gamma", 0, "--steps", 100, "--lambda", 0, "--set", "active_ahead=null") != one_a_step
     assert nfe("--sampler", "conf_top_k", "--steps", 3) <= 3
 
 

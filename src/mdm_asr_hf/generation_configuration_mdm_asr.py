@@ -24,7 +24,7 @@ class MDMASRGenerationConfig(GenerationConfig):
         temperature (`float`): 0 takes the most probable token, above 0 draws from softmax(logits / temperature).
         active_ahead (`int`, *optional*):
             Samplers bounded by entropy compute and commit only so many canvas positions from the first open one on,
-            see `active_window_mdm_asr`. None computes the whole canvas in every step, as the paper does.
+            see `active_window_mdm_asr`. None, or gamma = inf, computes the whole canvas, as the paper does.
         active_behind (`int`): how many positions behind the first open one are computed again in every step.
         canvas_length (`int`, *optional*):
             A fixed number of canvas tokens (the paper's is 256). None adapts it to each utterance's duration:

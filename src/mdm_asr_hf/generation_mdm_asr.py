@@ -2,6 +2,7 @@
 """generate(): from audio features to token ids in a few denoising steps, for MDM-ASR (arXiv 2602.18952)."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -530,8 +531,10 @@ class MDMASRGenerationMixin:
         """
         rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
         sequences = torch.cat([prompt_ids, canvas.tokens[rows]], dim=-1)
-        # The other samplers choose among the whole canvas.
-        if settings.active_ahead is not None and isinstance(settings.sampler_config, EBConfConfig):
+        sampler = settings.sampler_config
+        # The other samplers choose among the whole canvas, and without a bound all of it is committed at once.
+        is_bounded = isinstance(sampler, EBConfConfig) and not math.isinf(sampler.gamma)
+        if settings.active_ahead is not None and is_bounded:
             outputs, within = self._run_window(open_rows, canvas, sequences, candidates, settings)
         else:
             visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask[rows]], dim=-1)
