@@ -13,7 +13,6 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +261,6 @@ class OurModel:
 # Several settings of ours share one model.
 @cache
 def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
-
     from mdm_asr_hf.cli import load_model
 
     return load_model(source, device, dtype=dtype)
@@ -275,10 +273,9 @@ def _load_onnx(folder: str, source: str, threads: int) -> tuple[Any, Any]:
 
     from mdm_asr_hf.onnx_mdm_asr import OnnxMDMASR
 
-    options = {"num_threads": threads} if "num_threads" in signature(OnnxMDMASR.from_pretrained).parameters else {}
     has_processor = any((Path(folder) / name).exists() for name in PROCESSOR_NAMES)
     processor = AutoProcessor.from_pretrained(folder if has_processor else source)
-    return OnnxMDMASR.from_pretrained(folder, **options), processor
+    return OnnxMDMASR.from_pretrained(folder, num_threads=threads), processor
 
 
 def _torch(threads: int) -> Any:

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -540,15 +540,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
             parser.error(f"--{name} must be at least 1")
     if min(args.batch_sizes) < 1:
         parser.error("--batch-sizes must be at least 1")
+    is_whole = args.data and args.output and not args.rescore
+    if is_whole and not args.donor and set(args.skip) != {"transformers", "faster-whisper"}:
+        parser.error("--donor is needed, or --skip transformers faster-whisper")
+    return run_or_rescore(parser, args, lambda: run(args, arguments), write_results, to_markdown)
+
+
+def run_or_rescore(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    run: Callable[[], dict[str, Any]],
+    write_results: Callable[[Path], dict[str, Any]],
+    to_markdown: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Runs the benchmark, or with `--rescore` only makes its tables again; prints them and returns the summary."""
+    if not args.rescore and not (args.data and args.output):
+        parser.error("--data and --output are needed")
     try:
-        if args.rescore:
-            summary = write_results(args.rescore)
-        elif not (args.data and args.output):
-            parser.error("--data and --output are needed")
-        elif not args.donor and set(args.skip) != {"transformers", "faster-whisper"}:
-            parser.error("--donor is needed, or --skip transformers faster-whisper")
-        else:
-            summary = run(args, arguments)
+        summary = write_results(args.rescore) if args.rescore else run()
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(to_markdown(summary))

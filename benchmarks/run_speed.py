@@ -29,8 +29,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from run_peers import SETTLE_S, THREAD_VARIABLES, batches_of, describe_run
-from speed_tables import write_results
+from run_peers import SETTLE_S, THREAD_VARIABLES, batches_of, describe_run, run_or_rescore
+from speed_tables import to_markdown, write_results
 
 RATE_HZ = 16_000
 OWN_SETTINGS = "its own settings"
@@ -456,19 +456,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             parser.error("--backend onnx is for --device cpu")
         if args.data and len(args.data) > 1:
             parser.error("stages takes one folder as --data")
-    try:
-        if args.rescore:
-            summary = write_results(args.rescore)
-        elif not (args.data and args.output):
-            parser.error("--data and --output are needed")
-        else:
-            summary = run(args, arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    from speed_tables import to_markdown
-
-    print(to_markdown(summary))
-    return summary
+    return run_or_rescore(parser, args, lambda: run(args, arguments), write_results, to_markdown)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ class ActiveWindow:
         """
         num_positions = sequences.shape[1]
         positions = torch.arange(num_positions, device=sequences.device)
-        is_open_row = candidates.any(dim=-1)
-        first = torch.where(is_open_row, candidates.int().argmax(dim=-1), 0)
+        # 0 where a row has none.
+        first = candidates.int().argmax(dim=-1)
         last_known = (((sequences != mask_token_id) & is_text) * positions).amax(dim=-1)
         ends = torch.maximum(first + ahead, last_known + 1)
         ends = torch.where(is_last, lengths, torch.minimum(ends, lengths)).clamp(min=2)
