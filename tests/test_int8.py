@@ -25,9 +25,11 @@ def test_an_int8_layer_by_hand():
         linear.weight.copy_(torch.tensor([[1.0, 64 / 127], [-2.0, 64 / 127]]))
         linear.bias.copy_(torch.tensor([0.0, 1.0]))
     layer = Int8Linear(linear)
-    # From -1 to 1, the inputs have a scale of 2 / 255.
-    outputs = layer(torch.tensor([[1.0, -1.0]]))
-    torch.testing.assert_close(outputs, torch.tensor([[1 - 64 / 127, 1 - 2 - 64 / 127]]), atol=2e-2, rtol=0)
+    # Each row has a scale of its own, 1 / 127 and 1000 / 127 here: 0.3 is 38 of the former.
+    outputs = layer(torch.tensor([[1.0, -0.3], [1000.0, -1000.0]]))
+    rounded = 38 / 127 * 64 / 127
+    expected = torch.tensor([[1 - rounded, 1 - 2 - rounded], [1000 * (1 - 64 / 127), 1 - 1000 * (2 + 64 / 127)]])
+    torch.testing.assert_close(outputs, expected)
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (2, 2)
     assert layer(torch.empty(0, 2)).shape == (0, 2)
 
@@ -43,6 +45,16 @@ def test_int8_layers_are_close_to_theirs():
     with torch.no_grad():
         linear.weight[3] = 0.0
     assert torch.allclose(Int8Linear(linear)(states)[..., 3], linear.bias[3])
+
+
+def test_a_row_does_not_depend_on_the_others():
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(64, 48))
+    states = torch.randn(4, 5, 64) * torch.tensor([1.0, 1e-3, 1e3, 0.0])[:, None, None]
+    outputs = layer(states)
+    for row, output in zip(states, outputs, strict=True):
+        assert layer(row).equal(output)
+    assert outputs.isfinite().all() and outputs[3].equal(layer.bias.expand(5, 48))
 
 
 @pytest.mark.parametrize("encoder", ["whisper", "parakeet"])

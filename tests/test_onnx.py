@@ -234,6 +234,28 @@ def test_transcriber_pipeline_and_stream(golden):
     assert output == expected and len(output) > 3
 
 
+def test_scales_of_positions_change_nothing_but_the_rounding(pair):
+    import onnx
+    import onnxruntime
+
+    file = pair[2] / "encoder.onnx"
+    graph = onnx.load(file)
+    onnx_export_mdm_asr._untie_output(graph)
+    before = [node.op_type for node in graph.graph.node]
+    onnx_export_mdm_asr._scale_positions(graph)
+    after = [node.op_type for node in graph.graph.node]
+    num_products = sum(node.input[0].endswith(".scaled") for node in graph.graph.node)
+    # Two layers' queries, keys and values, output and feed-forward, and two layers' cross-attention of the frames.
+    assert num_products == 2 * 6 + 2 * 2 and after.count("ReduceMax") - before.count("ReduceMax") == 2 * 4 + 1
+    features, mask = tiny_inputs(seconds=(1.0, 0.4))
+    inputs = {"input_features": features.numpy(), "attention_mask": mask.long().numpy()}
+    expected, output = (
+        onnxruntime.InferenceSession(one).run(None, inputs) for one in (str(file), graph.SerializeToString())
+    )
+    for one, other in zip(output, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(one), torch.from_numpy(other), rtol=1e-4, atol=1e-5)
+
+
 def test_int8(golden, tmp_path, monkeypatch, run_command):
     model, _, processor, exported = golden
     for name in ("_export_encoder", "_export_decoder"):

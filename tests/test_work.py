@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdm_asr_hf.int8_mdm_asr import Int8Linear
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -126,25 +128,12 @@ def test_macs_and_positions_by_hand():
     assert "encode" not in vars(model) and "forward" not in vars(model.model.decoder)
 
 
-# PyTorch means to move its quantised tensors to another package.
-@pytest.mark.filterwarnings("ignore:torch.quantize_per:UserWarning")
 def test_int8_layers_count_as_the_others_do():
     from tiny_models import tiny_model
 
-    class Int8(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            weight = linear.weight.detach()
-            scales, zeros = torch.full((len(weight),), 0.1).double(), torch.zeros(len(weight), dtype=torch.long)
-            weight = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
-
-        def forward(self, states):
-            return torch.ops.quantized.linear_dynamic(states, self.packed, False)
-
     model = tiny_model()
     expected = generate(model, 50, canvas_length=4)[0].macs
-    model.proj_out = Int8(model.proj_out)
+    model.proj_out = Int8Linear(model.proj_out)
     assert generate(model, 50, canvas_length=4)[0].macs == expected
 
 

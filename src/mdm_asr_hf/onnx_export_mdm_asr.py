@@ -313,14 +313,16 @@ def _attention(
 
 def _quantize(path: Path) -> None:
     """
-    Quantises, in place, the matrix products of a graph. Embeddings stay as they are: the tied table would be made
-    floats again as a whole in every step.
+    Quantises, in place, the matrix products of a graph with weights, with one scale per output channel and one per
+    position of the input. Embeddings stay as they are: the tied table would be made floats again as a whole in every
+    step.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(path)
     _untie_output(graph)
+    _scale_positions(graph)
     is_large = graph.ByteSize() > MAX_EMBEDDED_BYTES
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
@@ -361,6 +363,43 @@ def _untie_output(model: Any) -> None:
     used = {name for node in model.graph.node for name in node.input}
     for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
         model.graph.initializer.remove(tensor)
+
+
+def _scale_positions(model: Any) -> None:
+    """
+    Divides the inputs of products with weights by each position's largest value, and multiplies their results by it:
+    the quantiser's one scale per call is then the same for all positions, see `int8_mdm_asr`.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    constants = {"int8.axis": np.array([-1]), "int8.least": np.array(torch.finfo(torch.float32).tiny, np.float32)}
+    nodes, scaled = [], set()
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            source, result = node.input[0], node.output[0]
+            largest, small, product = f"{source}.largest", f"{source}.scaled", f"{result}.unscaled"
+            # Queries, keys and values have the same input.
+            if source not in scaled:
+                scaled.add(source)
+                nodes += [
+                    helper.make_node("Abs", [source], [f"{source}.abs"], name=f"{source}.abs"),
+                    helper.make_node(
+                        "ReduceMax", [f"{source}.abs", "int8.axis"], [f"{source}.max"], name=f"{source}.max"
+                    ),
+                    helper.make_node("Max", [f"{source}.max", "int8.least"], [largest], name=largest),
+                    helper.make_node("Div", [source, largest], [small], name=small),
+                ]
+            node.input[0], node.output[0] = small, product
+            nodes += [node, helper.make_node("Mul", [product, largest], [result], name=f"{result}.scale")]
+        else:
+            nodes.append(node)
+    nodes = [copy.deepcopy(node) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
 
 
 __all__ = ["DecoderGraph", "EncoderGraph", "export_onnx", "layer_names", "require"]
