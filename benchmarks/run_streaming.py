@@ -3,12 +3,12 @@
 """
 Streams recordings through StreamingTranscriber as if they were live, and measures what that costs against offline.
 
-    python benchmarks/run_streaming.py --data DIR --output OUT [--clips 40] [--joined 4] [--policy margin_s=0.6 ...]
+    python benchmarks/run_streaming.py --data DIR --output OUT [--clips 40] [--joined 4] [--dtype int8]
+        [--step-s 0.3] [--policy margin_s=0.6 ...]
     python benchmarks/run_streaming.py --rescore OUT
 
-DIR is an audiofolder: audio files and a metadata.jsonl with `file_name`, `text` and `duration_s` per line. Recordings
-are clips of `--min-s` to `--max-s` seconds, drawn by seed, and `--joined` recordings of about `--joined-s` seconds,
-made of such utterances one after the other. Writes
+DIR is what `mdm-asr evaluate` takes as `--data`. Recordings are clips of `--min-s` to `--max-s` seconds, drawn by
+seed, and `--joined` recordings of about `--joined-s` seconds, made of such utterances one after the other. Writes
     OUT/raw.jsonl     the run; per recording the reference, every update of the stream with its words, their times and
                       the seconds of computing, and the offline text
     OUT/results.json  the numbers, from raw.jsonl alone, as `--rescore OUT` makes them again
@@ -31,29 +31,32 @@ from statistics import mean, median
 from types import SimpleNamespace
 from typing import Any
 
+from mdm_asr_hf.cli_options import DType
+
 PACKAGES = ("mdm_asr_hf", "transformers", "torch", "numpy", "jiwer")
 
 
 # Recordings
 
 
-def choose_recordings(entries: list[dict[str, Any]], arguments: argparse.Namespace) -> list[list[dict[str, Any]]]:
-    """Lists of entries to be joined: `clips` of one, and `joined` of about `joined_s` seconds."""
+def choose_recordings(durations_s: list[float], arguments: argparse.Namespace) -> list[list[int]]:
+    """Lists of clips to be joined: `clips` of one, and `joined` of about `joined_s` seconds."""
     rng = random.Random(arguments.seed)
-    if arguments.corpus:
-        entries = [one for one in entries if one.get("corpus") == arguments.corpus]
-    fitting = [one for one in entries if arguments.min_s <= one["duration_s"] <= arguments.max_s]
+    fitting = [i for i, duration_s in enumerate(durations_s) if arguments.min_s <= duration_s <= arguments.max_s]
     rng.shuffle(fitting)
     chosen = [[one] for one in fitting[: arguments.clips]]
     pool = fitting[arguments.clips :]
     for _ in range(arguments.joined):
         recording = []
-        while pool and sum(one["duration_s"] for one in recording) < arguments.joined_s:
+        while pool and sum(durations_s[i] for i in recording) < arguments.joined_s:
             recording.append(pool.pop())
         if recording:
             chosen.append(recording)
     if not chosen:
-        raise SystemExit(f"`--data` holds no clip of {arguments.min_s} to {arguments.max_s} s.")
+        raise SystemExit(
+            f"`--data {arguments.data}` holds no clip of {arguments.min_s} to {arguments.max_s} s, or `--clips` and "
+            "`--joined` ask for none. Change `--min-s` and `--max-s`."
+        )
     return chosen
 
 
@@ -123,6 +126,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "wer_streaming": wer("streaming"),
         **{name: wer(name) for name in rows[0] if name.startswith("offline")},
         "first_text_s": describe(first),
+        "first_text_within_1_s": sum(one <= 1 for one in first),
         "commit_latency_s": describe(commit),
         "commit_latency_without_computing_s": describe(waited),
         "compute_per_update_s": describe(compute),
@@ -171,19 +175,21 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from mdm_asr_hf import default_checkpoint, streaming_mdm_asr
     from mdm_asr_hf.audio_mdm_asr import load_audio
     from mdm_asr_hf.cli import load_model
+    from mdm_asr_hf.evaluation_data_mdm_asr import load_data
     from mdm_asr_hf.streaming_mdm_asr import StreamingPolicy, StreamingTranscriber
 
     if arguments.clock == "process":
         streaming_mdm_asr.time = SimpleNamespace(perf_counter=time.process_time)
     torch.set_num_threads(arguments.threads)
-    model, processor = load_model(arguments.model or str(default_checkpoint()), arguments.device)
+    model, processor = load_model(
+        arguments.model or str(default_checkpoint()), arguments.device, dtype=arguments.dtype
+    )
     rate_hz = processor.feature_extractor.sampling_rate
     policy = StreamingPolicy(**dict(parse_setting(one) for one in arguments.policy))
     transcriber = StreamingTranscriber(
         model, processor, step_s=arguments.step_s, max_window_s=arguments.max_window_s, policy=policy
     )
-    folder = Path(arguments.data)
-    entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines() if line]
+    data = load_data(arguments.data)
     rows = [
         {
             "run": {
@@ -191,6 +197,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "versions": {name: version(name) for name in PACKAGES},
                 "machine": {"processor": platform.machine(), "load": os.getloadavg()},
                 "threads": arguments.threads,
+                "dtype": arguments.dtype,
                 "clock": arguments.clock,
                 "policy": dataclasses.asdict(policy),
                 "step_s": arguments.step_s,
@@ -198,17 +205,17 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             }
         }
     ]
-    for number, recording in enumerate(choose_recordings(entries, arguments)):
-        clips = [load_audio(folder / one["file_name"], target_sampling_rate=rate_hz) for one in recording]
+    for number, recording in enumerate(choose_recordings([one["duration_s"] for one in data.rows], arguments)):
+        clips = [load_audio(data.clip(i), target_sampling_rate=rate_hz) for i in recording]
         samples = np.concatenate(clips)
         if number == 0:
             stream_one(transcriber, samples[: 3 * rate_hz], rate_hz)
         updates = stream_one(transcriber, samples, rate_hz)
         row = {
-            "files": [one["file_name"] for one in recording],
+            "files": [data.rows[i]["id"] for i in recording],
             "duration_s": len(samples) / rate_hz,
             "onset_s": onset(samples, rate_hz),
-            "reference": " ".join(one["text"] for one in recording),
+            "reference": " ".join(data.rows[i]["text"] for i in recording),
             "streaming": updates[-1]["committed"],
         }
         # The utterances one by one: the best that cutting at pauses could do.
@@ -230,11 +237,12 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="an audiofolder")
+    parser.add_argument("--data", help="a folder or manifest of recordings, or the name of a data set")
     parser.add_argument("--output", help="the folder to write")
     parser.add_argument("--rescore", metavar="OUT", help="compute results.json again")
     parser.add_argument("--model", help="folder or id; default: the checkpoint in the package")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=[one.value for one in DType])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--clock",
@@ -247,12 +255,11 @@ def main() -> None:
     parser.add_argument("--joined-s", type=float, default=60.0)
     parser.add_argument("--min-s", type=float, default=5.0)
     parser.add_argument("--max-s", type=float, default=20.0)
-    parser.add_argument("--corpus", help="only rows of this `corpus`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step-s", type=float, default=0.5)
     parser.add_argument("--max-window-s", type=float)
     parser.add_argument("--policy", nargs="*", default=[], metavar="NAME=VALUE", help="fields of StreamingPolicy")
-    parser.add_argument("--offline-steps", nargs="*", type=int, default=[32, 128])
+    parser.add_argument("--offline-steps", nargs="*", type=int, default=[128])
     arguments = parser.parse_args()
     output = Path(arguments.rescore or arguments.output or "")
     if arguments.rescore:

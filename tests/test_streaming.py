@@ -204,16 +204,38 @@ def test_the_drafted_prefix_is_what_was_committed_in_the_window():
 def test_a_word_waits_for_agreement_and_for_its_margin():
     samples, _ = speak([2, 3, 4, 5])
     # In this audio, the first word ends at 0.56 s, and hypotheses are made at 0.5, 1.0, 1.5 s.
-    policy = StreamingPolicy(agreement=2, margin_s=0.4, min_confidence=0.5)
+    policy = StreamingPolicy(first_step_s=0.5, agreement=2, margin_s=0.4, min_confidence=0.5)
     updates = list(transcriber_of(Listener(), policy=policy).stream(cut(samples, [8000])))
     assert [w.text for w in updates[0].new + updates[1].new] == []
     assert updates[2].new[0].text == word_of(2)
-    eager = StreamingPolicy(agreement=1, margin_s=0.4, min_confidence=0.5)
+    eager = StreamingPolicy(first_step_s=0.5, agreement=1, margin_s=0.4, min_confidence=0.5)
     updates = list(transcriber_of(Listener(), policy=eager).stream(cut(samples, [8000])))
     assert [w.text for w in updates[1].new] == [word_of(2)]
-    strict = StreamingPolicy(agreement=1, margin_s=0.4, min_confidence=0.95)
+    strict = StreamingPolicy(first_step_s=0.5, agreement=1, margin_s=0.4, min_confidence=0.95)
     updates = list(transcriber_of(Listener(), policy=strict).stream(cut(samples, [8000])))
     assert [bool(update.new) for update in updates] == [False] * (len(updates) - 1) + [True]
+
+
+def test_steps_are_short_until_a_window_has_its_first_text():
+    samples, times = speak([2, 3, 4], [GAP_S, PAUSE_S, 1.0])
+    updates = list(transcriber_of(Listener(), step_s=0.6).stream(cut(samples, [160])))
+    texts = [update.time_s for update in updates if update.committed or update.partial]
+    # The first word begins at 0.2 s and is one from 0.12 s on; then the steps are long, to the pause.
+    assert texts[:3] == pytest.approx([0.4, 1.0, 1.6])
+    later = next(one.time_s for one in updates if one.partial and one.time_s > times[2][0])
+    assert times[2][0] + 0.12 < later <= times[2][0] + 0.12 + 0.2
+    even = StreamingPolicy(first_step_s=5.0)
+    updates = list(transcriber_of(Listener(), step_s=0.6, policy=even).stream(cut(samples, [160])))
+    assert all(round(update.time_s % 0.6, 3) in (0.0, 0.6) for update in updates[:-1])
+
+
+def test_noise_without_words_gets_short_steps_only_at_first():
+    model = Deaf()
+    noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE).astype(np.float32)
+    policy = StreamingPolicy(first_step_s=0.2, pre_roll_s=0.2)
+    transcriber_of(model, policy=policy, step_s=0.5).feed(noise)
+    # At 0.2, 0.4 ... 1.2 s, and then every half second.
+    assert len(model.calls) == 6 + 5
 
 
 def test_a_pause_commits_everything_and_starts_a_new_window():
@@ -348,8 +370,9 @@ def test_scripts_without_blanks_are_committed_token_by_token():
 def test_keep_up_decodes_the_newest_audio_and_no_step_before():
     samples, _ = speak([1, 2, 3, 4, 5])
     patient, hurried = Listener(), Listener()
-    transcriber_of(patient).feed(samples[: 2 * RATE])
-    transcriber = transcriber_of(hurried, keep_up=True)
+    policy = StreamingPolicy(first_step_s=0.5)
+    transcriber_of(patient, policy=policy).feed(samples[: 2 * RATE])
+    transcriber = transcriber_of(hurried, keep_up=True, policy=policy)
     transcriber.feed(samples[: 2 * RATE])
     assert (len(patient.calls), len(hurried.calls)) == (4, 1)
     transcriber.feed(samples[2 * RATE :])
@@ -407,7 +430,13 @@ def test_errors_name_the_argument_and_a_finished_stream_can_be_reset():
     ):
         with pytest.raises(ValueError, match=name):
             transcriber_of(Listener(), **arguments)
-    for arguments in ({"agreement": 0}, {"partial_steps": 1.5}, {"margin_s": -1}, {"pause_s": float("nan")}):
+    for arguments in (
+        {"first_step_s": 0.0},
+        {"agreement": 0},
+        {"partial_steps": 1.5},
+        {"margin_s": -1},
+        {"pause_s": float("nan")},
+    ):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             StreamingPolicy(**arguments)
     transcriber = transcriber_of(Listener())
@@ -587,9 +616,9 @@ def test_ctrl_c_amid_decoding_loses_no_word():
 
     chunks = iter(cut(samples, [1600]))
     updates = list(cli_streaming._updates(transcriber_of(Interrupted()), chunks, RATE))
-    # The third hypothesis, of 1.5 s, came to its end; what came later was not heard.
+    # The third hypothesis, of 1.4 s, came to its end; what came later was not heard.
     assert [word.text for word in check_updates(updates)][:2] == [word_of(1), word_of(2)]
-    assert updates[-2].time_s == updates[-1].time_s == 1.5
+    assert updates[-2].time_s == updates[-1].time_s == 1.4
 
 
 def test_a_file_is_played_as_fast_as_it_was_spoken(monkeypatch):

@@ -47,7 +47,9 @@ def stream(
         bool,
         typer.Option("--realtime/--no-realtime", help="Play FILE as fast as it was spoken, or as fast as it goes."),
     ] = True,
-    step_s: Annotated[float, typer.Option(help="Seconds of audio from one hypothesis to the next.")] = 0.5,
+    step_s: Annotated[
+        float, typer.Option(help="Seconds of audio from one hypothesis to the next; the first text comes sooner.")
+    ] = 0.5,
     max_window_s: Annotated[
         float | None, typer.Option("--window-s", help="The longest audio decoded at once. Default: 8.")
     ] = None,

@@ -24,6 +24,8 @@ FRAME_S = 0.02
 LOWEST_LEVEL_DB = -80.0
 # Longer windows cost more time and, with the default checkpoint, win nothing.
 MAX_WINDOW_S = 8.0
+# A window whose text has not come by then is taken for noise, which is not worth the shorter steps.
+FIRST_TEXT_S = 1.0
 # How far the times of tokens may be off.
 BOUNDARY_S = 0.1
 # Scripts written without blanks: each of their tokens may end a unit that is committed.
@@ -36,6 +38,8 @@ class StreamingPolicy:
     When audio is decoded and when words are committed. `benchmarks/run_streaming.py` measures what the values cost.
 
     Attributes:
+        first_step_s (`float`): instead of the transcriber's `step_s` where that is more, until a window has its first
+            text: so little audio is decoded fast, and most of the wait would be for the step to end.
         agreement (`int`): a word is committed that so many successive hypotheses have, all words before it included
             (local agreement, arXiv 2005.11185).
         margin_s (`float`): and that ends at least this long before the end of the audio: what comes next may change
@@ -55,6 +59,7 @@ class StreamingPolicy:
         start_floor_db (`float`): the noise floor at the start, in dB of full scale.
     """
 
+    first_step_s: float = 0.2
     agreement: int = 2
     margin_s: float = 0.6
     min_confidence: float = 0.5
@@ -74,6 +79,7 @@ class StreamingPolicy:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        _check_seconds("first_step_s", self.first_step_s, FRAME_S)
         for name in (
             "margin_s",
             "min_confidence",
@@ -197,11 +203,11 @@ class StreamingTranscriber:
     """
     Transcribes one stream of audio of any length, in bounded memory and with bounded work per second.
 
-    Every `step_s` of audio, the window of the latest seconds is encoded, and a canvas is laid that begins with the
-    tokens committed in it and is masked behind them. What two successive hypotheses agree on, well before the end of
-    the audio, is committed. A pause commits everything and starts a new window. A window that has become too long is
-    cut at a word boundary, and the last committed words stay in it as the prefix. Stretches without speech are not
-    decoded at all.
+    Every `step_s` of audio, and more often until there is a first text, the window of the latest seconds is encoded,
+    and a canvas is laid that begins with the tokens committed in it and is masked behind them. What two successive
+    hypotheses agree on, well before the end of the audio, is committed. A pause commits everything and starts a new
+    window. A window that has become too long is cut at a word boundary, and the last committed words stay in it as the
+    prefix. Stretches without speech are not decoded at all.
 
     The text depends on the samples alone, not on how they were cut into chunks, unless `keep_up` is set.
 
@@ -251,6 +257,7 @@ class StreamingTranscriber:
         self.rate_hz = int(processor.feature_extractor.sampling_rate)
         self.frame_size = round(self.rate_hz * FRAME_S)
         self.step_frames = round(_check_seconds("step_s", step_s, FRAME_S) / FRAME_S)
+        self.first_step_frames = min(round(self.policy.first_step_s / FRAME_S), self.step_frames)
         if max_window_s is None:
             max_window_s = min(MAX_WINDOW_S, getattr(self.settings, "max_window_s", None) or MAX_WINDOW_S)
         shortest = max(2.0, self.policy.context_s + self.policy.margin_s + 2 * step_s)
@@ -362,10 +369,15 @@ class StreamingTranscriber:
         if len(samples):
             self._pending.append(samples)
             self._num_pending += len(samples)
-        size = self.step_frames * self.frame_size
-        while self._num_pending >= size:
+        while self._num_pending >= (size := self._next_step_frames() * self.frame_size):
             is_decoded = not self.keep_up or self._num_pending < 2 * size
             yield from self._step(self._take_pending(size), is_decoded)
+
+    def _next_step_frames(self) -> int:
+        window = self._window
+        has_text = bool(window.prefix or window.tail_keys)
+        is_new = not has_text and window.duration_s < self.policy.pre_roll_s + FIRST_TEXT_S
+        return self.first_step_frames if is_new else self.step_frames
 
     def _step(self, samples: np.ndarray, is_decoded: bool) -> list[StreamUpdate]:
         """Adds audio of whole frames to the window; decodes it if that is asked for or the window is full."""
