@@ -5,13 +5,14 @@ Fits how a checkpoint's confidences are calibrated, and measures the calibration
 
     python training/fit_confidence.py --train DIR --eval DIR1 DIR2 ... --output OUT [--write]
 
-The recordings of --train get noise, rooms and other speeds, each in two ways: a checkpoint knows those it was trained
-on too well, and its errors on them would be too few. What is kept of four forms (temperature; with a bias; with the
-utterance's mean; with mean and pace, see `confidence_mdm_asr.calibrate`) is the one of the lowest negative
-log-likelihood of words on groups left out (the column "corpus" of --train, if it has one, else one in five
-utterances). A form with more numbers has to be better by 0.5 %. The data of --eval decide nothing.
+Everything is decoded with the checkpoint's own settings. The recordings of --train get noise, rooms and other speeds,
+each in three ways: a checkpoint knows those it was trained on too well, and its errors on them would be too few. What
+is kept of the forms in `FORMS` (see `confidence_mdm_asr.calibrate`) is the one of the lowest negative log-likelihood
+of words on groups left out (the column "corpus" of --train, if it has one, else one in five utterances), in which all
+groups count alike, however large. A form with more numbers has to be better by 0.5 %. The data of --eval decide
+nothing.
 
-Writes OUT/report.json and OUT/report.md, and OUT/{train,NAME}-{SETTING}.jsonl with every token's confidence before
+Writes OUT/report.json and OUT/report.md, and OUT/train.jsonl and OUT/NAME.jsonl with every token's confidence before
 calibration, from which `--reuse` computes everything again. `--write` stores the result in the checkpoint's
 generation_config.json.
 """
@@ -34,15 +35,18 @@ from mdm_asr_hf.evaluation_mdm_asr import load_data
 from mdm_asr_hf.scoring_mdm_asr import bootstrap_draws, count_errors, normaliser, word_confidences
 from mdm_asr_hf.transcript_mdm_asr import token_texts
 
-SETTINGS = {"gamma0.05-steps32": (0.05, 32), "gamma0.2-steps128": (0.2, 128)}
 AUGMENTERS = (
     Augmenter(speed_prob=0.7, speed_range=(0.85, 1.15), room_prob=0.3, noise_prob=1.0, snr_db=(0.0, 15.0)),
     Augmenter(speed_prob=0.5, speed_range=(0.8, 1.2), room_prob=1.0, room_rt60_s=(0.2, 0.9), room_drr_db=(-5.0, 8.0)),
+    # Voices as high as a child's and as low as no one's in the data, slow and fast.
+    Augmenter(speed_prob=1.0, speed_range=(0.7, 1.35), room_prob=0.3, noise_prob=0.7, snr_db=(5.0, 25.0)),
 )
 # Columns of what a token's log-odds are made of: its own, 1, the utterance's mean, the logarithm of its pace.
+NUM_COLUMNS = 4
 FORMS = {"temperature": [0], "bias": [0, 1], "mean": [0, 1, 2], "mean and pace": [0, 1, 2, 3]}
 NEEDED_GAIN = 0.005
 NUM_BINS = 10
+POOLED = "all of them pooled"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", required=True, help="folder or manifest of speech to fit on")
     parser.add_argument("--eval", nargs="*", default=[], help="folders or manifests of speech to measure on")
     parser.add_argument("--limit", type=int, help="utterances of --train at most, drawn by seed")
-    parser.add_argument("--train_settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, type=Path)
@@ -60,19 +63,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     recogniser = Recogniser(args)
-    train = [row for name in args.train_settings for row in recogniser.rows(args.train, name, is_train=True)]
+    train = recogniser.rows(args.train, is_train=True)
     form, numbers, trials = choose(train)
     settings = to_settings(numbers)
+    evaluated = {Path(data).name: recogniser.rows(data) for data in args.eval}
+    if len(evaluated) > 1:
+        evaluated[POOLED] = [row for rows in evaluated.values() for row in rows]
     report = {
         "form": form,
         "settings": settings,
         "trials": trials,
         "train": measure(train, settings),
-        "eval": {
-            f"{Path(data).name} {name}": measure(recogniser.rows(data, name), settings)
-            for data in args.eval
-            for name in SETTINGS
-        },
+        "eval": {name: measure(rows, settings) for name, rows in evaluated.items()},
         "command": shlex.join(["python", "training/fit_confidence.py", *(argv if argv is not None else sys.argv[1:])]),
     }
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -94,14 +96,14 @@ class Recogniser:
     def __init__(self, args: argparse.Namespace):
         self.args, self.model = args, None
 
-    def rows(self, data: str, setting: str, is_train: bool = False) -> list[dict]:
-        file = self.args.output / f"{'train' if is_train else Path(data).name}-{setting}.jsonl"
+    def rows(self, data: str, is_train: bool = False) -> list[dict]:
+        file = self.args.output / f"{'train' if is_train else Path(data).name}.jsonl"
         if not (self.args.reuse and file.exists()):
-            rows = self.recognise(data, setting, is_train)
+            rows = self.recognise(data, is_train)
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [json.loads(line) for line in file.read_text().splitlines()]
 
-    def recognise(self, data: str, setting: str, is_train: bool) -> list[dict]:
+    def recognise(self, data: str, is_train: bool) -> list[dict]:
         if self.model is None:
             self.model = AutoModelForSpeechSeq2Seq.from_pretrained(self.args.model, dtype="float32").eval()
             self.processor = AutoProcessor.from_pretrained(self.args.model)
@@ -119,14 +121,11 @@ class Recogniser:
         clips.sort(key=lambda clip: -len(clip[2]))
         corpora = corpus_column(data) if is_train else {}
         rows = []
-        gamma, steps = SETTINGS[setting]
         for start in range(0, len(clips), self.args.batch_size):
             batch = clips[start : start + self.args.batch_size]
             inputs = self.processor([clip for _, _, clip in batch], sampling_rate=16000, return_tensors="pt")
             output = self.model.generate(
                 **inputs,
-                gamma=gamma,
-                max_denoising_steps=steps,
                 return_dict_in_generate=True,
                 confidence_temperature=1.0,
                 confidence_bias=0.0,
@@ -189,7 +188,7 @@ def table(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
         log_odds = np.clip(
             np.log(confidences) - np.log1p(-np.minimum(confidences, 1 - 1e-12)), -MAX_LOG_ODDS, MAX_LOG_ODDS
         )
-        columns = np.ones((len(log_odds), 4))
+        columns = np.ones((len(log_odds), NUM_COLUMNS))
         columns[:, 0] = log_odds
         if len(log_odds):
             columns[:, 2] = log_odds.mean()
@@ -199,7 +198,7 @@ def table(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
             right.append(is_right)
             owner.append(place)
     longest = max(map(len, parts))
-    stacked, exists = np.zeros((len(parts), longest, 4)), np.zeros((len(parts), longest))
+    stacked, exists = np.zeros((len(parts), longest, NUM_COLUMNS)), np.zeros((len(parts), longest))
     for k, part in enumerate(parts):
         stacked[k, : len(part)], exists[k, : len(part)] = part, 1
     return stacked, exists, np.array(right, dtype=np.float64), np.array(owner)
@@ -220,9 +219,12 @@ def loss(numbers: np.ndarray, stacked: np.ndarray, exists: np.ndarray, right: np
     return float(-np.mean(right * log_p + (1 - right) * np.log(-np.expm1(log_p))))
 
 
-def fit(columns: list[int], stacked: np.ndarray, exists: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The numbers (4,) of the lowest loss, 0 but in `columns`."""
+def fit(
+    columns: list[int], stacked: np.ndarray, exists: np.ndarray, right: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """The numbers (4,) of the lowest loss, 0 but in `columns`; words count by their weights (W,)."""
     inputs, exists, right = (torch.from_numpy(one) for one in (stacked[..., columns], exists, right))
+    shares = torch.from_numpy(weights / weights.sum())
     values = torch.zeros(len(columns), dtype=torch.float64)
     values[0] = 1.0
     values.requires_grad_()
@@ -231,12 +233,12 @@ def fit(columns: list[int], stacked: np.ndarray, exists: np.ndarray, right: np.n
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
         log_p = (torch.nn.functional.logsigmoid(inputs @ values) * exists).sum(dim=1).clamp(max=-1e-9)
-        value = -(right * log_p + (1 - right) * torch.log(-torch.expm1(log_p))).mean()
+        value = -((right * log_p + (1 - right) * torch.log(-torch.expm1(log_p))) * shares).sum()
         value.backward()
         return value
 
     optimiser.step(closure)
-    numbers = np.zeros(4)
+    numbers = np.zeros(NUM_COLUMNS)
     numbers[columns] = values.detach().numpy()
     return numbers
 
@@ -245,33 +247,31 @@ def choose(rows: list[dict]) -> tuple[str, np.ndarray, dict]:
     """The form that does best on groups left out, its numbers fitted on all, and how each form did."""
     stacked, exists, right, owner = table(rows)
     groups = np.array([rows[place]["group"] for place in owner])
-    trials = {"uncalibrated": {"loss": loss(np.array([1.0, 0, 0, 0]), stacked, exists, right)}}
-    best = "temperature"
-    for form, columns in FORMS.items():
-        losses, errors, weights = [], [], []
-        for group in sorted(set(groups)):
-            inside = groups == group
-            numbers = fit(columns, stacked[~inside], exists[~inside], right[~inside])
+    names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    weights = 1 / counts[places]
+    trials, best = {}, "temperature"
+    for form, columns in {"uncalibrated": None, **FORMS}.items():
+        losses, errors = [], {}
+        for name in names:
+            inside = groups == name
+            numbers = np.eye(NUM_COLUMNS)[0]
+            if columns is not None:
+                numbers = fit(columns, stacked[~inside], exists[~inside], right[~inside], weights[~inside])
             held_out = stacked[inside], exists[inside]
             losses.append(loss(numbers, *held_out, right[inside]))
-            errors.append(ece(np.exp(word_log_probability(numbers, *held_out)), right[inside]))
-            weights.append(inside.sum())
-        trials[form] = {
-            "loss": float(np.average(losses, weights=weights)),
-            "ece": dict(zip(sorted(set(groups)), np.round(errors, 2).tolist(), strict=True)),
-        }
-        if trials[form]["loss"] < trials[best]["loss"] * (1 - NEEDED_GAIN):
+            errors[str(name)] = round(ece(np.exp(word_log_probability(numbers, *held_out)), right[inside]), 2)
+        trials[form] = {"loss": round(float(np.mean(losses)), 4), "ece": errors}
+        if columns is not None and trials[form]["loss"] < trials[best]["loss"] * (1 - NEEDED_GAIN):
             best = form
-    return best, fit(FORMS[best], stacked, exists, right), trials
+    return best, fit(FORMS[best], stacked, exists, right, weights), trials
 
 
 def to_settings(numbers: np.ndarray) -> dict:
-    temperature, bias, mean, pace = 1 / numbers[0], *numbers[1:]
-    context = {"mean": round(float(mean), 3), "pace": round(float(pace), 3)} if mean or pace else None
+    temperature, bias, mean, pace = (round(float(one), 3) for one in (1 / numbers[0], *numbers[1:]))
     return {
-        "confidence_temperature": round(float(temperature), 3),
-        "confidence_bias": round(float(bias), 3),
-        "confidence_context": context,
+        "confidence_temperature": temperature,
+        "confidence_bias": bias,
+        "confidence_context": {"mean": mean, "pace": pace} if mean or pace else None,
     }
 
 
