@@ -148,7 +148,7 @@ def measure_lengths(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             mask = inputs["attention_mask"]
             with torch.no_grad():
                 outputs = model.encode(inputs["input_features"], mask)
-            for steps in arguments.steps:
+            for steps in arguments.steps or [model.generation_config.max_denoising_steps]:
                 begin = time.perf_counter()
                 output = model.generate(
                     **inputs,
@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs="+", default=[], help="lengths: 32 and 128; else the checkpoint's")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="default: the checkpoint's")
     parser.add_argument("--gamma", type=float, help="memory: of the sampler")
     parser.add_argument("--lengths", type=float, nargs="+", default=[5, 7, 8, 10, 12, 16, 20, 28])
     parser.add_argument("--seconds", type=float, default=300, help="lengths: of the clips together")
@@ -375,8 +375,6 @@ def main() -> None:
         return
     if not (arguments.what and arguments.data and arguments.output):
         parser.error("what to measure, --data and --output are needed")
-    if arguments.what == "lengths" and not arguments.steps:
-        arguments.steps = [32, 128]
     arguments.output.mkdir(parents=True, exist_ok=True)
     run = {
         "kind": "run",
