@@ -125,7 +125,7 @@ def count_work(model: Any) -> Iterator[Work]:
     # PyTorch has no formulas for these kernels of CPUs.
     formulas = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32: _int8_linear_flops,
+        torch.ops.quantized.linear_dynamic: _int8_linear_flops,
     }
     work = Work()
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:

@@ -1,10 +1,11 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
 8-bit integers on a CPU: linear layers with int8 weights, one scale per output channel, and activations quantised as
-they come, one scale per position. Everything else stays in fp32.
+they come. Everything else stays in fp32.
 
-A scale of its own for each position (as in arXiv 2206.01861) keeps the few positions with huge activations from
-coarsening all others, and makes the result of a position independent of what stands beside it in the batch.
+Activations have one scale per call, except where a layer narrows, as the second of a feed-forward block does. No
+normalisation comes before those, so that a few positions hold values tens of times as large as all others', which one
+scale would round away: there, each position has its own (as in arXiv 2206.01861).
 
 A denoising step of a few positions takes as long as reading the decoder's weights does, so that a quarter of the bytes
 counts more there than the faster arithmetic.
@@ -26,6 +27,11 @@ QUANT_METHOD = "mdm_asr_int8"
 PARTS = ("encoder", "decoder")
 
 
+def needs_position_scales(in_features: int, out_features: int) -> bool:
+    """Whether a layer's activations are quantised with a scale for each position."""
+    return in_features > out_features
+
+
 class Int8Linear(nn.Linear):
     """
     A linear layer (..., in_features) -> (..., out_features) with packed int8 weights, for inference on a CPU. It is an
@@ -43,9 +49,11 @@ class Int8Linear(nn.Linear):
             # The kernel takes no other tensors, and has no successor that is as fast without compiling.
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
             quantized = torch.quantize_per_channel(weight, scales.double(), zero_points, 0, torch.qint8)
-        # The bias comes last, behind the scale of the position.
-        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.scales_positions = needs_position_scales(self.in_features, self.out_features)
+        # It comes last, behind the scale of the position.
+        self.register_buffer("late_bias", bias if self.scales_positions else None, persistent=False)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None if self.scales_positions else bias)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # Left out in silence, the weights would be missing from the checkpoint.
@@ -60,12 +68,11 @@ class Int8Linear(nn.Linear):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if states.numel() == 0:
             return states.new_zeros((*states.shape[:-1], self.out_features))
+        if not self.scales_positions:
+            return torch.ops.quantized.linear_dynamic(states, self.packed, False)
         largest = states.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        # From -1 to 1, the inputs are -127 to 127 around the middle of an unsigned byte, in every call.
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            states / largest, 1 / 127, 128, self.packed
-        )
-        return product * largest if self.bias is None else torch.addcmul(self.bias, product, largest)
+        product = torch.ops.quantized.linear_dynamic(states / largest, self.packed, False)
+        return product * largest if self.late_bias is None else torch.addcmul(self.late_bias, product, largest)
 
 
 def _quantize_linears(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .active_window_mdm_asr import KeyValue
+from .int8_mdm_asr import needs_position_scales
 
 ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
@@ -313,8 +314,8 @@ def _attention(
 
 def _quantize(path: Path) -> None:
     """
-    Quantises, in place, the matrix products of a graph with weights, with one scale per output channel and one per
-    position of the input. Embeddings stay as they are: the tied table would be made floats again as a whole in every
+    Quantises, in place, the matrix products of a graph with weights, one scale per output channel, inputs as
+    `int8_mdm_asr` does. Embeddings stay as they are: the tied table would be made floats again as a whole in every
     step.
     """
     import onnx
@@ -367,38 +368,35 @@ def _untie_output(model: Any) -> None:
 
 def _scale_positions(model: Any) -> None:
     """
-    Divides the inputs of products with weights by each position's largest value, and multiplies their results by it:
-    the quantiser's one scale per call is then the same for all positions, see `int8_mdm_asr`.
+    Divides the inputs of the narrowing products by each position's largest value, and multiplies their results by it:
+    the quantiser's one scale per call then suits all positions, see `int8_mdm_asr`.
     """
     import numpy as np
     from onnx import helper, numpy_helper
 
     graph = model.graph
-    weights = {tensor.name for tensor in graph.initializer}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     constants = {"int8.axis": np.array([-1]), "int8.least": np.array(torch.finfo(torch.float32).tiny, np.float32)}
-    nodes, scaled = [], set()
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            source, result = node.input[0], node.output[0]
-            largest, small, product = f"{source}.largest", f"{source}.scaled", f"{result}.unscaled"
-            # Queries, keys and values have the same input.
-            if source not in scaled:
-                scaled.add(source)
-                nodes += [
-                    helper.make_node("Abs", [source], [f"{source}.abs"], name=f"{source}.abs"),
-                    helper.make_node(
-                        "ReduceMax", [f"{source}.abs", "int8.axis"], [f"{source}.max"], name=f"{source}.max"
-                    ),
-                    helper.make_node("Max", [f"{source}.max", "int8.least"], [largest], name=largest),
-                    helper.make_node("Div", [source, largest], [small], name=small),
-                ]
-            node.input[0], node.output[0] = small, product
-            nodes += [node, helper.make_node("Mul", [product, largest], [result], name=f"{result}.scale")]
-        else:
-            nodes.append(node)
-    nodes = [copy.deepcopy(node) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    for place, node in reversed(list(enumerate(graph.node))):
+        if (
+            node.op_type != "MatMul"
+            or node.input[1] not in shapes
+            or not needs_position_scales(*shapes[node.input[1]])
+        ):
+            continue
+        source, result = node.input[0], node.output[0]
+        size, most, largest, small, product = (
+            f"{result}.{name}" for name in ("abs", "max", "largest", "scaled", "unscaled")
+        )
+        node.input[0], node.output[0] = small, product
+        graph.node.insert(place + 1, helper.make_node("Mul", [product, largest], [result], name=f"{result}.scale"))
+        for one in (
+            helper.make_node("Div", [source, largest], [small], name=small),
+            helper.make_node("Max", [most, "int8.least"], [largest], name=largest),
+            helper.make_node("ReduceMax", [size, "int8.axis"], [most], name=most),
+            helper.make_node("Abs", [source], [size], name=size),
+        ):
+            graph.node.insert(place, one)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
 
 
