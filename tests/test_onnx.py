@@ -4,6 +4,7 @@
 import json
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import jiwer
@@ -232,6 +233,24 @@ def test_transcriber_pipeline_and_stream(golden):
         for one in (model, onnx)
     )
     assert output == expected and len(output) > 3
+
+
+def test_the_stages_of_an_export_can_be_watched(pair, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    from work import watch_stages
+
+    features, mask = tiny_inputs()
+    seen, widths = [], []
+
+    @contextmanager
+    def around(stage):
+        seen.append(stage)
+        yield
+
+    with watch_stages(pair[1], around, widths.append):
+        output = pair[1].generate(features, attention_mask=mask, return_dict_in_generate=True, no_speech=None)
+    assert seen.count("encoder") == 1 and len(widths) == output.num_steps > 0
+    assert seen.count("decoder") == seen.count("sampler") == output.num_steps
 
 
 def test_scales_of_positions_change_nothing_but_the_rounding(pair):
