@@ -135,6 +135,9 @@ def train(folder, num_processes):
         "weight": model.proj_out.weight.tolist(),
     }
     (folder / f"{num_processes}_{args.process_index}.json").write_text(json.dumps(result))
+    # A process that ends with its group's threads still running may abort.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def launch(*command, timeout_s=100):

@@ -149,14 +149,17 @@ class Exported:
 
     def generate(self):
         self.encode().prepare_cross_attention()
+        self._denoise()
+        return self
+
+    def _denoise(self):
         for _ in range(3):
             self.decoder(torch.zeros((2, 5), dtype=torch.long))
             sampler_step()
-        return self
 
 
 def sampler_step():
-    """Where `generate` finds it."""
+    """Where `_denoise` finds it."""
 
 
 def test_the_stages_of_an_export():
