@@ -67,15 +67,18 @@ class DataArguments:
     )
 
 
-def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MDMASRTrainingArguments]:
-    """YAML settings, if the first argument is such a file, overridden by those of the command line."""
+def read_arguments(argv: list[str], kinds: tuple[type, ...] = (ModelArguments, DataArguments)) -> tuple:
+    """
+    YAML settings, if the first argument is such a file, overridden by those of the command line: one instance of each
+    of `kinds`, and the training arguments.
+    """
     settings = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         for name, value in (yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}).items():
             values = value if isinstance(value, list) else [value]
             settings += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
         argv = argv[1:]
-    parser = HfArgumentParser((ModelArguments, DataArguments, MDMASRTrainingArguments))
+    parser = HfArgumentParser((*kinds, MDMASRTrainingArguments))
     return parser.parse_args_into_dataclasses(args=[*settings, *argv])
 
 
