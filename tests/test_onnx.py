@@ -327,6 +327,12 @@ def test_wrong_folders(pair, tmp_path, run_command):
     assert code == 1 and "`dtype` 'int8' cannot be used with the ONNX model" in error
 
 
+def test_waiting_threads_leave_the_cores_to_others(pair):
+    _, onnx, _ = pair
+    for session in (onnx.encoder, onnx.decoder.session):
+        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_wrong_arguments(pair):
     _, onnx, folder = pair
     with pytest.raises(ValueError, match="`num_threads` must be an integer of at least 1, got 0"):

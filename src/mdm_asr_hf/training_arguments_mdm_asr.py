@@ -20,6 +20,7 @@ _OBJECTIVE_FIELDS = {
     "isct_stop_gradient": "stop_gradient",
     "low_discrepancy_timesteps": "low_discrepancy",
     "eos_weight": "eos_weight",
+    "loss_weighting": "weighting",
 }
 _LOWER_IS_BETTER = ("wer", "cer")
 # Factors of the peak learning rate by the share of the time that is over, for `max_minutes`.
@@ -53,6 +54,9 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
     )
     isct_stop_gradient: bool = _setting(True, "No gradient passes from one self-correction step into the one before.")
     eos_weight: float = _setting(1.0, "Weight of the loss behind the first end-of-text token; 1 is the paper's.")
+    loss_weighting: str = _setting(
+        "bound", "'bound': masked tokens weigh as the paper's; 'flat': all alike, for gradients of less variance."
+    )
     low_discrepancy_timesteps: bool = _setting(True, "Spread the times of a batch evenly over (0, 1].")
     causal_anneal_steps: int = _setting(
         0,

@@ -234,7 +234,12 @@ class ISCTTrainer(Seq2SeqTrainer):
         self.clock = None if args.max_minutes is None else TrainingClock(args.max_minutes, args.world_size > 1)
         self._objective = args.make_objective()
         self._evaluation_objective = replace(
-            self._objective, schedule="linear", position_biased_share=0.0, eos_weight=1.0, sample_predictions=False
+            self._objective,
+            schedule="linear",
+            position_biased_share=0.0,
+            eos_weight=1.0,
+            weighting="bound",
+            sample_predictions=False,
         )
         self._batch_sampler: Any = None
         self._step_sums: torch.Tensor | None = None
