@@ -127,6 +127,7 @@ def test_the_objective_gets_the_arguments(tmp_path):
         isct_sample_predictions=True,
         isct_stop_gradient=False,
         eos_weight=0.3,
+        loss_weighting="flat",
         low_discrepancy_timesteps=False,
     )
     assert args.make_objective() == DiffusionObjective(
@@ -137,6 +138,7 @@ def test_the_objective_gets_the_arguments(tmp_path):
         sample_predictions=True,
         stop_gradient=False,
         eos_weight=0.3,
+        weighting="flat",
         low_discrepancy=False,
     )
     trainer = ISCTTrainer(trainable_model(), args, train_dataset=Clips())
@@ -152,6 +154,7 @@ def test_the_objective_gets_the_arguments(tmp_path):
         ({"position_biased_share": 1.5}, "`position_biased_share`.*1.5"),
         ({"band_width": 0.0}, "`band_width`.*0.0"),
         ({"eos_weight": -1.0}, "`eos_weight`.*-1.0"),
+        ({"loss_weighting": "even"}, "`loss_weighting`.*'even'"),
         ({"ema_decay": 1.0}, "`ema_decay`.*1.0.*None"),
         ({"causal_anneal_steps": -1}, "`causal_anneal_steps`.*-1"),
         ({"freeze_lower_layers": -2}, "`freeze_lower_layers`.*-2"),
@@ -213,7 +216,12 @@ def test_evaluation_is_deterministic_and_leaves_training_alone(tmp_path):
     turned = torch.utils.data.Subset(data, [2, 3, 0, 1])
     assert trainer.evaluate(turned)["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
     other = make_trainer(
-        tmp_path, per_device_eval_batch_size=2, position_biased_share=1.0, eos_weight=0.1, noise_schedule="cosine"
+        tmp_path,
+        per_device_eval_batch_size=2,
+        position_biased_share=1.0,
+        eos_weight=0.1,
+        loss_weighting="flat",
+        noise_schedule="cosine",
     )
     assert other.evaluate()["eval_loss_step_1"] == pytest.approx(first["eval_loss_step_1"], rel=1e-6)
 

@@ -96,6 +96,33 @@ def test_the_weight_of_the_eos_tail():
     torch.testing.assert_close(plain - without, torch.tensor(2 * right / 12))
 
 
+def test_flat_weights_by_hand():
+    decoder, generator = Decoder(WRONG), torch.Generator().manual_seed(3)
+    result = run(
+        decoder, DiffusionObjective(weighting="flat"), timesteps=torch.tensor([0.5, 0.3]), generator=generator
+    )
+    masked = result.canvases[0] == 99
+    right, wrong = math.log(1 + 11 * math.exp(-3)), 3 + math.log(1 + 11 * math.exp(-3))
+    is_wrong = torch.tensor(WRONG) != TARGETS
+    expected = ((masked & ~is_wrong).sum() * right + (masked & is_wrong).sum() * wrong) / CANVAS_MASK.sum()
+    assert 0 < masked.sum() < CANVAS_MASK.sum()
+    torch.testing.assert_close(result.loss, expected.float())
+
+
+def test_flat_weights_count_what_the_bound_counts():
+    # Right of the band everything is masked for certain, and bears no loss, nor does what lies behind the end.
+    counted = {}
+    for weighting in ("flat", "bound"):
+        decoder = Decoder(WRONG)
+        settings = dict(position_biased_share=1.0, band_width=2.0, weighting=weighting)
+        generator = torch.Generator().manual_seed(1)
+        result = run(decoder, DiffusionObjective(**settings), timesteps=torch.full((2,), 0.4), generator=generator)
+        result.loss.backward()
+        counted[weighting] = decoder.logits.grad.abs().sum(dim=-1) > 0
+    assert torch.equal(counted["flat"], counted["bound"])
+    assert 0 < counted["flat"].sum() < (result.canvases[0] == 99).sum()
+
+
 def test_position_biased_rows_are_visible_on_the_left():
     objective = DiffusionObjective(position_biased_share=1.0, band_width=1.0)
     for seed in range(10):
@@ -126,6 +153,7 @@ def test_nonsense_raises():
         (dict(position_biased_share=1.5), "`position_biased_share`"),
         (dict(eos_weight=-1), "`eos_weight`"),
         (dict(band_width=0), "`width`"),
+        (dict(weighting="even"), "`weighting`"),
     ]:
         with pytest.raises(ValueError, match=message):
             DiffusionObjective(**settings)

@@ -34,7 +34,16 @@ def distilled(folder):
         [
             *("--donor", str(folder / "donor"), "--vocab-size", "280", "--sources", str(folder / "tones" / "train")),
             *("--held-out", str(folder / "tones" / "eval"), "--minutes", "0.1", "--seconds-per-batch", "12"),
-            *("--join-max-s", "6", "--teacher-silence-s", "1", "--warmup-steps", "2", "--output", str(folder / "model")),
+            *(
+                "--join-max-s",
+                "6",
+                "--teacher-silence-s",
+                "1",
+                "--warmup-steps",
+                "2",
+                "--output",
+                str(folder / "model"),
+            ),
         ]
     )
     return results, folder / "model"

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Teaches a Whisper encoder to do without the silence behind the audio that it needs otherwise, which costs as much time as the
-audio itself where clips last 5 s. The teacher is the donor's encoder with `--teacher-silence-s` of silence; the student begins
-with the same weights, hears the audio alone, and learns to return the same frames. No transcripts are needed.
+Teaches a Whisper encoder to do without the silence behind the audio that it needs otherwise, which costs as much time
+as the audio itself where clips last 5 s. The teacher is the donor's encoder with `--teacher-silence-s` of silence; the
+student begins with the same weights, hears the audio alone, and learns to return the same frames. No transcripts are
+needed.
 
-    python training/distill_encoder.py --donor openai/whisper-tiny.en --sources synthetic recordings --minutes 15 --output OUT
+    python training/distill_encoder.py --donor openai/whisper-tiny.en --sources synthetic recordings \
+        --held-out DIR --minutes 15 --output OUT
 
-Writes OUT, an MDM-ASR model that `run_train.py --model OUT --freeze_encoder true` goes on with: the donor's decoder, untrained, and
-the student. OUT/distillation.json has the share of the teacher's variance that the student leaves unexplained, on rows
-of `--held-out`, which it does not learn from: 0 is the teacher itself.
+Writes OUT, an MDM-ASR model that `run_train.py --model OUT --freeze_encoder true` goes on with: the donor's decoder,
+untrained, and the student. OUT/distillation.json has the share of the teacher's variance that the student leaves
+unexplained, on rows of `--held-out`, which it does not learn from: 0 is the teacher itself.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from run_train import parse_sources
 from torch.utils.data import DataLoader
 
 from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor
@@ -67,7 +70,10 @@ def main(argv: list[str] | None = None) -> dict:
     def batches(sources: list[str], seconds: float, epoch: int | None):
         is_training = epoch is not None
         data = load_sources(
-            sources, join={"max_s": options.join_max_s} if is_training else None, seed=options.seed, on_bad_row="skip"
+            parse_sources(sources),
+            join={"max_s": options.join_max_s} if is_training else None,
+            seed=options.seed,
+            on_bad_row="skip",
         )
         sampler = SecondsBatchSampler(data, seconds, seed=options.seed, shuffle=is_training)
         if is_training:

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Trains the decoder on frames that a frozen encoder has made once, for machines where the encoder's time counts: two CPU cores
-work through 170 s of audio per second this way.
+Trains the decoder on frames that a frozen encoder has made once, for machines where the encoder's time counts: two
+CPU cores work through about 100 s of audio per second this way.
 
     python training/train_on_frames.py --model ENCODER --sources synthetic '{"path": "recordings", "passes": 4}' \
         --frames frames --output_dir OUT --max_minutes 60
 
-`--frames` is a folder that the first run fills, with windows of joined and augmented utterances, other ones in each of a
-source's `passes` (1 by default), and that later runs read: 140 MB per hour of audio and pass for a width of 384. Other options are those of
-`run_train.py`. OUT holds the model, its processor, checkpoints and results.json.
+`--frames` is a folder that the first run fills, with windows of joined and augmented utterances, other ones in each of
+a source's `passes` (1 by default), and that later runs read: 140 MB per hour of audio and pass for a width of 384.
+Other options are those of `run_train.py`. OUT holds the model, its processor, checkpoints and results.json.
 """
 
 import json
@@ -48,7 +48,9 @@ class FrameArguments:
     augment: bool = field(default=True, metadata={"help": "Noise, speed, room and gain, before encoding."})
     short_canvas_share: float = field(
         default=0.6,
-        metadata={"help": "Share of batches whose canvas ends 1 to 10 tokens behind the longest text: less to compute."},
+        metadata={
+            "help": "Share of batches whose canvas ends 1 to 10 tokens behind the longest text: less to compute."
+        },
     )
 
 
@@ -84,7 +86,9 @@ def encode(model: Any, processor: Any, sources: list, arguments: FrameArguments,
                     out = encoder.encode(
                         batch["input_features"].to(model.device), batch["attention_mask"].to(model.device)
                     )
-                for frames, mask, labels in zip(out.last_hidden_state, out.attention_mask, batch["labels"], strict=True):
+                for frames, mask, labels in zip(
+                    out.last_hidden_state, out.attention_mask, batch["labels"], strict=True
+                ):
                     rows.append((frames[mask.bool()].half().cpu(), labels[labels != -100].tolist()))
                 if len(rows) >= ROWS_PER_SHARD or i + 1 == len(sampler):
                     shards.append(_write_shard(folder, f"{number}-{turn}-{len(shards):05d}", rows))
@@ -125,8 +129,8 @@ class FrameCollator:
     Batches of [`EncodedWindows`]: encoder outputs, and labels that are as long as the canvas shall be.
 
     Args:
-        short_canvas_share (`float`): of batches whose canvas ends 1 to 10 tokens behind the longest text; the others have the
-            canvas that `generate` lays.
+        short_canvas_share (`float`): of batches whose canvas ends 1 to 10 tokens behind the longest text; the others
+            have the canvas that `generate` lays.
         frames_per_s, tokens_per_s, extra_tokens (`float`): of the encoder, and of that canvas.
         max_tokens (`int`): that a canvas can have.
     """

@@ -42,9 +42,9 @@ class DiffusionObjective:
             Weight of the positions behind a row's first EOS. They are most of a canvas and nearly free; 1 is the
             paper's.
         weighting (`str`):
-            "bound", the paper's: each masked token weighs -alpha'_t / (1 - alpha_t), which makes the loss a bound of the
-            likelihood. "flat": all that the bound counts weigh alike, so that no batch hangs on the one token that a small t
-            masked; no bound any more, but gradients of less variance (cf. arXiv 2503.09573, section 4).
+            "bound", the paper's: each masked token weighs -alpha'_t / (1 - alpha_t), which makes the loss a bound of
+            the likelihood. "flat": all that the bound counts weigh alike, so that no batch hangs on the one token that
+            a small t masked; no bound any more, but gradients of less variance.
     """
 
     schedule: str = "linear"
