@@ -72,6 +72,13 @@ def test_the_window_ends_with_the_canvas_of_its_row_and_a_last_step_takes_all_of
     assert around(rows, lengths=[7, 3], ahead=2, is_last=True).ends.tolist() == [7, 3]
 
 
+def test_a_finished_row_takes_the_narrowest_of_windows():
+    rows = [[START, 5, MASK, MASK, MASK, MASK, MASK], [START, 5, 6, 7, EOS, EOS, EOS]]
+    # Nothing of the finished row was ever computed, and nothing will be.
+    window = around(rows, [[START, 5, MASK, MASK, -1, -1, -1], [-1] * 7])
+    assert window.ends.tolist() == [5, 5] and window.places.tolist() == [[1, 2, 3, 4], [4, 7, 7, 7]]
+
+
 def test_the_cache_keeps_what_the_window_does_not_cover():
     cache = CanvasCache(1, (2, 1, 4, 1), torch.float32, torch.device("cpu"))
     cache.places, cache.num_keys = torch.tensor([[0, 1], [0, 4]]), 2
@@ -155,6 +162,35 @@ def test_a_batch_is_its_rows_and_every_row_ends(ahead, behind, seed, steps, shif
         width = alone.sequences.shape[1]
         assert alone.sequences[0].tolist() == batch.sequences[i, :width].tolist()
         assert alone.nfe[0] == batch.nfe[i]
+
+
+@pytest.mark.parametrize("settings", [{}, {"active_ahead": 3}, {"active_ahead": 3, "repair_rounds": 1}])
+@pytest.mark.parametrize("shift", [False, True])
+def test_finished_rows_of_a_large_batch_drop_out_several_at_a_time(settings, shift):
+    model = tiny_model("whisper", shift_logits=shift)
+    seconds = tuple(0.2 + 0.1 * i for i in range(24))
+    options = {"gamma": 0.5, "max_denoising_steps": 40, "active_ahead": None, **settings}
+    num_rows = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: num_rows.append(len(kwargs["decoder_input_ids"])), with_kwargs=True
+    )
+    batch = transcribe(model, seconds=seconds, **options)
+    handle.remove()
+    assert len(set(batch.nfe.tolist())) > 6
+    # What is dropped is an eighth or more; of 8 rows and less, each by itself. A repair begins with all rows again.
+    for before, after in zip(num_rows, num_rows[1:], strict=False):
+        assert after >= before or before - after >= before / 8
+    assert max(num_rows) == 24
+    if "repair_rounds" not in settings:
+        assert len(set(num_rows)) < len(set(batch.nfe.tolist()))
+    features, mask = tiny_inputs("whisper", seconds=seconds)
+    for i in range(0, 24, 5):
+        n = int(mask[i].sum())
+        alone = model.generate(
+            features[i : i + 1, :n], attention_mask=mask[i : i + 1, :n], return_dict_in_generate=True, **options
+        )
+        width = alone.sequences.shape[1]
+        assert alone.sequences[0].tolist() == batch.sequences[i, :width].tolist() and alone.nfe[0] == batch.nfe[i]
 
 
 def test_eager_attention_decodes_alike():

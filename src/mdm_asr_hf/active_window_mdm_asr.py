@@ -94,7 +94,7 @@ class ActiveWindow:
         """
         num_positions = sequences.shape[1]
         positions = torch.arange(num_positions, device=sequences.device)
-        # 0 where a row has none.
+        # 0 where a row has none, see below.
         first = candidates.int().argmax(dim=-1)
         last_known = (((sequences != mask_token_id) & is_text) * positions).amax(dim=-1)
         ends = torch.maximum(first + ahead, last_known + 1)
@@ -102,6 +102,8 @@ class ActiveWindow:
         is_stale = sequences != computed
         first_stale = torch.where(is_stale.any(dim=-1), is_stale.int().argmax(dim=-1), num_positions)
         starts = torch.minimum(torch.minimum((first - behind).clamp(min=0), first_stale), ends - 1)
+        # Rows without a candidate are finished: they wait to be dropped, in the narrowest of windows.
+        starts = torch.where(candidates.any(dim=-1), starts, ends - 1)
         width = int((ends - starts).max())
         places = starts[:, None] + torch.arange(width, device=sequences.device)
         return cls(places.masked_fill(places >= ends[:, None], num_positions), starts, ends)
