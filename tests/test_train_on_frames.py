@@ -111,7 +111,7 @@ def test_frames_are_read_again_and_the_encoder_stays(folder, distilled, tmp_path
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_canvases_short_or_as_generate_lays_them(share):
-    collate = train_on_frames.FrameCollator(share, 50.0, 7.0, 10, 40, seed=0)
+    collate = train_on_frames.FrameCollator(share, lambda duration_s: int(7 * duration_s) + 10, 50.0, 40, seed=0)
     rows = [
         {"frames": torch.ones(100, 4), "labels": torch.tensor([5, 6, 7])},
         {"frames": torch.ones(50, 4), "labels": torch.tensor([5])},

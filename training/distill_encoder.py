@@ -16,9 +16,7 @@ unexplained, on rows of `--held-out`, which it does not learn from: 0 is the tea
 
 import argparse
 import json
-import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -26,8 +24,11 @@ from run_train import parse_sources
 from torch.utils.data import DataLoader
 
 from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor
+from mdm_asr_hf.alignment_mdm_asr import frame_duration_s
 from mdm_asr_hf.augmentation_mdm_asr import Augmenter
 from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR, SecondsBatchSampler, load_sources
+from mdm_asr_hf.training_arguments_mdm_asr import CLOCKED_SCHEDULES
+from mdm_asr_hf.training_mdm_asr import TrainingClock
 
 HELD_OUT_SECONDS_PER_BATCH = 60.0
 
@@ -67,8 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
         inside = torch.arange(frames.last_hidden_state.shape[1], device=device) < num_frames[:, None]
         return frames.last_hidden_state.float()[inside]
 
-    def batches(sources: list[str], seconds: float, epoch: int | None):
-        is_training = epoch is not None
+    def make_loader(sources: list[str], seconds: float, is_training: bool) -> DataLoader:
         data = load_sources(
             parse_sources(sources),
             join={"max_s": options.join_max_s} if is_training else None,
@@ -76,18 +76,21 @@ def main(argv: list[str] | None = None) -> dict:
             on_bad_row="skip",
         )
         sampler = SecondsBatchSampler(data, seconds, seed=options.seed, shuffle=is_training)
-        if is_training:
-            sampler.set_epoch(epoch)
         augment = Augmenter(seed=options.seed) if is_training else None
         collator = DataCollatorForMDMASR(processor, on_bad_row="skip", augment=augment, seed=options.seed)
-        for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collator, num_workers=1):
-            yield {name: value.to(device) for name, value in batch.items()}
+        return DataLoader(data, batch_sampler=sampler, collate_fn=collator, num_workers=1)
+
+    def on_device(batch: dict) -> dict:
+        return {name: value.to(device) for name, value in batch.items()}
+
+    held_out = make_loader([options.held_out], HELD_OUT_SECONDS_PER_BATCH, False)
+    training = make_loader(options.sources, options.seconds_per_batch, True)
 
     @torch.no_grad()
     def unexplained() -> float:
         student.eval()
         errors, sums, squares, count = 0.0, 0.0, 0.0, 0
-        for batch in batches([options.held_out], HELD_OUT_SECONDS_PER_BATCH, None):
+        for batch in map(on_device, held_out):
             wanted = frames_of(teacher, batch, options.teacher_silence_s)
             errors += (frames_of(student, batch, options.silence_s) - wanted).square().sum(dim=0)
             sums, squares, count = sums + wanted.sum(dim=0), squares + wanted.square().sum(dim=0), count + len(wanted)
@@ -98,11 +101,14 @@ def main(argv: list[str] | None = None) -> dict:
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.01)
     results = {"command": ["training/distill_encoder.py", *argv], "unexplained_before": unexplained(), "log": []}
-    started, step, epoch, deviation, audio_s, recent = time.monotonic(), 0, 0, None, 0.0, []
-    while (share := (time.monotonic() - started) / (60 * options.minutes)) < 1:
-        for batch in batches(options.sources, options.seconds_per_batch, epoch):
-            share = (time.monotonic() - started) / (60 * options.minutes)
-            if share >= 1:
+    frame_s = frame_duration_s(model.config.encoder_config, model.config.input_frames_per_s)
+    step, epoch, deviation, audio_s, recent = 0, 0, None, 0.0, []
+    clock = TrainingClock(options.minutes)
+    while clock.share < 1:
+        training.batch_sampler.set_epoch(epoch)
+        for batch in map(on_device, training):
+            clock.look(step)
+            if clock.share >= 1:
                 break
             with torch.no_grad():
                 wanted = frames_of(teacher, batch, options.teacher_silence_s)
@@ -113,11 +119,11 @@ def main(argv: list[str] | None = None) -> dict:
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            warm, cosine = min((step + 1) / (options.warmup_steps + 1), 1.0), 0.5 * (1 + math.cos(math.pi * share))
+            warm, cosine = min((step + 1) / (options.warmup_steps + 1), 1.0), CLOCKED_SCHEDULES["cosine"](clock.share)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * warm * cosine
             optimizer.step()
-            step, audio_s = step + 1, audio_s + len(wanted) / 50
+            step, audio_s = step + 1, audio_s + len(wanted) * frame_s
             recent.append(loss.item())
             if step % 25 == 0:
                 results["log"].append({"step": step, "loss": sum(recent) / len(recent), "audio_h": audio_s / 3600})

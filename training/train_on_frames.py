@@ -14,6 +14,7 @@ Other options are those of `run_train.py`. OUT holds the model, its processor, c
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def encode(model: Any, processor: Any, sources: list, arguments: FrameArguments,
     """Fills `arguments.frames`, shard by shard; the last file that is written is index.json, with what it holds."""
     folder = Path(arguments.frames)
     folder.mkdir(parents=True, exist_ok=True)
-    encoder, shards = model.eval(), []
+    model.eval()
+    shards = []
     longest = max_label_tokens(model.config, processor.get_prompt_ids().shape[-1])
     for number, source in enumerate(sources):
         settings = dict(source) if isinstance(source, dict) else {"path": source}
@@ -83,7 +85,7 @@ def encode(model: Any, processor: Any, sources: list, arguments: FrameArguments,
             loader = DataLoader(data, batch_sampler=sampler, collate_fn=collator, num_workers=1)
             for i, batch in enumerate(loader):
                 with torch.autocast(model.device.type, dtype=torch.bfloat16):
-                    out = encoder.encode(
+                    out = model.encode(
                         batch["input_features"].to(model.device), batch["attention_mask"].to(model.device)
                     )
                 for frames, mask, labels in zip(
@@ -131,21 +133,21 @@ class FrameCollator:
     Args:
         short_canvas_share (`float`): of batches whose canvas ends 1 to 10 tokens behind the longest text; the others
             have the canvas that `generate` lays.
-        frames_per_s, tokens_per_s, extra_tokens (`float`): of the encoder, and of that canvas.
+        plan (`Callable`): duration in s -> tokens of that canvas.
+        frames_per_s (`float`): of the encoder.
         max_tokens (`int`): that a canvas can have.
     """
 
     def __init__(
         self,
         short_canvas_share: float,
+        plan: Callable[[float], int],
         frames_per_s: float,
-        tokens_per_s: float,
-        extra_tokens: int,
         max_tokens: int,
         seed: int,
     ):
-        self.short_canvas_share, self.max_tokens = short_canvas_share, max_tokens
-        self.tokens_per_frame, self.extra_tokens = tokens_per_s / frames_per_s, extra_tokens
+        self.short_canvas_share, self.plan = short_canvas_share, plan
+        self.frames_per_s, self.max_tokens = frames_per_s, max_tokens
         self.draws = np.random.default_rng(seed)
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
@@ -155,7 +157,7 @@ class FrameCollator:
         if self.draws.random() < self.short_canvas_share:
             width = longest + int(self.draws.integers(1, 11))
         else:
-            width = max(longest + 1, int(lengths.max() * self.tokens_per_frame) + self.extra_tokens)
+            width = max(longest + 1, self.plan(int(lengths.max()) / self.frames_per_s))
         labels = torch.full((len(rows), min(width, self.max_tokens)), -100)
         for target, row in zip(labels, rows, strict=True):
             target[: len(row["labels"])] = row["labels"]
@@ -175,9 +177,8 @@ def main(argv: list[str]) -> dict:
     frames_per_s = 1 / frame_duration_s(model.config.encoder_config, model.config.input_frames_per_s)
     collator = FrameCollator(
         frame_arguments.short_canvas_share,
+        lambda duration_s: int(model.planned_tokens(torch.tensor([duration_s]), 1, settings)),
         frames_per_s,
-        settings.canvas_tokens_per_s,
-        settings.canvas_extra_tokens,
         max_label_tokens(model.config, processor.get_prompt_ids().shape[-1]),
         arguments.seed,
     )

@@ -193,8 +193,7 @@ class OpenRows:
     def narrow(self, is_open: torch.BoolTensor) -> None:
         """Drops the rows that are not open (B,) any more, if they are enough."""
         kept = is_open[self.rows]
-        num_finished = len(kept) - int(kept.sum())
-        if num_finished == 0 or num_finished < DROPPED_SHARE * len(kept):
+        if len(kept) - int(kept.sum()) < DROPPED_SHARE * len(kept):
             return
         self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
         self.encoder_outputs = take_rows(self.encoder_outputs, kept)
