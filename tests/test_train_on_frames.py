@@ -70,6 +70,7 @@ def test_frames_are_the_encoders_and_labels_the_texts(folder, distilled):
     results = train_on_frames.main(
         arguments(folder, distilled[1], folder / "out", "--augment", "false", "--freeze_embeddings", "true")
     )
+    assert results["train"]["train_audio_s_per_s"] > results["train"]["train_rows_per_s"] > 0
     assert [entry["step"] for entry in results["log"] if "loss_step_2" in entry] == [1, 2]
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder / "out")
     processor = AutoProcessor.from_pretrained(folder / "out")
@@ -105,6 +106,9 @@ def test_frames_are_read_again_and_the_encoder_stays(folder, distilled, tmp_path
     kept = (folder / "made" / "index.json").stat().st_mtime_ns
     results = train_on_frames.main(arguments(folder, distilled[1], tmp_path / "again"))
     assert (folder / "made" / "index.json").stat().st_mtime_ns == kept and results["train"]["train_loss"] > 0
+    windows = ("--window_ahead", "4", "--donor_learning_rate", "1e-4", "--learning_rate", "1e-3")
+    results = train_on_frames.main(arguments(folder, distilled[1], tmp_path / "windows", *windows))
+    assert [entry["loss_step_2"] > 0 for entry in results["log"] if "loss_step_2" in entry] == [True, True]
     with pytest.raises(ValueError, match="freeze_encoder"):
         train_on_frames.main(arguments(folder, distilled[1], tmp_path, "--freeze_encoder", "false"))
 

@@ -97,6 +97,20 @@ def test_the_encoder_learns_at_its_own_rate(tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.0]
 
 
+def test_what_the_donor_knows_learns_at_its_own_rate(tmp_path):
+    model = trainable_model()
+    before = weights(model)
+    trainer = make_trainer(
+        tmp_path, model, learning_rate=1e-2, donor_learning_rate=1e-30, optim="sgd", max_steps=2, freeze_encoder=True
+    )
+    trainer.train()
+    # A bias of 0 moves even at such a rate.
+    moved = {name for name, p in model.named_parameters() if (p - before[name]).abs().max() > 1e-20}
+    assert any("self_attn.q_proj" in name for name in moved) and any("input_only" in name for name in moved)
+    assert not any("cross_attn" in name or "fc1" in name or "embed_tokens" in name for name in moved)
+    assert logged(trainer, "learning_rate") == [1e-2, 1e-2]
+
+
 def test_resuming_with_two_learning_rates_gives_the_uninterrupted_run(tmp_path):
     settings = {
         "encoder_learning_rate": 1e-3,

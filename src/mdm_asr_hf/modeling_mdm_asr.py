@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """MDM-ASR (arXiv 2602.18952): a speech encoder and a masked-diffusion decoder that fills a canvas of [MASK] tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from .diffusion_mdm_asr import masked_diffusion_loss
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerationMixin
-from .objective_mdm_asr import DiffusionObjective, diffusion_objective
+from .objective_mdm_asr import DiffusionObjective, ObjectiveOutput, diffusion_objective
+from .window_objective_mdm_asr import WindowObjective, window_objective
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
 # file, so that it also runs when the file is loaded as remote code.
@@ -188,7 +190,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         labels: torch.LongTensor | None = None,
         timesteps: torch.Tensor | None = None,
         prompt_ids: torch.LongTensor | None = None,
-        objective: DiffusionObjective | None = None,
+        objective: DiffusionObjective | WindowObjective | None = None,
         generator: torch.Generator | None = None,
         logits_to_keep: int | torch.BoolTensor = 0,
         input_values: torch.Tensor | None = None,
@@ -210,9 +212,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             timesteps (`torch.Tensor` of shape (B,) or (S, B), *optional*):
                 t in (0, 1], for one or each of S steps; drawn uniformly if missing.
             prompt_ids (`torch.LongTensor` of shape (B, P), *optional*): the visible prompt; default: the checkpoint's.
-            objective ([`DiffusionObjective`], *optional*):
+            objective ([`DiffusionObjective`] or [`WindowObjective`], *optional*):
                 Schedule, masking and the number of self-correction steps (ISCT); default: the paper's loss, one step.
-                All steps run in this one call, on one pass of the encoder.
+                All steps run in this one call, on one pass of the encoder. `timesteps` are for the former.
             generator (`torch.Generator`, *optional*):
                 Seeds timesteps and masking. In evaluation mode they are seeded by default, so that losses can be
                 compared.
@@ -315,35 +317,43 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         num_frames = next((x.shape[1] for x in (attention_mask, input_features) if x is not None), 0)
         longest_s = num_frames / self.config.input_frames_per_s
         targets, canvas_mask, is_sound = self._lay_canvas(labels, duration_s, longest_s, prompt_ids.shape[-1])
-        decoder_mask = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask], dim=-1)
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
         encoder_outputs = self.prepare_cross_attention(encoder_outputs)
+        prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
 
-        def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
-            if token_embeds is not None:
-                token_embeds = torch.cat([self.model.decoder.embed_ids(prompt_ids), token_embeds], dim=1)
+        def hidden_states(canvas: torch.LongTensor, visible: torch.BoolTensor, **inputs) -> torch.Tensor:
             outputs = self.model(
                 decoder_input_ids=torch.cat([prompt_ids, canvas], dim=-1),
-                decoder_attention_mask=decoder_mask,
+                decoder_attention_mask=torch.cat([prompt_mask, visible], dim=-1),
                 encoder_outputs=encoder_outputs,
-                token_embeds=token_embeds,
+                **inputs,
                 **kwargs,
             )
-            return self._read_logits(outputs.last_hidden_state, canvas.shape[-1])
+            return outputs.last_hidden_state
 
-        result = diffusion_objective(
-            decode,
-            targets,
-            canvas_mask,
-            objective or DiffusionObjective(),
-            mask_token_id=self.config.mask_token_id,
-            eos_token_id=self.config.eos_token_id,
-            embed=self.model.decoder.embed_ids,
-            embedding=self.get_input_embeddings().weight,
-            timesteps=timesteps,
-            generator=generator,
-        )
+        if isinstance(objective, WindowObjective):
+            result = self._window_objective(hidden_states, labels, targets, prompt_ids, objective, generator)
+        else:
+
+            def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
+                if token_embeds is not None:
+                    token_embeds = torch.cat([self.model.decoder.embed_ids(prompt_ids), token_embeds], dim=1)
+                states = hidden_states(canvas, canvas_mask, token_embeds=token_embeds)
+                return self._read_logits(states, canvas.shape[-1])
+
+            result = diffusion_objective(
+                decode,
+                targets,
+                canvas_mask,
+                objective or DiffusionObjective(),
+                mask_token_id=self.config.mask_token_id,
+                eos_token_id=self.config.eos_token_id,
+                embed=self.model.decoder.embed_ids,
+                embedding=self.get_input_embeddings().weight,
+                timesteps=timesteps,
+                generator=generator,
+            )
         loss = result.loss
         if is_sound is not None:
             # Labels with holes, which a GPU reports no other way: the trainer stops at the NaN.
@@ -355,6 +365,31 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             step_accuracies=result.step_accuracies,
             canvases=result.canvases,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+        )
+
+    def _window_objective(
+        self,
+        hidden_states: Callable[..., torch.Tensor],
+        labels: torch.LongTensor,
+        targets: torch.LongTensor,
+        prompt_ids: torch.LongTensor,
+        objective: WindowObjective,
+        generator: torch.Generator | None,
+    ) -> ObjectiveOutput:
+        """Windows reach over the end of the text, up to the decoder's last position."""
+        text_lengths = (labels != -100).sum(dim=-1)
+        length = min(
+            labels.shape[-1] + objective.ahead,
+            self.config.decoder_config.max_position_embeddings - prompt_ids.shape[-1],
+        )
+        missing = max(length - targets.shape[-1], 0)
+        return window_objective(
+            lambda canvas, visible, wanted: self._read_logits(hidden_states(canvas, visible), wanted),
+            nn.functional.pad(targets, (0, missing), value=self.config.eos_token_id)[:, :length],
+            text_lengths,
+            objective,
+            mask_token_id=self.config.mask_token_id,
+            generator=generator,
         )
 
     def _default_prompt(self, batch_size: int) -> torch.LongTensor:

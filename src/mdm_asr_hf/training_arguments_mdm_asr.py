@@ -3,12 +3,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
 from .objective_mdm_asr import DiffusionObjective
+from .window_objective_mdm_asr import WindowObjective
 
 # Names of the objective's settings among the training arguments.
 _OBJECTIVE_FIELDS = {
@@ -21,6 +22,13 @@ _OBJECTIVE_FIELDS = {
     "low_discrepancy_timesteps": "low_discrepancy",
     "eos_weight": "eos_weight",
     "loss_weighting": "weighting",
+}
+# The same for the objective of the active window; those that are not here have no meaning for it.
+_WINDOW_FIELDS = {
+    "isct_steps": "num_steps",
+    "window_ahead": "ahead",
+    "window_draws": "num_draws",
+    "window_uniform_share": "uniform_share",
 }
 _LOWER_IS_BETTER = ("wer", "cer")
 # Factors of the peak learning rate by the share of the time that is over, for `max_minutes`.
@@ -58,6 +66,15 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
         "bound", "'bound': masked tokens weigh as the paper's; 'flat': all alike, for gradients of less variance."
     )
     low_discrepancy_timesteps: bool = _setting(True, "Spread the times of a batch evenly over (0, 1].")
+    window_ahead: int | None = _setting(
+        None,
+        "Train on what `generate` shows with `active_ahead` of as many tokens, see `WindowObjective`, instead of on "
+        "whole canvases; a donor's decoder learns many times faster that way. None, the paper's, is the whole canvas.",
+    )
+    window_draws: int = _setting(3, "Windows per text and batch, with `window_ahead`.")
+    window_uniform_share: float = _setting(
+        0.15, "Share of draws that show the whole text and mask it uniformly, with `window_ahead`."
+    )
     causal_anneal_steps: int = _setting(
         0,
         "Optimizer steps over which the decoder's view of later positions opens from none, as the autoregressive "
@@ -74,6 +91,11 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
         None,
         "Peak learning rate of the encoder, such as a tenth of `learning_rate`, with which it adapts to shorter "
         "silence or other rooms and keeps what it knows. None: `learning_rate`.",
+    )
+    donor_learning_rate: float | None = _setting(
+        None,
+        "Peak learning rate of what serves the decoder as it served the donor: all but the self-attention and the "
+        "embedding of [MASK]. A low one keeps the donor's knowledge of sounds. None: `learning_rate`.",
     )
     max_minutes: float | None = _setting(
         None,
@@ -103,7 +125,7 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
             self.make_objective()
         except ValueError as error:
             message = str(error)
-            for name, inner in _OBJECTIVE_FIELDS.items():
+            for name, inner in (_OBJECTIVE_FIELDS if self.window_ahead is None else _WINDOW_FIELDS).items():
                 message = message.replace(f"`{inner}`", f"`{name}`")
             # `PositionBiasedMasking` calls its band's width so.
             raise ValueError(message.replace("`width`", "`band_width`")) from error
@@ -112,7 +134,7 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
                 raise ValueError(f"`{name}` must be an integer of at least 0, got {getattr(self, name)!r}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay!r}. None turns it off.")
-        for name in ("encoder_learning_rate", "max_minutes"):
+        for name in ("encoder_learning_rate", "donor_learning_rate", "max_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}. None turns it off.")
         if self.encoder_learning_rate is not None and self.freeze_encoder:
@@ -143,9 +165,18 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
             self.data_seed = self.seed
         super().__post_init__()
 
-    def make_objective(self) -> DiffusionObjective:
+    def make_objective(self) -> DiffusionObjective | WindowObjective:
         """The objective these arguments describe."""
-        return DiffusionObjective(**{inner: getattr(self, name) for name, inner in _OBJECTIVE_FIELDS.items()})
+        if self.window_ahead is None:
+            return DiffusionObjective(**{inner: getattr(self, name) for name, inner in _OBJECTIVE_FIELDS.items()})
+        defaults = {f.name: f.default for f in fields(type(self))}
+        for name in _OBJECTIVE_FIELDS:
+            if name not in _WINDOW_FIELDS and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` belongs to whole canvases and has no effect with "
+                    f"`window_ahead={self.window_ahead}`. Leave one of them out."
+                )
+        return WindowObjective(**{inner: getattr(self, name) for name, inner in _WINDOW_FIELDS.items()})
 
 
 __all__ = ["CLOCKED_SCHEDULES", "MDMASRTrainingArguments"]

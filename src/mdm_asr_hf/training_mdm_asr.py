@@ -2,10 +2,10 @@
 """The trainer: masked diffusion with iterative self-correction (ISCT, arXiv 2602.18952) in a Seq2SeqTrainer."""
 
 import contextlib
+import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Seq2SeqTrainer, TrainerCallback
 from transformers.utils import logging
 
+from .alignment_mdm_asr import frame_duration_s
+from .objective_mdm_asr import DiffusionObjective
 from .scoring_mdm_asr import count_errors, normaliser
 from .training_arguments_mdm_asr import CLOCKED_SCHEDULES, MDMASRTrainingArguments
 
@@ -233,19 +235,15 @@ class ISCTTrainer(Seq2SeqTrainer):
         self.weight_average: WeightAverage | None = None
         self.clock = None if args.max_minutes is None else TrainingClock(args.max_minutes, args.world_size > 1)
         self._objective = args.make_objective()
-        self._evaluation_objective = replace(
-            self._objective,
-            schedule="linear",
-            position_biased_share=0.0,
-            eos_weight=1.0,
-            weighting="bound",
-            sample_predictions=False,
+        # The paper's, so that losses of all runs can be compared.
+        self._evaluation_objective = DiffusionObjective(
+            num_steps=args.isct_steps, low_discrepancy=args.low_discrepancy_timesteps
         )
         self._batch_sampler: Any = None
         self._step_sums: torch.Tensor | None = None
         self._num_summed = 0
         self._num_rows: int = 0
-        self._num_frames: int | torch.Tensor = 0
+        self._audio_s: float | torch.Tensor = 0.0
         self._evaluated_steps: list[torch.Tensor] = []
         self._finite: tuple[torch.Tensor, Any] | None = None
         super().__init__(
@@ -299,12 +297,12 @@ class ISCTTrainer(Seq2SeqTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.encoder_learning_rate is not None:
-            encoder = {id(p) for p in self.core_model.get_encoder().parameters()}
-            # Behind the others: the first group's learning rate is the one that is logged.
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in encoder]
-                group["params"] = [p for p in group["params"] if id(p) not in encoder]
-                optimizer.add_param_group({**group, "params": own, "lr": self.args.encoder_learning_rate})
+            encoder = self.core_model.get_encoder().parameters()
+            _set_learning_rate(optimizer, encoder, self.args.encoder_learning_rate)
+        if is_new and self.args.donor_learning_rate is not None:
+            own = re.compile(r"(^|\.)(self_attn|self_attn_layer_norm|input_only_embeddings)\.")
+            named = self.core_model.get_decoder().named_parameters()
+            _set_learning_rate(optimizer, (p for n, p in named if not own.search(n)), self.args.donor_learning_rate)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -397,10 +395,18 @@ class ISCTTrainer(Seq2SeqTrainer):
         steps = torch.stack([outputs["step_losses"].float(), outputs["step_accuracies"].float()]).detach()
         self._step_sums = steps if self._step_sums is None else self._step_sums + steps
         self._num_summed += 1
-        if (mask := inputs.get("attention_mask")) is not None:
-            self._num_rows, self._num_frames = self._num_rows + len(mask), self._num_frames + mask.sum()
+        self._count_audio(inputs)
         self._finite = _to_host(torch.isfinite(loss.detach()))
         return (loss, outputs) if return_outputs else loss
+
+    def _count_audio(self, inputs: dict[str, Any]):
+        mask, config = inputs.get("attention_mask"), self.core_model.config
+        frame_s = 1.0 / config.input_frames_per_s
+        if mask is None and inputs.get("encoder_outputs") is not None:
+            mask = inputs["encoder_outputs"].attention_mask
+            frame_s = frame_duration_s(config.encoder_config, config.input_frames_per_s)
+        if mask is not None and frame_s is not None:
+            self._num_rows, self._audio_s = self._num_rows + len(mask), self._audio_s + mask.sum() * frame_s
 
     def _augment(self, inputs: dict[str, Any]) -> dict[str, Any]:
         from .augmentation_mdm_asr import spec_augment
@@ -491,12 +497,12 @@ class ISCTTrainer(Seq2SeqTrainer):
 
     def train(self, *args, **kwargs):
         self.weight_average, self._step_sums, self._num_summed = None, None, 0
-        self._num_rows = self._num_frames = 0
+        self._num_rows, self._audio_s = 0, 0.0
         output = super().train(*args, **kwargs)
         # Of this process; the Trainer's own figures assume batches of a fixed number of rows.
-        runtime_s, frames_per_s = output.metrics["train_runtime"], self.core_model.config.input_frames_per_s
+        runtime_s = output.metrics["train_runtime"]
         output.metrics["train_rows_per_s"] = round(self._num_rows / runtime_s, 3)
-        output.metrics["train_audio_s_per_s"] = round(float(self._num_frames) / frames_per_s / runtime_s, 3)
+        output.metrics["train_audio_s_per_s"] = round(float(self._audio_s) / runtime_s, 3)
         if self.weight_average is not None:
             # The best checkpoint, once loaded, has its own averaged weights.
             if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
@@ -528,6 +534,16 @@ class ISCTTrainer(Seq2SeqTrainer):
             self.weight_average = average if self.args.ema_decay is not None else None
         elif self.args.ema_decay is not None:
             logger.warning(f"{resume_from_checkpoint} has no averaged weights: the average begins with its weights.")
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], learning_rate: float):
+    """Moves parameters into groups of their own."""
+    own = {id(p) for p in parameters}
+    # Behind the others: the first group's learning rate is the one that is logged.
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in own]
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
 def _step_metrics(values: list[float]) -> dict[str, float]:
