@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_of_masked_positions_and_little_of_it_behind_the_en
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_later_step_shows_the_predictions_of_the_one_before(seed):
-    objective = WindowObjective(ahead=4, num_draws=1, num_steps=2, uniform_share=0.0, reach=2)
+    objective = WindowObjective(ahead=4, num_draws=1, num_steps=2, uniform_share=0.0, reach=2, correction_weight=0.0)
     decoder, out = run(objective, seed)
     (first, _, wanted_first), (second, visible, wanted) = decoder.calls
     before, after = starts_of(wanted_first), starts_of(wanted)
@@ -103,8 +103,36 @@ def test_a_later_step_shows_the_predictions_of_the_one_before(seed):
     torch.testing.assert_close(out.loss, out.step_losses.sum())
 
 
+def test_what_shows_a_prediction_is_scored_too():
+    # A text of three tokens, of which the model predicts the second everywhere.
+    targets, lengths = torch.tensor([[5, 6, 7, EOS]]), torch.tensor([3])
+    right = math.log(1 + 15 * math.exp(-3))
+    seen = set()
+    for seed in range(30):
+        objective = WindowObjective(
+            ahead=2, num_draws=1, num_steps=2, uniform_share=0.0, reach=1, revealed_share=0.0, correction_weight=0.5
+        )
+        decoder, out = run(objective, seed, targets, lengths, prediction=6)
+        start = int(starts_of(decoder.calls[0][2])[0])
+        canvas, visible, wanted = decoder.calls[1]
+        if start == 3:
+            # The EOS remains masked: there is nothing behind it to move to.
+            assert not (wanted & (canvas != MASK)).any()
+            continue
+        seen.add(start)
+        assert canvas[0, start] == 6 and wanted[0, start] and wanted[0].sum() == visible[0].sum() - start
+        # By hand: the one prediction at half its weight, then the masked ones; 3 more where they are not 6.
+        tokens = [5, 6, 7, EOS][start : start + 3]
+        weights = [0.5, 1.0, 1.0][: len(tokens)]
+        losses = [right + 3 * (token != 6) for token in tokens]
+        expected = sum(w * one for w, one in zip(weights, losses, strict=True)) / sum(weights)
+        assert out.step_losses[1].item() == pytest.approx(expected, rel=1e-5)
+        assert out.step_accuracies[1].item() == pytest.approx(tokens[1:].count(6) / len(tokens[1:]))
+    assert seen == {0, 1, 2}
+
+
 def test_uniform_draws_show_the_whole_text_and_mask_any_of_it():
-    objective = WindowObjective(ahead=3, num_draws=40, num_steps=2, uniform_share=1.0)
+    objective = WindowObjective(ahead=3, num_draws=40, num_steps=2, uniform_share=1.0, correction_weight=0.0)
     decoder, _ = run(objective)
     firsts, seconds = decoder.calls[::2], decoder.calls[1::2]
     assert any(wanted[0, 0] and not wanted[0, 3] for _, _, wanted in firsts)

@@ -33,6 +33,9 @@ class WindowObjective:
         revealed_share (`float`): of windows with tokens visible among the masked, each with a probability of up to
             1/2. The first position of a window is always masked.
         eos_weight (`float`): weight of the positions behind a row's first EOS.
+        correction_weight (`float`):
+            Weight of positions that show a prediction of an earlier step: what is read there learns to be the right
+            token, and so tells whether the one that is shown is. 0 is the paper's, where masked positions alone count.
     """
 
     ahead: int = 8
@@ -42,6 +45,7 @@ class WindowObjective:
     reach: int = 4
     revealed_share: float = 0.5
     eos_weight: float = 0.25
+    correction_weight: float = 1.0
 
     def __post_init__(self):
         for name in ("ahead", "num_draws", "num_steps", "reach"):
@@ -50,8 +54,9 @@ class WindowObjective:
         for name in ("uniform_share", "revealed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)!r}.")
-        if not 0 <= self.eos_weight < float("inf"):
-            raise ValueError(f"`eos_weight` must be a finite number >= 0, got {self.eos_weight!r}.")
+        for name in ("eos_weight", "correction_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number >= 0, got {getattr(self, name)!r}.")
 
 
 @dataclass
@@ -108,8 +113,8 @@ def window_objective(
     generator: torch.Generator | None = None,
 ) -> ObjectiveOutput:
     """
-    Runs the draws and steps of the objective. The loss of a step is the mean cross-entropy of its masked positions;
-    that of the objective the mean of its draws, summed over the steps.
+    Runs the draws and steps of the objective. The loss of a step is the weighted mean cross-entropy of its masked
+    positions and of those that show a prediction; that of the objective the mean of its draws, summed over the steps.
 
     Args:
         decode (`Callable`):
@@ -130,7 +135,7 @@ def window_objective(
     accuracies = [[] for _ in range(objective.num_steps)]
     for number in range(objective.num_draws):
         is_uniform = bool(draw_uniform((1,), None, generator) < objective.uniform_share)
-        known, canvases = targets, []
+        known, is_guess, canvases = targets, torch.zeros_like(targets, dtype=torch.bool), []
         offset = draw_uniform((batch_size,), device, generator)
         starts = ((number + offset) / objective.num_draws * (last + 1)).long().minimum(last)
         num_known = torch.full_like(starts, targets.shape[1])
@@ -141,17 +146,23 @@ def window_objective(
                 draw = _window(known, starts, num_known, objective, generator)
             width = draw.known.shape[1]
             canvas = draw.known.masked_fill(draw.masked | ~draw.visible, mask_token_id)
-            logits = decode(canvas, draw.visible, draw.masked).float()
-            wanted, weight = targets[:, :width][draw.masked], weights[:, :width][draw.masked]
-            cross_entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+            guessed = is_guess[:, :width] & draw.visible & ~draw.masked
+            wanted = draw.masked | guessed if objective.correction_weight else draw.masked
+            logits = decode(canvas, draw.visible, wanted).float()
+            truth, is_masked = targets[:, :width][wanted], draw.masked[wanted]
+            weight = torch.where(is_masked, 1.0, objective.correction_weight) * weights[:, :width][wanted]
+            cross_entropy = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
             # No position at all is masked where a time is nearly 0.
             losses[step].append((cross_entropy * weight).sum() / weight.sum().clamp(min=1e-6))
             predicted = logits.detach().argmax(dim=-1)
-            accuracies[step].append((predicted == wanted).sum() / max(len(wanted), 1))
+            right = (predicted == truth) & is_masked
+            accuracies[step].append(right.sum() / is_masked.sum().clamp(min=1))
             canvases.append(canvas)
             if step + 1 < objective.num_steps:
                 known = known.clone()
-                known[:, :width][draw.masked] = predicted
+                known[:, :width][draw.masked] = predicted[is_masked]
+                is_guess = is_guess.clone()
+                is_guess[:, :width] |= draw.masked
                 num_known = starts + objective.ahead
                 moved = (draw_uniform((batch_size,), device, generator) * objective.reach).long() + 1
                 starts = (starts + moved).minimum(last)
