@@ -29,8 +29,9 @@ OUR_SETTINGS = {
     "steps": ("max_denoising_steps", int),
     "canvas-length": ("canvas_length", int),
 }
-# Those that have no flag, as generation_config.json calls them; the first may be "none".
-OTHER_SETTINGS = ("active_ahead", "active_behind", "repair_rounds")
+# Those that have no flag, as generation_config.json calls them, and which of them may be "none".
+OTHER_SETTINGS = {"active_ahead": int, "active_behind": int, "repair_rounds": int, "revise_above": float}
+OPTIONAL_SETTINGS = ("active_ahead", "revise_above")
 NONE = "none"
 WINDOW = "window-s"
 OUR_DTYPES = ("float32", "float16", "bfloat16", "int8")
@@ -124,9 +125,9 @@ def parse_settings(text: str) -> dict[str, Any]:
         if not value or (name not in OUR_SETTINGS and other not in OTHER_SETTINGS):
             known = ", ".join((*OUR_SETTINGS, *(one.replace("_", "-") for one in OTHER_SETTINGS)))
             raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, NAME one of {known}.")
-        argument, kind = OUR_SETTINGS.get(name, (other, int))
+        argument, kind = OUR_SETTINGS[name] if name in OUR_SETTINGS else (other, OTHER_SETTINGS[other])
         try:
-            number = None if (argument, value) == (OTHER_SETTINGS[0], NONE) else kind(value)
+            number = None if value == NONE and argument in OPTIONAL_SETTINGS else kind(value)
         except ValueError as error:
             raise ValueError(f"`--ours` {text!r}: {value!r} is not of type {kind.__name__}.") from error
         if argument in OTHER_SETTINGS:

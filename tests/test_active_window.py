@@ -54,6 +54,24 @@ def test_the_window_goes_back_to_what_was_committed_since_it_was_computed():
     assert window.places.tolist() == [[0, 1, 2, 3]]
 
 
+def test_the_window_begins_where_the_logits_of_the_first_wanted_position_are_read():
+    sequences = torch.tensor([[START, 5, 6, 7, 8, MASK, MASK, MASK]])
+
+    def start(wanted, **options):
+        wanted = torch.tensor([[i in wanted for i in range(8)]])
+        everything, lengths = torch.ones_like(wanted), torch.tensor([8])
+        window = ActiveWindow.around(
+            sequences, sequences, wanted, everything, lengths, lengths > 9, MASK, ahead=2, behind=0, **options
+        )
+        # Wherever it begins: what is ahead is counted from the first masked one.
+        assert window.ends.tolist() == [7]
+        return window.starts.item()
+
+    assert start({5, 6}) == 5 and start({5, 6}, shift=1) == 4
+    # Two that may be revised.
+    assert start({3, 4, 5, 6}) == 3 and start({3, 4, 5, 6}, shift=1) == 2
+
+
 def test_the_window_takes_in_committed_text_ahead_but_nothing_behind_the_end_of_text():
     repaired = [START, MASK, 6, 7, 8, 9, EOS, MASK, MASK]
     assert around([repaired], ahead=2).ends.tolist() == [7]

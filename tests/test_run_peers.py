@@ -111,6 +111,8 @@ def test_settings_of_the_active_window():
     parsed = peers.parse_settings("active_ahead=8,active-behind=3,gamma=0.2")
     assert parsed == {"others": ["active_ahead=8", "active_behind=3"], "gamma": 0.2}
     assert peers.parse_settings("active-ahead=none") == {"others": ["active_ahead=null"]}
+    assert peers.parse_settings("revise-above=0.5") == {"others": ["revise_above=0.5"]}
+    assert peers.parse_settings("revise-above=none") == {"others": ["revise_above=null"]}
     settings = generation_settings(tiny_model(), **parsed)
     assert (settings.active_ahead, settings.active_behind, settings.sampler["gamma"]) == (8, 3, 0.2)
     assert generation_settings(tiny_model(), **peers.parse_settings("active-ahead=none")).active_ahead is None

@@ -68,30 +68,35 @@ class ActiveWindow:
         cls,
         sequences: torch.LongTensor,
         computed: torch.LongTensor,
-        candidates: torch.BoolTensor,
+        wanted: torch.BoolTensor,
         is_text: torch.BoolTensor,
         lengths: torch.LongTensor,
         is_last: torch.BoolTensor,
         mask_token_id: int,
         ahead: int,
         behind: int,
+        shift: int = 0,
     ) -> "ActiveWindow":
         """
         The window around each row's first candidate. It reaches `ahead` positions ahead of it, that one included, and
         to the last committed position of the text if that is further, as after a repair or with a draft; in a row's
         last step, in which everything is committed, to the end. It starts `behind` positions behind the first
-        candidate, or earlier, at the first position whose token is not the one its cached keys were computed of.
+        candidate, or earlier, at the first position whose token is not the one its cached keys were computed of, or
+        where the logits of the first wanted position are read.
 
         Args:
             sequences (`torch.LongTensor` of shape (R, S)): the ids of prompt and canvas.
             computed (`torch.LongTensor` of shape (R, S)): the ids that the cache was computed of, -1 for none.
-            candidates (`torch.BoolTensor` of shape (R, S)): positions that may be committed.
+            wanted (`torch.BoolTensor` of shape (R, S)): positions whose logits are needed. The masked ones among them
+                are the candidates, which may be committed.
             is_text (`torch.BoolTensor` of shape (R, S)): positions up to the row's first EOS.
             lengths (`torch.LongTensor` of shape (R,)): prompt and own canvas of each row.
             is_last (`torch.BoolTensor` of shape (R,)): rows that take their last step.
             mask_token_id (`int`).
             ahead, behind (`int`): at least 1 and 0.
+            shift (`int`): how many positions earlier the logits of a position are read.
         """
+        candidates = wanted & (sequences == mask_token_id)
         num_positions = sequences.shape[1]
         positions = torch.arange(num_positions, device=sequences.device)
         # 0 where a row has none, see below.
@@ -101,7 +106,9 @@ class ActiveWindow:
         ends = torch.where(is_last, lengths, torch.minimum(ends, lengths)).clamp(min=2)
         is_stale = sequences != computed
         first_stale = torch.where(is_stale.any(dim=-1), is_stale.int().argmax(dim=-1), num_positions)
-        starts = torch.minimum(torch.minimum((first - behind).clamp(min=0), first_stale), ends - 1)
+        first_read = wanted.int().argmax(dim=-1) - shift
+        starts = torch.minimum(torch.minimum(first - behind, first_read).clamp(min=0), first_stale)
+        starts = torch.minimum(starts, ends - 1)
         # Rows without a candidate are finished: they wait to be dropped, in the narrowest of windows.
         starts = torch.where(candidates.any(dim=-1), starts, ends - 1)
         width = int((ends - starts).max())

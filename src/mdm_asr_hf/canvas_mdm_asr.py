@@ -96,6 +96,22 @@ class Canvas:
         self.confidence = torch.where(step.committed, step.confidence, self.confidence)
         self.commit_steps = torch.where(step.committed, self.nfe[:, None], self.commit_steps)
 
+    def fresh(self) -> torch.BoolTensor:
+        """Positions (B, L) of the text that the row's last evaluation committed."""
+        return (self.commit_steps == self.nfe[:, None]) & (self.commit_steps > 0) & self.text_positions()
+
+    def revise(self, positions: torch.BoolTensor, logits: torch.Tensor, above: float) -> None:
+        """
+        Puts the most probable tokens of logits (N, V) at N committed positions (B, L), in row-major order, where their
+        probability is above a bound and other tokens stand there.
+        """
+        log_probs, tokens = torch.log_softmax(logits.float(), dim=-1).max(dim=-1)
+        probs = log_probs.exp()
+        is_other = (probs > above) & (tokens != self.tokens[positions])
+        changed = positions.masked_scatter(positions, is_other)
+        self.tokens = self.tokens.masked_scatter(changed, tokens[is_other])
+        self.confidence = self.confidence.masked_scatter(changed, probs[is_other])
+
     def reopen(self, positions: torch.BoolTensor) -> None:
         """Masks positions (B, L) again."""
         self.tokens = self.tokens.masked_fill(positions, self.mask_token_id)

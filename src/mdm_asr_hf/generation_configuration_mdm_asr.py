@@ -26,6 +26,10 @@ class MDMASRGenerationConfig(GenerationConfig):
             Samplers bounded by entropy compute and commit only so many canvas positions from the first open one on,
             see `active_window_mdm_asr`. None, or gamma = inf, computes the whole canvas, as the paper does.
         active_behind (`int`): how many positions behind the first open one are computed again in every step.
+        revise_above (`float`, *optional*):
+            The tokens that a step commits are read again by the next, which sees them: another token takes the place
+            of one where its probability is above this. It needs a model that learned to read positions that show a
+            token, see `WindowObjective.correction_weight`. None, or `temperature` > 0, revises nothing.
         canvas_length (`int`, *optional*):
             A fixed number of canvas tokens (the paper's is 256). None adapts it to each utterance's duration:
             `canvas_tokens_per_s` * seconds + `canvas_extra_tokens`.
@@ -72,6 +76,7 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.temperature: float = kwargs.pop("temperature", 0.0)
         self.active_ahead: int | None = kwargs.pop("active_ahead", None)
         self.active_behind: int = kwargs.pop("active_behind", 2)
+        self.revise_above: float | None = kwargs.pop("revise_above", None)
         self.canvas_length: int | None = kwargs.pop("canvas_length", None)
         self.canvas_tokens_per_s: float = kwargs.pop("canvas_tokens_per_s", 7.0)
         self.canvas_extra_tokens: int = kwargs.pop("canvas_extra_tokens", 10)
@@ -124,6 +129,7 @@ class MDMASRGenerationConfig(GenerationConfig):
             if type(value) is not int or value < 0:
                 raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}.")
         for name in (
+            "revise_above",
             "temperature",
             "canvas_tokens_per_s",
             "canvas_extra_tokens",
@@ -135,10 +141,12 @@ class MDMASRGenerationConfig(GenerationConfig):
             "max_window_s",
         ):
             value = getattr(self, name)
-            if value is None and name == "max_window_s":
+            if value is None and name in ("max_window_s", "revise_above"):
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
+        if self.revise_above is not None and self.revise_above > 1:
+            raise ValueError(f"`revise_above` must be a probability, got {self.revise_above!r}.")
         if self.prompt_template is not None:
             validate_prompt_template(self.prompt_template)
         validate_calibration(self.confidence_temperature, self.confidence_bias, self.confidence_context)

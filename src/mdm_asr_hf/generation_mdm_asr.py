@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mask")
 _SAMPLER_SETTINGS = ("gamma", "lambda_", "k")
 # Settings that None switches off; of others it means that the caller has no wish.
-_MEANINGFUL_NONES = ("active_ahead", "canvas_length", "confidence_context", "no_speech")
+_MEANINGFUL_NONES = ("active_ahead", "canvas_length", "confidence_context", "no_speech", "revise_above")
 # Names of prompt slots, so that one the checkpoint lacks is reported as such and not as an unknown argument.
 _PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "timestamp", "diarize", "emotion")
 
@@ -109,8 +109,9 @@ class MDMASRGenerationMixin:
         3. Lay the visible prompt and a canvas of [MASK] for every row, as long as its duration asks for.
         4. Per denoising step, until every row is finished:
             a. run the decoder on prompt and canvas, or on the active window of them,
-            b. let the sampler commit positions,
-            c. finish the rows whose text, up to the first EOS, is committed;
+            b. revise what the step before committed, if the settings say so,
+            c. let the sampler commit positions,
+            d. finish the rows whose text, up to the first EOS, is committed;
            then take doubled tokens out and refine around them, if the settings say so.
         5. Cut each row at its first EOS.
         ```
@@ -269,11 +270,19 @@ class MDMASRGenerationMixin:
         commits all it has open.
         """
         noisy = settings.temperature > 0 or sampler.needs_noise
+        # Hotwords are put where the model alone would have put other words.
+        is_revising = settings.revise_above is not None and not settings.temperature and hotwords is None
         candidates = canvas.open_positions()
         while self._any_unfinished(candidates, synced_gpus):
+            is_open = candidates.any(dim=-1)
             if not synced_gpus:
-                open_rows.narrow(candidates.any(dim=-1))
-            logits, within = self._canvas_logits(open_rows, canvas, candidates, settings)
+                open_rows.narrow(is_open)
+            wanted = candidates | (canvas.fresh() & is_open[:, None]) if is_revising else candidates
+            logits, within = self._canvas_logits(open_rows, canvas, wanted, settings)
+            if is_revising:
+                is_candidate = candidates[within]
+                canvas.revise(within & ~candidates, logits[~is_candidate], settings.revise_above)
+                logits, within = logits[is_candidate], within & candidates
             unbiased = None
             if hotwords is not None:
                 unbiased = hotwords.raise_logits(
@@ -518,16 +527,17 @@ class MDMASRGenerationMixin:
         self,
         open_rows: OpenRows,
         canvas: Canvas,
-        candidates: torch.BoolTensor,
+        wanted: torch.BoolTensor,
         settings: MDMASRGenerationConfig,
     ) -> tuple[torch.Tensor, torch.BoolTensor]:
         """
         One decoder evaluation of the open rows of a canvas (B, L). The output layer is as wide as the vocabulary, so
-        that it is spared for positions that may not be committed.
+        that it is spared for all positions but the wanted ones (B, L): those that may be committed, which are masked,
+        and those that may be revised.
 
         Returns:
-            Logits (N, V), in fp32, of N candidates in row-major order; and which ones (B, L) of the candidates those
-            are: the ones within the active window, or all.
+            Logits (N, V), in fp32, of N wanted positions in row-major order; and which ones (B, L) those are: the ones
+            within the active window, or all.
         """
         rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
         sequences = torch.cat([prompt_ids, canvas.tokens[rows]], dim=-1)
@@ -535,10 +545,10 @@ class MDMASRGenerationMixin:
         # The other samplers choose among the whole canvas, and without a bound all of it is committed at once.
         is_bounded = isinstance(sampler, EBConfConfig) and not math.isinf(sampler.gamma)
         if settings.active_ahead is not None and is_bounded:
-            outputs, within = self._run_window(open_rows, canvas, sequences, candidates, settings)
+            outputs, within = self._run_window(open_rows, canvas, sequences, wanted, settings)
         else:
             visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask[rows]], dim=-1)
-            outputs, within = self._run_sequences(open_rows, sequences, visible, candidates[rows]), candidates
+            outputs, within = self._run_sequences(open_rows, sequences, visible, wanted[rows]), wanted
         logits = outputs.logits.float()
         if settings.suppress_tokens:
             logits[..., settings.suppress_tokens] = -torch.inf
@@ -549,14 +559,14 @@ class MDMASRGenerationMixin:
         open_rows: OpenRows,
         sequences: torch.LongTensor,
         visible: torch.BoolTensor,
-        candidates: torch.BoolTensor,
+        wanted: torch.BoolTensor,
     ) -> ModelOutput:
         """Runs the decoder on whole sequences (R, S) of prompt and canvas, up to S."""
         return self(
             decoder_input_ids=sequences,
             decoder_attention_mask=visible,
             encoder_outputs=open_rows.encoder_outputs,
-            logits_to_keep=candidates,
+            logits_to_keep=wanted,
         )
 
     def _run_window(
@@ -564,16 +574,16 @@ class MDMASRGenerationMixin:
         open_rows: OpenRows,
         canvas: Canvas,
         sequences: torch.LongTensor,
-        candidates: torch.BoolTensor,
+        wanted: torch.BoolTensor,
         settings: MDMASRGenerationConfig,
     ) -> tuple[ModelOutput, torch.BoolTensor]:
         """Runs the decoder on the active window of sequences (R, S), see [`ActiveWindow`]. Returns its output, and the
-        candidates (B, L) within the window."""
+        wanted positions (B, L) within the window."""
         rows, prompt_length = open_rows.rows, open_rows.prompt_ids.shape[1]
         num_positions, device = sequences.shape[1], sequences.device
         if open_rows.computed is None:
             open_rows.computed = torch.full_like(sequences, -1)
-        in_sequence = nn.functional.pad(candidates[rows], (prompt_length, 0))
+        in_sequence = nn.functional.pad(wanted[rows], (prompt_length, 0))
         shift = int(self.config.shift_logits)
         window = ActiveWindow.around(
             sequences,
@@ -584,14 +594,15 @@ class MDMASRGenerationMixin:
             canvas.nfe[rows] >= settings.max_denoising_steps - 1,
             self.config.mask_token_id,
             ahead=settings.active_ahead,
+            behind=settings.active_behind,
             # Shifted logits are read one position earlier.
-            behind=max(settings.active_behind, shift),
+            shift=shift,
         )
         num_keys = int(window.ends.max())
         positions = torch.arange(num_positions, device=device)
         visible = positions < window.ends[:, None]
         in_sequence = in_sequence & visible
-        within = torch.zeros_like(candidates)
+        within = torch.zeros_like(wanted)
         within[rows] = in_sequence[:, prompt_length:]
         decoder_config = self.get_decoder().config
         if decoder_config.is_causal or decoder_config._attn_implementation not in ("sdpa", "eager"):
