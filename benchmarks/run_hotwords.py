@@ -21,7 +21,6 @@ same utterances without hotwords, with the paired bootstrap's 95 % interval.
 
 import argparse
 import copy
-import gzip
 import json
 import platform
 import random
@@ -40,11 +39,11 @@ MIN_LETTERS = 4
 
 def common_words(path: Path, number: int) -> set[str]:
     """The most frequent words of a text file, which may be gzipped."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    from mdm_asr_hf.sources_mdm_asr import read_sentences
+
     counts: Counter[str] = Counter()
-    with opened as lines:
-        for line in lines:
-            counts.update(re.findall(r"[a-z]+", line.lower()))
+    for sentence in read_sentences(path, "--texts"):
+        counts.update(re.findall(r"[a-z]+", sentence.lower()))
     # Equally frequent ones in the order of the alphabet, so that the set does not depend on the file's order.
     return set(sorted(counts, key=lambda word: (-counts[word], word))[:number])
 

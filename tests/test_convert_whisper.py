@@ -341,25 +341,78 @@ def test_truncated_vocabulary(donor, vocab_size):
     assert [tuple(pair) for pair in bpe["merges"]] == merges[: vocab_size - 256]
 
 
+def test_most_used_vocabulary_by_hand(english):
+    """Of the ids 256 th, 257 at, 258 the, 259 nd, 260 " the", ..., 263 und, ..., 278 " und", four are kept."""
+    names = {256 + i: "".join(pair) for i, pair in enumerate(train_bpe()[1])}
+    assert [names[i] for i in (256, 258, 259, 260, 263, 278)] == ["th", "the", "nd", "Ġthe", "und", "Ġund"]
+    tokenizer, donor_ids = whisper_tokenizer(english[0], 260, ["und", "", " und ", "the"])
+    # " und", used twice, with nd and und; " the" with th and the does not fit any more, but th alone does.
+    assert donor_ids[:260] == [*range(256), 256, 259, 263, 278]
+    assert tokenizer(" und").input_ids == [259] and tokenizer.decode([256, 257, 258, 259]) == "thndund und"
+    assert len(tokenizer(" the").input_ids) == 3
+    assert (tokenizer.eos_token_id, tokenizer.mask_token_id, len(tokenizer)) == (260, 263, 264)
+
+
+def test_most_used_vocabulary_writes_kept_words_as_the_donor(donor):
+    """Whatever is cut: a sentence whose tokens are all kept is written with the same tokens."""
+    whole, _ = whisper_tokenizer(donor["folder"])
+    for vocab_size in range(256, 256 + NUM_MERGES + 1, 3):
+        tokenizer, donor_ids = whisper_tokenizer(donor["folder"], vocab_size, SENTENCES[:2])
+        assert len(set(donor_ids)) == len(donor_ids) and len(donor_ids[:vocab_size]) == vocab_size
+        kept = set(donor_ids[:vocab_size])
+        for sentence in SENTENCES:
+            expected = whole(f" {sentence}").input_ids
+            written = [donor_ids[i] for i in tokenizer(f" {sentence}").input_ids]
+            assert written == expected or not set(expected) <= kept
+    # With all merges it is the donor's vocabulary, used or not.
+    assert donor_ids[: 256 + NUM_MERGES] == list(range(256 + NUM_MERGES))
+
+
+def test_most_used_vocabulary_covers_more_than_the_first(donor, tmp_path):
+    text = "der hund und die katze"
+    file = tmp_path / "sentences.txt"
+    file.write_text(f"{text}\n\n{text}\n", encoding="utf-8")
+    first, used = (whisper_tokenizer(donor["folder"], 268, kept)[0](f" {text}").input_ids for kept in (None, file))
+    assert len(used) < len(first)
+    model = from_whisper(donor["folder"], vocab_size=268, vocab_text=file)
+    processor = whisper_processor(donor["folder"], vocab_size=268, vocab_text=[text])
+    assert processor.tokenizer(f" {text}").input_ids == used
+    stock, theirs = donor["model"].model.decoder.embed_tokens.weight, donor["tokenizer"].get_vocab()
+    for token, i in processor.tokenizer.get_vocab().items():
+        if i < 268:
+            assert torch.equal(model.model.decoder.embed_tokens.weight[i], stock[theirs[token]]), token
+
+
+def test_a_text_without_a_size_or_without_words_is_refused(english, tmp_path):
+    with pytest.raises(ValueError, match="Pass `vocab_size`, too"):
+        from_whisper(english[0], vocab_text=SENTENCES)
+    for text in ([], ["", "  "], iter(())):
+        with pytest.raises(ValueError, match="holds no text"):
+            whisper_tokenizer(english[0], 270, text)
+    with pytest.raises(ValueError, match="`vocab_text` .* cannot be read"):
+        whisper_tokenizer(english[0], 270, tmp_path / "missing.txt.gz")
+
+
 @pytest.fixture(scope="module")
 def shrunk(multilingual):
-    return [whisper_tokenizer(multilingual[0], vocab_size)[0] for vocab_size in (256, 270)]
+    cuts = ((256, None), (270, None), (270, SENTENCES[:1]))
+    return [whisper_tokenizer(multilingual[0], *cut)[0] for cut in cuts]
 
 
 @given(text=st.text())
 @settings(deadline=None)
 def test_any_text_survives_a_truncated_vocabulary(shrunk, text):
-    for tokenizer, vocab_size in zip(shrunk, (256, 270), strict=True):
+    for tokenizer, vocab_size in zip(shrunk, (256, 270, 270), strict=True):
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text
         assert max(ids, default=0) < vocab_size
 
 
 def test_bytes_and_merges_are_used_in_order(shrunk):
-    num_ids = [len(tokenizer("the cat and the 🦜").input_ids) for tokenizer in shrunk]
+    num_ids = [len(tokenizer("the cat and the 🦜").input_ids) for tokenizer in shrunk[:2]]
     assert num_ids[0] == 16 + 4  # every character one byte, the parrot four
     assert num_ids[1] < num_ids[0]
-    assert [tokenizer.decode(tokenizer("the 🦜 été").input_ids) for tokenizer in shrunk] == ["the 🦜 été"] * 2
+    assert [tokenizer.decode(tokenizer("the 🦜 été").input_ids) for tokenizer in shrunk] == ["the 🦜 été"] * 3
 
 
 @pytest.mark.parametrize("vocab_size", [None, 270])

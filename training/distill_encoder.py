@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=15.0, help="the learning rate falls with the clock")
     parser.add_argument("--vocab-size", type=int, help="shrink the donor's vocabulary to N ids")
+    parser.add_argument("--vocab-text", type=Path, help="sentences: keep the ids that they use most, not the first")
     parser.add_argument("--teacher-silence-s", type=float, default=5.0)
     parser.add_argument("--silence-s", type=float, default=0.0, help="what the student gets")
     parser.add_argument("--join-max-s", type=float, default=20.0, help="longest window of joined utterances")
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shrink = {} if options.vocab_size is None else {"vocab_size": options.vocab_size}
+    shrink = {"vocab_size": options.vocab_size, "vocab_text": options.vocab_text}
     load = MDMASRForConditionalGeneration.from_whisper
     teacher = load(options.donor, **shrink).float().to(device).get_encoder().eval()
     model = load(options.donor, **shrink).float().to(device)

@@ -36,6 +36,9 @@ class ModelArguments:
     )
     donor_kind: str = field(default="whisper", metadata={"help": "'whisper' or 'canary'."})
     vocab_size: int | None = field(default=None, metadata={"help": "Shrink a Whisper donor's vocabulary to N ids."})
+    vocab_text: str | None = field(
+        default=None, metadata={"help": "A file of sentences: keep the ids that they use most, not the first ones."}
+    )
     encoder_trailing_silence_s: float | None = field(
         default=None, metadata={"help": "Seconds of silence behind the audio, for Whisper encoders."}
     )
@@ -97,7 +100,8 @@ def load_model(arguments: ModelArguments):
     if arguments.donor is not None:
         if arguments.donor_kind not in ("whisper", "canary"):
             raise ValueError(f"`donor_kind` must be 'whisper' or 'canary', got {arguments.donor_kind!r}.")
-        options = {} if arguments.vocab_size is None else {"vocab_size": arguments.vocab_size}
+        options = {name: getattr(arguments, name) for name in ("vocab_size", "vocab_text")}
+        options = {name: value for name, value in options.items() if value is not None}
         model = getattr(MDMASRForConditionalGeneration, f"from_{arguments.donor_kind}")(arguments.donor, **options)
         processor = getattr(MDMASRProcessor, f"from_{arguments.donor_kind}")(arguments.donor, **options)
         model = model.float()

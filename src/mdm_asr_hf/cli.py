@@ -226,7 +226,10 @@ def convert(
         DonorKind | None, typer.Option(help="Of the donor. Default: what its config.json or suffix says.")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Keep the first N ids of a Whisper donor's vocabulary.")
+        int | None, typer.Option(help="Keep N ids of a Whisper donor's vocabulary, the first ones.")
+    ] = None,
+    vocab_text: Annotated[
+        Path | None, typer.Option(help="A file of sentences: keep the ids that they use most, not the first ones.")
     ] = None,
     with_code: Annotated[
         bool,
@@ -248,10 +251,13 @@ def convert(
         try:
             kind = kind or _guess_kind(donor)
             options = {}
-            if vocab_size is not None:
+            for name, value in (("vocab_size", vocab_size), ("vocab_text", vocab_text)):
+                if value is None:
+                    continue
                 if kind is not DonorKind.whisper:
-                    raise ValueError(f"`--vocab-size {vocab_size}` is for Whisper donors only. Leave it out.")
-                options["vocab_size"] = vocab_size
+                    option = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"`{option} {value}` is for Whisper donors only. Leave it out.")
+                options[name] = value
             with saving_code(with_code):
                 model = getattr(MDMASRForConditionalGeneration, f"from_{kind.value}")(donor, **options)
                 processor = getattr(MDMASRProcessor, f"from_{kind.value}")(donor, **options)

@@ -2,6 +2,7 @@
 """Where training speech comes from: folders, manifests, data sets of the Hub, growing shards; all to like rows."""
 
 import csv
+import gzip
 import importlib.util
 import io
 import json
@@ -34,6 +35,24 @@ NUM_PARTS = 64
 UNREADABLE, EMPTY_TEXT = "unreadable audio", "empty transcript"
 LONG_TEXT, LONG_AUDIO = "transcript longer than the canvas", "audio too long"
 BAD_ROW_REASONS = (UNREADABLE, EMPTY_TEXT, LONG_TEXT, LONG_AUDIO)
+
+
+def read_sentences(path: str | Path, name: str = "text") -> list[str]:
+    """
+    The lines of a text file, .txt or .txt.gz in UTF-8, that hold something, with single blanks.
+
+    Raises:
+        ValueError: the file cannot be read, or holds nothing. It names the argument `name`.
+    """
+    path = Path(path)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            sentences = [" ".join(line.split()) for line in file if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{name}` {str(path)!r} cannot be read: {error}") from error
+    if not sentences:
+        raise ValueError(f"`{name}` {str(path)!r} has no sentences. Give one a line.")
+    return sentences
 
 
 class BadRowError(ValueError):
