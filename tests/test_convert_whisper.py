@@ -2,6 +2,8 @@
 """Whisper donors: tiny random models with a real byte-level BPE, English-only and multilingual."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,10 @@ from mdm_asr_hf.convert_whisper import (
     whisper_tokenizer,
 )
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+import compare_vocabularies  # noqa: E402
 
 MASK_EMBEDDING = "model.decoder.input_only_embeddings.weight"
 EMBEDDING = "model.decoder.embed_tokens.weight"
@@ -381,6 +387,20 @@ def test_most_used_vocabulary_covers_more_than_the_first(donor, tmp_path):
     for token, i in processor.tokenizer.get_vocab().items():
         if i < 268:
             assert torch.equal(model.model.decoder.embed_tokens.weight[i], stock[theirs[token]]), token
+
+
+def test_what_a_vocabulary_costs(english, tmp_path):
+    text = tmp_path / "sentences.txt"
+    # Every tenth sentence is measured, here the first.
+    text.write_text("\n".join(["the cat sat", *SENTENCES]), encoding="utf-8")
+    options = ["--donor", str(english[0]), "--text", str(text), "--sizes", "256", "286"]
+    result = compare_vocabularies.main([*options, "--output", str(tmp_path / "results.json")])
+    bytes_first, bytes_used, all_first, all_used = result["rows"]
+    # " the", " cat" and " sat" are tokens of their own, and twelve bytes.
+    assert result["num_tokens"] == 3 and bytes_first["tokens_kept_percent"] == bytes_used["tokens_kept_percent"] == 0
+    assert bytes_first["more_tokens_percent"] == 300
+    assert all_first["tokens_kept_percent"] == all_used["tokens_kept_percent"] == 100
+    assert all_used["more_tokens_percent"] == 0
 
 
 def test_a_text_without_a_size_or_without_words_is_refused(english, tmp_path):
