@@ -30,7 +30,13 @@ OUR_SETTINGS = {
     "canvas-length": ("canvas_length", int),
 }
 # Those that have no flag, as generation_config.json calls them, and which of them may be "none".
-OTHER_SETTINGS = {"active_ahead": int, "active_behind": int, "repair_rounds": int, "revise_above": float}
+OTHER_SETTINGS = {
+    "active_ahead": int,
+    "active_behind": int,
+    "repair_rounds": int,
+    "revise_above": float,
+    "revise_steps": int,
+}
 OPTIONAL_SETTINGS = ("active_ahead", "revise_above")
 NONE = "none"
 WINDOW = "window-s"

@@ -94,8 +94,8 @@ def decoding_settings(settings: dict[str, Any]) -> dict[str, Any]:
     if "active_window" in settings:
         ahead = settings["active_window"]["active_ahead"]
         shown["window"] = "whole canvas" if ahead is None else ahead
-    if "revise_above" in settings:
-        above = settings["revise_above"]
+    if "revision" in settings:
+        above = settings["revision"]["revise_above"]
         shown["revises above"] = "nothing" if above is None else above
     if settings.get("temperature"):
         shown["temperature"] = settings["temperature"]

@@ -41,9 +41,11 @@ def logits_of(*probs):
 def test_fresh_is_what_the_last_evaluation_of_a_row_committed():
     canvas = a_canvas([[5, 6, MASK, 7, MASK], [5, EOS, 6, MASK, MASK]], [[1, 2, 0, 2, 0], [3, 3, 3, 0, 0]], [2, 3])
     # Behind the end of text nothing counts.
-    assert canvas.fresh().tolist() == [[False, True, False, True, False], [True, True, False, False, False]]
+    assert canvas.fresh(1).tolist() == [[False, True, False, True, False], [True, True, False, False, False]]
+    assert canvas.fresh(2).tolist() == [[True, True, False, True, False], [True, True, False, False, False]]
+    assert canvas.fresh(9).tolist() == canvas.fresh(2).tolist()
     # Before the first evaluation there is only a draft.
-    assert not a_canvas([[5, MASK]], [[0, 0]], [0]).fresh().any()
+    assert not a_canvas([[5, MASK]], [[0, 0]], [0]).fresh(2).any()
 
 
 def test_another_token_takes_the_place_of_one_where_it_is_probable_enough():
@@ -97,6 +99,16 @@ def test_a_step_revises_what_the_one_before_committed(monkeypatch):
     assert generate(model, revise_above=1.0).sequences.tolist() == [[5, 5, 5, 5, EOS]]
 
 
+def test_later_steps_read_a_token_again_as_often_as_the_settings_say(monkeypatch):
+    model = tiny_model("whisper")
+    script = SecondThoughts(model, monkeypatch)
+    out = generate(model, revise_above=0.5, revise_steps=3)
+    # At every step up to three of the tokens that were committed.
+    assert script.wanted == [0, 1, 2, 3, 3] and out.sequences.tolist() == [[6, 6, 6, 6, EOS]]
+    with pytest.raises(ValueError, match="`revise_steps` must be an integer of at least 1, got 0"):
+        generate(model, revise_above=0.5, revise_steps=0)
+
+
 def test_drafts_stay_and_draws_and_hotwords_are_not_revised(monkeypatch):
     model = tiny_model("whisper")
     SecondThoughts(model, monkeypatch)
@@ -117,6 +129,10 @@ def test_revision_changes_texts_and_a_window_over_everything_is_the_whole_canvas
     whole = transcribe(model, active_ahead=None)
     assert whole.sequences.tolist() != transcribe(model, active_ahead=None, revise_above=None).sequences.tolist()
     assert_same(whole, transcribe(model, active_ahead=100, active_behind=100))
+    again = transcribe(model, active_ahead=None, revise_steps=3)
+    # A random model without shift happens to read alike what follows.
+    assert (again.sequences.tolist() != whole.sequences.tolist()) == shift
+    assert_same(again, transcribe(model, active_ahead=100, active_behind=100, revise_steps=3))
 
 
 @settings(max_examples=15, deadline=None)
@@ -127,11 +143,12 @@ def test_revision_changes_texts_and_a_window_over_everything_is_the_whole_canvas
     steps=st.integers(1, 12),
     shift=st.booleans(),
     gamma=st.sampled_from([0.0, 1.0, 3.0]),
+    again=st.integers(1, 4),
 )
-def test_a_batch_is_its_rows_and_every_row_ends(ahead, behind, seed, steps, shift, gamma):
+def test_a_batch_is_its_rows_and_every_row_ends(ahead, behind, seed, steps, shift, gamma, again):
     model = tiny_model("whisper", seed=seed, shift_logits=shift)
     options = {"active_ahead": ahead, "active_behind": behind, "max_denoising_steps": steps, "repair_rounds": 1}
-    options |= {"gamma": gamma, "revise_above": 0.0, "return_dict_in_generate": True}
+    options |= {"gamma": gamma, "revise_above": 0.0, "revise_steps": again, "return_dict_in_generate": True}
     features, mask = tiny_inputs("whisper")
     batch = model.generate(features, attention_mask=mask, **options)
     assert not (batch.sequences == MASK).any() and batch.nfe.max() <= steps

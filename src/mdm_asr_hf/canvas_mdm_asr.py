@@ -96,9 +96,10 @@ class Canvas:
         self.confidence = torch.where(step.committed, step.confidence, self.confidence)
         self.commit_steps = torch.where(step.committed, self.nfe[:, None], self.commit_steps)
 
-    def fresh(self) -> torch.BoolTensor:
-        """Positions (B, L) of the text that the row's last evaluation committed."""
-        return (self.commit_steps == self.nfe[:, None]) & (self.commit_steps > 0) & self.text_positions()
+    def fresh(self, num_evaluations: int) -> torch.BoolTensor:
+        """Positions (B, L) of the text that the last so many evaluations of their rows committed."""
+        is_fresh = (self.commit_steps > self.nfe[:, None] - num_evaluations) & (self.commit_steps > 0)
+        return is_fresh & self.text_positions()
 
     def revise(self, positions: torch.BoolTensor, logits: torch.Tensor, above: float) -> None:
         """

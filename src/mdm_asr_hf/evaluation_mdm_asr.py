@@ -534,7 +534,7 @@ def describe_settings(settings: MDMASRGenerationConfig) -> dict[str, Any]:
         "canvas": {k: getattr(settings, k) for k in ("canvas_length", "canvas_tokens_per_s", "canvas_extra_tokens")},
         "temperature": settings.temperature,
         "active_window": {k: getattr(settings, k) for k in ("active_ahead", "active_behind")},
-        "revise_above": settings.revise_above,
+        "revision": {k: getattr(settings, k) for k in ("revise_above", "revise_steps")},
         "repair": {
             k: getattr(settings, k) for k in ("repair_rounds", "repair_doubled_below", "repair_doubtful_below")
         },

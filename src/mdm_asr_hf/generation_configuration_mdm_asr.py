@@ -30,6 +30,7 @@ class MDMASRGenerationConfig(GenerationConfig):
             The tokens that a step commits are read again by the next, which sees them: another token takes the place
             of one where its probability is above this. It needs a model that learned to read positions that show a
             token, see `WindowObjective.correction_weight`. None, or `temperature` > 0, revises nothing.
+        revise_steps (`int`): how many steps read a token again, with more and more of what follows it to be seen.
         canvas_length (`int`, *optional*):
             A fixed number of canvas tokens (the paper's is 256). None adapts it to each utterance's duration:
             `canvas_tokens_per_s` * seconds + `canvas_extra_tokens`.
@@ -77,6 +78,7 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.active_ahead: int | None = kwargs.pop("active_ahead", None)
         self.active_behind: int = kwargs.pop("active_behind", 2)
         self.revise_above: float | None = kwargs.pop("revise_above", None)
+        self.revise_steps: int = kwargs.pop("revise_steps", 1)
         self.canvas_length: int | None = kwargs.pop("canvas_length", None)
         self.canvas_tokens_per_s: float = kwargs.pop("canvas_tokens_per_s", 7.0)
         self.canvas_extra_tokens: int = kwargs.pop("canvas_extra_tokens", 10)
@@ -118,7 +120,7 @@ class MDMASRGenerationConfig(GenerationConfig):
         """Raises ValueError on a setting that makes no sense; brings `sampler` into its JSON form."""
         self.sampler = make_sampler(self.sampler).to_dict()
         optional = ("active_ahead", "canvas_length", "max_new_tokens")
-        for name in (*optional, "max_denoising_steps", "max_length", "num_return_sequences"):
+        for name in (*optional, "max_denoising_steps", "max_length", "num_return_sequences", "revise_steps"):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue

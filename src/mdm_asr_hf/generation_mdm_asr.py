@@ -109,7 +109,7 @@ class MDMASRGenerationMixin:
         3. Lay the visible prompt and a canvas of [MASK] for every row, as long as its duration asks for.
         4. Per denoising step, until every row is finished:
             a. run the decoder on prompt and canvas, or on the active window of them,
-            b. revise what the step before committed, if the settings say so,
+            b. revise what the steps before committed, if the settings say so,
             c. let the sampler commit positions,
             d. finish the rows whose text, up to the first EOS, is committed;
            then take doubled tokens out and refine around them, if the settings say so.
@@ -277,7 +277,9 @@ class MDMASRGenerationMixin:
             is_open = candidates.any(dim=-1)
             if not synced_gpus:
                 open_rows.narrow(is_open)
-            wanted = candidates | (canvas.fresh() & is_open[:, None]) if is_revising else candidates
+            wanted = candidates
+            if is_revising:
+                wanted = candidates | (canvas.fresh(settings.revise_steps) & is_open[:, None])
             logits, within = self._canvas_logits(open_rows, canvas, wanted, settings)
             if is_revising:
                 is_candidate = candidates[within]
