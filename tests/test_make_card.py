@@ -113,6 +113,22 @@ def test_tables_by_hand(facts, tmp_path):
     assert "1.5 hours on a CPU; 0.25 kWh" in text and "lower case" in text and "2602.18952" in text
 
 
+def test_window_and_revision_are_shown():
+    settings = {"sampler": {"name": "pbeb_conf", "gamma": 0.1, "lambda_": 0.2}, "max_denoising_steps": 9}
+    window = {"active_ahead": 8, "active_behind": 2}
+    shown = make_card.decoding_settings(
+        {**settings, "active_window": window, "revision": {"revise_above": 0.5, "revise_steps": 1}}
+    )
+    assert shown == {
+        **{"sampler": "pbeb_conf", "gamma": 0.1, "lambda": 0.2, "steps": 9, "canvas": "adaptive"},
+        **{"window": 8, "revises above": 0.5},
+    }
+    off = {"active_window": {**window, "active_ahead": None}, "revision": {"revise_above": None, "revise_steps": 1}}
+    shown = make_card.decoding_settings({**settings, **off})
+    assert (shown["window"], shown["revises above"]) == ("whole canvas", "nothing")
+    assert "revises above" not in make_card.decoding_settings(settings)
+
+
 def test_metadata_is_what_the_hub_reads(facts, tmp_path):
     run(facts, "--output", tmp_path / "card.md", tmp_path / "copy.md")
     assert (tmp_path / "card.md").read_text() == (tmp_path / "copy.md").read_text()
