@@ -693,3 +693,65 @@ def test_batches_of_bounded_seconds_from_a_stream(tmp_path):
 def test_batches_of_bounded_seconds_need_durations(tmp_path):
     with pytest.raises(ValueError, match="`max_seconds_per_batch`.*`durations_s`"):
         seconds_trainer(tmp_path, Clips()).get_train_dataloader()
+
+
+# ---- A teacher ----
+
+
+def test_the_teacher_reads_the_text_so_far_as_the_donor_did(tmp_path):
+    model = trainable_model(shift_logits=True)
+    trainer = ISCTTrainer(
+        model,
+        arguments(tmp_path, window_ahead=3, teacher_weight=0.5),
+        train_dataset=Clips(),
+        teacher=trainable_model(seed=7, shift_logits=True),
+    )
+    features, mask = tiny_inputs(seconds=(1.0, 0.6))
+    inputs = {"input_features": features, "attention_mask": mask}
+    labels = torch.tensor([[5, 6, 7, 8], [9, 10, -100, -100]])
+    taught = trainer._ask_teacher({**inputs, "labels": labels})
+    assert taught.shape == (2, 4, VOCAB_SIZE) and not taught.requires_grad
+    # The prediction of a token depends on those before it alone.
+    other = labels.clone()
+    other[0, 2] = 11
+    changed = trainer._ask_teacher({**inputs, "labels": other})
+    torch.testing.assert_close(changed[0, :3], taught[0, :3])
+    assert not torch.allclose(changed[0, 3], taught[0, 3])
+    before = weights(trainer.teacher)
+    trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in weights(trainer.teacher).items())
+
+
+def test_a_student_learns_what_its_teacher_says_and_not_the_text(tmp_path):
+    losses = []
+    for weight in (0.0, 1.0):
+        model = trainable_model(shift_logits=True)
+        teacher = trainable_model(seed=7, shift_logits=True) if weight else None
+        trainer = ISCTTrainer(
+            model,
+            arguments(tmp_path, window_ahead=3, teacher_weight=weight, max_steps=30, isct_steps=1),
+            train_dataset=Clips(),
+            teacher=teacher,
+        )
+        trainer.train()
+        losses.append(logged(trainer, "accuracy_step_1")[-5:])
+    assert sum(losses[0]) > sum(losses[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "teacher", "message"),
+    [
+        ({"window_ahead": 3, "teacher_weight": 0.5}, None, "`teacher` and `teacher_weight=0.5` belong together"),
+        ({"window_ahead": 3}, {"shift_logits": True}, "`teacher` and `teacher_weight=0.0` belong together"),
+        ({"teacher_weight": 0.5}, {"shift_logits": True}, "`teacher_weight=0.5` needs `window_ahead`"),
+        ({"window_ahead": 3, "teacher_weight": 0.5}, {"shift_logits": False}, "must predict the next of"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_raises(tmp_path, settings, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        ISCTTrainer(
+            trainable_model(shift_logits=True),
+            arguments(tmp_path, **settings),
+            train_dataset=Clips(),
+            teacher=None if teacher is None else trainable_model(**teacher),
+        )
