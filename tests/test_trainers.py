@@ -27,8 +27,8 @@ class Clips(torch.utils.data.Dataset):
         }
 
 
-def trainable_model(**settings):
-    model = tiny_model("whisper", **settings)
+def trainable_model():
+    model = tiny_model("whisper")
     model.generation_config.canvas_tokens_per_s, model.generation_config.canvas_extra_tokens = 2.0, 6
     return model
 

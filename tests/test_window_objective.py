@@ -131,47 +131,6 @@ def test_what_shows_a_prediction_is_scored_too():
     assert seen == {0, 1, 2}
 
 
-def test_a_teachers_distribution_takes_a_share_of_the_loss():
-    # A text of one token, which the model predicts everywhere, and its EOS. The teacher halves its first guess between
-    # two tokens, and knows the end; nobody asks it behind that.
-    targets, lengths = torch.tensor([[5, EOS, EOS]]), torch.tensor([1])
-    teacher = torch.full((1, 3, 16), -1e9)
-    teacher[0, 0, [5, 6]] = 0.0
-    teacher[0, 1, EOS] = 0.0
-    teacher[0, 2, 9] = 0.0
-    objective = WindowObjective(ahead=3, num_draws=1, num_steps=1, uniform_share=0.0, teacher_weight=0.4)
-    right, seen = math.log(1 + 15 * math.exp(-3)), set()
-    for seed in range(20):
-        decoder, generator = Decoder(5), torch.Generator().manual_seed(seed)
-        out = window_objective(
-            decoder, targets, lengths, objective, mask_token_id=MASK, teacher_logits=teacher, generator=generator
-        )
-        wanted = decoder.calls[0][2][0].tolist()
-        # By hand: half of the teacher's mind is on a token whose logit is lower by 3; the text's is the model's own.
-        losses = [0.6 * right + 0.4 * (right + 3 / 2), right + 3, right + 3]
-        shares = [weight * is_wanted for weight, is_wanted in zip([1, 1, 0.25], wanted, strict=True)]
-        expected = sum(a * b for a, b in zip(losses, shares, strict=True)) / sum(shares)
-        assert out.loss.item() == pytest.approx(expected, rel=1e-5)
-        out.loss.backward()
-        assert decoder.logits.grad.abs().sum() > 0
-        seen.add(tuple(wanted))
-    assert len(seen) > 2
-
-
-def test_a_teacher_and_its_weight_belong_together():
-    decoder = Decoder()
-    for weight, logits in ((0.5, None), (0.0, torch.zeros(2, 11, 16))):
-        with pytest.raises(ValueError, match=f"`teacher_logits` and `teacher_weight={weight}` belong together"):
-            window_objective(
-                decoder,
-                TARGETS,
-                LENGTHS,
-                WindowObjective(teacher_weight=weight),
-                mask_token_id=MASK,
-                teacher_logits=logits,
-            )
-
-
 def test_uniform_draws_show_the_whole_text_and_mask_any_of_it():
     objective = WindowObjective(ahead=3, num_draws=40, num_steps=2, uniform_share=1.0, correction_weight=0.0)
     decoder, _ = run(objective)
@@ -209,7 +168,6 @@ def test_any_text_gives_a_finite_loss(lengths, spare, ahead, uniform, seed):
         ({"ahead": 0}, "`ahead` must be an integer of at least 1, got 0"),
         ({"num_draws": 1.5}, "`num_draws`"),
         ({"uniform_share": 1.1}, r"`uniform_share` must be in \[0, 1\]"),
-        ({"teacher_weight": 2.0}, r"`teacher_weight` must be in \[0, 1\]"),
         ({"eos_weight": -1.0}, "`eos_weight` must be a finite number"),
     ],
 )

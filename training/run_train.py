@@ -46,10 +46,6 @@ class ModelArguments:
         default=None,
         metadata={"help": "Read logits one position earlier, as the donor predicts. Default: yes for donors."},
     )
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "For `teacher_weight`: a folder of the converted donor, its decoder not trained yet."},
-    )
 
 
 @dataclass
@@ -120,12 +116,6 @@ def load_model(arguments: ModelArguments):
     return model, processor
 
 
-def load_teacher(arguments: ModelArguments) -> MDMASRForConditionalGeneration | None:
-    if arguments.teacher is None:
-        return None
-    return MDMASRForConditionalGeneration.from_pretrained(arguments.teacher, dtype=torch.float32)
-
-
 def benchmark_input(trainer: ISCTTrainer, num_batches: int) -> dict[str, float]:
     """Rows and seconds of audio per second that the input pipeline alone delivers."""
     batches = iter(trainer.get_train_dataloader())
@@ -192,7 +182,6 @@ def main(argv: list[str]) -> dict:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=processor,
-        teacher=load_teacher(model_arguments),
     )
     trainer.evaluation_collator = plain_collator
     if data_arguments.benchmark_input:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from run_train import ModelArguments, load_model, load_teacher, parse_sources, read_arguments
+from run_train import ModelArguments, load_model, parse_sources, read_arguments
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -188,7 +188,6 @@ def main(argv: list[str]) -> dict:
         data_collator=collator,
         train_dataset=EncodedWindows(frame_arguments.frames, frames_per_s),
         processing_class=processor,
-        teacher=load_teacher(model_arguments),
     )
     resume = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     trained = trainer.train(resume_from_checkpoint=resume)

@@ -194,7 +194,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         generator: torch.Generator | None = None,
         logits_to_keep: int | torch.BoolTensor = 0,
         input_values: torch.Tensor | None = None,
-        teacher_logits: torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """
@@ -224,8 +223,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 logits (N, V) of the N that it marks, in row-major order.
             input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
                 them.
-            teacher_logits (`torch.Tensor` of shape (B, M, V), *optional*):
-                A teacher's of the first M labels, for the `teacher_weight` of a [`WindowObjective`].
             kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility` of [`MDMASRDecoder`].
 
         Returns:
@@ -243,7 +240,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 prompt_ids,
                 objective,
                 generator,
-                teacher_logits,
                 kwargs,
             )
         targets = None
@@ -310,7 +306,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         prompt_ids,
         objective,
         generator,
-        teacher_logits,
         kwargs,
     ) -> "MDMASROutput":
         """Lays the canvas, runs the encoder once, and all steps of the objective on it."""
@@ -338,9 +333,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             return outputs.last_hidden_state
 
         if isinstance(objective, WindowObjective):
-            result = self._window_objective(
-                hidden_states, labels, targets, prompt_ids, objective, teacher_logits, generator
-            )
+            result = self._window_objective(hidden_states, labels, targets, prompt_ids, objective, generator)
         else:
 
             def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
@@ -381,7 +374,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         targets: torch.LongTensor,
         prompt_ids: torch.LongTensor,
         objective: WindowObjective,
-        teacher_logits: torch.Tensor | None,
         generator: torch.Generator | None,
     ) -> ObjectiveOutput:
         """Windows reach over the end of the text, up to the decoder's last position."""
@@ -397,7 +389,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             text_lengths,
             objective,
             mask_token_id=self.config.mask_token_id,
-            teacher_logits=teacher_logits,
             generator=generator,
         )
 

@@ -29,7 +29,6 @@ _WINDOW_FIELDS = {
     "window_ahead": "ahead",
     "window_draws": "num_draws",
     "window_uniform_share": "uniform_share",
-    "teacher_weight": "teacher_weight",
 }
 _LOWER_IS_BETTER = ("wer", "cer")
 # Factors of the peak learning rate by the share of the time that is over, for `max_minutes`.
@@ -75,9 +74,6 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
     window_draws: int = _setting(3, "Windows per text and batch, with `window_ahead`.")
     window_uniform_share: float = _setting(
         0.15, "Share of draws that show the whole text and mask it uniformly, with `window_ahead`."
-    )
-    teacher_weight: float = _setting(
-        0.0, "Share of the loss that asks for the predictions of the trainer's `teacher`, with `window_ahead`."
     )
     causal_anneal_steps: int = _setting(
         0,

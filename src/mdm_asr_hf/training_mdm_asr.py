@@ -203,9 +203,6 @@ class ISCTTrainer(Seq2SeqTrainer):
         args ([`MDMASRTrainingArguments`]).
         processing_class (*optional*): the processor; saved with the checkpoints, and decodes for WER.
         compute_metrics (*optional*): default with `predict_with_generate`: [`make_wer_metric`].
-        teacher ([`MDMASRForConditionalGeneration`], *optional*):
-            For `teacher_weight`: a converted donor whose decoder has not been trained since, of the same vocabulary
-            and with `shift_logits`. It reads the text so far through its causal mask, as the donor did.
         kwargs: further arguments of `Seq2SeqTrainer`.
     """
 
@@ -221,7 +218,6 @@ class ISCTTrainer(Seq2SeqTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
-        teacher: nn.Module | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, MDMASRTrainingArguments):
@@ -265,7 +261,6 @@ class ISCTTrainer(Seq2SeqTrainer):
         if args.ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`ema_decay` does not work with sharded parameters. Use DDP, or leave it out.")
         self._freeze()
-        self.teacher = self._check_teacher(teacher)
         self.add_callback(_TrainingHooks(self))
 
     def call_model_init(self, trial=None):
@@ -281,38 +276,6 @@ class ISCTTrainer(Seq2SeqTrainer):
         """The MDM-ASR model inside the wrappers of Accelerate and PEFT."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def _check_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
-        weight = self.args.teacher_weight
-        if weight and self.args.window_ahead is None:
-            raise ValueError(f"`teacher_weight={weight}` needs `window_ahead`: whole canvases are not taught.")
-        if (teacher is None) != (weight == 0):
-            raise ValueError(f"`teacher` and `teacher_weight={weight}` belong together: give both, or leave both out.")
-        if teacher is None:
-            return None
-        own, others = self.core_model.config, teacher.config
-        if not others.shift_logits or others.decoder_config.vocab_size != own.decoder_config.vocab_size:
-            raise ValueError(
-                f"`teacher` must predict the next of {own.decoder_config.vocab_size} tokens, as a donor that was "
-                f"converted with the same vocabulary and `shift_logits=True` does; it has "
-                f"{others.decoder_config.vocab_size} and `shift_logits={others.shift_logits}`."
-            )
-        return teacher.to(self.args.device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def _ask_teacher(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """The teacher's logits (B, L, V) of the labels, each from those before it."""
-        labels, prompt_ids = inputs["labels"], inputs.get("prompt_ids")
-        if prompt_ids is None:
-            prompt_ids = self.core_model._default_prompt(len(labels)).to(labels.device)
-        text = labels.masked_fill(labels == -100, self.teacher.config.eos_token_id)
-        heard = ("input_features", "input_values", "attention_mask", "encoder_outputs")
-        return self.teacher(
-            **{name: inputs[name] for name in heard if inputs.get(name) is not None},
-            decoder_input_ids=torch.cat([prompt_ids.expand(len(labels), -1), text], dim=-1),
-            future_visibility=0.0,
-            logits_to_keep=labels.shape[-1],
-        ).logits
 
     def _freeze(self):
         core, args = self.core_model, self.args
@@ -427,8 +390,6 @@ class ISCTTrainer(Seq2SeqTrainer):
             inputs = self._augment(inputs)
         if (visibility := self.future_visibility()) is not None:
             inputs["future_visibility"] = visibility
-        if self.teacher is not None:
-            inputs["teacher_logits"] = self._ask_teacher(inputs)
         outputs = model(**inputs, objective=self._objective)
         loss = outputs["loss"]
         steps = torch.stack([outputs["step_losses"].float(), outputs["step_accuracies"].float()]).detach()

@@ -36,10 +36,6 @@ class WindowObjective:
         correction_weight (`float`):
             Weight of positions that show a prediction of an earlier step: what is read there learns to be the right
             token, and so tells whether the one that is shown is. 0 is the paper's, where masked positions alone count.
-        teacher_weight (`float`):
-            Share of the loss, up to a text's EOS, that is the cross-entropy to a teacher's distribution instead of the
-            text (knowledge distillation, arXiv 1503.02531). The donor is one: its causal decoder knows more speech
-            than what is trained on.
     """
 
     ahead: int = 8
@@ -50,13 +46,12 @@ class WindowObjective:
     revealed_share: float = 0.5
     eos_weight: float = 0.25
     correction_weight: float = 1.0
-    teacher_weight: float = 0.0
 
     def __post_init__(self):
         for name in ("ahead", "num_draws", "num_steps", "reach"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {getattr(self, name)!r}.")
-        for name in ("uniform_share", "revealed_share", "teacher_weight"):
+        for name in ("uniform_share", "revealed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)!r}.")
         for name in ("eos_weight", "correction_weight"):
@@ -115,7 +110,6 @@ def window_objective(
     objective: WindowObjective,
     *,
     mask_token_id: int,
-    teacher_logits: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> ObjectiveOutput:
     """
@@ -128,8 +122,6 @@ def window_objective(
             row-major order. W is at most L.
         targets (`torch.LongTensor` of shape (B, L)): texts on EOS-filled canvases. Windows end at L.
         text_lengths (`torch.LongTensor` of shape (B,)): tokens of each text, without its EOS.
-        teacher_logits (`torch.Tensor` of shape (B, M, V), *optional*):
-            A teacher's, of the first M positions, which reach over the longest text's EOS; for `teacher_weight`.
 
     Returns:
         [`ObjectiveOutput`]: with the logits (N, V) and the canvases (B, W) of the last draw.
@@ -139,17 +131,6 @@ def window_objective(
     weights = torch.where(positions > text_lengths[:, None], objective.eos_weight, 1.0)
     # A text that fills its canvas has no EOS to predict.
     last = text_lengths.clamp(max=targets.shape[1] - 1)
-    if (teacher_logits is None) != (objective.teacher_weight == 0):
-        raise ValueError(
-            f"`teacher_logits` and `teacher_weight={objective.teacher_weight}` belong together: give both or neither."
-        )
-    # A row of the teacher's for each target, or none.
-    taught, teacher_rows = None, None
-    if teacher_logits is not None:
-        taught = positions <= text_lengths[:, None]
-        taught[:, teacher_logits.shape[1] :] = False
-        teacher_rows = teacher_logits.shape[1] * torch.arange(batch_size, device=device)[:, None] + positions
-        teacher_logits = teacher_logits.flatten(0, 1)
     losses = [[] for _ in range(objective.num_steps)]
     accuracies = [[] for _ in range(objective.num_steps)]
     for number in range(objective.num_draws):
@@ -171,14 +152,6 @@ def window_objective(
             truth, is_masked = targets[:, :width][wanted], draw.masked[wanted]
             weight = torch.where(is_masked, 1.0, objective.correction_weight) * weights[:, :width][wanted]
             cross_entropy = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
-            if teacher_logits is not None:
-                is_taught = taught[:, :width][wanted]
-                soft = teacher_logits[teacher_rows[:, :width][wanted][is_taught]].float().softmax(dim=-1)
-                to_teacher = torch.nn.functional.cross_entropy(logits[is_taught], soft, reduction="none")
-                difference = to_teacher - cross_entropy[is_taught]
-                cross_entropy = cross_entropy.masked_scatter(
-                    is_taught, cross_entropy[is_taught] + objective.teacher_weight * difference
-                )
             # No position at all is masked where a time is nearly 0.
             losses[step].append((cross_entropy * weight).sum() / weight.sum().clamp(min=1e-6))
             predicted = logits.detach().argmax(dim=-1)
