@@ -9,7 +9,7 @@ import torch
 from .active_window_mdm_asr import CanvasCache
 from .diffusion_mdm_asr import draw_uniform
 from .encoder_mdm_asr import MDMASREncoderOutput
-from .sampling_mdm_asr import SamplerOutput
+from .sampling_mdm_asr import SamplerOutput, propose_tokens
 
 # In `draft_ids`, as in labels: a position that nothing is known of.
 OPEN_ID = -100
@@ -106,7 +106,7 @@ class Canvas:
         Puts the most probable tokens of logits (N, V) at N committed positions (B, L), in row-major order, where their
         probability is above a bound and other tokens stand there.
         """
-        log_probs, tokens = torch.log_softmax(logits.float(), dim=-1).max(dim=-1)
+        tokens, log_probs, _ = propose_tokens(logits)
         probs = log_probs.exp()
         is_other = (probs > above) & (tokens != self.tokens[positions])
         changed = positions.masked_scatter(positions, is_other)
