@@ -56,7 +56,8 @@ def watch_stages(
         # Python looks a call up in the class.
         targets.append(("decoder", type(model.get_decoder()), "__call__"))
     # Not imported by name: a checkpoint that brings its code has a module of its own.
-    targets.append(("sampler", sys.modules[type(model)._denoise.__module__], "sampler_step"))
+    generation = sys.modules[type(model)._denoise.__module__]
+    targets += [("sampler", generation, "propose_tokens"), ("sampler", generation, "sampler_step")]
     active: list[str] = []
 
     def wrap(stage: str) -> Callable[[Any], Any]:

@@ -106,7 +106,7 @@ def test_the_cache_keeps_what_the_window_does_not_cover():
     cache.places, cache.num_keys = torch.tensor([[1, 2], [1, 2]]), 3
     keys, _ = cache.update(0, 10 * first, first)
     assert keys.flatten().tolist() == [1, 10, 20, 3, 30, 90]
-    cache.take_rows(torch.tensor([False, True]))
+    cache.take_rows(torch.tensor([1]))
     assert cache.keys[0].flatten().tolist() == [3, 30, 90, 0, 9]
 
 

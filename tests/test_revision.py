@@ -10,6 +10,7 @@ from test_generation import EOS, MASK
 from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_model
 
 from mdm_asr_hf.canvas_mdm_asr import Canvas
+from mdm_asr_hf.sampling_mdm_asr import propose_tokens
 
 
 def a_canvas(tokens, commit_steps, nfe):
@@ -23,6 +24,10 @@ def a_canvas(tokens, commit_steps, nfe):
         mask_token_id=MASK,
         eos_token_id=EOS,
     )
+
+
+def proposed(*probs):
+    return propose_tokens(logits_of(*probs))[:2]
 
 
 def logits_of(*probs):
@@ -51,12 +56,12 @@ def test_fresh_is_what_the_last_evaluation_of_a_row_committed():
 def test_another_token_takes_the_place_of_one_where_it_is_probable_enough():
     canvas = a_canvas([[5, 6, 7, 8, MASK]], [[1, 1, 1, 1, 0]], [1])
     positions = torch.tensor([[True, True, True, False, False]])
-    canvas.revise(positions, logits_of({9: 0.6, 5: 0.3}, {9: 0.4, 6: 0.3}, {7: 0.9}), above=0.5)
+    canvas.revise(positions, *proposed({9: 0.6, 5: 0.3}, {9: 0.4, 6: 0.3}, {7: 0.9}), above=0.5)
     # The second's is not probable enough, the third's is the one that stands there.
     assert canvas.tokens.tolist() == [[9, 6, 7, 8, MASK]]
     torch.testing.assert_close(canvas.confidence, torch.tensor([[0.6, 0.5, 0.5, 0.5, 0.0]]))
     assert canvas.commit_steps.tolist() == [[1, 1, 1, 1, 0]] and canvas.nfe.tolist() == [1]
-    canvas.revise(positions, logits_of({9: 0.6}, {9: 0.4, 6: 0.3}, {7: 0.9}), above=0.35)
+    canvas.revise(positions, *proposed({9: 0.6}, {9: 0.4, 6: 0.3}, {7: 0.9}), above=0.35)
     assert canvas.tokens.tolist() == [[9, 9, 7, 8, MASK]]
 
 

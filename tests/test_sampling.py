@@ -230,11 +230,17 @@ def test_logits_of_the_candidates_alone_give_the_same(state, name, steps_left, t
     assert torch.equal(some.committed, whole.committed) and torch.equal(some.canvas, whole.canvas)
     assert torch.equal(some.confidence[candidates], whole.confidence[candidates])
     assert not some.confidence[~candidates].any()
+    settings["proposed"] = propose_tokens(logits[candidates], temperature, noise[..., 0][candidates])
+    again = sampler_step(make_sampler(name), None, canvas, **settings)
+    assert torch.equal(again.canvas, some.canvas) and torch.equal(again.confidence, some.confidence)
 
 
 def test_logits_of_another_number_of_positions_raise():
     with pytest.raises(ValueError, match="`logits` are of 3 positions, but 4 are candidates"):
         sampler_step(make_sampler("eb_conf"), LOGITS[0, :3], CANVAS, mask_token_id=MASK, steps_left=2)
+    proposed = propose_tokens(LOGITS[0, :3])
+    with pytest.raises(ValueError, match="`proposed` are of 3 positions, but 4 are candidates"):
+        sampler_step(make_sampler("eb_conf"), None, CANVAS, mask_token_id=MASK, steps_left=2, proposed=proposed)
 
 
 @given(states(), st.sampled_from(["eb_conf", "pbeb_conf"]), st.floats(0, 3), st.floats(0, 3))

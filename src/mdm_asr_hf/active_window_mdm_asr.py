@@ -42,10 +42,10 @@ class CanvasCache:
         self.values[layer].scatter_(2, index, values)
         return self.keys[layer][:, :, : self.num_keys], self.values[layer][:, :, : self.num_keys]
 
-    def take_rows(self, rows: torch.Tensor) -> None:
-        """Keeps some rows, a mask (R,) or indices."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+    def take_rows(self, rows: torch.LongTensor) -> None:
+        """Keeps some rows, by their indices."""
+        self.keys = [keys.index_select(0, rows) for keys in self.keys]
+        self.values = [values.index_select(0, rows) for values in self.values]
 
 
 @dataclass

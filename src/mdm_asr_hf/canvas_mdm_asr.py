@@ -9,7 +9,7 @@ import torch
 from .active_window_mdm_asr import CanvasCache
 from .diffusion_mdm_asr import draw_uniform
 from .encoder_mdm_asr import MDMASREncoderOutput
-from .sampling_mdm_asr import SamplerOutput, propose_tokens
+from .sampling_mdm_asr import SamplerOutput
 
 # In `draft_ids`, as in labels: a position that nothing is known of.
 OPEN_ID = -100
@@ -101,12 +101,13 @@ class Canvas:
         is_fresh = (self.commit_steps > self.nfe[:, None] - num_evaluations) & (self.commit_steps > 0)
         return is_fresh & self.text_positions()
 
-    def revise(self, positions: torch.BoolTensor, logits: torch.Tensor, above: float) -> None:
+    def revise(
+        self, positions: torch.BoolTensor, tokens: torch.LongTensor, log_probs: torch.Tensor, above: float
+    ) -> None:
         """
-        Puts the most probable tokens of logits (N, V) at N committed positions (B, L), in row-major order, where their
-        probability is above a bound and other tokens stand there.
+        Puts proposed tokens (N,) at N committed positions (B, L), in row-major order, where their probability is above
+        a bound and other tokens stand there.
         """
-        tokens, log_probs, _ = propose_tokens(logits)
         probs = log_probs.exp()
         is_other = (probs > above) & (tokens != self.tokens[positions])
         changed = positions.masked_scatter(positions, is_other)
@@ -209,8 +210,8 @@ class OpenRows:
 
     def narrow(self, is_open: torch.BoolTensor) -> None:
         """Drops the rows that are not open (B,) any more, if they are enough."""
-        kept = is_open[self.rows]
-        if len(kept) - int(kept.sum()) < DROPPED_SHARE * len(kept):
+        kept = is_open[self.rows].nonzero().squeeze(-1)
+        if len(self.rows) - len(kept) < DROPPED_SHARE * len(self.rows):
             return
         self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
         self.encoder_outputs = take_rows(self.encoder_outputs, kept)
@@ -220,12 +221,17 @@ class OpenRows:
             self.cache.take_rows(kept)
 
 
-def take_rows(outputs: MDMASREncoderOutput, rows: torch.Tensor) -> MDMASREncoderOutput:
-    """Frames, mask and cross-attention states of some rows: a mask (B,), or indices, which may repeat."""
+def take_rows(outputs: MDMASREncoderOutput, rows: torch.LongTensor) -> MDMASREncoderOutput:
+    """Frames, mask and cross-attention states of some rows, by their indices, which may repeat."""
+
+    def take(values: torch.Tensor) -> torch.Tensor:
+        # Which copies whole rows at once, unlike an index in brackets.
+        return values.index_select(0, rows)
+
     return MDMASREncoderOutput(
-        last_hidden_state=outputs.last_hidden_state[rows],
-        attention_mask=None if outputs.attention_mask is None else outputs.attention_mask[rows],
-        cross_attention_states=tuple((key[rows], value[rows]) for key, value in outputs.cross_attention_states),
+        last_hidden_state=take(outputs.last_hidden_state),
+        attention_mask=None if outputs.attention_mask is None else take(outputs.attention_mask),
+        cross_attention_states=tuple((take(key), take(value)) for key, value in outputs.cross_attention_states),
     )
 
 

@@ -24,7 +24,7 @@ from .language_mdm_asr import settle_languages
 from .no_speech_mdm_asr import no_speech_probability, with_confidence
 from .prompt_mdm_asr import build_prompt_ids
 from .repair_mdm_asr import repair
-from .sampling_mdm_asr import EBConfConfig, SamplerConfig, make_sampler, sampler_step
+from .sampling_mdm_asr import EBConfConfig, SamplerConfig, make_sampler, propose_tokens, sampler_step
 
 logger = logging.get_logger(__name__)
 
@@ -281,11 +281,13 @@ class MDMASRGenerationMixin:
             if is_revising:
                 wanted = candidates | (canvas.fresh(settings.revise_steps) & is_open[:, None])
             logits, within = self._canvas_logits(open_rows, canvas, wanted, settings)
+            unbiased = proposed = None
             if is_revising:
-                is_candidate = candidates[within]
-                canvas.revise(within & ~candidates, logits[~is_candidate], settings.revise_above)
-                logits, within = logits[is_candidate], within & candidates
-            unbiased = None
+                # Logits are large: each is read once, for both ends.
+                tokens, log_probs, entropy = propose_tokens(logits)
+                is_new = candidates[within]
+                canvas.revise(within & ~candidates, tokens[~is_new], log_probs[~is_new], settings.revise_above)
+                within, proposed = within & candidates, (tokens[is_new], log_probs[is_new], entropy[is_new])
             if hotwords is not None:
                 unbiased = hotwords.raise_logits(
                     logits,
@@ -306,6 +308,7 @@ class MDMASRGenerationMixin:
                 temperature=settings.temperature,
                 noise=draw_noise(generator, lengths, canvas.tokens.device) if noisy else None,
                 unbiased=unbiased,
+                proposed=proposed,
             )
             canvas.commit(step, candidates)
             candidates = canvas.open_positions()

@@ -12,9 +12,13 @@ import torch
 # rounding of a matrix product, which changes with the batch: without the grid a batch would commit in another order
 # than its rows.
 RANK_RESOLUTION = 1e-3
+# Rows of logits that are worked through together on a CPU.
 ROWS_AT_ONCE = 16
 # Of a token that is all but impossible, where its logarithm must be finite: exp of it is 0.
 LEAST_LOG_PROB = -1e4
+
+# Of some positions: tokens, their log-probabilities, entropies.
+Proposal = tuple[torch.LongTensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def draw_tokens(probs: torch.Tensor, noise: torch.Tensor) -> torch.LongTensor:
 
 def propose_tokens(
     logits: torch.Tensor, temperature: float = 0.0, token_noise: torch.Tensor | None = None
-) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor]:
+) -> Proposal:
     """
     Proposes a token for every position: the arg-max at temperature 0, a draw from softmax(logits / temperature) above.
 
@@ -180,13 +184,13 @@ def propose_tokens(
     return tokens, log_probs.gather(-1, tokens[..., None]).squeeze(-1), _entropy(log_probs, probs)
 
 
-def _propose_best(logits: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor]:
+def _propose_best(logits: torch.Tensor) -> Proposal:
     """
     `propose_tokens` at temperature 0: with x = logits - max and Z = sum(exp(x)), the log-probability of the arg-max is
     -log(Z), and the entropy log(Z) - sum(exp(x) x) / Z.
     """
     rows = logits.float().flatten(0, -2)
-    # On a CPU a few rows at a time, so that what is made of them stays in the caches.
+    # A few at a time, so that what is made of them stays in the caches.
     parts = rows.split(ROWS_AT_ONCE) if rows.device.type == "cpu" else (rows,)
     proposed = []
     for part in parts:
@@ -251,7 +255,7 @@ def _select_entropy_bounded(
 
 def sampler_step(
     sampler: SamplerConfig,
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     canvas: torch.LongTensor,
     *,
     mask_token_id: int,
@@ -260,13 +264,15 @@ def sampler_step(
     temperature: float = 0.0,
     noise: torch.Tensor | None = None,
     unbiased: tuple[torch.LongTensor, torch.Tensor] | None = None,
+    proposed: Proposal | None = None,
 ) -> SamplerOutput:
     """
     One denoising step of any of the five samplers: stateless, vectorised over the batch.
 
     Args:
         sampler ([`SamplerConfig`]): which sampler, with its settings.
-        logits (`torch.Tensor` of shape (B, L, V), or (N, V) of the N candidates alone, in row-major order).
+        logits (`torch.Tensor` of shape (B, L, V), or (N, V) of the N candidates alone, in row-major order): None with
+            `proposed`.
         canvas (`torch.LongTensor` of shape (B, L)): `mask_token_id` where nothing is committed yet.
         steps_left (`int` or `torch.LongTensor` of shape (B,)): denoising steps left, this one included, of the batch
             or of each row. The last one commits everything.
@@ -280,6 +286,8 @@ def sampler_step(
         unbiased (`tuple` of `torch.LongTensor` (M,) and `torch.Tensor` (M, V), *optional*): places among N logits that
             a bias was added to, and their logits before. Their entropies are of these, so that a bias decides for a
             token and does not make the sampler bolder.
+        proposed (`tuple` of three tensors (N,), *optional*): what [`propose_tokens`] gave for the N candidates,
+            instead of their logits.
 
     Returns:
         [`SamplerOutput`]
@@ -299,10 +307,15 @@ def sampler_step(
     masked = canvas == mask_token_id
     candidates = masked if candidates is None else candidates & masked
     token_noise = noise[..., 0] if noise is not None else None
-    if logits.dim() == 2:
-        if len(logits) != int(candidates.sum()):
-            raise ValueError(f"`logits` are of {len(logits)} positions, but {int(candidates.sum())} are candidates.")
-        proposed = propose_tokens(logits, temperature, token_noise[candidates] if token_noise is not None else None)
+    if proposed is not None or logits.dim() == 2:
+        given = ("logits", logits) if proposed is None else ("proposed", proposed[0])
+        if len(given[1]) != int(candidates.sum()):
+            raise ValueError(
+                f"`{given[0]}` are of {len(given[1])} positions, but {int(candidates.sum())} are candidates."
+            )
+        if proposed is None:
+            drawn = token_noise[candidates] if token_noise is not None else None
+            proposed = propose_tokens(logits, temperature, drawn)
         if unbiased is not None and len(unbiased[0]):
             log_probs = _log_probs(unbiased[1], temperature)
             proposed[2][unbiased[0]] = _entropy(log_probs, log_probs.exp())
