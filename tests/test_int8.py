@@ -32,6 +32,14 @@ def test_an_int8_layer_by_hand():
     assert layer(torch.empty(0, 2)).shape == (0, 2)
 
 
+def test_large_sums_are_not_cut_off():
+    # 8 products of the largest activation and the largest weight: 8 x 3 x 2, of which 16 bits hold half.
+    linear = nn.Linear(8, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[2.0] * 8, [-2.0] * 8]))
+    torch.testing.assert_close(Int8Linear(linear)(torch.full((1, 8), 3.0)), torch.tensor([[48.0, -48.0]]))
+
+
 def test_int8_layers_are_close_to_theirs():
     torch.manual_seed(0)
     linear = nn.Linear(64, 48)

@@ -17,7 +17,7 @@ import mdm_asr_hf
 from mdm_asr_hf import MDMASRPipeline, onnx_export_mdm_asr
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.onnx_export_mdm_asr import export_onnx
-from mdm_asr_hf.onnx_mdm_asr import OnnxMDMASR
+from mdm_asr_hf.onnx_mdm_asr import OnnxMDMASR, session_options
 from mdm_asr_hf.streaming_mdm_asr import StreamingTranscriber
 from mdm_asr_hf.transcription_mdm_asr import Transcriber
 
@@ -272,6 +272,26 @@ def test_scales_of_positions_change_nothing_but_the_rounding(pair):
     )
     for one, other in zip(output, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(one), torch.from_numpy(other), rtol=1e-4, atol=1e-5)
+
+
+def test_large_sums_of_int8_are_not_cut_off(tmp_path):
+    import numpy as np
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    # 8 products of the largest activation and the largest weight: 8 x 3 x 2, of which 16 bits hold half.
+    weight = numpy_helper.from_array(np.array([[2.0, -2.0]] * 8, dtype=np.float32), "weight")
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width]) for name, width in (("in", 8), ("out", 2))
+    ]
+    graph = helper.make_graph([helper.make_node("MatMul", ["in", "weight"], ["out"])], "sum", *zip(ends), [weight])
+    file = tmp_path / "sum.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), file)
+    onnx_export_mdm_asr._quantize(file)
+    session = onnxruntime.InferenceSession(str(file), session_options(1))
+    (sums,) = session.run(None, {"in": np.full((1, 8), 3.0, dtype=np.float32)})
+    np.testing.assert_allclose(sums, [[48.0, -48.0]], rtol=1e-3)
 
 
 def test_int8(golden, tmp_path, monkeypatch, run_command):

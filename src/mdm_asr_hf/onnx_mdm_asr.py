@@ -20,6 +20,7 @@ from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
 from .onnx_export_mdm_asr import DECODER_FILE, ENCODER_FILE, layer_names, require
 
 SPINNING_STOP = "session.force_spinning_stop"
+EXACT_SUMS = "session.x64quantprecision"
 
 
 def is_onnx_folder(folder: str | Path) -> bool:
@@ -167,14 +168,7 @@ class OnnxMDMASR(MDMASRGenerationMixin):
                 f"`folder` {str(folder)!r} has no {', '.join(missing)}. Write it with `mdm-asr export --model MODEL "
                 "--output FOLDER`."
             )
-        options = onnxruntime.SessionOptions()
-        # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
-        # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.
-        options.add_session_config_entry(SPINNING_STOP, "1")
-        if num_threads is not None:
-            if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
-                raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
-            options.intra_op_num_threads = num_threads
+        options = session_options(num_threads)
         providers = list(providers or ["CPUExecutionProvider"])
         try:
             sessions = [
@@ -298,6 +292,24 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             dtype=self.dtype,
             device=self.device,
         )
+
+
+def session_options(num_threads: int | None = None) -> Any:
+    """The `onnxruntime.SessionOptions` that a model's graphs run with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
+    # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.
+    options.add_session_config_entry(SPINNING_STOP, "1")
+    # Without VNNI, the fastest kernels for int8 cut off sums that do not fit into 16 bits (see `int8_mdm_asr`):
+    # others, a tenth slower, take their place there, and only there.
+    options.add_session_config_entry(EXACT_SUMS, "1")
+    if num_threads is not None:
+        if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
+            raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
+        options.intra_op_num_threads = num_threads
+    return options
 
 
 @contextmanager
