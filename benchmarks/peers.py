@@ -33,11 +33,12 @@ OUR_SETTINGS = {
 OTHER_SETTINGS = {
     "active_ahead": int,
     "active_behind": int,
+    "commit_ahead": int,
     "repair_rounds": int,
     "revise_above": float,
     "revise_steps": int,
 }
-OPTIONAL_SETTINGS = ("active_ahead", "revise_above")
+OPTIONAL_SETTINGS = ("active_ahead", "commit_ahead", "revise_above")
 NONE = "none"
 WINDOW = "window-s"
 OUR_DTYPES = ("float32", "float16", "bfloat16", "int8")

@@ -161,10 +161,12 @@ def test_a_causal_decoder_has_no_use_for_what_lies_ahead():
     seed=st.integers(0, 3),
     steps=st.integers(1, 12),
     shift=st.booleans(),
+    committed=st.one_of(st.none(), st.integers(1, 6)),
 )
-def test_a_batch_is_its_rows_and_every_row_ends(ahead, behind, seed, steps, shift):
+def test_a_batch_is_its_rows_and_every_row_ends(ahead, behind, seed, steps, shift, committed):
     model = tiny_model("whisper", seed=seed, shift_logits=shift)
     options = {"active_ahead": ahead, "active_behind": behind, "max_denoising_steps": steps, "repair_rounds": 1}
+    options["commit_ahead"] = committed
     features, mask = tiny_inputs("whisper")
     batch = transcribe(model, **options)
     assert not (batch.sequences == MASK).any() and batch.nfe.max() <= steps
@@ -233,11 +235,41 @@ def test_steps_compute_the_window_alone():
     assert widths[0] == 5 and max(widths) <= 8 and sum(widths) / len(widths) < 6.5
 
 
+@pytest.mark.parametrize("ahead", [None, 8])
+@pytest.mark.parametrize("shift", [False, True])
+def test_steps_commit_among_the_first_open_positions_alone(ahead, shift):
+    model = tiny_model("whisper", shift_logits=shift)
+    wanted = []
+
+    def note(module, args, kwargs):
+        wanted.append(kwargs["logits_to_keep"].sum(dim=-1).tolist())
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    # The bound is so loose that it alone would commit eight and more at a time.
+    options = {"active_ahead": ahead, "gamma": 100.0, "lambda_": 0.0}
+    out = transcribe(model, seconds=(5.0, 3.0), commit_ahead=3, **options)
+    handle.remove()
+    assert len(wanted) > 4 and {number for step in wanted for number in step} <= {0, 1, 2, 3}
+    for row in range(2):
+        steps = out.commit_steps[row][out.commit_steps[row] > 0].tolist()
+        # Everything among the first three is committed at once, so that the text is filled from left to right.
+        assert steps == sorted(steps) and max(steps.count(step) for step in steps) == 3
+    loose = transcribe(model, seconds=(5.0, 3.0), commit_ahead=None, **options)
+    assert loose.nfe.max() < out.nfe.max()
+    assert_same(loose, transcribe(model, seconds=(5.0, 3.0), commit_ahead=1000, **options))
+
+
+def test_the_last_step_commits_all_that_is_left():
+    out = transcribe(tiny_model("whisper"), seconds=(5.0,), active_ahead=4, commit_ahead=1, max_denoising_steps=3)
+    assert out.nfe.tolist() == [3] and not (out.sequences == MASK).any()
+    assert (out.commit_steps == 3).sum() > 4 and (out.commit_steps[0, :2].tolist()) == [1, 2]
+
+
 def test_samplers_that_choose_among_the_whole_canvas_get_it():
     model = tiny_model("whisper")
     for sampler in ("conf_top_k", "random"):
         outputs = [
-            transcribe(model, sampler=sampler, gamma=None, active_ahead=n, generator=torch.Generator().manual_seed(1))
+            transcribe(model, sampler=sampler, gamma=None, active_ahead=n, commit_ahead=n, generator=torch.Generator().manual_seed(1))
             for n in (None, 2)
         ]
         assert_same(*outputs)
@@ -274,5 +306,7 @@ def test_the_cache_has_the_models_precision(dtype):
 def test_bad_windows_are_named(value):
     with pytest.raises(ValueError, match="`active_ahead` must be an integer of at least 1"):
         transcribe(tiny_model("whisper"), active_ahead=value)
+    with pytest.raises(ValueError, match="`commit_ahead` must be an integer of at least 1"):
+        transcribe(tiny_model("whisper"), commit_ahead=value)
     with pytest.raises(ValueError, match="`active_behind` must be an integer of at least 0"):
         transcribe(tiny_model("whisper"), active_behind=-1)

@@ -149,11 +149,13 @@ def test_revision_changes_texts_and_a_window_over_everything_is_the_whole_canvas
     shift=st.booleans(),
     gamma=st.sampled_from([0.0, 1.0, 3.0]),
     again=st.integers(1, 4),
+    committed=st.one_of(st.none(), st.integers(1, 6)),
 )
-def test_a_batch_is_its_rows_and_every_row_ends(ahead, behind, seed, steps, shift, gamma, again):
+def test_a_batch_is_its_rows_and_every_row_ends(ahead, behind, seed, steps, shift, gamma, again, committed):
     model = tiny_model("whisper", seed=seed, shift_logits=shift)
     options = {"active_ahead": ahead, "active_behind": behind, "max_denoising_steps": steps, "repair_rounds": 1}
     options |= {"gamma": gamma, "revise_above": 0.0, "revise_steps": again, "return_dict_in_generate": True}
+    options["commit_ahead"] = committed
     features, mask = tiny_inputs("whisper")
     batch = model.generate(features, attention_mask=mask, **options)
     assert not (batch.sequences == MASK).any() and batch.nfe.max() <= steps

@@ -27,7 +27,15 @@ RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
 CLIPS_S = ((0.0, 5.0), (0.0, 3.2), (1.3, 5.0), (2.2, 4.0))
 TOLERANCE = 0.02
 # Settings that decide what is computed.
-SETTINGS = ("sampler", "max_denoising_steps", "active_ahead", "active_behind", "repair_rounds", "canvas_length")
+SETTINGS = (
+    "sampler",
+    "max_denoising_steps",
+    "active_ahead",
+    "active_behind",
+    "commit_ahead",
+    "repair_rounds",
+    "canvas_length",
+)
 SETTINGS += ("canvas_tokens_per_s", "canvas_extra_tokens")
 
 

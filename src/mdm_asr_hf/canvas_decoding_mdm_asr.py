@@ -11,7 +11,13 @@ from .active_window_mdm_asr import ActiveWindow, CanvasCache
 from .canvas_mdm_asr import Canvas, OpenRows
 from .encoder_mdm_asr import MDMASREncoderOutput, key_mask
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .sampling_mdm_asr import EBConfConfig
+from .sampling_mdm_asr import EBConfConfig, SamplerConfig
+
+
+def is_bounded(sampler: SamplerConfig) -> bool:
+    """Whether a step commits only what a finite bound of entropy allows. Other samplers choose among the whole canvas,
+    and without a bound all of it is committed at once."""
+    return isinstance(sampler, EBConfConfig) and not math.isinf(sampler.gamma)
 
 
 class CanvasDecodingMixin:
@@ -35,10 +41,7 @@ class CanvasDecodingMixin:
         """
         rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
         sequences = torch.cat([prompt_ids, canvas.tokens[rows]], dim=-1)
-        sampler = settings.sampler_config
-        # The other samplers choose among the whole canvas, and without a bound all of it is committed at once.
-        is_bounded = isinstance(sampler, EBConfConfig) and not math.isinf(sampler.gamma)
-        if settings.active_ahead is not None and is_bounded:
+        if settings.active_ahead is not None and is_bounded(settings.sampler_config):
             outputs, within = self._run_window(open_rows, canvas, sequences, wanted, settings)
         else:
             visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask[rows]], dim=-1)

@@ -533,7 +533,7 @@ def describe_settings(settings: MDMASRGenerationConfig) -> dict[str, Any]:
         "max_denoising_steps": settings.max_denoising_steps,
         "canvas": {k: getattr(settings, k) for k in ("canvas_length", "canvas_tokens_per_s", "canvas_extra_tokens")},
         "temperature": settings.temperature,
-        "active_window": {k: getattr(settings, k) for k in ("active_ahead", "active_behind")},
+        "active_window": {k: getattr(settings, k) for k in ("active_ahead", "active_behind", "commit_ahead")},
         "revision": {k: getattr(settings, k) for k in ("revise_above", "revise_steps")},
         "repair": {
             k: getattr(settings, k) for k in ("repair_rounds", "repair_doubled_below", "repair_doubtful_below")

@@ -26,6 +26,9 @@ class MDMASRGenerationConfig(GenerationConfig):
             Samplers bounded by entropy compute and commit only so many canvas positions from the first open one on,
             see `active_window_mdm_asr`. None, or gamma = inf, computes the whole canvas, as the paper does.
         active_behind (`int`): how many positions behind the first open one are computed again in every step.
+        commit_ahead (`int`, *optional*):
+            Samplers bounded by entropy commit only among so many open positions, the first ones, in every step but an
+            utterance's last; the output layer is spared for the others. None leaves the choice to the sampler.
         revise_above (`float`, *optional*):
             The tokens that a step commits are read again by the next, which sees them: another token takes the place
             of one where its probability is above this. It needs a model that learned to read positions that show a
@@ -77,6 +80,7 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.temperature: float = kwargs.pop("temperature", 0.0)
         self.active_ahead: int | None = kwargs.pop("active_ahead", None)
         self.active_behind: int = kwargs.pop("active_behind", 2)
+        self.commit_ahead: int | None = kwargs.pop("commit_ahead", None)
         self.revise_above: float | None = kwargs.pop("revise_above", None)
         self.revise_steps: int = kwargs.pop("revise_steps", 1)
         self.canvas_length: int | None = kwargs.pop("canvas_length", None)
@@ -119,7 +123,7 @@ class MDMASRGenerationConfig(GenerationConfig):
     def validate(self, *args, **kwargs) -> None:
         """Raises ValueError on a setting that makes no sense; brings `sampler` into its JSON form."""
         self.sampler = make_sampler(self.sampler).to_dict()
-        optional = ("active_ahead", "canvas_length", "max_new_tokens")
+        optional = ("active_ahead", "commit_ahead", "canvas_length", "max_new_tokens")
         for name in (*optional, "max_denoising_steps", "max_length", "num_return_sequences", "revise_steps"):
             value = getattr(self, name)
             if value is None and name in optional:

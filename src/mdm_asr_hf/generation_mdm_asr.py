@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .alignment_mdm_asr import check_alignment_heads, token_timestamps
-from .canvas_decoding_mdm_asr import CanvasDecodingMixin
+from .canvas_decoding_mdm_asr import CanvasDecodingMixin, is_bounded
 from .canvas_mdm_asr import OPEN_ID, Canvas, OpenRows, draw_noise, read_draft, take_rows
 from .confidence_mdm_asr import calibrate, utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
@@ -30,7 +30,14 @@ logger = logging.get_logger(__name__)
 _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mask")
 _SAMPLER_SETTINGS = ("gamma", "lambda_", "k")
 # Settings that None switches off; of others it means that the caller has no wish.
-_MEANINGFUL_NONES = ("active_ahead", "canvas_length", "confidence_context", "no_speech", "revise_above")
+_MEANINGFUL_NONES = (
+    "active_ahead",
+    "canvas_length",
+    "commit_ahead",
+    "confidence_context",
+    "no_speech",
+    "revise_above",
+)
 # Names of prompt slots, so that one the checkpoint lacks is reported as such and not as an unknown argument.
 _PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "timestamp", "diarize", "emotion")
 
@@ -275,17 +282,21 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
             is_open = candidates.any(dim=-1)
             if not synced_gpus:
                 open_rows.narrow(is_open)
-            wanted = candidates
+            near = candidates
+            if settings.commit_ahead is not None and is_bounded(sampler):
+                is_last = canvas.nfe >= settings.max_denoising_steps - 1
+                near = candidates & ((candidates.cumsum(dim=-1) <= settings.commit_ahead) | is_last[:, None])
+            wanted = near
             if is_revising:
-                wanted = candidates | (canvas.fresh(settings.revise_steps) & is_open[:, None])
+                wanted = near | (canvas.fresh(settings.revise_steps) & is_open[:, None])
             logits, within = self._canvas_logits(open_rows, canvas, wanted, settings)
             unbiased = proposed = None
             if is_revising:
                 # Logits are large: each is read once, for both ends.
                 tokens, log_probs, entropy = propose_tokens(logits)
-                is_new = candidates[within]
-                canvas.revise(within & ~candidates, tokens[~is_new], log_probs[~is_new], settings.revise_above)
-                within, proposed = within & candidates, (tokens[is_new], log_probs[is_new], entropy[is_new])
+                is_new = near[within]
+                canvas.revise(within & ~near, tokens[~is_new], log_probs[~is_new], settings.revise_above)
+                within, proposed = within & near, (tokens[is_new], log_probs[is_new], entropy[is_new])
             if hotwords is not None:
                 unbiased = hotwords.raise_logits(
                     logits,
