@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mdm_asr_hf.active_window_mdm_asr import ActiveWindow, CanvasCache
+from mdm_asr_hf.active_window_mdm_asr import ActiveWindow, CanvasCache, keep_rows
 
 START = VOCAB_SIZE
 
@@ -108,6 +110,14 @@ def test_the_cache_keeps_what_the_window_does_not_cover():
     assert keys.flatten().tolist() == [1, 10, 20, 3, 30, 90]
     cache.take_rows(torch.tensor([1]))
     assert cache.keys[0].flatten().tolist() == [3, 30, 90, 0, 9]
+
+
+def test_rows_that_are_kept_move_up():
+    values = torch.arange(10).reshape(5, 2)
+    kept = keep_rows(values, torch.tensor([0, 2, 4]))
+    assert kept.tolist() == [[0, 1], [4, 5], [8, 9]] and kept.data_ptr() == values.data_ptr()
+    assert keep_rows(kept, torch.tensor([1, 2])).tolist() == [[4, 5], [8, 9]]
+    assert keep_rows(kept, torch.tensor([], dtype=torch.long)).shape == (0, 2)
 
 
 # --- decoding with it ---
@@ -213,6 +223,21 @@ def test_finished_rows_of_a_large_batch_drop_out_several_at_a_time(settings, shi
         assert alone.sequences[0].tolist() == batch.sequences[i, :width].tolist() and alone.nfe[0] == batch.nfe[i]
 
 
+@pytest.mark.parametrize("ahead", [None, 3])
+def test_the_callers_encoder_outputs_stay_as_they_were(ahead):
+    model = tiny_model("whisper")
+    features, mask = tiny_inputs("whisper", seconds=tuple(0.2 + 0.1 * i for i in range(6)))
+    with torch.no_grad():
+        frames = model.prepare_cross_attention(model.encode(features, mask))
+    before = copy.deepcopy(frames)
+    options = {"gamma": 0.5, "active_ahead": ahead, "repair_rounds": 1, "return_dict_in_generate": True}
+    once, again = (model.generate(encoder_outputs=frames, attention_mask=mask, **options) for _ in range(2))
+    # Rows finished one by one, and the others moved up.
+    assert len(set(once.nfe.tolist())) > 2
+    assert_same(once, again)
+    torch.testing.assert_close(frames.to_tuple(), before.to_tuple(), rtol=0, atol=0)
+
+
 def test_eager_attention_decodes_alike():
     model = tiny_model("whisper")
     fused = transcribe(model, active_ahead=3)
@@ -269,7 +294,14 @@ def test_samplers_that_choose_among_the_whole_canvas_get_it():
     model = tiny_model("whisper")
     for sampler in ("conf_top_k", "random"):
         outputs = [
-            transcribe(model, sampler=sampler, gamma=None, active_ahead=n, commit_ahead=n, generator=torch.Generator().manual_seed(1))
+            transcribe(
+                model,
+                sampler=sampler,
+                gamma=None,
+                active_ahead=n,
+                commit_ahead=n,
+                generator=torch.Generator().manual_seed(1),
+            )
             for n in (None, 2)
         ]
         assert_same(*outputs)

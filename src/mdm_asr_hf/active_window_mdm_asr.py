@@ -43,9 +43,22 @@ class CanvasCache:
         return self.keys[layer][:, :, : self.num_keys], self.values[layer][:, :, : self.num_keys]
 
     def take_rows(self, rows: torch.LongTensor) -> None:
-        """Keeps some rows, by their indices."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
+        """Keeps some rows, by their indices, in ascending order."""
+        self.keys = [keep_rows(keys, rows) for keys in self.keys]
+        self.values = [keep_rows(values, rows) for values in self.values]
+
+
+def keep_rows(values: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
+    """
+    Some rows of `values` (R, ...), by their indices, in ascending order. On a CPU they move up in place, since new
+    memory costs more there than the copy does: `values` may not be used afterwards.
+    """
+    if values.device.type != "cpu":
+        return values.index_select(0, rows)
+    for place, row in enumerate(rows.tolist()):
+        if place != row:
+            values[place] = values[row]
+    return values[: len(rows)]
 
 
 @dataclass
@@ -116,4 +129,4 @@ class ActiveWindow:
         return cls(places.masked_fill(places >= ends[:, None], num_positions), starts, ends)
 
 
-__all__ = ["ActiveWindow", "CanvasCache"]
+__all__ = ["ActiveWindow", "CanvasCache", "keep_rows"]

@@ -1,12 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The canvas that is being filled: its tokens, what each step committed, and what the decoder reads beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .active_window_mdm_asr import CanvasCache
+from .active_window_mdm_asr import CanvasCache, keep_rows
 from .diffusion_mdm_asr import draw_uniform
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .sampling_mdm_asr import SamplerOutput
@@ -207,6 +207,7 @@ class OpenRows:
         self.prompt_ids, self.encoder_outputs = prompt_ids, encoder_outputs
         self.cache: CanvasCache | None = None
         self.computed: torch.LongTensor | None = None
+        self._owns_outputs = False
 
     def narrow(self, is_open: torch.BoolTensor) -> None:
         """Drops the rows that are not open (B,) any more, if they are enough."""
@@ -214,25 +215,34 @@ class OpenRows:
         if len(self.rows) - len(kept) < DROPPED_SHARE * len(self.rows):
             return
         self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
-        self.encoder_outputs = take_rows(self.encoder_outputs, kept)
+        # The first time, they are the caller's, or needed once more for a repair.
+        self.encoder_outputs = take_rows(self.encoder_outputs, kept, keep_rows if self._owns_outputs else select_rows)
+        self._owns_outputs = True
         if self.computed is not None:
             self.computed = self.computed[kept]
         if self.cache is not None:
             self.cache.take_rows(kept)
 
 
-def take_rows(outputs: MDMASREncoderOutput, rows: torch.LongTensor) -> MDMASREncoderOutput:
-    """Frames, mask and cross-attention states of some rows, by their indices, which may repeat."""
+def select_rows(values: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
+    """A copy of some rows of `values` (R, ...), by their indices, which may repeat."""
+    # Which copies whole rows at once, unlike an index in brackets.
+    return values.index_select(0, rows)
 
-    def take(values: torch.Tensor) -> torch.Tensor:
-        # Which copies whole rows at once, unlike an index in brackets.
-        return values.index_select(0, rows)
 
+def take_rows(
+    outputs: MDMASREncoderOutput,
+    rows: torch.LongTensor,
+    select: Callable[[torch.Tensor, torch.LongTensor], torch.Tensor] = select_rows,
+) -> MDMASREncoderOutput:
+    """Frames, mask and cross-attention states of some rows, by their indices."""
+    frames, mask, states = outputs.last_hidden_state, outputs.attention_mask, outputs.cross_attention_states
     return MDMASREncoderOutput(
-        last_hidden_state=take(outputs.last_hidden_state),
-        attention_mask=None if outputs.attention_mask is None else take(outputs.attention_mask),
-        cross_attention_states=tuple((take(key), take(value)) for key, value in outputs.cross_attention_states),
+        last_hidden_state=select(frames, rows),
+        # Which may be a view that repeats its elements, and cannot be written to.
+        attention_mask=None if mask is None else select_rows(mask, rows),
+        cross_attention_states=tuple((select(keys, rows), select(values, rows)) for keys, values in states),
     )
 
 
-__all__ = ["OPEN_ID", "Canvas", "OpenRows", "draw_noise", "read_draft", "take_rows"]
+__all__ = ["OPEN_ID", "Canvas", "OpenRows", "draw_noise", "read_draft", "select_rows", "take_rows"]
