@@ -229,12 +229,12 @@ def run_stages(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]
 def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The settings to decode with, without those that only repeat others."""
     found = []
-    for steps, revise, ahead, behind, lambda_, gamma in itertools.product(
-        args.steps, args.revises, args.aheads, args.behinds, args.lambdas, args.gammas
+    for steps, revise, ahead, behind, commit, lambda_, gamma in itertools.product(
+        args.steps, args.revises, args.aheads, args.behinds, args.commits, args.lambdas, args.gammas
     ):
         # Nothing is behind a window that is the whole canvas.
         one = {"gamma": gamma, "lambda": lambda_, "ahead": ahead, "behind": None if ahead is None else behind}
-        one |= {"revise": revise, "steps": steps}
+        one |= {"commit": commit, "revise": revise, "steps": steps}
         if one not in found:
             found.append(one)
     return found
@@ -325,6 +325,7 @@ def run_front(args: argparse.Namespace, description: dict[str, Any]) -> None:
                 max_denoising_steps=job["steps"],
                 others=[
                     f"active_ahead={json.dumps(job['ahead'])}",
+                    f"commit_ahead={json.dumps(job['commit'])}",
                     f"revise_above={json.dumps(job['revise'])}",
                     *([] if job["behind"] is None else [f"active_behind={job['behind']}"]),
                     *args.set,
@@ -410,6 +411,7 @@ def build_parser() -> argparse.ArgumentParser:
     front.add_argument("--lambdas", type=float, nargs="+", default=[0.2])
     front.add_argument("--aheads", type=int_or_none, nargs="+", default=[None, 8], help='"none": the whole canvas')
     front.add_argument("--behinds", type=int, nargs="+", default=[2])
+    front.add_argument("--commits", type=int_or_none, nargs="+", default=[None], help='"none": the whole window')
     front.add_argument("--revises", type=float_or_none, nargs="+", default=[None], help='"none": revise nothing')
     front.add_argument("--steps", type=int, nargs="+", default=[128], help="bounds of denoising steps")
     front.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of generation_config.json")

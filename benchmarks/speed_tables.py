@@ -13,7 +13,7 @@ from work import STAGES
 COLUMNS = ("features", *STAGES, "rest")
 # Resamples of the utterances for the intervals of WER.
 NUM_BOOTSTRAP, BOOTSTRAP_SEED = 1000, 0
-SETTING = ("gamma", "lambda", "ahead", "behind", "revise", "steps")
+SETTING = ("gamma", "lambda", "ahead", "behind", "commit", "revise", "steps")
 
 
 # Stages
@@ -213,10 +213,11 @@ def plot_front(results: list[dict[str, Any]]) -> Any:
         lines.setdefault(tuple(result[name] for name in SETTING[1:]), []).append(result)
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for (lambda_, ahead, behind, revise, steps), points in lines.items():
+    for (lambda_, ahead, behind, commit, revise, steps), points in lines.items():
         points.sort(key=lambda one: float(one["gamma"]))
         window = "whole canvas" if ahead is None else f"ahead {ahead}, behind {behind}"
         label = f"lambda {lambda_:g}, {window}, {steps} steps"
+        label += "" if commit is None else f", committed among {commit}"
         label += "" if revise is None else f", revised above {revise:g}"
         for panel, cost in zip(panels, ("mean_nfe", "positions"), strict=True):
             panel.plot([one[cost] for one in points], [one["wer"] for one in points], marker="o", label=label)

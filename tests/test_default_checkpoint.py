@@ -53,7 +53,8 @@ def test_it_is_complete_small_and_offline(model):
     assert not list(folder.glob("*.bin")) and (folder / "README.md").exists()
     assert model.dtype == torch.float32 and model.config.encoder_trailing_silence_s == 0
     assert model.generation_config.sampler_config == PBEBConfConfig(gamma=0.1, lambda_=0.2)
-    assert (model.generation_config.active_ahead, model.generation_config.active_behind) == (8, 2)
+    window = [getattr(model.generation_config, name) for name in ("active_ahead", "active_behind", "commit_ahead")]
+    assert window == [8, 0, 4]
     assert model.config.mask_token_id == 16387 and model.config.eos_token_id == 16384
 
 

@@ -221,6 +221,8 @@ def test_the_grid_repeats_nothing():
     assert run_speed.jsonable(jobs[1])["gamma"] == "inf"
     args = run_speed.build_parser().parse_args("front --gammas 0.4 --aheads 4 --revises none 0.5".split())
     assert [job["revise"] for job in run_speed.grid(args)] == [None, 0.5]
+    args = run_speed.build_parser().parse_args("front --gammas 0.4 --aheads 4 --commits 2 none".split())
+    assert [job["commit"] for job in run_speed.grid(args)] == [2, None]
 
 
 def test_a_front_of_a_tiny_model(setting, tmp_path, monkeypatch):
@@ -283,7 +285,7 @@ def test_wer_and_fronts_by_hand():
     assert near["wer_interval"][0] <= near["wer"] <= near["wer_interval"][1]
     head, _, first, *_ = speed_tables.front_to_markdown([whole, near, nearest])[0].splitlines()
     assert "WER % one | WER % two" in head
-    assert first.startswith("| 0.2 | 0.2 | none | none | none | 8 | 8.33 |")
+    assert first.startswith("| 0.2 | 0.2 | none | none | none | none | 8 | 8.33 |")
     assert first.endswith("| 4.0 | NFE, positions |")
 
 

@@ -232,7 +232,8 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
     ) -> torch.Tensor | None:
         masks = {"config": self.config, "inputs_embeds": hidden_states}
         if self.config.is_causal:
-            return create_causal_mask(attention_mask=attention_mask, past_key_values=None, **masks)
+            # There is no cache, whose name differs between releases.
+            return create_causal_mask(self.config, hidden_states, attention_mask, None)
         if future_visibility is None:
             return key_mask(self, hidden_states, attention_mask)
         if self.config._attn_implementation not in ("sdpa", "eager"):
