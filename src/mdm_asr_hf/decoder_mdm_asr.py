@@ -230,7 +230,6 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
     def _self_attention_mask(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, future_visibility: float | None
     ) -> torch.Tensor | None:
-        masks = {"config": self.config, "inputs_embeds": hidden_states}
         if self.config.is_causal:
             # There is no cache, whose name differs between releases.
             return create_causal_mask(self.config, hidden_states, attention_mask, None)
