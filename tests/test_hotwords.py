@@ -396,7 +396,8 @@ def test_a_name_that_was_said_is_written(real):
         pytest.skip("LibriSpeech does not lie beside the repository.")
     model, processor = real
     inputs = processor(recording)
-    assert "Quilter" not in processor.decode(model.generate(**inputs))[0]
+    assert "quilter" not in processor.decode(model.generate(**inputs))[0].lower()
     words = ["quilter", "mulrady", "olbinett", "firefox", "cosette", "sherman"]
     text = processor.decode(model.generate(**inputs, hotword_ids=processor.hotword_ids(words)))[0]
-    assert text.startswith("By Harry Quilter")
+    # Which of its spellings is the model's choice, and a close one.
+    assert text.lower().startswith("by harry quilter")
