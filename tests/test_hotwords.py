@@ -398,6 +398,9 @@ def test_a_name_that_was_said_is_written(real):
     inputs = processor(recording)
     assert "quilter" not in processor.decode(model.generate(**inputs))[0].lower()
     words = ["quilter", "mulrady", "olbinett", "firefox", "cosette", "sherman"]
-    text = processor.decode(model.generate(**inputs, hotword_ids=processor.hotword_ids(words)))[0]
-    # Which of its spellings is the model's choice, and a close one.
+    hotword_ids = processor.hotword_ids(words)
+    text = processor.decode(model.generate(**inputs, hotword_ids=hotword_ids))[0]
+    # Which of its spellings is the model's choice, and a close one: with two positions behind, the capital.
     assert text.lower().startswith("by harry quilter")
+    text = processor.decode(model.generate(**inputs, hotword_ids=hotword_ids, active_behind=2))[0]
+    assert text.startswith("By Harry Quilter")
