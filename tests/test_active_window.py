@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mdm_asr_hf.active_window_mdm_asr import ActiveWindow, CanvasCache, keep_rows
+from mdm_asr_hf.active_window_mdm_asr import ActiveWindow, CanvasCache, select_rows
 
 START = VOCAB_SIZE
 
@@ -114,10 +114,10 @@ def test_the_cache_keeps_what_the_window_does_not_cover():
 
 def test_rows_that_are_kept_move_up():
     values = torch.arange(10).reshape(5, 2)
-    kept = keep_rows(values, torch.tensor([0, 2, 4]))
+    kept = select_rows(values, torch.tensor([0, 2, 4]), in_place=True)
     assert kept.tolist() == [[0, 1], [4, 5], [8, 9]] and kept.data_ptr() == values.data_ptr()
-    assert keep_rows(kept, torch.tensor([1, 2])).tolist() == [[4, 5], [8, 9]]
-    assert keep_rows(kept, torch.tensor([], dtype=torch.long)).shape == (0, 2)
+    assert select_rows(kept, torch.tensor([1, 2]), in_place=True).tolist() == [[4, 5], [8, 9]]
+    assert select_rows(kept, torch.tensor([], dtype=torch.long), in_place=True).shape == (0, 2)
 
 
 # --- decoding with it ---

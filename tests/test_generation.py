@@ -31,7 +31,7 @@ class ScriptedModel:
                 self.logits[row, i, text[i] if i < len(text) else EOS] = confidence
         monkeypatch.setattr(model, "_canvas_logits", self)
 
-    def __call__(self, open_rows, canvas, candidates, settings):
+    def __call__(self, open_rows, canvas, candidates, settings, sampler):
         self.calls.append((open_rows.prompt_ids.clone(), canvas.tokens.clone()))
         self.open_rows.append(open_rows.rows.tolist())
         return self.logits[:, : canvas.tokens.shape[1]].clone(), candidates

@@ -75,7 +75,7 @@ class SecondThoughts:
         self.num_tokens, self.wanted = num_tokens, []
         monkeypatch.setattr(model, "_canvas_logits", self)
 
-    def __call__(self, open_rows, canvas, wanted, settings):
+    def __call__(self, open_rows, canvas, wanted, settings, sampler):
         self.wanted.append((wanted & (canvas.tokens != MASK)).sum().item())
         logits = torch.zeros(*canvas.tokens.shape, VOCAB_SIZE)
         logits[canvas.tokens == MASK, 5] = 20.0

@@ -44,16 +44,19 @@ class CanvasCache:
 
     def take_rows(self, rows: torch.LongTensor) -> None:
         """Keeps some rows, by their indices, in ascending order."""
-        self.keys = [keep_rows(keys, rows) for keys in self.keys]
-        self.values = [keep_rows(values, rows) for values in self.values]
+        self.keys = [select_rows(keys, rows, in_place=True) for keys in self.keys]
+        self.values = [select_rows(values, rows, in_place=True) for values in self.values]
 
 
-def keep_rows(values: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
+def select_rows(values: torch.Tensor, rows: torch.LongTensor, in_place: bool = False) -> torch.Tensor:
     """
-    Some rows of `values` (R, ...), by their indices, in ascending order. On a CPU they move up in place, since new
-    memory costs more there than the copy does: `values` may not be used afterwards.
+    Some rows of `values` (R, ...), by their indices, as a copy.
+
+    With `in_place`, the indices ascend and `values` may not be used afterwards: on a CPU the rows then move up within
+    them, since new memory costs more there than the copy does.
     """
-    if values.device.type != "cpu":
+    if not in_place or values.device.type != "cpu":
+        # Which copies whole rows at once, unlike an index in brackets.
         return values.index_select(0, rows)
     for place, row in enumerate(rows.tolist()):
         if place != row:
@@ -129,4 +132,4 @@ class ActiveWindow:
         return cls(places.masked_fill(places >= ends[:, None], num_positions), starts, ends)
 
 
-__all__ = ["ActiveWindow", "CanvasCache", "keep_rows"]
+__all__ = ["ActiveWindow", "CanvasCache", "select_rows"]

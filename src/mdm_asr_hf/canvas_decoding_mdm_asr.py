@@ -29,6 +29,7 @@ class CanvasDecodingMixin:
         canvas: Canvas,
         wanted: torch.BoolTensor,
         settings: MDMASRGenerationConfig,
+        sampler: SamplerConfig,
     ) -> tuple[torch.Tensor, torch.BoolTensor]:
         """
         One decoder evaluation of the open rows of a canvas (B, L). The output layer is as wide as the vocabulary, so
@@ -41,7 +42,7 @@ class CanvasDecodingMixin:
         """
         rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
         sequences = torch.cat([prompt_ids, canvas.tokens[rows]], dim=-1)
-        if settings.active_ahead is not None and is_bounded(settings.sampler_config):
+        if settings.active_ahead is not None and is_bounded(sampler):
             outputs, within = self._run_window(open_rows, canvas, sequences, wanted, settings)
         else:
             visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask[rows]], dim=-1)
@@ -88,7 +89,7 @@ class CanvasDecodingMixin:
             in_sequence,
             nn.functional.pad(canvas.text_positions()[rows], (prompt_length, 0), value=True),
             prompt_length + canvas.mask[rows].sum(dim=-1),
-            canvas.nfe[rows] >= settings.max_denoising_steps - 1,
+            canvas.in_last_step(settings.max_denoising_steps)[rows],
             self.config.mask_token_id,
             ahead=settings.active_ahead,
             behind=settings.active_behind,

@@ -1,12 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The canvas that is being filled: its tokens, what each step committed, and what the decoder reads beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .active_window_mdm_asr import CanvasCache, keep_rows
+from .active_window_mdm_asr import CanvasCache, select_rows
 from .diffusion_mdm_asr import draw_uniform
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .sampling_mdm_asr import SamplerOutput
@@ -87,6 +87,10 @@ class Canvas:
         """Positions (B, L) of the text and its end: up to the row's first EOS."""
         is_eos = (self.tokens == self.eos_token_id) & self.mask
         return self.mask & ((is_eos.cumsum(dim=-1) - is_eos.long()) == 0)
+
+    def in_last_step(self, max_denoising_steps: int) -> torch.BoolTensor:
+        """Rows (B,) whose next decoder evaluation is their last, which commits all that is open."""
+        return self.nfe >= max_denoising_steps - 1
 
     def commit(self, step: SamplerOutput, candidates: torch.BoolTensor) -> None:
         """Writes down what a sampler's step committed among its candidates (B, L): one more decoder evaluation of
@@ -216,7 +220,7 @@ class OpenRows:
             return
         self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
         # The first time, they are the caller's, or needed once more for a repair.
-        self.encoder_outputs = take_rows(self.encoder_outputs, kept, keep_rows if self._owns_outputs else select_rows)
+        self.encoder_outputs = take_rows(self.encoder_outputs, kept, in_place=self._owns_outputs)
         self._owns_outputs = True
         if self.computed is not None:
             self.computed = self.computed[kept]
@@ -224,25 +228,19 @@ class OpenRows:
             self.cache.take_rows(kept)
 
 
-def select_rows(values: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
-    """A copy of some rows of `values` (R, ...), by their indices, which may repeat."""
-    # Which copies whole rows at once, unlike an index in brackets.
-    return values.index_select(0, rows)
+def take_rows(outputs: MDMASREncoderOutput, rows: torch.LongTensor, in_place: bool = False) -> MDMASREncoderOutput:
+    """Frames, mask and cross-attention states of some rows, by their indices, see `select_rows`."""
 
+    def take(values: torch.Tensor) -> torch.Tensor:
+        return select_rows(values, rows, in_place)
 
-def take_rows(
-    outputs: MDMASREncoderOutput,
-    rows: torch.LongTensor,
-    select: Callable[[torch.Tensor, torch.LongTensor], torch.Tensor] = select_rows,
-) -> MDMASREncoderOutput:
-    """Frames, mask and cross-attention states of some rows, by their indices."""
-    frames, mask, states = outputs.last_hidden_state, outputs.attention_mask, outputs.cross_attention_states
+    mask = outputs.attention_mask
     return MDMASREncoderOutput(
-        last_hidden_state=select(frames, rows),
+        last_hidden_state=take(outputs.last_hidden_state),
         # Which may be a view that repeats its elements, and cannot be written to.
         attention_mask=None if mask is None else select_rows(mask, rows),
-        cross_attention_states=tuple((select(keys, rows), select(values, rows)) for keys, values in states),
+        cross_attention_states=tuple((take(key), take(value)) for key, value in outputs.cross_attention_states),
     )
 
 
-__all__ = ["OPEN_ID", "Canvas", "OpenRows", "draw_noise", "read_draft", "select_rows", "take_rows"]
+__all__ = ["OPEN_ID", "Canvas", "OpenRows", "draw_noise", "read_draft", "take_rows"]

@@ -284,12 +284,12 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
                 open_rows.narrow(is_open)
             near = candidates
             if settings.commit_ahead is not None and is_bounded(sampler):
-                is_last = canvas.nfe >= settings.max_denoising_steps - 1
+                is_last = canvas.in_last_step(settings.max_denoising_steps)
                 near = candidates & ((candidates.cumsum(dim=-1) <= settings.commit_ahead) | is_last[:, None])
             wanted = near
             if is_revising:
                 wanted = near | (canvas.fresh(settings.revise_steps) & is_open[:, None])
-            logits, within = self._canvas_logits(open_rows, canvas, wanted, settings)
+            logits, within = self._canvas_logits(open_rows, canvas, wanted, settings, sampler)
             unbiased = proposed = None
             if is_revising:
                 # Logits are large: each is read once, for both ends.
