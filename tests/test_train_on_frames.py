@@ -94,8 +94,8 @@ def test_frames_are_the_encoders_and_labels_the_texts(folder, distilled):
         if text in alone:
             own = model.encode(**processor(folder / "tones" / "train" / alone[text]["file_name"])).last_hidden_state[0]
             assert len(own) == len(row["frames"])
-            # Encoded in bfloat16.
-            assert (own - row["frames"].float()).abs().mean() < 0.05 * own.abs().mean()
+            # Encoded in fp32, as there is no `--bf16`, and kept in fp16.
+            assert (own - row["frames"].float()).abs().mean() < 1e-3 * own.abs().mean()
             found += 1
     assert found
 

@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--seconds-per-batch", type=float, default=120.0)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--warmup-steps", type=int, default=20)
+    parser.add_argument(
+        "--fp32", action="store_true", help="compute in fp32, for CPUs without bf16, which are far slower in it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     def frames_of(encoder: torch.nn.Module, batch: dict, silence_s: float) -> torch.Tensor:
         """The frames (N, D) of all rows that belong to their audio."""
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=not options.fp32):
             frames = encoder(batch["input_features"], batch["attention_mask"], trailing_silence_s=silence_s)
         num_frames = (batch["attention_mask"].sum(dim=-1) + 1) // 2
         inside = torch.arange(frames.last_hidden_state.shape[1], device=device) < num_frames[:, None]
