@@ -30,6 +30,8 @@ from safetensors import safe_open
 
 HERE = Path(__file__).parent
 TASK = "automatic-speech-recognition"
+# Of a setting that is off, in tables of results of which some have it.
+NOTHING = "nothing"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 NEEDED_FACTS = ("name", "metadata", "load_from", "summary", "intended_use", "weights", "training", "limits")
@@ -96,7 +98,7 @@ def decoding_settings(settings: dict[str, Any]) -> dict[str, Any]:
         shown["window"] = "whole canvas" if ahead is None else ahead
     if "revision" in settings:
         above = settings["revision"]["revise_above"]
-        shown["revises above"] = "nothing" if above is None else above
+        shown["revises above"] = NOTHING if above is None else above
     if settings.get("temperature"):
         shown["temperature"] = settings["temperature"]
     if settings.get("dtype"):
@@ -175,6 +177,8 @@ def split_settings(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
 def render_results(name: str, results: list[Result]) -> str:
     """The tables of results, in Markdown."""
     shared, varying = split_settings(results)
+    # Of results that all do without a thing, it need not be said.
+    shared = {name: value for name, value in shared.items() if value != NOTHING}
     heads, by_duration = duration_table(results)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((HERE / "results_template.md").read_text(encoding="utf-8"))

@@ -61,6 +61,7 @@ def write_result(folder, data="radio", wer=12.5, gamma=0.05, steps=32, sha256="a
             "sampler": {"name": "pbeb_conf", "gamma": gamma, "lambda_": 0.2},
             "max_denoising_steps": steps,
             "canvas": {"canvas_length": None, "canvas_tokens_per_s": 7.0, "canvas_extra_tokens": 10},
+            "revision": {"revise_above": None, "revise_steps": 1},
             "temperature": 0.0,
             "batch_size": 4,
             "dtype": "float32",
@@ -106,6 +107,7 @@ def test_tables_by_hand(facts, tmp_path):
     assert [row[1] for row in rows[2:5]] == ["20", "20", "20 (2 more could not be read)"]
     assert rows[5] == ["recordings", "gamma", "0 to 4 s", "above 4 s"]
     assert rows[7:] == [["Radio", "0.05", "10.0", "17.5"], ["the same", "0.2", "", ""], ["Telephone", "0.05", "", ""]]
+    # Nothing is said of what no result has, such as revision.
     assert "sampler pbeb_conf, lambda 0.2, steps 32, canvas adaptive, dtype float32." in text
     commands = [f"mdm-asr evaluate --data {data}" for data in ("radio --gamma 0.05", "radio --gamma 0.2", "phone")]
     positions = [text.index(command) for command in commands]
