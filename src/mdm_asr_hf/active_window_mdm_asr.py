@@ -37,9 +37,10 @@ class CanvasCache:
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
         """Writes a layer's keys and values (R, heads, W, head_dim) of the window, and returns all up to
         `num_keys`."""
-        index = self.places[:, None, :, None].expand_as(keys)
-        self.keys[layer].scatter_(2, index, keys)
-        self.values[layer].scatter_(2, index, values)
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            # All heads of a position at once: on a CPU a quarter of the time of scatter_, which goes number by number.
+            cached.transpose(1, 2)[rows, self.places] = new.transpose(1, 2)
         return self.keys[layer][:, :, : self.num_keys], self.values[layer][:, :, : self.num_keys]
 
     def take_rows(self, rows: torch.LongTensor) -> None:

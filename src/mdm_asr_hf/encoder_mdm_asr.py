@@ -134,9 +134,12 @@ def key_mask(
 ) -> torch.Tensor | None:
     """
     `create_bidirectional_mask` for the keys that a mask (B, T) leaves. It looks whether the mask hides anything at
-    all, for which a GPU has to finish its work; training with SDPA does without the look.
+    all, for which a GPU has to finish its work; training with SDPA does without the look, and a graph that is exported
+    without a mask for every pair of positions, which it would lay out anew for every batch.
     """
-    if module.training and attention_mask is not None and module.config._attn_implementation == "sdpa":
+    is_lean = module.training or torch.compiler.is_exporting()
+    is_plain = attention_mask is not None and attention_mask.dim() == 2
+    if is_lean and is_plain and module.config._attn_implementation == "sdpa":
         return attention_mask.bool()[:, None, None, :]
     return create_bidirectional_mask(
         config=module.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs

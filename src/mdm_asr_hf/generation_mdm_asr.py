@@ -340,9 +340,10 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
         Merges the sources of settings; returns them and the prompt's slots. Leaves the originals untouched. It is not
         named `_prepare_generation_config`: pipelines of transformers before 5.23 look for that and call it otherwise.
         """
-        settings = copy.deepcopy(self.generation_config)
+        # A shallow copy does, and takes no time: values are put in the place of others, never changed themselves.
+        settings = copy.copy(self.generation_config)
         if isinstance(generation_config, MDMASRGenerationConfig):
-            settings = copy.deepcopy(generation_config)
+            settings = copy.copy(generation_config)
         elif generation_config is not None:
             # A plain GenerationConfig, as stock code makes them: take over what has a meaning here.
             for key, value in generation_config.to_diff_dict().items():
