@@ -101,15 +101,26 @@ def test_a_finished_row_takes_the_narrowest_of_windows():
 
 def test_the_cache_keeps_what_the_window_does_not_cover():
     cache = CanvasCache(1, (2, 1, 4, 1), torch.float32, torch.device("cpu"))
-    cache.places, cache.num_keys = torch.tensor([[0, 1], [0, 4]]), 2
+    cache.move(torch.tensor([[0, 1], [0, 4]]), 2)
     first = torch.tensor([[[[1.0], [2.0]]], [[[3.0], [9.0]]]])
     keys, values = cache.update(0, first, -first)
     assert keys.flatten().tolist() == [1, 2, 3, 0] and values.flatten().tolist() == [-1, -2, -3, 0]
-    cache.places, cache.num_keys = torch.tensor([[1, 2], [1, 2]]), 3
+    cache.move(torch.tensor([[1, 2], [1, 2]]), 3)
     keys, _ = cache.update(0, 10 * first, first)
     assert keys.flatten().tolist() == [1, 10, 20, 3, 30, 90]
     cache.take_rows(torch.tensor([1]))
-    assert cache.keys[0].flatten().tolist() == [3, 30, 90, 0, 9]
+    assert cache.states[:, 0, 0].flatten().tolist() == [3, 30, 90, 0, 9]
+
+
+def test_all_layers_of_a_window_are_written_as_one_by_one():
+    one, all_at_once = (CanvasCache(3, (2, 2, 6, 4), torch.float32, torch.device("cpu")) for _ in range(2))
+    new = torch.randn(3, 2, 2, 2, 2, 4)
+    for cache in (one, all_at_once):
+        cache.move(torch.tensor([[1, 2], [4, 6]]), 6)
+    for layer, (keys, values) in enumerate(new):
+        one.update(layer, keys, values)
+    all_at_once.update_all(new)
+    assert torch.equal(one.states, all_at_once.states) and one.states.count_nonzero() == new.numel()
 
 
 def test_rows_that_are_kept_move_up():

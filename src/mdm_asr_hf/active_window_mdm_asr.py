@@ -20,33 +20,43 @@ class CanvasCache:
     window.
 
     Attributes:
-        keys, values (`list` of `torch.Tensor` of shape (R, key-value heads, S + 1, head_dim)): one per layer. The last
-            position takes what is padding of a window.
+        states (`torch.Tensor` of shape (R, layers, 2, key-value heads, S + 1, head_dim)): keys and values of every
+            layer. The last position takes what is padding of a window.
         places (`torch.LongTensor` of shape (R, W)): where the window of the current step stands, S for its padding.
         num_keys (`int`): positions that the current step may look at.
     """
 
     def __init__(self, num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         num_rows, num_heads, num_positions, head_dim = shape
-        shape = (num_rows, num_heads, num_positions + 1, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shape = (num_rows, num_layers, 2, num_heads, num_positions + 1, head_dim)
+        self.states = torch.zeros(shape, dtype=dtype, device=device)
         self.places: torch.LongTensor | None = None
         self.num_keys = num_positions
+        self._rows: torch.LongTensor | None = None
+
+    def move(self, places: torch.LongTensor, num_keys: int) -> None:
+        """The next window stands at `places` (R, W), and may look at `num_keys` positions."""
+        self.places, self.num_keys = places, num_keys
+        self._rows = torch.arange(len(places), device=places.device)[:, None]
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
         """Writes a layer's keys and values (R, heads, W, head_dim) of the window, and returns all up to
         `num_keys`."""
-        rows = torch.arange(len(keys), device=keys.device)[:, None]
-        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            # All heads of a position at once: on a CPU a quarter of the time of scatter_, which goes number by number.
-            cached.transpose(1, 2)[rows, self.places] = new.transpose(1, 2)
-        return self.keys[layer][:, :, : self.num_keys], self.values[layer][:, :, : self.num_keys]
+        # All heads of a position at once: on a CPU a quarter of the time of scatter_, which goes number by number.
+        by_position = self.states[:, layer].permute(0, 3, 1, 2, 4)
+        by_position[self._rows, self.places, 0] = keys.transpose(1, 2)
+        by_position[self._rows, self.places, 1] = values.transpose(1, 2)
+        kept = self.states[:, layer, :, :, : self.num_keys]
+        return kept[:, 0], kept[:, 1]
+
+    def update_all(self, keys_and_values: torch.Tensor) -> None:
+        """Writes the window's (layers, 2, R, heads, W, head_dim) of all layers."""
+        by_position = self.states.permute(0, 4, 1, 2, 3, 5)
+        by_position[self._rows, self.places] = keys_and_values.permute(2, 4, 0, 1, 3, 5)
 
     def take_rows(self, rows: torch.LongTensor) -> None:
         """Keeps some rows, by their indices, in ascending order."""
-        self.keys = [select_rows(keys, rows, in_place=True) for keys in self.keys]
-        self.values = [select_rows(values, rows, in_place=True) for values in self.values]
+        self.states = select_rows(self.states, rows, in_place=True)
 
 
 def select_rows(values: torch.Tensor, rows: torch.LongTensor, in_place: bool = False) -> torch.Tensor:

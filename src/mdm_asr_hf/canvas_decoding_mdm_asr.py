@@ -110,7 +110,7 @@ class CanvasDecodingMixin:
         if open_rows.cache is None:
             self._open_cache(open_rows, num_positions)
         cache, places = open_rows.cache, window.places.clamp(max=num_positions - 1)
-        cache.places, cache.num_keys = window.places, num_keys
+        cache.move(window.places, num_keys)
         is_inside = window.places < num_positions
         kept = in_sequence.gather(1, places) & is_inside
         is_computed = visible & (positions >= window.starts[:, None])

@@ -72,11 +72,13 @@ class OnnxDecoder:
                 )
             position_ids = torch.arange(width).expand(num_rows, -1)
         if canvas_cache is None:
-            blank = torch.zeros((num_rows, config.num_key_value_heads, 0, config.head_dim))
-            past_keys = past_values = [blank] * config.num_hidden_layers
+            shape = (config.num_hidden_layers, 2, num_rows, config.num_key_value_heads, 0, config.head_dim)
+            past = torch.zeros(shape)
             key_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         else:
-            past_keys, past_values, key_mask = _past(canvas_cache)
+            past, key_mask = _past(canvas_cache)
+        # Of arrays, parts are cheaper than of tensors.
+        past = past.numpy()
         cross_keys, cross_values = zip(*cross_attention_states, strict=True)
         if encoder_attention_mask is None:
             encoder_attention_mask = torch.ones((num_rows, cross_keys[0].shape[2]))
@@ -88,8 +90,8 @@ class OnnxDecoder:
             "places": torch.zeros(0, dtype=torch.long) if places is None else places,
         }
         for kind, tensors in (
-            ("past_key", past_keys),
-            ("past_value", past_values),
+            ("past_key", past[:, 0]),
+            ("past_value", past[:, 1]),
             ("cross_key", cross_keys),
             ("cross_value", cross_values),
         ):
@@ -101,25 +103,26 @@ class OnnxDecoder:
             names += self.kinds["cross_query"]
         outputs = run(self.session, names, feed)
         if canvas_cache is not None:
-            for layer, pair in enumerate(zip(self.kinds["new_key"], self.kinds["new_value"], strict=True)):
-                canvas_cache.update(layer, *(outputs[name] for name in pair))
+            new = [torch.stack([outputs[name] for name in self.kinds[kind]]) for kind in ("new_key", "new_value")]
+            canvas_cache.update_all(torch.stack(new, dim=1))
         result = {"logits": outputs["logits"]}
         if output_cross_queries:
             result["cross_queries"] = [outputs[name] for name in self.kinds["cross_query"]]
         return result
 
 
-def _past(cache: CanvasCache) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.BoolTensor]:
+def _past(cache: CanvasCache) -> tuple[torch.Tensor, torch.BoolTensor]:
     """
-    Keys and values (R, heads, P, head_dim) of what stands before the windows, of which the last begins at P, and which
-    positions (R, P + W) count: a row's own before its window, and those of the window that are no padding.
+    Keys and values (layers, 2, R, heads, P, head_dim), in one piece, of what stands before the windows, of which the
+    last begins at P, and which positions (R, P + W) count: a row's own before its window, and those of the window that
+    are no padding.
     """
     starts = cache.places[:, 0]
     num_past = int(starts.max())
     is_past = torch.arange(num_past) < starts[:, None]
-    is_inside = cache.places < cache.keys[0].shape[2] - 1
-    keys, values = ([one[:, :, :num_past] for one in every] for every in (cache.keys, cache.values))
-    return keys, values, torch.cat([is_past, is_inside], dim=-1)
+    is_inside = cache.places < cache.states.shape[-2] - 1
+    past = cache.states[..., :num_past, :].permute(1, 2, 0, 3, 4, 5).contiguous()
+    return past, torch.cat([is_past, is_inside], dim=-1)
 
 
 class OnnxMDMASR(MDMASRGenerationMixin):
@@ -326,9 +329,14 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def run(session: Any, names: Sequence[str], feed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Runs a graph on tensors of the CPU. No data is copied but what does not lie in one piece."""
-    arrays = {name: np.ascontiguousarray(tensor.detach().numpy()) for name, tensor in feed.items()}
+def run(session: Any, names: Sequence[str], feed: dict[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
+    """Runs a graph on tensors of the CPU, or arrays. No data is copied but what does not lie in one piece."""
+    arrays = {
+        name: np.ascontiguousarray(
+            values.numpy(force=values.requires_grad) if isinstance(values, torch.Tensor) else values
+        )
+        for name, values in feed.items()
+    }
     return {name: torch.from_numpy(array) for name, array in zip(names, session.run(names, arrays), strict=True)}
 
 
