@@ -132,18 +132,22 @@ class CanvasDecodingMixin:
         return outputs, within
 
     def _open_cache(self, open_rows: OpenRows, num_positions: int) -> None:
-        """Makes room for the keys of the open rows, and the mask of their frames, which stays the same."""
-        decoder, frames = self.model.decoder, open_rows.encoder_outputs.last_hidden_state
-        config, num_rows = decoder.config, len(open_rows.rows)
+        """Makes room for the keys of the open rows."""
+        config, frames = self.get_decoder().config, open_rows.encoder_outputs.last_hidden_state
         open_rows.cache = CanvasCache(
             config.num_hidden_layers,
-            (num_rows, config.num_key_value_heads, num_positions, config.head_dim),
+            (len(open_rows.rows), config.num_key_value_heads, num_positions, config.head_dim),
             dtype=self.dtype,
             device=frames.device,
         )
-        blank = frames.new_zeros((num_rows, 1, 1), dtype=self.dtype)
-        frame_mask = key_mask(decoder, blank, open_rows.encoder_outputs.attention_mask, encoder_hidden_states=frames)
-        open_rows.encoder_outputs = MDMASREncoderOutput(**{**open_rows.encoder_outputs, "attention_mask": frame_mask})
+        open_rows.encoder_outputs = self._with_frame_mask(open_rows.encoder_outputs)
+
+    def _with_frame_mask(self, outputs: MDMASREncoderOutput) -> MDMASREncoderOutput:
+        """The mask of the frames as attention takes it, made once: it stays the same in every step."""
+        frames = outputs.last_hidden_state
+        blank = frames.new_zeros((len(frames), 1, 1), dtype=self.dtype)
+        mask = key_mask(self.get_decoder(), blank, outputs.attention_mask, encoder_hidden_states=frames)
+        return MDMASREncoderOutput(**{**outputs, "attention_mask": mask})
 
 
 __all__ = ["CanvasDecodingMixin"]
