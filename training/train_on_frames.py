@@ -2,7 +2,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
 Trains the decoder on frames that a frozen encoder has made once, for machines where the encoder's time counts: two
-CPU cores work through about 100 s of audio per second this way.
+CPU cores with bf16 work through about 100 s of audio per second this way.
 
     python training/train_on_frames.py --model ENCODER --sources synthetic '{"path": "recordings", "passes": 4}' \
         --frames frames --output_dir OUT --max_minutes 60

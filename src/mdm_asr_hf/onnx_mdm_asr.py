@@ -102,8 +102,9 @@ class OnnxDecoder:
             names += self.kinds["cross_query"]
         outputs = run(self.session, names, feed)
         if canvas_cache is not None:
-            new = [torch.stack([outputs[name] for name in self.kinds[kind]]) for kind in ("new_key", "new_value")]
-            canvas_cache.update_all(torch.stack(new, dim=1))
+            pairs = zip(self.kinds["new_key"], self.kinds["new_value"], strict=True)
+            new = torch.stack([outputs[name] for pair in pairs for name in pair])
+            canvas_cache.update_all(new.unflatten(0, (-1, 2)))
         result = {"logits": outputs["logits"]}
         if output_cross_queries:
             result["cross_queries"] = [outputs[name] for name in self.kinds["cross_query"]]
