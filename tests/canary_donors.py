@@ -11,7 +11,9 @@ import torch
 import yaml
 from transformers import ParakeetFeatureExtractor
 
+from mdm_asr_hf.cache_mdm_asr import DraftingCache
 from mdm_asr_hf.convert_canary import canary_processor
+from mdm_asr_hf.convert_common import DRAFTS
 from mdm_asr_hf.tokenization_mdm_asr import MDMASRAggregateTokenizer
 
 
@@ -47,15 +49,49 @@ def randomize(model):
     return model.eval()
 
 
-def make_causal(model, attention):
-    decoder = model.model.decoder
-    decoder.config.is_causal = True
-    for layer in decoder.layers:
-        layer.self_attn.is_causal = True
-    # The decoder alone: eager ParakeetEncoders of older transformers turn padded batches into NaN.
-    decoder.set_attn_implementation(attention)
-    assert decoder.config._attn_implementation == attention
-    return model
+def logits_in_pieces(model, encoder_outputs, ids, sizes):
+    """Logits (B, L, V) of ids (B, L) that come in pieces of these sizes, the keys of the pieces before being kept."""
+    config = model.config.decoder_config
+    shape = (len(ids), config.num_key_value_heads, ids.shape[1], config.head_dim)
+    cache = DraftingCache(config.num_hidden_layers, shape)
+    pieces, first = [], 0
+    for size in sizes:
+        places = torch.arange(first, first + size).expand(len(ids), -1)
+        first += size
+        cache.place(places, first)
+        outputs = model(
+            decoder_input_ids=ids[:, places[0]],
+            decoder_attention_mask=torch.arange(first) <= places[..., None],
+            encoder_outputs=encoder_outputs,
+            position_ids=places,
+            past_key_values=cache,
+        )
+        pieces.append(outputs.logits)
+    return torch.cat(pieces, dim=1)
+
+
+def check_drafts(model, draft_layers, embedding, norm_weight):
+    """That a model's drafts start as its donor's last layers, with scales from the donor's embedding and norm."""
+    state, config = model.state_dict(), model.config.decoder_config
+    assert config.draft_layers == draft_layers and config.is_causal
+    drafts = {name.removeprefix(DRAFTS): tensor for name, tensor in state.items() if name.startswith(DRAFTS)}
+    first = config.num_hidden_layers - draft_layers
+    names = [name for name in drafts if name.startswith("layers.")]
+    assert {int(name.split(".")[1]) for name in names} == set(range(draft_layers))
+    # Keys and values of the frames are the donor's.
+    assert not [name for name in names if "cross_attn.k_proj" in name or "cross_attn.v_proj" in name]
+    for name in names:
+        _, index, rest = name.split(".", 2)
+        assert torch.equal(drafts[name], state[f"model.decoder.layers.{first + int(index)}.{rest}"]), name
+    for name in ("layer_norm.weight", "layer_norm.bias"):
+        assert torch.equal(drafts[name], state[f"model.decoder.{name}"])
+    # Masks of a block start alike, and the sequential head changes nothing.
+    for name in ("offset_embeddings.weight", "head.out.weight", "head.out.bias"):
+        assert not drafts[name].any()
+    token_ids = drafts["head.token_ids"].tolist()
+    assert len(set(token_ids)) == len(token_ids) == config.draft_vocab_size and model.config.eos_token_id in token_ids
+    assert config.draft_state_scale == pytest.approx(norm_weight.square().mean().sqrt().item(), abs=1e-4)
+    assert config.draft_embedding_scale == pytest.approx(1 / embedding.square().mean().sqrt().item(), abs=1e-4)
 
 
 def features(batch_size=2, num_frames=96):

@@ -1,10 +1,17 @@
 import json
 
 import pytest
-from tiny_models import PARAKEET_ENCODER, tiny_config
+import torch
+from tiny_models import PARAKEET_ENCODER, tiny_config, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import AutoConfig
 
-from mdm_asr_hf import MDMASRConfig, MDMASRDecoderConfig, MDMASRGenerationConfig, PBEBConfConfig
+from mdm_asr_hf import (
+    MDMASRConfig,
+    MDMASRDecoderConfig,
+    MDMASRForConditionalGeneration,
+    MDMASRGenerationConfig,
+    PBEBConfConfig,
+)
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
 
 TEMPLATE = {
@@ -34,6 +41,19 @@ def test_the_mask_is_the_last_input_only_id_by_default():
     assert config.encoder_config.model_type == "parakeet_encoder"
 
 
+def test_drafts_make_the_decoder_causal(tmp_path):
+    assert not tiny_config().has_drafts and not tiny_config().decoder_config.is_causal
+    config = tiny_config(decoder_config=dict(draft_layers=1, draft_length=3), ctc_characters=" ab", ctc_hidden_size=8)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.has_drafts and loaded.decoder_config.is_causal and loaded.ctc_characters == " ab"
+    # All ids can be drafted where no short list is asked for.
+    assert loaded.decoder_config.draft_vocab_size == 60 and loaded.decoder_config.draft_length == 3
+
+
+DRAFTS = dict(draft_layers=2, max_position_embeddings=40)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -54,14 +74,85 @@ def test_the_mask_is_the_last_input_only_id_by_default():
         (dict(decoder_config=dict(hidden_size=15, head_dim=8)), "even `hidden_size`"),
         (dict(decoder_config=dict(dropout=1.0)), "`dropout`"),
         (dict(decoder_config=dict(tie_word_embeddings=False)), "`tie_word_embeddings=False`"),
+        (dict(decoder_config=dict(draft_layers=9)), "`draft_layers` .9. .* `num_hidden_layers` .8."),
+        (dict(decoder_config=dict(draft_layers=-1)), "`draft_layers`"),
+        (dict(decoder_config=dict(draft_layers=True)), "`draft_layers`"),
+        (dict(decoder_config=DRAFTS | dict(draft_length=0)), "`draft_length` .0. must be an integer from 1 to 38"),
+        (dict(decoder_config=DRAFTS | dict(draft_length=39)), "`draft_length` .39. must be an integer from 1 to 38"),
+        (dict(decoder_config=DRAFTS | dict(draft_vocab_size=61)), "`draft_vocab_size` .61. .* `vocab_size` .60."),
+        (dict(decoder_config=DRAFTS | dict(draft_vocab_size=0)), "`draft_vocab_size`"),
+        (dict(decoder_config=DRAFTS, mask_token_id=60, decoder_start_token_id=61), "`mask_token_id` .60. .* last id"),
+        (dict(decoder_config=DRAFTS, ctc_characters=""), "`ctc_characters`"),
+        (dict(decoder_config=DRAFTS, ctc_characters="aa"), "`ctc_characters` .* each once"),
+        (dict(decoder_config=DRAFTS, ctc_characters="".join(map(chr, range(256)))), "`ctc_characters` .* 255"),
+        (dict(decoder_config=DRAFTS, ctc_characters="ab", ctc_layers=0), "`ctc_layers`"),
+        (dict(decoder_config=DRAFTS, ctc_characters="ab", ctc_hidden_size=10), "`ctc_hidden_size` .10. .* multiple"),
+        (dict(ctc_characters="ab"), "`ctc_characters` needs `decoder_config.draft_layers`"),
     ],
 )
 def test_contradictory_settings_raise(settings, message):
     base = dict(encoder_config=PARAKEET_ENCODER, eos_token_id=1, pad_token_id=2, decoder_start_token_id=60)
     decoder = dict(vocab_size=60, num_input_only_tokens=2, hidden_size=16, num_attention_heads=2)
     settings = base | settings | {"decoder_config": decoder | settings.get("decoder_config", {})}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         MDMASRConfig(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_short_list_that_cannot_work_is_refused_on_loading(tmp_path):
+    model = tiny_drafts_model(decoder_config=dict(draft_vocab_size=20))
+    token_ids = model.get_decoder().drafts.head.token_ids
+    model.save_pretrained(tmp_path / "sound")
+    assert MDMASRForConditionalGeneration.from_pretrained(tmp_path / "sound").config.has_drafts
+    for name, wrong, message in (
+        ("no-end", torch.arange(20, 40), "short list of 20 ids .* lacks the end of text .1."),
+        ("outside", torch.tensor([*range(1, 20), 60]), "ids beyond the vocabulary .60."),
+    ):
+        token_ids.copy_(wrong)
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            MDMASRForConditionalGeneration.from_pretrained(tmp_path / name)
+
+
+# Of version 0.1: names that its files have and this one's do not, and the other way round.
+NEW_DECODER = ("draft_layers", "draft_length", "draft_vocab_size", "draft_state_scale", "draft_embedding_scale")
+NEW_CONFIG = ("encoder_min_duration_s", "ctc_characters", "ctc_hidden_size", "ctc_layers", "ctc_attention_heads")
+OLD_GENERATION = {
+    "_from_model_config": False,
+    "active_ahead": 8,
+    "active_behind": 0,
+    "canvas_tokens_per_s": 7.0,
+    "commit_ahead": 4,
+    "confidence_bias": -1.049,
+    "confidence_context": {"mean": 0.442, "pace": 0.563},
+    "confidence_temperature": 1.194,
+    "eos_token_id": 1,
+    "max_denoising_steps": 128,
+    "max_window_s": 7.0,
+    "no_speech": {"bias": 2.0, "weights": [0.1]},
+    "repair_rounds": 0,
+    "sampler": {"gamma": 0.05, "lambda_": None, "name": "pbeb_conf"},
+    "temperature": 0.0,
+}
+
+
+def test_a_checkpoint_of_version_0_1_is_a_canvas_and_says_so_in_one_line(tmp_path, caplog):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for name in NEW_CONFIG:
+        del stored[name]
+    for name in NEW_DECODER:
+        del stored["decoder_config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "generation_config.json").write_text(json.dumps(OLD_GENERATION))
+    loaded = MDMASRForConditionalGeneration.from_pretrained(tmp_path)
+    (record,) = [one for one in caplog.records if one.name.startswith("mdm_asr_hf")]
+    assert "version 0.1" in record.message and "active_ahead" in record.message and "\n" not in record.message
+    assert not loaded.config.has_drafts and loaded.generation_config.max_denoising_steps == 128
+    features, mask = tiny_inputs()
+    own = dict(sampler=OLD_GENERATION["sampler"], max_denoising_steps=128)
+    assert torch.equal(loaded.generate(features, mask), model.generate(features, mask, **own))
 
 
 # --- generation config ---
@@ -113,6 +204,15 @@ def test_generation_defaults_are_the_papers():
         (dict(temperature=float("nan")), "`temperature`"),
         (dict(prompt_template={"tokens": ["language"]}), "language"),
         (dict(prompt_template={"tokens": []}), "`prompt_template`"),
+        (dict(temperature=[]), "`temperature` is an empty list"),
+        (dict(temperature=[0.0, -0.2]), "`temperature`"),
+        (dict(draft_branches=["mask"]), "`draft_branches`"),
+        (dict(draft_branches="masks"), "`draft_branches`"),
+        (dict(draft_blocks="all"), "`draft_blocks`"),
+        (dict(draft_length=0), "`draft_length`"),
+        (dict(no_speech_threshold="0.6"), "`no_speech_threshold`"),
+        (dict(logprob_threshold=True), "`logprob_threshold`"),
+        (dict(compression_ratio_threshold=[1.3]), "`compression_ratio_threshold`"),
     ],
 )
 def test_generation_settings_that_make_no_sense_raise(settings, message):

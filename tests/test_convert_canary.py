@@ -7,9 +7,10 @@ from canary_donors import (
     MASK_EMBEDDING,
     NUM_MEL_BINS,
     SPECIAL_TOKENS,
+    check_drafts,
     features,
     load_processor,
-    make_causal,
+    logits_in_pieces,
     needs_parakeet_features,
     randomize,
 )
@@ -24,11 +25,33 @@ from transformers import (
 )
 
 from mdm_asr_hf.convert_canary import canary_processor, from_canary
+from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.generation_configuration_mdm_asr import MDMASRGenerationConfig
 from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
 
 pytestmark = needs_parakeet_features
+
+
+def frames(batch_size=8):
+    """Frames (B, T, width), every second row shorter, as the encoder returns them."""
+    states = 0.3 * torch.randn(batch_size, 12, 16, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(batch_size, 12, dtype=torch.long)
+    mask[1::2, 7:] = 0
+    return MDMASREncoderOutput(last_hidden_state=states, attention_mask=mask)
+
+
+@torch.no_grad()
+def vary_texts(donor):
+    """Makes tokens differ from their neighbours, and some texts end: by weaker embeddings, and by an output bias that
+    evens out what is said everywhere, but for the end of text."""
+    donor.model.decoder.embed_tokens.weight.mul_(0.3)
+    donor.model.decoder.norm.weight.mul_(3)
+    donor.proj_out.bias.zero_()
+    ids = torch.randint(0, 24, (8, 64), generator=torch.Generator().manual_seed(4))
+    logits = donor(encoder_outputs=frames(), decoder_input_ids=ids).logits
+    donor.proj_out.bias.copy_(-logits.mean(dim=(0, 1)))
+    donor.proj_out.bias[donor.config.eos_token_id] += 0.5 * logits.std(dim=(0, 1)).mean()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +94,7 @@ def native(tmp_path_factory):
         },
     )
     donor = randomize(CanaryForConditionalGeneration(config))
+    vary_texts(donor)
     donor.save_pretrained(folder)
     extractor = ParakeetFeatureExtractor(feature_size=NUM_MEL_BINS)
     CanaryProcessor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
@@ -92,29 +116,50 @@ def copy_with_weights(folder, target, change):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logits_equal_the_donors(native, attention):
     folder, donor = native
-    model = make_causal(from_canary(MDMASRForConditionalGeneration, folder), attention)
+    model = from_canary(MDMASRForConditionalGeneration, folder)
+    # The decoder alone: eager ParakeetEncoders of older transformers turn padded batches into NaN.
+    for decoder in (model.model.decoder, donor.model.decoder):
+        decoder.set_attn_implementation(attention)
     assert not model.training and model.dtype == torch.float32
     values, mask = features()
-    ids = torch.randint(0, 24, (2, 12), generator=torch.Generator().manual_seed(2))
-    ids_mask = torch.ones_like(ids)
-    ids_mask[1, 9:] = 0
-    inputs = {
-        "input_features": values,
-        "attention_mask": mask,
-        "decoder_input_ids": ids,
-        "decoder_attention_mask": ids_mask,
-    }
+    ids = torch.randint(0, 24, (2, 64), generator=torch.Generator().manual_seed(2))
+    inputs = {"input_features": values, "attention_mask": mask, "decoder_input_ids": ids}
     with torch.no_grad():
         expected, logits = donor(**inputs).logits, model(**inputs).logits
+        pieces = logits_in_pieces(model, model.encode(values, mask), ids, (9, 1, 20, 1, 33))
     assert expected.std() > 0.1  # the comparison would be empty on logits near zero
-    assert logits.shape == (2, 12, 24)
-    for row, length in enumerate((12, 9)):
-        torch.testing.assert_close(logits[row, :length], expected[row, :length], rtol=0, atol=1e-5)
+    assert expected.shape == (2, 64, 24)
+    for ours in (logits, pieces):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-def test_mask_embedding_is_the_only_new_parameter(native):
+@pytest.mark.parametrize("draft_branches", [["masks"], []])
+def test_texts_equal_the_donors(native, draft_branches):
     folder, donor = native
     model = from_canary(MDMASRForConditionalGeneration, folder)
+    languages = {"language": ["de", "en"] * 4, "punctuation": [True, True, False, False] * 2}
+    prompts = build_prompt_ids(model.generation_config.prompt_template, 8, **languages)
+    expected = donor.generate(encoder_outputs=frames(), decoder_input_ids=prompts, max_length=64, do_sample=False)
+    expected = expected[:, prompts.shape[1] :]
+    # Some come to an end, others fill all the positions that the prompt leaves.
+    num_ended = int((expected == model.config.eos_token_id).any(dim=1).sum())
+    assert 0 < num_ended < 8 and expected.shape[1] == 64 - 9
+    texts = model.generate(encoder_outputs=frames(), **languages, draft_branches=draft_branches)
+    assert torch.equal(texts, expected)
+
+
+@pytest.mark.parametrize("draft_layers", [None, 1])
+def test_drafts_start_as_the_donors_last_layers(native, draft_layers):
+    folder, donor = native
+    model = from_canary(MDMASRForConditionalGeneration, folder, draft_layers=draft_layers)
+    check_drafts(model, draft_layers or 2, donor.model.decoder.embed_tokens.weight, donor.model.decoder.norm.weight)
+    with pytest.raises(ValueError, match="`draft_layers` .3. must be an integer from 0"):
+        from_canary(MDMASRForConditionalGeneration, folder, draft_layers=3)
+
+
+def test_mask_embedding_is_a_canvas_only_new_parameter(native):
+    folder, donor = native
+    model = from_canary(MDMASRForConditionalGeneration, folder, draft_layers=0)
     embedding = donor.model.decoder.embed_tokens.weight
     torch.testing.assert_close(model.state_dict()[MASK_EMBEDDING], embedding.mean(dim=0, keepdim=True))
     num_parameters = sum(p.numel() for p in donor.parameters())
@@ -166,8 +211,8 @@ def test_half_precision_donor(native, tmp_path):
     folder = copy_with_weights(native[0], tmp_path / "half", lambda weights: None)
     donor = CanaryForConditionalGeneration.from_pretrained(native[0], dtype=torch.bfloat16)
     donor.save_pretrained(folder)
-    half = from_canary(MDMASRForConditionalGeneration, folder)
-    single = from_canary(MDMASRForConditionalGeneration, folder, dtype=torch.float32)
+    half = from_canary(MDMASRForConditionalGeneration, folder, draft_layers=0)
+    single = from_canary(MDMASRForConditionalGeneration, folder, dtype=torch.float32, draft_layers=0)
     assert half.dtype == torch.bfloat16 and single.dtype == torch.float32
     # Positions do not take over the precision of the weights.
     torch.testing.assert_close(

@@ -21,9 +21,10 @@ from canary_donors import (
     NUM_MEL_BINS,
     POSITIONS,
     SPECIAL_TOKENS,
+    check_drafts,
     features,
     load_processor,
-    make_causal,
+    logits_in_pieces,
     needs_parakeet_features,
     nemo_settings,
     nemo_vocab_size,
@@ -92,7 +93,8 @@ def test_every_tensor_arrives(nemo, spm_models, encoder_bias, mode):
     def change(settings, weights):
         settings["encoder"]["use_bias"] = encoder_bias
 
-    model = from_canary(MDMASRForConditionalGeneration, nemo(change, mode=mode, encoder_bias=encoder_bias))
+    path = nemo(change, mode=mode, encoder_bias=encoder_bias)
+    model = from_canary(MDMASRForConditionalGeneration, path, draft_layers=0)
     weights = nemo_weights(nemo_vocab_size(spm_models), encoder_bias)
     state = model.state_dict()
     # The decoder's width is reordered: 0, 2, 4, ..., 1, 3, 5, ... These are the dimensions of that width.
@@ -115,6 +117,14 @@ def test_every_tensor_arrives(nemo, spm_models, encoder_bias, mode):
     assert set(state) - seen == {MASK_EMBEDDING}
     mean = weights["transf_decoder._embedding.token_embedding.weight"].mean(dim=0)[order]
     torch.testing.assert_close(state[MASK_EMBEDDING][0], mean)
+
+
+@pytest.mark.parametrize("draft_layers", [None, 1])
+def test_drafts_start_as_the_donors_last_layers(nemo, spm_models, draft_layers):
+    weights = nemo_weights(nemo_vocab_size(spm_models))
+    embedding = weights["transf_decoder._embedding.token_embedding.weight"]
+    model = from_canary(MDMASRForConditionalGeneration, nemo(), draft_layers=draft_layers)
+    check_drafts(model, draft_layers or 2, embedding, weights["transf_decoder._decoder.final_layer_norm.weight"])
 
 
 def reference_encoder(w, values, xscale):
@@ -211,12 +221,13 @@ def test_logits_equal_the_reference(nemo, spm_models, xscaling):
 
     vocab_size = nemo_vocab_size(spm_models)
     w = nemo_weights(vocab_size)
-    model = make_causal(from_canary(MDMASRForConditionalGeneration, nemo(change)), "sdpa")
+    model = from_canary(MDMASRForConditionalGeneration, nemo(change))
     values, mask = features()
     ids = torch.randint(0, vocab_size, (2, 20), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         frames = model.encode(values, mask)
         logits = model(input_features=values, attention_mask=mask, decoder_input_ids=ids).logits
+        pieces = logits_in_pieces(model, frames, ids, (5, 1, 14))
         for row, num_frames in enumerate(mask.sum(dim=-1).tolist()):
             expected = reference_encoder(w, values[row, :num_frames], math.sqrt(ENCODER_WIDTH) if xscaling else 1.0)
             got = frames.last_hidden_state[row, : len(expected)]
@@ -225,7 +236,8 @@ def test_logits_equal_the_reference(nemo, spm_models, xscaling):
             projected = F.linear(expected, w["encoder_decoder_proj.weight"], w["encoder_decoder_proj.bias"])
             expected = reference_decoder(w, ids[row], projected)
             assert expected.std() > 0.1
-            torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
+            for ours in (logits[row], pieces[row]):
+                torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 def test_same_width_has_no_projection(nemo, monkeypatch):

@@ -1,14 +1,13 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Whisper donors: tiny random models with a real byte-level BPE, English-only and multilingual."""
 
+import copy
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from canary_donors import make_causal, randomize
+from canary_donors import check_drafts, logits_in_pieces, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,19 +22,18 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 import mdm_asr_hf  # registers the Auto classes
+from mdm_asr_hf import convert_common
 from mdm_asr_hf.convert_whisper import (
-    load_whisper_named,
     whisper_processor,
     whisper_prompt_template,
     whisper_tokenizer,
 )
+from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
-
-import compare_vocabularies  # noqa: E402
 
 MASK_EMBEDDING = "model.decoder.input_only_embeddings.weight"
 EMBEDDING = "model.decoder.embed_tokens.weight"
@@ -97,7 +95,28 @@ def save_donor(folder, multilingual, dtype=torch.float32, max_target_positions=3
         decoder_start_token_id=eos + 1,
     )
     donor = randomize(WhisperForConditionalGeneration(config))
-    donor.generation_config = GenerationConfig(is_multilingual=multilingual, eos_token_id=eos)
+    with torch.no_grad():
+        # So that one text differs from another, and tokens from their neighbours.
+        donor.model.decoder.layer_norm.bias.zero_()
+        donor.model.decoder.embed_positions.weight.mul_(3)
+        donor.model.encoder.layer_norm.weight.mul_(4)
+    ids = tokenizer.get_vocab()
+    donor.generation_config = GenerationConfig(
+        is_multilingual=multilingual,
+        max_length=max_target_positions,
+        return_timestamps=False,
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        prev_sot_token_id=ids["<|startofprev|>"],
+        # All ids of text but fifteen, so that texts come to an end.
+        suppress_tokens=[i for i in range(config.vocab_size) if (i % 20 or i > eos) and i != eos],
+        begin_suppress_tokens=[140, 180, eos],
+        **{name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")},
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
+    if multilingual:
+        languages = [token for token in SPECIALS if token[2:-2] in LANGUAGES]
+        donor.generation_config.lang_to_id = {token: ids[token] for token in languages}
+        donor.generation_config.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
     donor.to(dtype).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=NUM_MEL_BINS).save_pretrained(folder)
     return donor, tokenizer
@@ -154,16 +173,18 @@ def donor_logits(model, features, ids):
 def test_logits_equal_the_donors(donor, attention):
     stock = donor["model"]
     stock.set_attn_implementation(attention)
-    model = make_causal(from_whisper(donor["folder"], encoder_trailing_silence_s=0), attention)
-    model.model.encoder.set_attn_implementation(attention)
+    model = from_whisper(donor["folder"], encoder_trailing_silence_s=0)
+    model.set_attn_implementation(attention)
     assert not model.training and model.dtype == torch.float32
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(2, 3000, NUM_MEL_BINS, generator=generator)
-    ids = torch.randint(0, stock.config.vocab_size, (2, 20), generator=generator)
+    ids = torch.randint(0, stock.config.vocab_size, (2, 32), generator=generator)
     expected = donor_logits(stock, features.transpose(1, 2), ids)
     assert expected.std() > 0.1  # the comparison would be empty on logits near zero
     with torch.no_grad():
         logits = model(input_features=features, decoder_input_ids=ids).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        logits = logits_in_pieces(model, model.encode(features), ids, (3, 1, 9, 1, 18))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
@@ -178,7 +199,7 @@ def test_short_audio_and_full_silence_equal_the_donors_30_seconds(english):
     expected = donor_logits(stock, padded["input_features"], ids)
 
     def distance(silence_s):
-        model = make_causal(from_whisper(folder, encoder_trailing_silence_s=silence_s), "sdpa")
+        model = from_whisper(folder, encoder_trailing_silence_s=silence_s, encoder_min_duration_s=0)
         with torch.no_grad():
             return (model(**inputs, decoder_input_ids=ids).logits - expected).abs().max()
 
@@ -186,7 +207,7 @@ def test_short_audio_and_full_silence_equal_the_donors_30_seconds(english):
 
 
 def test_every_tensor_arrives_and_the_mask_embedding_is_new(donor):
-    model, stock = from_whisper(donor["folder"]), donor["model"]
+    model, stock = from_whisper(donor["folder"], draft_layers=0), donor["model"]
     state, theirs = model.state_dict(), stock.state_dict()
     names = {"encoder_attn": "cross_attn", "encoder_attn_layer_norm": "cross_attn_layer_norm"}
     names |= {"final_layer_norm": "mlp_layer_norm", "out_proj": "o_proj"}
@@ -204,6 +225,29 @@ def test_every_tensor_arrives_and_the_mask_embedding_is_new(donor):
     num_parameters = sum(p.numel() for p in stock.parameters())
     assert sum(p.numel() for p in model.parameters()) == num_parameters + WIDTH
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize("draft_layers", [None, 1])
+def test_drafts_start_as_the_donors_last_layers(donor, draft_layers):
+    model, decoder = from_whisper(donor["folder"], draft_layers=draft_layers), donor["model"].model.decoder
+    check_drafts(model, draft_layers or 2, decoder.embed_tokens.weight, decoder.layer_norm.weight)
+
+
+def test_the_short_list_holds_the_commonest_tokens_and_the_end_of_text(english, monkeypatch):
+    monkeypatch.setattr(convert_common, "DRAFT_VOCAB_SIZE", 5)
+    model = from_whisper(english[0])
+    # 256 bytes and 30 merges stand before the end of text.
+    assert model.model.decoder.drafts.head.token_ids.tolist() == [0, 1, 2, 3, 286]
+    assert model.config.decoder_config.draft_vocab_size == 5
+
+
+def test_drafts_that_cannot_be(english):
+    for draft_layers in (3, -1, 1.0, True):
+        with pytest.raises(ValueError, match=f"`draft_layers` .{draft_layers}. must be an integer from 0 .* to 2"):
+            from_whisper(english[0], draft_layers=draft_layers)
+    for draft_layers in (None, 2):
+        with pytest.raises(ValueError, match="`vocab_size` .260. changes the text .* `draft_layers=0`"):
+            from_whisper(english[0], vocab_size=260, draft_layers=draft_layers)
 
 
 KEY = "model.decoder.layers.1.encoder_attn.k_proj.weight"
@@ -230,7 +274,7 @@ KEY = "model.decoder.layers.1.encoder_attn.k_proj.weight"
 def test_loading_is_strict(english, tmp_path, vocab_size, change, message):
     folder = copy_with(english[0], tmp_path / "changed", change)
     with pytest.raises(ValueError, match=message):
-        from_whisper(folder, vocab_size=vocab_size)
+        from_whisper(folder, vocab_size=vocab_size, draft_layers=0 if vocab_size else None)
 
 
 def test_tied_weights_may_be_stored_twice(english, tmp_path):
@@ -289,21 +333,114 @@ def test_other_donors_are_refused(english, tmp_path):
         whisper_processor(folder)
 
 
-def test_own_weights_under_whispers_names(english):
-    """The embedding holds the input-only rows, the mask's last."""
-    folder, stock = english
-    model = from_whisper(folder, vocab_size=256)
-    rows = torch.randn(model.config.num_token_ids, WIDTH, generator=torch.Generator().manual_seed(5))
-    tensors = {name: t + 1 for name, t in stock.state_dict().items() if name != "proj_out.weight"} | {EMBEDDING: rows}
-    load_whisper_named(model, tensors)
-    state = model.state_dict()
-    # 256 bytes and the end of text can be predicted.
-    assert torch.equal(state[EMBEDDING], rows[:257]) and torch.equal(state[MASK_EMBEDDING], rows[257:])
-    assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
-    ours, theirs = "layers.1.cross_attn.o_proj.bias", "layers.1.encoder_attn.out_proj.bias"
-    assert torch.equal(state[f"model.decoder.{ours}"], tensors[f"model.decoder.{theirs}"])
-    with pytest.raises(ValueError, match=f"1 missing: model.decoder.{theirs}"):
-        load_whisper_named(model, {n: t for n, t in tensors.items() if n != f"model.decoder.{theirs}"})
+# The donor's text
+
+# Greedy, and nothing decoded anew.
+GREEDY = {
+    "temperature": 0.0,
+    "no_speech_threshold": None,
+    "logprob_threshold": None,
+    "compression_ratio_threshold": None,
+}
+
+
+def frames(batch_size=12):
+    return 6 * torch.randn(batch_size, 12, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def stock_texts(stock, hidden_states, **options):
+    """What transformers' own `generate` writes: ids (B, L) without prompts, padded with the end of text."""
+    # Of the features only the length counts, beside the encoder's output.
+    features = torch.zeros(len(hidden_states), NUM_MEL_BINS, 3000)
+    return stock.generate(features, encoder_outputs=BaseModelOutput(last_hidden_state=hidden_states), **options)
+
+
+def own_texts(model, hidden_states, **options):
+    return model.generate(
+        encoder_outputs=MDMASREncoderOutput(last_hidden_state=hidden_states), **{**GREEDY, **options}
+    )
+
+
+def languages_of(donor, batch_size):
+    if not donor["multilingual"]:
+        return {}
+    return {"language": ["de", "en", "zh", "de"] * (batch_size // 4), "task": "translate"}
+
+
+@pytest.fixture(scope="module")
+def converted(donor):
+    return from_whisper(donor["folder"])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"draft_branches": []}, {"draft_blocks": "quadratic"}, {"draft_blocks": "one"}]
+)
+def test_texts_equal_the_donors(donor, converted, options):
+    hidden_states, stock, eos = frames(), donor["model"], NUM_TEXT[donor["multilingual"]]
+    asked = languages_of(donor, 12)
+    expected = stock_texts(stock, hidden_states, **asked)
+    # Some come to an end, others fill all the positions that the prompt leaves.
+    is_ended = (expected == eos).any(dim=1)
+    assert 0 < is_ended.sum() < 12 and expected.shape[1] == 32 - (4 if asked else 2)
+    assert torch.equal(own_texts(converted, hidden_states, **asked, **options), expected)
+
+
+def test_what_is_suppressed_is_what_the_donor_suppresses(donor, converted):
+    hidden_states, stock, asked = frames(), donor["model"], languages_of(donor, 12)
+    expected = stock_texts(stock, hidden_states, **asked)
+    # Without timestamps, at which transformers cuts a text.
+    of_text = list(range(NUM_TEXT[donor["multilingual"]] + 1, stock.config.vocab_size))
+    for name, other in (("suppress_tokens", of_text), ("begin_suppress_tokens", None)):
+        kept = getattr(stock.generation_config, name)
+        try:
+            setattr(stock.generation_config, name, other)
+            others = stock_texts(stock, hidden_states, **asked)
+        finally:
+            setattr(stock.generation_config, name, kept)
+        assert others.shape != expected.shape or not torch.equal(others, expected)
+        assert torch.equal(own_texts(converted, hidden_states, **asked, **{name: other}), others)
+    for number in (1, 7):
+        short = stock_texts(stock, hidden_states, **asked, max_new_tokens=number)
+        assert torch.equal(own_texts(converted, hidden_states, **asked, max_new_tokens=number), short)
+
+
+def test_texts_behind_earlier_text_equal_the_donors(donor, converted):
+    hidden_states, stock, asked = frames(), donor["model"], languages_of(donor, 12)
+    expected = stock_texts(stock, hidden_states, **asked)
+    start = stock.generation_config.prev_sot_token_id
+    # The latter fills half of the 32 positions, with its start.
+    for previous in ([5, 60, 72], list(range(0, 150, 10))):
+        behind = stock_texts(stock, hidden_states, **asked, prompt_ids=torch.tensor([start, *previous]))
+        assert not torch.equal(behind[:, :7], expected[:, :7])
+        assert torch.equal(own_texts(converted, hidden_states, **asked, previous_ids=previous), behind)
+    # What is too long keeps its end.
+    longer = own_texts(converted, hidden_states, **asked, previous_ids=[9, 8, 7, *previous])
+    assert torch.equal(longer, behind)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_the_donor_comes_back(donor, tmp_path, dtype):
+    stock = copy.deepcopy(donor["model"]).to(dtype or torch.float32)
+    model = from_whisper(donor["folder"], dtype=dtype)
+    model.to_whisper().save_pretrained(tmp_path)
+    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.dtype == stock.dtype and loaded.config.to_dict().keys() == stock.config.to_dict().keys()
+    theirs = stock.state_dict()
+    assert loaded.state_dict().keys() == theirs.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+    for name, value in stock.generation_config.to_diff_dict().items():
+        assert name == "transformers_version" or getattr(loaded.generation_config, name) == value, name
+    hidden_states, asked = frames().to(stock.dtype), languages_of(donor, 12)
+    assert torch.equal(stock_texts(loaded, hidden_states, **asked), stock_texts(stock, hidden_states, **asked))
+    # It is no view of the model, whose training goes on.
+    embedding = model.to_whisper().get_input_embeddings().weight
+    assert embedding.data_ptr() != model.get_input_embeddings().weight.data_ptr()
+
+
+def test_what_no_whisper_comes_back_of(english):
+    with pytest.raises(ValueError, match="`to_whisper` needs a model with drafts"):
+        from_whisper(english[0], draft_layers=0).to_whisper()
 
 
 # Vocabulary
@@ -380,27 +517,13 @@ def test_most_used_vocabulary_covers_more_than_the_first(donor, tmp_path):
     file.write_text(f"{text}\n\n{text}\n", encoding="utf-8")
     first, used = (whisper_tokenizer(donor["folder"], 268, kept)[0](f" {text}").input_ids for kept in (None, file))
     assert len(used) < len(first)
-    model = from_whisper(donor["folder"], vocab_size=268, vocab_text=file)
+    model = from_whisper(donor["folder"], vocab_size=268, vocab_text=file, draft_layers=0)
     processor = whisper_processor(donor["folder"], vocab_size=268, vocab_text=[text])
     assert processor.tokenizer(f" {text}").input_ids == used
     stock, theirs = donor["model"].model.decoder.embed_tokens.weight, donor["tokenizer"].get_vocab()
     for token, i in processor.tokenizer.get_vocab().items():
         if i < 268:
             assert torch.equal(model.model.decoder.embed_tokens.weight[i], stock[theirs[token]]), token
-
-
-def test_what_a_vocabulary_costs(english, tmp_path):
-    text = tmp_path / "sentences.txt"
-    # Every tenth sentence is measured, here the first.
-    text.write_text("\n".join(["the cat sat", *SENTENCES]), encoding="utf-8")
-    options = ["--donor", str(english[0]), "--text", str(text), "--sizes", "256", "286"]
-    result = compare_vocabularies.main([*options, "--output", str(tmp_path / "results.json")])
-    bytes_first, bytes_used, all_first, all_used = result["rows"]
-    # " the", " cat" and " sat" are tokens of their own, and twelve bytes.
-    assert result["num_tokens"] == 3 and bytes_first["tokens_kept_percent"] == bytes_used["tokens_kept_percent"] == 0
-    assert bytes_first["more_tokens_percent"] == 300
-    assert all_first["tokens_kept_percent"] == all_used["tokens_kept_percent"] == 100
-    assert all_used["more_tokens_percent"] == 0
 
 
 def test_a_text_without_a_size_or_without_words_is_refused(english, tmp_path):
@@ -437,7 +560,7 @@ def test_bytes_and_merges_are_used_in_order(shrunk):
 
 @pytest.mark.parametrize("vocab_size", [None, 270])
 def test_embeddings_follow_the_tokens(donor, vocab_size):
-    model = from_whisper(donor["folder"], vocab_size=vocab_size)
+    model = from_whisper(donor["folder"], vocab_size=vocab_size, draft_layers=0)
     tokenizer, _ = whisper_tokenizer(donor["folder"], vocab_size)
     decoder, stock = model.model.decoder, donor["model"].model.decoder.embed_tokens.weight
     ours = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight])
@@ -458,7 +581,7 @@ def test_embeddings_follow_the_tokens(donor, vocab_size):
 @pytest.mark.parametrize("vocab_size", [255, 257 + NUM_MERGES, -1, 300.0, True])
 def test_vocab_size_out_of_range(donor, vocab_size):
     with pytest.raises(ValueError, match=rf"from 256 \(bytes only\) to 286, got {vocab_size}"):
-        from_whisper(donor["folder"], vocab_size=vocab_size)
+        from_whisper(donor["folder"], vocab_size=vocab_size, draft_layers=0)
 
 
 def swap_merges(vocab):
@@ -499,7 +622,7 @@ def test_added_words_stay_words(english, tmp_path):
     ids = tokenizer("the zirkonium").input_ids
     assert tokenizer.convert_ids_to_tokens(ids)[-1] == "zirkonium"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the zirkonium"
-    assert ids[-1] not in from_whisper(folder).generation_config.suppress_tokens
+    assert ids[-1] not in from_whisper(folder, draft_layers=0).generation_config.suppress_tokens
 
 
 # Prompt
@@ -520,7 +643,7 @@ def test_english_prompt(english):
 
 @pytest.mark.parametrize("vocab_size", [None, 260])
 def test_multilingual_prompt(multilingual, vocab_size):
-    model = from_whisper(multilingual[0], vocab_size=vocab_size)
+    model = from_whisper(multilingual[0], vocab_size=vocab_size, draft_layers=0 if vocab_size else None)
     processor = whisper_processor(multilingual[0], vocab_size=vocab_size)
     template = model.generation_config.prompt_template
     assert processor.prompt_template == template
@@ -531,7 +654,8 @@ def test_multilingual_prompt(multilingual, vocab_size):
         return [" ".join(processor.tokenizer.convert_ids_to_tokens(row)) for row in batch.tolist()]
 
     start, end = "<|startoftranscript|> ", " <|notimestamps|>"
-    assert prompts() == [f"{start}<|en|> <|transcribe|>{end}"]
+    # The donor detects the language where none is given; what is shrunk to text cannot.
+    assert template["defaults"] == {"language": "en" if vocab_size else "auto", "task": "transcribe"}
     for language in ("de", "german", "German", "<|de|>"):
         assert prompts(language=language, task="translate") == [f"{start}<|de|> <|translate|>{end}"]
     rows = prompts(batch_size=3, language=["mandarin", "en", "de"], task=["transcribe", "translate", "transcribe"])
@@ -567,20 +691,49 @@ def test_what_makes_a_donor_multilingual(english, multilingual, tmp_path):
         assert num_prompt_tokens(folder) == expected
 
 
+@pytest.mark.parametrize("vocab_size", [None, 260])
+@pytest.mark.parametrize(
+    "settings, defaults",
+    [
+        (lambda ids: {"language": "german", "task": "translate"}, {"language": "de", "task": "translate"}),
+        (lambda ids: {"language": "<|zh|>"}, {"language": "zh"}),
+        (lambda ids: {"task": "translate", "forced_decoder_ids": [[1, ids["<|de|>"]]]}, {"task": "translate"}),
+        (
+            lambda ids: {"forced_decoder_ids": [[1, ids["<|de|>"]], [2, ids["<|translate|>"]]]},
+            {"language": "de", "task": "translate"},
+        ),
+        # As released multilingual checkpoints have it.
+        (lambda ids: {"forced_decoder_ids": [[1, None], [2, ids["<|transcribe|>"]]]}, {}),
+    ],
+)
+def test_the_donors_own_language_and_task_are_the_default(multilingual, tmp_path, vocab_size, settings, defaults):
+    folder = copy_with(multilingual[0], tmp_path / "tuned")
+    file = folder / "generation_config.json"
+    ids = AutoTokenizer.from_pretrained(folder).get_vocab()
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings(ids)))
+    template = whisper_processor(folder, vocab_size=vocab_size).prompt_template
+    expected = {"language": "en" if vocab_size else "auto", "task": "transcribe"} | defaults
+    assert template["defaults"] == expected
+    model = from_whisper(folder, vocab_size=vocab_size, draft_layers=0 if vocab_size else None)
+    assert model.generation_config.prompt_template == template
+
+
 def test_prompt_without_languages_is_refused():
     ids = {"<|startoftranscript|>": 1, "<|transcribe|>": 2, "<|translate|>": 3, "<|notimestamps|>": 4}
     with pytest.raises(ValueError, match="no language tokens"):
         whisper_prompt_template(ids, multilingual=True)
-    template = whisper_prompt_template({**ids, "<|de|>": 5}, multilingual=True)
+    template = whisper_prompt_template({**ids, "<|de|>": 5}, multilingual=True, can_detect=False)
     assert template["defaults"]["language"] == "de"
 
 
 # Saving and loading
 
 
-@pytest.mark.parametrize("vocab_size", [None, 270])
-def test_round_trip_through_auto_classes(donor, tmp_path, vocab_size):
-    model = from_whisper(donor["folder"], vocab_size=vocab_size, encoder_trailing_silence_s=0.5)
+@pytest.mark.parametrize("vocab_size, draft_layers", [(None, None), (None, 0), (270, 0)])
+def test_round_trip_through_auto_classes(donor, tmp_path, vocab_size, draft_layers):
+    model = from_whisper(
+        donor["folder"], vocab_size=vocab_size, draft_layers=draft_layers, encoder_trailing_silence_s=0.5
+    )
     processor = mdm_asr_hf.MDMASRProcessor.from_whisper(donor["folder"], vocab_size=vocab_size)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -598,7 +751,11 @@ def test_round_trip_through_auto_classes(donor, tmp_path, vocab_size):
     assert settings.to_dict() == model.generation_config.to_dict()
     assert settings.prompt_template == its_processor.prompt_template == processor.prompt_template
     eos = NUM_TEXT[donor["multilingual"]]
-    if vocab_size is None:
+    if draft_layers is None:
+        stated = donor["model"].generation_config
+        assert settings.suppress_tokens == stated.suppress_tokens
+        assert settings.begin_suppress_tokens == stated.begin_suppress_tokens
+    elif vocab_size is None:
         # Everything behind the end of text that the donor can predict.
         assert settings.suppress_tokens == list(range(eos + 1, donor["model"].config.vocab_size))
     else:
@@ -614,11 +771,14 @@ def test_round_trip_through_auto_classes(donor, tmp_path, vocab_size):
     # Whisper's texts begin with a space.
     assert its_processor.tokenizer.decode(inputs["labels"][0, :-1]) == " the 🦜"
     assert inputs["labels"][0, -1] == loaded.config.eos_token_id
+    prompt_ids = processor.get_prompt_ids(**({"language": "de"} if donor["multilingual"] else {}))
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, model(**expected).logits)
+        logits = (m(**i, prompt_ids=prompt_ids).logits for m, i in ((loaded, inputs), (model, expected)))
+        assert torch.equal(*logits)
     del inputs["labels"]
-    sequences = loaded.generate(**inputs)
-    assert torch.equal(sequences, model.generate(**inputs))
+    options = GREEDY if draft_layers is None else {}
+    sequences = loaded.generate(**inputs, **options)
+    assert torch.equal(sequences, model.generate(**inputs, **options))
     assert its_processor.decode(sequences) == processor.decode(sequences)
     if vocab_size is None:
         assert not set(sequences.flatten().tolist()) & set(settings.suppress_tokens)

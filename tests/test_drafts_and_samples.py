@@ -1,100 +1,107 @@
+"""What a caller can give beside the audio: earlier text, a beginning, a hypothesis; and several samples."""
+
 import pytest
 import torch
-from test_generation import EOS, MASK, PAD, ScriptedModel, generate
-from tiny_models import tiny_inputs, tiny_model
+from test_generation import PAD, START, generate
+from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model
 
-from mdm_asr_hf.canvas_mdm_asr import OPEN_ID, read_draft
 from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
 
-# --- drafts ---
+SECONDS = (1.0, 0.6, 0.35)
 
 
-def test_a_draft_stays_and_the_rest_is_filled_in(monkeypatch):
-    model = tiny_model("whisper")
-    script = ScriptedModel(model, monkeypatch, [[5, 6, 7], [8, 9]])
-    out = generate(model, canvas_length=8, gamma=0.0, draft_ids=[[10], [OPEN_ID, 11, OPEN_ID]])
-    assert script.calls[0][1][:, :3].tolist() == [[10, MASK, MASK], [MASK, 11, MASK]]
-    assert out.sequences.tolist() == [[10, 6, 7, EOS], [8, 11, EOS, PAD]]
-    # One step for each token that was not given.
-    assert out.nfe.tolist() == [3, 2]
-    assert out.commit_steps.tolist() == [[0, 1, 2, 3], [1, 0, 2, 0]]
-    assert out.confidence[0, 0] == 1.0 and out.confidence[1, 1] == 1.0
+@pytest.fixture(scope="module")
+def drafter():
+    return tiny_drafts_model(ctc=True)
 
 
-def test_a_whole_draft_costs_no_decoder_evaluation(monkeypatch):
-    model = tiny_model("whisper")
-    script = ScriptedModel(model, monkeypatch, [[5]])
-    out = generate(model, seconds=(1.0,), canvas_length=8, draft_ids=torch.tensor([[10, 11, EOS]]))
-    assert out.sequences.tolist() == [[10, 11, EOS]] and out.nfe.tolist() == [0] and not script.calls
+def rows_of(output):
+    return [row[: row.index(PAD)] if PAD in row else row for row in output.sequences.tolist()]
 
 
-def test_a_canvas_grows_with_its_draft(monkeypatch):
-    model = tiny_model("whisper")
-    ScriptedModel(model, monkeypatch, [[5] * 3, [5] * 3])
-    out = generate(model, canvas_length=3, gamma=0.0, draft_ids=[[10, 11, 12, 13], [10]])
-    assert out.sequences.tolist() == [[10, 11, 12, 13, EOS], [10, 5, 5, PAD, PAD]]
+# --- a beginning, a hypothesis ---
 
 
-def test_a_draft_in_a_batch_is_a_draft_alone():
-    model = tiny_model("whisper")
-    features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
-    draft = [[5, 6], [7]]
-    batch = model.generate(features, attention_mask=mask, draft_ids=draft)
-    for i in range(2):
-        n = int(mask[i].sum())
-        alone = model.generate(features[i : i + 1, :n], attention_mask=mask[i : i + 1, :n], draft_ids=draft[i : i + 1])
-        assert alone[0].tolist() == batch[i, : alone.shape[1]].tolist()
+def test_a_text_goes_on_behind_its_prefix(drafter):
+    plain = rows_of(generate(drafter, SECONDS))
+    prefixes = [plain[0][:5], [], [plain[2][0]]]
+    out = generate(drafter, SECONDS, prefix_ids=prefixes)
+    assert rows_of(out) == plain
+    given = torch.tensor([5, 0, 1])[:, None] > torch.arange(out.sequences.shape[1])
+    assert (out.confidence[given] == 1).all() and (out.commit_steps[given] == 0).all()
+    assert (out.commit_steps[~given & (out.sequences != PAD)] > 0).all()
+    # Of a beginning that the model would not have said, the rest is another.
+    other = rows_of(generate(drafter, SECONDS, prefix_ids=[[40, 41], [], []]))
+    assert other[0][:2] == [40, 41] and other[1:] == plain[1:]
+    assert other[0] == [40, 41, *rows_of(generate_after(drafter, [40, 41]))[0]]
 
 
-@pytest.mark.parametrize(
-    ("draft", "message"),
-    [
-        ([[5]], r"`draft_ids` of shape \(1, 1\) must be \(2, K\)"),
-        ([[5], [10**6]], "`draft_ids` must be token ids below"),
-        ([[-1], [5]], "`draft_ids` must be token ids below"),
-        ([[5] * 500, [5]], "`draft_ids` need a canvas of 501 tokens"),
-    ],
-)
-def test_bad_drafts_are_named(draft, message):
-    with pytest.raises(ValueError, match=message):
-        generate(tiny_model("whisper"), draft_ids=draft)
+def generate_after(model, prefix):
+    """The first clip, with the prefix in the prompt instead."""
+    features, mask = tiny_inputs(seconds=SECONDS)
+    length = int(mask[0].sum())
+    prompt = torch.tensor([[START, *prefix]])
+    return model.generate(features[:1, :length], decoder_input_ids=prompt, return_dict_in_generate=True)
 
 
-def test_drafts_of_any_width_are_read():
-    assert read_draft([[], [3, 4]], 2, 10).tolist() == [[OPEN_ID, OPEN_ID], [3, 4]]
-    assert read_draft([[], []], 2, 10).shape == (2, 0)
-    assert (
-        generate(tiny_model("whisper"), draft_ids=[[], []]).sequences.tolist()
-        == generate(tiny_model("whisper")).sequences.tolist()
-    )
+def test_a_hypothesis_is_verified_instead_of_the_first_draft(drafter):
+    plain = generate(drafter, SECONDS)
+    texts = rows_of(plain)
+    # The text itself with its end or without, one with a wrong and a missing token, and none at all.
+    wrong = [*texts[1][:4], 55, *texts[1][6:]]
+    out = generate(drafter, SECONDS, draft_ids=[texts[0], wrong, []], draft_branches=["first_draft"])
+    assert torch.equal(out.sequences, plain.sequences)
+    assert out.nfe[0] < 10 < len(texts[0]) and out.accepted_drafts[0, 1] > 15
+    assert out.rejected_drafts[0].tolist() == [0, 0] and out.rejected_drafts[1, 1] > 0
+    assert set(out.token_branches.unique().tolist()) == {0, 2}
+    tensor = torch.tensor([texts[0]])
+    one = generate(drafter, SECONDS[:1], draft_ids=tensor, draft_branches=["first_draft"])
+    assert torch.equal(one.nfe, out.nfe[:1])
+
+
+# --- the text before ---
+
+
+def test_previous_text_stands_before_the_prompt():
+    model = tiny_drafts_model()
+    model.generation_config.prompt_template = {"tokens": [START], "previous": 50}
+    features, mask = tiny_inputs(seconds=SECONDS)
+
+    def given(**kwargs):
+        return model.generate(features, attention_mask=mask, max_new_tokens=20, **kwargs)
+
+    prompt = torch.tensor([[50, 7, 8, 9, START]])
+    expected = given(decoder_input_ids=prompt)
+    assert not torch.equal(given(), expected)
+    # One text for all rows, or each its own; without any the prompt is as ever.
+    assert torch.equal(given(previous_ids=[7, 8, 9]), expected)
+    mixed = given(previous_ids=[[7, 8, 9], [], [8]])
+    assert torch.equal(mixed[0], expected[0]) and mixed[1].tolist() == given()[1].tolist()
+    # Half of the 300 positions are for it: 149 tokens and the one before them.
+    long = list(range(3, 53)) * 5
+    assert torch.equal(given(previous_ids=long), given(decoder_input_ids=torch.tensor([[50, *long[-149:], START]])))
 
 
 # --- several samples ---
 
 
-def rows_of(output, start, stop):
-    return [
-        (ids, [round(c, 5) for c in confidence])
-        for ids, confidence in zip(
-            output.sequences[start:stop].tolist(), output.confidence[start:stop].tolist(), strict=True
-        )
-    ]
-
-
-def test_samples_come_best_first_and_differ():
-    out = generate(tiny_model("whisper"), temperature=1.0, num_return_sequences=4, generator=torch.Generator())
+@pytest.mark.parametrize("make", [tiny_model, tiny_drafts_model])
+def test_samples_come_best_first_and_differ(make):
+    out = generate(make(), temperature=1.0, num_return_sequences=4, generator=torch.Generator(), max_new_tokens=20)
     assert out.sequences.shape[0] == out.nfe.shape[0] == 8
+    assert out.struck_drafts is None or len(out.struck_drafts) == 8
     for start in (0, 4):
         scores = utterance_confidence(out.confidence[start : start + 4])
         assert scores == sorted(scores, reverse=True)
         assert len({tuple(row) for row in out.sequences[start : start + 4].tolist()}) > 1
 
 
-def test_a_rows_samples_depend_on_its_own_generator_alone():
-    model = tiny_model("whisper")
+@pytest.mark.parametrize("make", [tiny_model, tiny_drafts_model])
+def test_a_rows_samples_depend_on_its_own_generator_alone(make):
+    model = make()
     features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
 
-    def sample(rows, seeds, **kwargs):
+    def sample(rows, seeds):
         n = int(mask[rows].sum(dim=-1).max())
         return model.generate(
             features[rows, :n],
@@ -103,18 +110,30 @@ def test_a_rows_samples_depend_on_its_own_generator_alone():
             num_return_sequences=3,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             return_dict_in_generate=True,
-            **kwargs,
+            max_new_tokens=20,
         )
 
     both, second = sample([0, 1], [1, 2]), sample([1], [2])
     width = second.sequences.shape[1]
-    for k in range(3):
-        assert both.sequences[3 + k, :width].tolist() == second.sequences[k].tolist()
-    other = sample([1], [3])
-    assert rows_of(other, 0, 3) != rows_of(second, 0, 3)
+    assert torch.equal(both.sequences[3:, :width], second.sequences)
+    torch.testing.assert_close(both.confidence[3:, :width], second.confidence, atol=1e-4, rtol=1e-3)
+    assert rows_of(sample([1], [3])) != rows_of(second)
 
 
-def test_equal_samples_are_refused():
-    with pytest.raises(ValueError, match="`num_return_sequences=2` would return the same text"):
+def test_samples_take_the_hypothesis_of_their_row(drafter):
+    out = generate(
+        drafter,
+        prefix_ids=[[5, 6], [7]],
+        temperature=1.0,
+        num_return_sequences=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert out.sequences[:2, :2].tolist() == [[5, 6]] * 2 and out.sequences[2:, 0].tolist() == [7, 7]
+
+
+def test_equal_samples_are_refused(drafter):
+    with pytest.raises(ValueError, match="`num_return_sequences=2` would return the same text.*random"):
         generate(tiny_model("whisper"), num_return_sequences=2)
     assert len(generate(tiny_model("whisper"), num_return_sequences=2, sampler="random").sequences) == 4
+    with pytest.raises(ValueError, match="would return the same text each time. Set `temperature` above 0.$"):
+        generate(drafter, num_return_sequences=2)

@@ -305,15 +305,15 @@ def anything(rng, folder):
 
 def run_cases(first, stop, folder):
     """Prints a line of JSON when all cases are done; `folder/case.json` names the one that runs."""
-    from tiny_models import tiny_model, tiny_processor
+    from tiny_models import tiny_drafts_model, tiny_processor
     from transformers import pipeline
 
     from mdm_asr_hf.audio_mdm_asr import AudioStream, load_audio
     from mdm_asr_hf.transcription_mdm_asr import Transcriber
 
     torch.set_num_threads(1)
-    model, processor = tiny_model(), tiny_processor()
-    model.generation_config.max_denoising_steps = 2
+    model, processor = tiny_drafts_model(ctc=True, dtype=torch.float32), tiny_processor()
+    model.generation_config.max_new_tokens = 6
     transcriber = Transcriber(model, processor, max_window_s=1.0, vad="energy")
     pipe = pipeline(
         "automatic-speech-recognition",

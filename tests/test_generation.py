@@ -1,10 +1,10 @@
-import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ENCODERS, VOCAB_SIZE, tiny_inputs, tiny_model
+from tiny_models import ENCODERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -19,22 +19,30 @@ def model():
     return tiny_model("whisper")
 
 
+@pytest.fixture(scope="module")
+def drafter():
+    return tiny_drafts_model("whisper")
+
+
 class ScriptedModel:
-    """Replaces the decoder by a script: the logits of every step are given, the calls are recorded."""
+    """Replaces the decoder of a canvas by a script: the logits of every step are given, the calls are recorded."""
 
     def __init__(self, model, monkeypatch, texts, confidence=50.0):
-        self.calls, self.open_rows = [], []
+        self.calls, self.open_rows, self.frames = [], [], None
         length = 10
         self.logits = torch.zeros(len(texts), length, VOCAB_SIZE)
         for row, text in enumerate(texts):
             for i in range(length):
                 self.logits[row, i, text[i] if i < len(text) else EOS] = confidence
-        monkeypatch.setattr(model, "_canvas_logits", self)
+        monkeypatch.setattr(model, "forward", self)
 
-    def __call__(self, open_rows, canvas, candidates, settings, sampler):
-        self.calls.append((open_rows.prompt_ids.clone(), canvas.tokens.clone()))
-        self.open_rows.append(open_rows.rows.tolist())
-        return self.logits[:, : canvas.tokens.shape[1]].clone(), candidates
+    def __call__(self, decoder_input_ids, decoder_attention_mask, encoder_outputs, logits_to_keep):
+        frames = encoder_outputs.last_hidden_state[:, 0]
+        self.frames = frames if self.frames is None else self.frames
+        rows = [int((self.frames == its).all(dim=-1).nonzero()[0]) for its in frames]
+        self.calls.append((decoder_input_ids[:, :1].clone(), decoder_input_ids[:, 1:].clone()))
+        self.open_rows.append(rows)
+        return SimpleNamespace(logits=self.logits[rows, : logits_to_keep.shape[1]][logits_to_keep])
 
 
 # --- rows, EOS and counting, on scripted logits ---
@@ -56,9 +64,8 @@ def test_text_ends_at_the_first_eos_and_rows_count_their_own_steps(monkeypatch):
     torch.testing.assert_close(out.confidence, torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]]))
     prompt, first = script.calls[0]
     assert prompt.tolist() == [[START]] * 2 and (first == MASK).all() and first.shape == (2, 8)
-    # The finished row costs no decoder evaluation and does not change any more.
+    # The finished row costs no decoder evaluation any more.
     assert script.open_rows == [[0, 1], [0, 1], [0], [0]]
-    assert all(canvas[1].tolist() == script.calls[2][1][1].tolist() for _, canvas in script.calls[2:])
 
 
 def test_a_large_gamma_takes_one_step(monkeypatch):
@@ -99,32 +106,29 @@ def test_confidence_is_the_probability_at_the_committing_step(monkeypatch):
 def test_a_full_canvas_warns_with_the_remedy(monkeypatch, caplog):
     model = tiny_model("whisper")
     ScriptedModel(model, monkeypatch, [[5, 6, 7, 8], [8]])
-    logging.getLogger("transformers").propagate = True
-    with caplog.at_level("WARNING"):
-        logger = logging.getLogger("mdm_asr_hf.generation_mdm_asr")
-        logger.addHandler(caplog.handler)
-        out = generate(model, canvas_length=4)
-        logger.removeHandler(caplog.handler)
+    out = generate(model, canvas_length=4)
     assert "1 of 2 canvases" in caplog.text and "`canvas_length`" in caplog.text
     assert out.sequences.tolist() == [[5, 6, 7, 8], [8, EOS, PAD, PAD]]
+
+
+class Streamer(BaseStreamer):
+    def __init__(self):
+        self.drafts, self.counts, self.values, self.ended = [], [], [], False
+
+    def put(self, value):
+        self.values.append(value.tolist())
+
+    def put_draft(self, value, num_committed=None):
+        self.drafts.append(value.tolist())
+        self.counts.append(None if num_committed is None else num_committed.tolist())
+
+    def end(self):
+        self.ended = True
 
 
 def test_streamer_sees_every_canvas(monkeypatch):
     model = tiny_model("whisper")
     ScriptedModel(model, monkeypatch, [[5, 6, 7]])
-
-    class Streamer(BaseStreamer):
-        drafts, values, ended = [], [], False
-
-        def put(self, value):
-            self.values.append(value.tolist())
-
-        def put_draft(self, value):
-            self.drafts.append(value.tolist())
-
-        def end(self):
-            self.ended = True
-
     streamer = Streamer()
     generate(model, seconds=(1.0,), canvas_length=5, gamma=0.0, streamer=streamer)
     assert streamer.drafts == [
@@ -133,7 +137,59 @@ def test_streamer_sees_every_canvas(monkeypatch):
         [[5, 6, 7, MASK, MASK]],
         [[5, 6, 7, EOS, MASK]],
     ]
-    assert streamer.values == [[[START]], [[5, 6, 7, EOS]]] and streamer.ended
+    assert streamer.values == [[[START]], [[5, 6, 7, EOS]]] and streamer.ended and streamer.counts == [None] * 4
+
+
+def test_streamer_sees_the_committed_text_and_the_drafts_behind_it(drafter):
+    streamer = Streamer()
+    out = generate(drafter, seconds=(1.0, 0.6, 0.35), streamer=streamer)
+    assert streamer.values == [[[START]] * 3, out.sequences.tolist()] and streamer.ended
+    assert len(streamer.drafts) == out.num_steps
+    for step, (ids, counts) in enumerate(zip(streamer.drafts, streamer.counts, strict=True), start=1):
+        for row in range(3):
+            committed = int(((out.commit_steps[row] > 0) & (out.commit_steps[row] <= step)).sum())
+            assert counts[row] == committed and ids[row][:committed] == out.sequences[row, :committed].tolist()
+            drafts = [i for i in ids[row][committed:] if i != PAD]
+            assert len(drafts) <= 3 and not (step >= int(out.nfe[row]) and drafts)
+    # Some of what was shown as a draft came to be the text.
+    assert out.accepted_drafts.sum() > 0 and any(
+        len(ids[0]) > counts[0] for ids, counts in zip(streamer.drafts, streamer.counts, strict=True)
+    )
+
+
+def test_tokens_per_evaluation_and_who_said_them(drafter):
+    out = generate(drafter, seconds=(1.0, 0.6, 0.35))
+    kept = out.commit_steps > 0
+    torch.testing.assert_close(out.tokens_per_evaluation, kept.sum(dim=1) / out.nfe)
+    # No first draft here; each token is the donor's own or an accepted draft of the masks.
+    assert out.token_branches.unique().tolist() == [0, 1]
+    assert (out.token_branches == 1).sum(dim=1).tolist() == out.accepted_drafts[:, 0].tolist()
+    for row, struck in enumerate(out.struck_drafts):
+        assert sum(len(ids) for _, _, ids in struck) == int(out.rejected_drafts[row, 0])
+        for place, branch, ids in struck:
+            wrong = ids[0] != out.sequences[row, place]
+            assert branch == 0 and wrong
+    alone = generate(drafter, seconds=(1.0, 0.6, 0.35), draft_branches=[])
+    assert torch.equal(alone.sequences, out.sequences) and alone.nfe.tolist() == kept.sum(dim=1).tolist()
+    torch.testing.assert_close(alone.confidence, out.confidence)
+
+
+def test_a_text_that_fills_its_room_warns_with_the_remedy(drafter, caplog):
+    out = generate(drafter, seconds=(1.0, 0.6, 0.35), max_new_tokens=11)
+    assert "2 of 3 texts filled up" in caplog.text and "`max_new_tokens`" in caplog.text
+    assert out.sequences.shape == (3, 11) and out.sequences[1, -1] == EOS and not (out.sequences[::2] == EOS).any()
+
+
+def test_suppressed_and_begin_suppressed_tokens_of_the_donor(drafter):
+    plain = generate(drafter)
+    first, second = plain.sequences[0, :2].tolist()
+    assert first == second == plain.sequences[1, 0]
+    begin = generate(drafter, begin_suppress_tokens=[first])
+    assert (begin.sequences[:, 0] != first).all()
+    # Further on it may stand again.
+    assert (begin.sequences == first).any()
+    never = generate(drafter, suppress_tokens=[first])
+    assert not (never.sequences == first).any()
 
 
 # --- the canvas ---
@@ -251,10 +307,10 @@ def test_arguments_override_and_do_not_stick(model):
         features, attention_mask=mask, gamma=1.0, lambda_=0.5, max_denoising_steps=2, canvas_length=9, language=None
     )
     assert model.generation_config.to_dict() == before
-    settings, _ = model._settle_generation_config(None, dict(sampler="conf_top_k", k=3, max_denoising_steps=5))
+    settings, _ = model._settle_generation_config(None, dict(sampler="conf_top_k", k=3, max_denoising_steps=5), set())
     assert settings.sampler == {"name": "conf_top_k", "k": 3} and settings.max_denoising_steps == 5
     mine = MDMASRGenerationConfig(sampler="eb_conf", max_denoising_steps=7)
-    settings, _ = model._settle_generation_config(mine, dict(gamma=0.4))
+    settings, _ = model._settle_generation_config(mine, dict(gamma=0.4), set())
     assert settings.sampler == {"name": "eb_conf", "gamma": 0.4} and settings.max_denoising_steps == 7
     assert mine.sampler["gamma"] == 0.05
 
@@ -285,6 +341,62 @@ def test_unknown_and_contradictory_arguments_raise(model, arguments, message):
     features, mask = tiny_inputs()
     with pytest.raises(ValueError, match=message):
         model.generate(features, attention_mask=mask, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(max_denoising_steps=4), "'max_denoising_steps'.* for checkpoints with a canvas, .* decodes with drafts"),
+        (dict(canvas_length=9, canvas_tokens_per_s=3.0), "'canvas_length', 'canvas_tokens_per_s'"),
+        (dict(canvas_extra_tokens=9), "'canvas_extra_tokens'"),
+        (dict(sampler="dfm"), "`sampler` .*dfm.* cannot be used by a checkpoint with drafts"),
+        (dict(lambda_=0.2), "`sampler` .* `lambda_` None"),
+        (dict(draft_length=4), "`draft_length` .4. must be at most the checkpoint's 3"),
+        (dict(draft_branches=["ctc"]), "`draft_branches`"),
+        (dict(prefix_ids=[[5]]), "`prefix_ids` must be a list of 3 lists"),
+        (dict(prefix_ids=[5, 6, 7]), "`prefix_ids` must be a list of 3 lists"),
+        (dict(prefix_ids=[[5], [], [60]]), "`prefix_ids` must be token ids below 60"),
+        (dict(prefix_ids=[[5] * 299, [], []]), "`prefix_ids` have 300 tokens, .* at most 300 fit. Shorten"),
+        (dict(prefix_ids=[[5] * 4, [], []], max_new_tokens=4), "`prefix_ids` have 5 tokens, .* at most 5 fit"),
+        (dict(draft_ids=[[5], [-100], []]), "`draft_ids` must be token ids below 60"),
+        (dict(draft_ids=[[5], []]), "`draft_ids` must be a list of 3 lists"),
+        (dict(previous_ids=[[5], [6]]), "`previous_ids` must be a list of 3 lists"),
+        (dict(previous_ids=[5, 6]), "`previous_ids`: this model's prompt has no place"),
+    ],
+)
+def test_what_drafts_cannot_use_raises(drafter, arguments, message):
+    features, mask = tiny_inputs()
+    with pytest.raises(ValueError, match=message) as error:
+        drafter.generate(features, attention_mask=mask, **arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(draft_branches=["masks"]),
+        dict(draft_blocks="one"),
+        dict(draft_length=2),
+        dict(no_speech_threshold=0.5),
+        dict(compression_ratio_threshold=1.3),
+        dict(logprob_threshold=-1.0),
+        dict(previous_ids=[5]),
+        dict(prefix_ids=[[5]] * 3),
+        dict(draft_ids=[[5]] * 3),
+        dict(hotword_ids=[[5, 6]]),
+    ],
+)
+def test_what_a_canvas_cannot_use_raises(model, arguments):
+    features, mask = tiny_inputs()
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"'{name}'.* for checkpoints with drafts, .* decodes with a canvas"):
+        model.generate(features, attention_mask=mask, **arguments)
+
+
+def test_a_canvas_has_no_fallbacks(model):
+    features, mask = tiny_inputs()
+    with pytest.raises(ValueError, match="`temperature` must be one number"):
+        model.generate(features, attention_mask=mask, temperature=[0.0, 0.2])
 
 
 def test_suppressed_tokens_are_never_predicted(model):

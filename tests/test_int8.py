@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from tiny_models import tiny_inputs, tiny_model, tiny_processor
+from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq
 
-from mdm_asr_hf import MDMASRInt8Config, default_checkpoint, quantize_int8
+from mdm_asr_hf import MDMASRInt8Config, default_checkpoint, int8_mdm_asr, quantize_int8
 from mdm_asr_hf.int8_mdm_asr import Int8Linear
 
 
@@ -25,7 +25,7 @@ def test_an_int8_layer_by_hand():
         linear.weight.copy_(torch.tensor([[1.0, 64 / 127], [-2.0, 64 / 127]]))
         linear.bias.copy_(torch.tensor([0.0, 1.0]))
     layer = Int8Linear(linear)
-    # From -1 to 1, the inputs have a scale of 2 / 255.
+    # The largest of a position is 127 steps.
     outputs = layer(torch.tensor([[1.0, -1.0]]))
     torch.testing.assert_close(outputs, torch.tensor([[1 - 64 / 127, 1 - 2 - 64 / 127]]), atol=2e-2, rtol=0)
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (2, 2)
@@ -54,30 +54,50 @@ def test_int8_layers_are_close_to_theirs():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_huge_position_does_not_coarsen_the_others_where_a_layer_narrows(bias):
+@pytest.mark.parametrize("engines", [int8_mdm_asr.FIXED_STEPS_ENGINES, ()], ids=["fixed steps", "other kernels"])
+def test_a_position_depends_on_no_other(monkeypatch, bias, engines):
+    monkeypatch.setattr(int8_mdm_asr, "FIXED_STEPS_ENGINES", engines)
     torch.manual_seed(0)
-    states = torch.randn(3, 5, 64) * torch.tensor([1.0, 1e4, 0.0])[:, None, None]
-    for width, bound in ((48, 0.02), (64, 0.5)):
+    # One huge, one of zeros.
+    states = torch.randn(4, 5, 64) * torch.tensor([1.0, 1e4, 0.0, 0.1])[:, None, None]
+    for width in (48, 64, 200):
         linear = nn.Linear(64, width, bias=bias)
-        exact, close = linear(states), Int8Linear(linear)(states)
+        layer = Int8Linear(linear)
+        exact, close = linear(states), layer(states)
         errors = ((close - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2)).clamp(min=1e-9)).tolist()
-        assert errors[1] < 0.02
-        # One scale for all rounds the small ones away.
-        assert errors[0] < bound if width == 48 else errors[0] > bound
-        assert close[2].equal(exact[2])
+        assert max(errors) < 0.02 and close[2].equal(exact[2])
+        for row in range(4):
+            assert layer(states[row, 1:3]).equal(close[row, 1:3])
 
 
 @pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
 @pytest.mark.parametrize("parts", [("encoder",), ("decoder",), ("encoder", "decoder")])
-def test_the_named_parts_become_int8(encoder, parts):
-    model = quantize_int8(tiny_model(encoder), parts)
+@pytest.mark.parametrize("has_drafts", [False, True])
+def test_the_named_parts_become_int8(encoder, parts, has_drafts):
+    model = tiny_drafts_model(encoder, ctc=True, dtype=torch.float32) if has_drafts else tiny_model(encoder)
+    model = quantize_int8(model, parts)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            part = "encoder" if name.startswith("model.encoder.") else "decoder"
+            part = "encoder" if name.startswith(("model.encoder.", "ctc_head.")) else "decoder"
             assert isinstance(module, Int8Linear) == (part in parts), name
     features, mask = tiny_inputs(encoder)
     out = model.generate(features, attention_mask=mask, return_dict_in_generate=True, return_token_timestamps=True)
     assert out.confidence.isfinite().all() and out.token_timestamps.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
+def test_the_text_is_the_same_with_any_drafts_in_any_batch(encoder):
+    model = quantize_int8(tiny_drafts_model(encoder, ctc=True, dtype=torch.float32))
+    features, mask = tiny_inputs(encoder)
+    expected = model.generate(features, mask, max_new_tokens=30, draft_branches=[])
+    assert len({tuple(row) for row in expected.tolist()}) > 1
+    for blocks in ("accepted", "quadratic", "one"):
+        output = model.generate(features, mask, max_new_tokens=30, draft_blocks=blocks, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, expected) and output.accepted_drafts.sum() > 0
+    for row in range(3):
+        length = int(mask[row].sum())
+        alone = model.generate(features[row : row + 1, :length], mask[row : row + 1, :length], max_new_tokens=30)
+        assert torch.equal(alone[0], expected[row, : alone.shape[1]])
 
 
 def test_from_pretrained_quantizes(folder):
@@ -120,8 +140,11 @@ def test_the_default_checkpoint_in_int8_predicts_what_it_does_in_fp32():
     frames, close = model.encode(features, mask), int8.encode(features, mask)
     difference = (frames.last_hidden_state - close.last_hidden_state).norm() / frames.last_hidden_state.norm()
     assert difference < 0.2
-    ids = torch.tensor([[16385, 16386, 257, 1285, 16387, 16387, 16387]])
-    exact = model(decoder_input_ids=ids, encoder_outputs=frames).logits.log_softmax(dim=-1)
-    close = int8(decoder_input_ids=ids, encoder_outputs=frames).logits.log_softmax(dim=-1)
-    divergence = (exact.exp() * (exact - close)).sum(dim=-1)
-    assert divergence.max() < 0.1
+    # The prompt and a text.
+    ids = torch.tensor([[50257, 50362, 679, 550, 1043, 810, 465, 9966, 373]])
+    arguments = dict(decoder_input_ids=ids, encoder_outputs=frames, frontiers=torch.tensor([[1, 4, 8]]))
+    exact, close = (one(**arguments) for one in (model, int8))
+    exact_log, close_log = (one.logits.log_softmax(dim=-1) for one in (exact, close))
+    assert (exact_log.exp() * (exact_log - close_log)).sum(dim=-1).max() < 0.1
+    difference = (exact.draft_hidden_states - close.draft_hidden_states).norm() / exact.draft_hidden_states.norm()
+    assert difference < 0.1

@@ -3,6 +3,9 @@
 import copy
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import canary_donors
@@ -12,6 +15,7 @@ import soundfile
 import test_convert_whisper
 import torch
 from canary_donors import needs_parakeet_features, nemo_settings, nemo_vocab_size, nemo_weights, write_nemo
+from test_convert_whisper import GREEDY
 from test_tokenization import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,7 +25,9 @@ from transformers import (
     ParakeetFeatureExtractor,
     PreTrainedTokenizerFast,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 import mdm_asr_hf
@@ -49,13 +55,6 @@ def whisper(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_convert_whisper, "SPECIALS", WHISPER_TOKENS)
         donor, tokenizer = test_convert_whisper.save_donor(folder, multilingual=True)
-    ids = tokenizer.get_vocab()
-    settings = donor.generation_config
-    settings.lang_to_id = {f"<|{code}|>": ids[f"<|{code}|>"] for code in LANGUAGES}
-    settings.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
-    settings.no_timestamps_token_id = ids["<|notimestamps|>"]
-    settings.decoder_start_token_id = ids["<|startoftranscript|>"]
-    settings.max_length = donor.config.max_target_positions
     return folder, donor, tokenizer
 
 
@@ -166,9 +165,13 @@ def test_detected_languages_equal_the_donors(whisper, converted):
     expected = [token[2:-2] for token in whisper[2].convert_ids_to_tokens(donor.detect_language(features))]
     assert len(set(expected)) > 1  # else a constant would do
     inputs = processor(audio, sampling_rate=RATE_HZ)
-    output = model.generate(**inputs, language="auto", return_dict_in_generate=True, max_denoising_steps=2)
-    assert output.languages == expected
-    assert output.num_steps <= 2 and int(output.nfe.max()) == output.num_steps  # detection is not among them
+    # Its settings suppress all tokens of languages: that is for texts, as in transformers.
+    assert set(donor.generation_config.lang_to_id.values()) <= set(model.generation_config.suppress_tokens)
+    # Without a language it is detected, as by the donor.
+    for options in ({}, {"language": "auto"}):
+        output = model.generate(**inputs, **options, **GREEDY, max_new_tokens=2, return_dict_in_generate=True)
+        assert output.languages == expected
+        assert output.num_steps <= 2 and int(output.nfe.max()) == output.num_steps  # detection is not among them
     detected = detect_languages(model, model.encode(**inputs))
     assert detected.languages == expected and detected.codes == list(LANGUAGES)
     # Over the language tokens alone, as they stand behind the start of the donor's prompt.
@@ -194,8 +197,9 @@ def prompts_of(model, inputs, **options):
         def end(self):
             pass
 
+    greedy = GREEDY if model.config.has_drafts else {}
     output = model.generate(
-        **inputs, **options, streamer=Streamer(), return_dict_in_generate=True, max_denoising_steps=1
+        **inputs, **options, **greedy, streamer=Streamer(), return_dict_in_generate=True, max_new_tokens=2
     )
     return seen[0].tolist(), output
 
@@ -206,7 +210,7 @@ def test_given_and_detected_languages_in_one_batch(converted):
     inputs = processor(audio, sampling_rate=RATE_HZ)
     detected = detect_languages(model, model.encode(**inputs)).languages
     given = ["German", "auto", None, "AUTO", "zh-TW", "auto"]
-    expected = ["de", detected[1], "en", detected[3], "zh", detected[5]]
+    expected = ["de", detected[1], detected[2], detected[3], "zh", detected[5]]
     prompts, output = prompts_of(model, inputs, language=given)
     assert output.languages == expected
     assert prompts == processor.get_prompt_ids(expected, batch_size=6).tolist()
@@ -232,7 +236,7 @@ def test_translation_of_detected_languages(converted):
 def test_samples_of_an_utterance_share_its_language(converted):
     model, processor = converted
     inputs = processor(clips(3), sampling_rate=RATE_HZ)
-    options = dict(num_return_sequences=2, temperature=1.0, max_denoising_steps=1, return_dict_in_generate=True)
+    options = {**GREEDY, "temperature": 1.0, "num_return_sequences": 2, "return_dict_in_generate": True}
     output = model.generate(**inputs, language=["de", "fr", "auto"], **options)
     assert output.languages[:4] == ["de", "de", "fr", "fr"]
     assert output.languages[4:] == detect_languages(model, model.encode(**inputs)).languages[2:] * 2
@@ -243,8 +247,9 @@ def test_without_a_default_the_language_is_detected(converted):
     inputs = processor(clips(3), sampling_rate=RATE_HZ)
     expected = detect_languages(model, model.encode(**inputs)).languages
     template = model.generation_config.prompt_template
+    assert template["defaults"]["language"] == "auto"
     without = {**template, "defaults": {"task": "transcribe"}}
-    for changed in (without, with_prompt_defaults(template, language="auto")):
+    for changed in (without, with_prompt_defaults(with_prompt_defaults(template, language="de"), language="auto")):
         settings = copy.deepcopy(model.generation_config)
         settings.prompt_template = changed
         _, output = prompts_of(model, inputs, generation_config=settings)
@@ -253,15 +258,35 @@ def test_without_a_default_the_language_is_detected(converted):
             build_prompt_ids(changed)
 
 
-def test_where_each_position_predicts_itself_the_mask_is_read(whisper):
-    model = mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper(whisper[0], shift_logits=False)
+def test_the_donor_that_comes_back_detects_and_transcribes(whisper, converted):
+    donor, model, features = whisper[1], copy.copy(converted[0]), stock_features(clips(8))
+    back = model.to_whisper()
+    expected = stock_prompts(donor, features, task="transcribe")
+    assert stock_prompts(back, features) == expected and len({tuple(prompt) for prompt in expected}) > 1
+    options = dict(language=["fr", "de"] * 4, task="translate")
+    assert stock_prompts(back, features, **options) == stock_prompts(donor, features, **options)
+    model.generation_config = copy.copy(model.generation_config)
+    template = with_prompt_defaults(model.generation_config.prompt_template, language="de", task="translate")
+    model.generation_config.prompt_template = template
+    expected = stock_prompts(donor, features, language="de", task="translate")
+    assert stock_prompts(model.to_whisper(), features) == expected
+
+
+def test_where_each_position_predicts_itself_the_mask_is_read(whisper, converted):
+    from_whisper = mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper
     features = stock_features(clips(4)).transpose(1, 2)
+    # With drafts it is the donor's next token, whatever a canvas would be.
+    model = from_whisper(whisper[0], shift_logits=False)
+    theirs = detect_languages(converted[0], converted[0].encode(features)).probabilities
+    torch.testing.assert_close(detect_languages(model, model.encode(features)).probabilities, theirs)
+    model = from_whisper(whisper[0], shift_logits=False, draft_layers=0)
     ids = torch.tensor([[model.config.decoder_start_token_id, model.config.mask_token_id]] * 4)
     with torch.no_grad():
         logits = model(input_features=features, decoder_input_ids=ids).logits[:, 1]
     of_languages = logits[:, list(model.generation_config.prompt_template["slots"]["language"].values())]
-    expected = [list(LANGUAGES)[i] for i in of_languages.argmax(-1).tolist()]
-    assert detect_languages(model, model.encode(features)).languages == expected
+    detected = detect_languages(model, model.encode(features))
+    torch.testing.assert_close(detected.probabilities, of_languages.softmax(-1))
+    assert detected.languages == [list(LANGUAGES)[i] for i in of_languages.argmax(-1).tolist()]
 
 
 def test_detection_survives_saving(converted, tmp_path):
@@ -274,7 +299,7 @@ def test_detection_survives_saving(converted, tmp_path):
         AutoProcessor.from_pretrained(tmp_path),
     )
     inputs = its_processor(clips(4), sampling_rate=RATE_HZ)
-    options = dict(language=["auto"] * 3 + ["castilian"], max_denoising_steps=1, return_dict_in_generate=True)
+    options = dict(**GREEDY, language=["auto"] * 3 + ["castilian"], max_new_tokens=1, return_dict_in_generate=True)
     output = loaded.generate(**inputs, **options)
     assert output.languages == model.generate(**inputs, **options).languages and output.languages[3] == "es"
 
@@ -288,11 +313,60 @@ def test_models_that_cannot_detect(whisper, tmp_path):
             model.generate(features, language=language)
     with pytest.raises(ValueError, match="cannot detect the language; only those made of a multilingual Whisper"):
         detect_languages(model, model.encode(features))
-    assert model.generate(features, return_dict_in_generate=True).languages is None
-    shrunk = mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper(whisper[0], vocab_size=260)
+    assert model.generate(features, **GREEDY, return_dict_in_generate=True).languages is None
+    shrunk = mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper(whisper[0], vocab_size=260, draft_layers=0)
     with pytest.raises(ValueError, match="vocabulary was shrunk to text.*never predicted .261 ids are"):
         shrunk.generate(features, language="auto")
     assert shrunk.generate(features, language="fr", return_dict_in_generate=True).languages == ["fr", "fr"]
+
+
+# A real donor, where it can be had
+
+GET_WHISPER = Path(__file__).parents[2] / "shared" / "tools" / "get_whisper.py"
+SAID = {
+    "de": "Die Katze sitzt auf dem Tisch und schläft den ganzen Tag.",
+    "fr": "Bonjour, je voudrais une tasse de café, s'il vous plaît.",
+    "es": "El perro corre por la playa con los niños.",
+    "ja": "おはようございます。きょうはとてもいいてんきですね。",
+}
+
+
+@pytest.mark.skipif(not GET_WHISPER.is_file(), reason="nothing here writes a released Whisper")
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_texts_of_a_released_donor_equal_transformers(tmp_path):
+    """Speech in four languages: language given, detected, and translated."""
+    done = subprocess.run([sys.executable, GET_WHISPER, "base", tmp_path / "donor"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the donor's weights cannot be had: {done.stderr[-300:]}")
+    for code, text in SAID.items():
+        subprocess.run(["espeak-ng", "-v", code, "-s", "140", "-w", tmp_path / f"{code}.wav", text], check=True)
+    donor = WhisperForConditionalGeneration.from_pretrained(tmp_path / "donor", dtype=torch.float32).eval()
+    model = mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper(tmp_path / "donor")
+    processor = mdm_asr_hf.MDMASRProcessor.from_whisper(tmp_path / "donor")
+    with torch.no_grad():
+        encoded = model.encode(**processor([str(tmp_path / f"{code}.wav") for code in SAID]))
+    # The stock class knows no mask: all clips fill the least duration of 15 seconds.
+    assert encoded.attention_mask.all() and encoded.last_hidden_state.shape[1] == 750
+    stock_encoded = BaseModelOutput(last_hidden_state=encoded.last_hidden_state)
+    eos = model.config.eos_token_id
+
+    def texts(language, task):
+        options = {"task": task, "max_new_tokens": 24}
+        expected = donor.generate(encoder_outputs=stock_encoded, language=language, **options)
+        output = model.generate(
+            encoder_outputs=encoded, language=language, **options, **GREEDY, return_dict_in_generate=True
+        )
+        # transformers leaves out the last end of text.
+        ours, theirs = ([[i for i in row if i != eos] for row in ids.tolist()] for ids in (output.sequences, expected))
+        assert ours == theirs
+        return processor.batch_decode(output.sequences), output.languages
+
+    given, codes = texts(list(SAID), "transcribe")
+    assert codes == list(SAID) and "sitzt auf dem Tisch" in given[0] and "por la playa" in given[2]
+    # Both detect, and lay the same prompts: the texts are those of before.
+    assert texts(None, "transcribe") == (given, list(SAID))
+    translated, _ = texts(list(SAID), "translate")
+    assert "on the table" in translated[0]
 
 
 # Canary's prompt
@@ -531,13 +605,14 @@ def test_evaluation_of_several_languages(converted, tmp_path):
     model, processor = converted
     data = write_data(tmp_path / "data", ["German", None, "fr"])
     settings = copy.deepcopy(model.generation_config)
-    settings.max_denoising_steps = 1
-    rows = evaluate_model(model, processor, data, settings=settings, language="auto")
+    settings.max_new_tokens = 1
+    for name, value in GREEDY.items():
+        setattr(settings, name, value)
     detected = detect_languages(model, model.encode(**processor(str(data / "1.wav")))).languages
-    assert [row["language"] for row in rows] == ["German", *detected, "fr"]
-    assert [row["language"] for row in evaluate_model(model, processor, data, settings=settings)] == [
-        *("German", None, "fr")
-    ]
-    settings.prompt_template = {key: value for key, value in settings.prompt_template.items() if key != "detectable"}
+    for language, expected in (("auto", *detected), (None, *detected), ("es", "es")):
+        rows = evaluate_model(model, processor, data, settings=settings, language=language)
+        assert [row["language"] for row in rows] == ["German", expected, "fr"]
+    template = with_prompt_defaults(settings.prompt_template, language="de")
+    settings.prompt_template = {key: value for key, value in template.items() if key != "detectable"}
     with pytest.raises(ValueError, match="`language='auto'`: this model cannot detect"):
         evaluate_model(model, processor, data, settings=settings, language="auto")

@@ -2,12 +2,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_models import ENCODERS, VOCAB_SIZE, tiny_inputs, tiny_model
+from tiny_models import ENCODERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mdm_asr_hf import MDMASRForConditionalGeneration
+from mdm_asr_hf.cache_mdm_asr import DraftingCache
 from mdm_asr_hf.diffusion_mdm_asr import masked_diffusion_loss
+from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
 
 EOS, PAD, START, MASK = 1, 2, VOCAB_SIZE, VOCAB_SIZE + 1
 
@@ -275,6 +277,205 @@ def test_bad_calls_name_the_remedy():
         model(decoder_input_ids=canvas_inputs(1))
     with pytest.raises(ValueError, match="301 tokens.*300 positions"):
         model(features, mask, decoder_input_ids=torch.ones(3, 301, dtype=torch.long))
+
+
+# --- drafts ---
+
+
+def text_inputs(batch_size=3, length=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator)
+    ids[:, 0] = START
+    return ids
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_blocks_of_masks_beside_the_causal_rows_are_those_behind_them(encoder, implementation):
+    model = tiny_drafts_model(encoder)
+    model.model.decoder.set_attn_implementation(implementation)
+    features, mask = tiny_inputs(encoder)
+    ids, length = text_inputs(), 7
+    frontiers = torch.tensor([[0, 3, 6], [2, 2, 5], [6, 1, 0]])
+    with torch.no_grad():
+        outputs = model.prepare_cross_attention(model.encode(features.double(), mask))
+        together = model(decoder_input_ids=ids, encoder_outputs=outputs, frontiers=frontiers)
+        rows = model(decoder_input_ids=ids, encoder_outputs=outputs)
+        # The causal rows do not see the masks, and are the donor's.
+        torch.testing.assert_close(together.logits, rows.logits)
+        assert together.draft_hidden_states.shape == (3, 3, 3, model.config.decoder_config.hidden_size)
+        assert rows.draft_hidden_states is None
+        # Behind rows that are in a cache, as after an evaluation; and one by one.
+        config = model.config.decoder_config
+        shape = (3, config.num_key_value_heads, 12, config.head_dim)
+        cache = DraftingCache(config.num_hidden_layers, shape, dtype=torch.float64)
+        cache.place(torch.arange(length).expand(3, -1), length)
+        causal = torch.ones(3, length, length, dtype=torch.bool).tril()
+        cached = model(
+            decoder_input_ids=ids, decoder_attention_mask=causal, encoder_outputs=outputs, past_key_values=cache
+        )
+        torch.testing.assert_close(cached.logits, rows.logits)
+        for place in range(3):
+            own = frontiers[:, place : place + 1]
+            cache.place(ids.new_zeros((3, 0)), length)
+            alone = model(
+                decoder_input_ids=ids.new_zeros((3, 0)),
+                encoder_outputs=outputs,
+                past_key_values=cache,
+                frontiers=own,
+                frontier_mask=torch.arange(length) <= own[..., None],
+                logits_to_keep=ids.new_zeros((3, 0)),
+            )
+            assert alone.logits.shape == (3, 0, VOCAB_SIZE)
+            # Eager attention takes its softmax in single precision.
+            torch.testing.assert_close(
+                alone.draft_hidden_states[:, 0], together.draft_hidden_states[:, place], atol=1e-5, rtol=1e-4
+            )
+        # What stands behind a frontier has no influence on its block.
+        changed = ids.clone()
+        changed[:, 4:] = 5
+        other = model(decoder_input_ids=changed, encoder_outputs=outputs, frontiers=frontiers)
+    same = (other.draft_hidden_states - together.draft_hidden_states).abs().amax(dim=(2, 3)) < 1e-5
+    assert torch.equal(same, frontiers < 4)
+
+
+def test_a_block_sees_itself_in_both_directions():
+    model = tiny_drafts_model(decoder_config=dict(draft_length=4))
+    features, mask = tiny_inputs()
+    arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.full((3, 1), 3))
+    with torch.no_grad():
+        before = model(features, mask, **arguments).draft_hidden_states
+        model.model.decoder.drafts.offset_embeddings.weight[2] *= -1.0
+        after = model(features, mask, **arguments).draft_hidden_states
+    assert ((before - after).abs().amax(dim=-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_drafts_in_half_precision_are_close_to_single(dtype):
+    model = tiny_drafts_model(dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.model.decoder.parameters():
+            parameter.mul_(0.5)
+    features, mask = tiny_inputs()
+    arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.tensor([[0, 4]] * 3))
+    with torch.no_grad():
+        single = model(features, mask, **arguments)
+        half = model.to(dtype)(features, mask, **arguments)
+    assert half.logits.dtype == half.draft_hidden_states.dtype == dtype
+    assert (half.logits.float().softmax(-1) - single.logits.softmax(-1)).abs().max() < 0.05
+    difference = (half.draft_hidden_states.float() - single.draft_hidden_states).norm()
+    assert difference / single.draft_hidden_states.norm() < 0.05
+
+
+@pytest.mark.parametrize("blocks", ["accepted", "quadratic", "one"])
+def test_autocast_decodes_with_weights_in_single_precision(blocks):
+    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    features, mask = tiny_inputs()
+    arguments = dict(draft_blocks=blocks, return_dict_in_generate=True)
+    plain = model.generate(features, mask, **arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.generate(features, mask, **arguments)
+    assert output.confidence.dtype == torch.float32 and output.confidence.isfinite().all()
+    assert output.sequences[:, :4].tolist() == plain.sequences[:, :4].tolist()
+    assert model.dtype == torch.float32
+
+
+def test_save_and_load_with_drafts(tmp_path):
+    model = tiny_drafts_model(ctc=True, decoder_config=dict(draft_vocab_size=30))
+    with torch.no_grad():
+        model.model.decoder.drafts.head.token_ids.copy_(torch.arange(30) * 2 - 1).clamp_(min=0)
+    model.save_pretrained(tmp_path)
+    loaded, report = MDMASRForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == torch.float64
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    features, mask = tiny_inputs()
+    ours, theirs = (m.generate(features, mask, return_dict_in_generate=True) for m in (model, loaded))
+    assert torch.equal(ours.sequences, theirs.sequences) and ours.struck_drafts == theirs.struck_drafts
+
+
+# --- training drafts ---
+
+DRAFT_LABELS = torch.tensor([[5, 6, 7, 8, EOS], [9, 10, EOS, -100, -100], [11, EOS, -100, -100, -100]])
+
+
+def test_the_losses_of_drafts_by_hand(encoder):
+    model = tiny_drafts_model(encoder, decoder_config=dict(draft_vocab_size=40))
+    features, mask = tiny_inputs(encoder)
+    labels = torch.tensor([[5, 6, 7, 50, EOS], [9, 10, EOS, -100, -100], [11, EOS, -100, -100, -100]])
+    objective = DraftObjective(num_frontiers=6, place_decay=0.5, draft_weight=0.25)
+    with torch.no_grad():
+        out = model(features, mask, labels=labels, objective=objective, generator=torch.Generator().manual_seed(3))
+        # A position for every token of the text, drawn anew.
+        drawn = torch.rand(3, 6, generator=torch.Generator().manual_seed(3))
+        frontiers = (drawn * torch.tensor([[5], [3], [2]])).long()
+        head, embed = model.model.decoder.drafts.head, model.model.decoder.embed_ids
+        losses, weights, donor, right = [], [], [], []
+        for row, length in enumerate((5, 3, 2)):
+            ids = torch.cat([torch.tensor([START]), labels[row, :length]])
+            seen = model.encode(features[row : row + 1, : int(mask[row].sum())].double())
+            result = model(decoder_input_ids=ids[None, :-1], encoder_outputs=seen, frontiers=frontiers[row : row + 1])
+            donor += (-result.logits[0].log_softmax(dim=-1)[torch.arange(length), labels[row, :length]]).tolist()
+            for place, frontier in enumerate(frontiers[row].tolist()):
+                for k in range(3):
+                    target = frontier + 2 + k
+                    # Beyond the end there is nothing to draft, and the short list has the ids up to 39.
+                    if target > length or ids[target] >= 40:
+                        continue
+                    states = head(
+                        result.draft_hidden_states[0, place, k], embed(ids[target - 1]), embed(ids[target - 2])
+                    )
+                    log_probs = (states @ model.get_input_embeddings().weight[:40].T).log_softmax(dim=-1)
+                    if (bias := getattr(model.proj_out, "bias", None)) is not None:
+                        assert not bias.any()
+                    losses.append(-(0.5**k) * log_probs[ids[target]])
+                    weights.append(0.5**k)
+                    right.append(float(log_probs.argmax() == ids[target]))
+    drafts = sum(losses) / sum(weights)
+    assert len(losses) > 10
+    torch.testing.assert_close(
+        out.step_losses, torch.stack([torch.tensor(donor).mean(), drafts.float()]).float(), check_dtype=False
+    )
+    assert out.loss.item() == pytest.approx(float(torch.tensor(donor).mean() + 0.25 * drafts), rel=1e-5)
+    assert out.step_accuracies[1].item() == pytest.approx(sum(right) / len(right))
+    assert out.logits.shape == (3, 5, VOCAB_SIZE)
+
+
+def test_padded_labels_have_the_same_loss_and_evaluation_is_seeded():
+    model = tiny_drafts_model(dtype=torch.float32)
+    features, mask = tiny_inputs()
+    longer = torch.cat([DRAFT_LABELS, torch.full((3, 4), -100)], dim=1)
+    losses = [model(features, mask, labels=labels).step_losses for labels in (DRAFT_LABELS, longer)]
+    torch.testing.assert_close(*losses)
+    model.train()
+    assert model(features, mask, labels=DRAFT_LABELS).loss != model(features, mask, labels=DRAFT_LABELS).loss
+
+
+def test_drafts_and_canvas_take_their_own_objective():
+    features, mask = tiny_inputs()
+    with pytest.raises(ValueError, match="`objective` is a DiffusionObjective, which trains a canvas"):
+        tiny_drafts_model()(features, mask, labels=DRAFT_LABELS, objective=DiffusionObjective())
+
+
+def test_gradients_reach_donor_and_drafts_with_and_without_checkpointing(encoder):
+    model = tiny_drafts_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model.train()
+        model.model.encoder.eval()
+        generator = torch.Generator().manual_seed(1)
+        model(features, mask, labels=DRAFT_LABELS, generator=generator).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    untrained = {n for n, p in model.named_parameters() if p.requires_grad} - set(gradients[0])
+    assert untrained <= {"model.encoder.masked_spec_embed"}
+    # The donor learns from both losses: what the masks attend to is its keys.
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "drafts" in name)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-9, rtol=1e-6, msg=name)
 
 
 # --- the objective ---

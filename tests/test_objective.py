@@ -5,7 +5,13 @@ import torch
 from tiny_models import ENCODERS, VOCAB_SIZE, tiny_inputs, tiny_model
 
 from mdm_asr_hf import DiffusionObjective
-from mdm_asr_hf.objective_mdm_asr import diffusion_objective
+from mdm_asr_hf.objective_mdm_asr import (
+    DraftObjective,
+    block_targets,
+    diffusion_objective,
+    draft_loss,
+    draw_frontiers,
+)
 
 EOS, START, MASK = 1, VOCAB_SIZE, VOCAB_SIZE + 1
 TARGETS = torch.tensor([[5, 6, 7, EOS, EOS, EOS], [8, 9, 10, 11, 4, EOS]])
@@ -157,6 +163,53 @@ def test_nonsense_raises():
     ]:
         with pytest.raises(ValueError, match=message):
             DiffusionObjective(**settings)
+
+
+# --- drafts ---
+
+
+def test_the_loss_of_drafts_by_hand():
+    # One text, two blocks of two places, a short list of the ids 2, 5 and 7 of nine.
+    probs = torch.tensor([[[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]], [[0.6, 0.2, 0.2], [0.25, 0.25, 0.5]]])
+    # 5 at place 0; 7 at place 1; beyond the short list; beyond the text.
+    targets = torch.tensor([[[5, 7], [8, -100]]])
+    token_ids = torch.tensor([2, 5, 7])
+    loss, share = draft_loss(probs.log()[None], targets, token_ids, 9, 0.9)
+    assert loss.item() == pytest.approx(-(math.log(0.5) + 0.9 * math.log(0.8)) / 1.9, rel=1e-5)
+    assert share.item() == 1.0
+    loss, share = draft_loss(probs.log()[None], torch.tensor([[[5, 7], [7, 2]]]), token_ids, 9, 1.0)
+    assert loss.item() == pytest.approx(-(math.log(0.5) + math.log(0.8) + math.log(0.2) + math.log(0.25)) / 4)
+    assert share.item() == 0.5
+    # Nothing that can be drafted is no loss, not NaN.
+    loss, share = draft_loss(probs.log()[None], torch.full((1, 2, 2), -100), token_ids, 9, 0.9)
+    assert loss == 0 and share == 0
+
+
+def test_frontiers_stand_at_every_position_of_a_text_and_at_no_other():
+    frontiers = draw_frontiers(torch.tensor([1, 3, 5]), 2, 500, torch.Generator().manual_seed(0))
+    assert [sorted(set(row)) for row in frontiers.tolist()] == [[2], [2, 3, 4], [2, 3, 4, 5, 6]]
+    again = draw_frontiers(torch.tensor([1, 3, 5]), 2, 500, torch.Generator().manual_seed(0))
+    assert torch.equal(again, frontiers)
+
+
+def test_targets_of_blocks_by_hand():
+    sequences = torch.tensor([[60, 5, 6, 1, -100], [60, 7, 1, -100, -100]])
+    targets = block_targets(sequences, torch.tensor([[0, 3], [1, 1]]), 2, -100)
+    # A frontier's own token, the donor's next one, and the two that are drafted.
+    assert targets.tolist() == [[[60, 5, 6, 1], [1, -100, -100, -100]], [[7, 1, -100, -100]] * 2]
+
+
+def test_nonsense_of_drafts_raises():
+    for settings, message in [
+        (dict(num_frontiers=0), "`num_frontiers`"),
+        (dict(num_frontiers=2.0), "`num_frontiers`"),
+        (dict(place_decay=0), "`place_decay`"),
+        (dict(place_decay=1.1), "`place_decay`"),
+        (dict(draft_weight=-1), "`draft_weight`"),
+        (dict(draft_weight=float("nan")), "`draft_weight`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DraftObjective(**settings)
 
 
 # --- in the model ---

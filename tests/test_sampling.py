@@ -78,6 +78,14 @@ def test_pbeb_conf_prefers_the_left(gamma, expected):
     assert committed(PBEBConfConfig(gamma=gamma, lambda_=0.2)) == expected
 
 
+# From left to right. 0: 0;   0,1: 1.1962 - 0.8018 = 0.3944;   0,1,2: 1.3081 - 0.8018 = 0.5063;   all: 1.3081
+@pytest.mark.parametrize("gamma, expected", [(0.0, [0]), (0.39, [0]), (0.4, [0, 1]), (1.3, [0, 1, 2])])
+def test_an_infinite_position_bias_goes_from_left_to_right(gamma, expected):
+    assert committed(PBEBConfConfig(gamma=gamma, lambda_=None)) == expected
+    behind = torch.tensor([[False, True, True, True]])
+    assert committed(PBEBConfConfig(gamma=0.0, lambda_=None), candidates=behind) == [1]
+
+
 def test_pbeb_conf_does_not_underflow_on_a_long_canvas():
     # exp(-0.2 * 600) = 7e-53 is 0 in fp32: a product would make all far positions tie.
     logits = torch.zeros(1, 700, 3)
@@ -230,17 +238,11 @@ def test_logits_of_the_candidates_alone_give_the_same(state, name, steps_left, t
     assert torch.equal(some.committed, whole.committed) and torch.equal(some.canvas, whole.canvas)
     assert torch.equal(some.confidence[candidates], whole.confidence[candidates])
     assert not some.confidence[~candidates].any()
-    settings["proposed"] = propose_tokens(logits[candidates], temperature, noise[..., 0][candidates])
-    again = sampler_step(make_sampler(name), None, canvas, **settings)
-    assert torch.equal(again.canvas, some.canvas) and torch.equal(again.confidence, some.confidence)
 
 
 def test_logits_of_another_number_of_positions_raise():
     with pytest.raises(ValueError, match="`logits` are of 3 positions, but 4 are candidates"):
         sampler_step(make_sampler("eb_conf"), LOGITS[0, :3], CANVAS, mask_token_id=MASK, steps_left=2)
-    proposed = propose_tokens(LOGITS[0, :3])
-    with pytest.raises(ValueError, match="`proposed` are of 3 positions, but 4 are candidates"):
-        sampler_step(make_sampler("eb_conf"), None, CANVAS, mask_token_id=MASK, steps_left=2, proposed=proposed)
 
 
 @given(states(), st.sampled_from(["eb_conf", "pbeb_conf"]), st.floats(0, 3), st.floats(0, 3))

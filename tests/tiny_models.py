@@ -61,6 +61,12 @@ WHISPER_DECODER = dict(
     hidden_size=16,
 )
 CANARY_DECODER = dict(hidden_size=24)
+# Of drafts: from left to right.
+DRAFT_SAMPLER = {"name": "pbeb_conf", "gamma": 3.0, "lambda_": None}
+CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"
+# A seed, and the token of its texts that is made their end: those of the clips of `tiny_inputs` then end at different
+# lengths.
+ENDS = {"whisper": (6, 34), "parakeet": (6, 47), "wav2vec2": (5, 17)}
 
 
 def tiny_config(encoder="whisper", **settings):
@@ -94,7 +100,70 @@ def tiny_model(encoder="whisper", seed=0, **settings):
         for name, parameter in model.model.decoder.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" not in name else 20.0)
+    if model.config.has_drafts:
+        model.generation_config.sampler = DRAFT_SAMPLER
     return model
+
+
+def tiny_drafts_model(encoder="whisper", ctc=False, dtype=torch.float64, **settings):
+    """
+    A model that decodes by drafts, half of which are right: their head is fitted to the model's own texts of
+    `tiny_inputs()`, which are of 24, 11 and 30 tokens with Whisper's encoder. In double precision, so that a text is
+    the same in every batch and tree. With `ctc` it has a CTC head, of random weights.
+    """
+    seed, last_token = ENDS[encoder]
+    settings["decoder_config"] = {"draft_layers": 2, "draft_length": 3} | settings.get("decoder_config", {})
+    if ctc:
+        settings = {"ctc_characters": CHARACTERS, "ctc_hidden_size": 16, "ctc_layers": 1} | settings
+    torch.manual_seed(seed)
+    model = MDMASRForConditionalGeneration(tiny_config(encoder, **settings)).eval().double()
+    model.generation_config.sampler = DRAFT_SAMPLER
+    # Whisper's decoder hears much of its random encoder, and little of others.
+    factors = (8.0, 3.0) if encoder == "whisper" else (20.0, 0.3)
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            if parameter.dim() > 1 and name.startswith("decoder"):
+                parameter.mul_(30.0 if "embed_positions" in name else factors["embed" in name])
+            elif parameter.dim() > 1 and name.startswith("encoder_projection"):
+                parameter.mul_(100.0)
+        embedding = model.get_input_embeddings().weight
+        ends = [model.config.eos_token_id, last_token]
+        embedding[ends] = embedding[ends[::-1]]
+    fit_drafts(model, encoder)
+    if ctc:
+        with torch.no_grad():
+            for parameter in model.ctc_head.parameters():
+                parameter.mul_(5.0)
+        tokenizer = tiny_tokenizer()
+        specials = set(tokenizer.all_special_ids)
+        model.ctc_head.set_tokens([None if i in specials else tokenizer.decode([i]) for i in range(VOCAB_SIZE)])
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def fit_drafts(model, encoder="whisper", num_tokens=24):
+    """Fits the last layer of the sequential head, by least squares, to the donor's states of its own texts."""
+    decoder = model.get_decoder()
+    head, length = decoder.drafts.head, decoder.config.draft_length
+    outputs = model.prepare_cross_attention(model.encode(*tiny_inputs(encoder)))
+    ids = torch.full((len(outputs.last_hidden_state), 1), model.config.decoder_start_token_id)
+    while ids.shape[1] < num_tokens + length + 2:
+        logits = model(decoder_input_ids=ids, encoder_outputs=outputs).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=-1)
+    frontiers = torch.arange(num_tokens).expand(len(ids), -1)
+    result = model.model(decoder_input_ids=ids, encoder_outputs=outputs, frontiers=frontiers)
+    places = frontiers[..., None] + torch.arange(length + 2)
+    rows = torch.arange(len(ids))[:, None, None]
+    known, states = decoder.embed_ids(ids)[rows, places], result.draft_hidden_states
+    seen = []
+    handle = head.out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    head(states, known[:, :, 1:-1], known[:, :, :-2])
+    handle.remove()
+    inputs = torch.nn.functional.pad(seen[0], (0, 1), value=1.0).flatten(0, 2)
+    wanted = (result.last_hidden_state[rows, places[..., 1:-1]] - states).flatten(0, 2)
+    solution = torch.linalg.lstsq(inputs, wanted).solution
+    head.out.weight.copy_(solution[:-1].T)
+    head.out.bias.copy_(solution[-1])
 
 
 def tiny_inputs(encoder="whisper", seconds=(1.0, 0.6, 0.35), seed=0):

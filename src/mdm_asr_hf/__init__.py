@@ -25,7 +25,6 @@ from .pipeline_mdm_asr import MDMASRPipeline
 from .processing_mdm_asr import MDMASRProcessor
 from .sampling_mdm_asr import ConfTopKConfig, DFMConfig, EBConfConfig, PBEBConfConfig, RandomConfig
 from .tokenization_mdm_asr import MDMASRAggregateTokenizer
-from .window_objective_mdm_asr import WindowObjective
 
 __version__ = "0.1.0"
 
@@ -85,7 +84,6 @@ __all__ = [
     "OnnxMDMASR",
     "PBEBConfConfig",
     "RandomConfig",
-    "WindowObjective",
     "default_checkpoint",
     "export_onnx",
     "load_sources",

@@ -17,7 +17,7 @@ from .encoder_mdm_asr import MDMASREncoderOutput
 class AlignmentSettings:
     """
     How attention becomes times. The defaults are those with the least errors of word starts and ends on training
-    speech, see training/find_alignment_heads.py. Costs are natural logarithms.
+    speech. Costs are natural logarithms.
 
     Args:
         grid_s (`float`): longer frames are interpolated to this many seconds.
@@ -50,15 +50,17 @@ def check_alignment_heads(
     alignment_heads: Sequence[Sequence[int]] | None, decoder_config: Any
 ) -> list[tuple[int, int]]:
     """
-    The heads to read timestamps from: those given, or all heads of the lower half of the layers. There, a visible
-    token finds its own place in the audio; further up attention goes on to what comes next.
+    The heads to read timestamps from: those given, or all heads of half of the layers. On a canvas that is the lower
+    half, where a visible token finds its own place in the audio; a causal decoder's upper half looks for what it says.
 
     Raises:
         ValueError: not a list of `[layer, head]`, or one that the decoder does not have.
     """
     num_layers, num_heads = decoder_config.num_hidden_layers, decoder_config.num_attention_heads
     if alignment_heads is None:
-        return [(layer, head) for layer in range((num_layers + 1) // 2) for head in range(num_heads)]
+        half = (num_layers + 1) // 2
+        layers = range(num_layers - half, num_layers) if decoder_config.is_causal else range(half)
+        return [(layer, head) for layer in layers for head in range(num_heads)]
     heads = []
     for pair in alignment_heads:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or any(type(number) is not int for number in pair):
@@ -67,7 +69,7 @@ def check_alignment_heads(
         if not (0 <= layer < num_layers and 0 <= head < num_heads):
             raise ValueError(
                 f"`alignment_heads` name layer {layer}, head {head}, but the decoder has {num_layers} layers of "
-                f"{num_heads} heads, counted from 0. Find its own with training/find_alignment_heads.py."
+                f"{num_heads} heads, counted from 0. Take those that its donor names, or None."
             )
         heads.append((layer, head))
     if not heads:
@@ -90,7 +92,7 @@ def cross_attention_weights(
     decoder: Any,
     heads: Sequence[tuple[int, int]],
     input_ids: torch.LongTensor,
-    attention_mask: torch.BoolTensor,
+    attention_mask: torch.BoolTensor | None,
     encoder_outputs: MDMASREncoderOutput,
 ) -> torch.Tensor:
     """
@@ -99,7 +101,7 @@ def cross_attention_weights(
     Args:
         decoder ([`MDMASRDecoder`]), or what takes the same and has its `config`.
         heads (`list` of `(layer, head)`): A of them.
-        input_ids (`torch.LongTensor` of shape (B, P + L)), attention_mask (B, P + L): prompt and canvas.
+        input_ids (`torch.LongTensor` of shape (B, P + L)), attention_mask (B, P + L) or None: prompt and text.
         encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
 
     Returns:
@@ -263,42 +265,33 @@ def align_row(
 
 def token_attention(
     model: Any,
-    sequences: torch.LongTensor,
     is_token: torch.BoolTensor,
-    canvas_lengths: Sequence[int],
-    prompt_ids: torch.LongTensor,
+    input_ids: torch.LongTensor,
+    visible: torch.BoolTensor | None,
+    starts: torch.LongTensor,
     encoder_outputs: MDMASREncoderOutput,
     heads: Sequence[tuple[int, int]],
 ) -> torch.Tensor:
     """
-    What each token of a finished text attends to: probabilities (B, A, W, T) over frames, on the CPU, for A heads.
-    All tokens are visible, which on training speech gave better times than masking them in turns. They are read at
-    their own positions, also where logits are read one earlier (`shift_logits`): of models with those, too, the heads
-    that find the visible token are the better ones. The other arguments are those of `token_timestamps`.
+    What each token of a finished text attends to: probabilities (B, A, W, T) over frames, on the CPU, for A heads. A
+    causal decoder's are read in the row that says the token, the one before its own, as Whisper reads them (arXiv
+    2212.04356's release); on a canvas, where all tokens are visible, in the token's own row. The other arguments are
+    those of `token_timestamps`.
     """
-    config, device = model.config, sequences.device
-    batch_size, width = sequences.shape
-    lengths = torch.tensor(canvas_lengths, device=device)
-    canvas = torch.full((batch_size, max(int(lengths.max()), width)), config.eos_token_id, device=device)
-    canvas[:, :width] = torch.where(is_token, sequences, config.eos_token_id)
-    inside = torch.arange(canvas.shape[1], device=device) < lengths[:, None]
-    weights = cross_attention_weights(
-        model.get_decoder(),
-        heads,
-        torch.cat([prompt_ids, canvas], dim=-1),
-        torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), inside], dim=-1),
-        encoder_outputs,
-    )
-    begin = prompt_ids.shape[1]
-    return weights[:, :, begin : begin + width].cpu()
+    weights = cross_attention_weights(model.get_decoder(), heads, input_ids, visible, encoder_outputs)
+    first = starts - 1 if model.config.decoder_config.is_causal else starts
+    places = first[:, None] + torch.arange(is_token.shape[1], device=starts.device)
+    places = places.clamp(max=input_ids.shape[1] - 1)[:, None, :, None]
+    return weights.gather(2, places.expand(-1, weights.shape[1], -1, weights.shape[-1])).cpu()
 
 
 def token_timestamps(
     model: Any,
     sequences: torch.LongTensor,
     is_token: torch.BoolTensor,
-    canvas_lengths: Sequence[int],
-    prompt_ids: torch.LongTensor,
+    input_ids: torch.LongTensor,
+    visible: torch.BoolTensor | None,
+    starts: torch.LongTensor,
     encoder_outputs: MDMASREncoderOutput,
     duration_s: torch.Tensor | None = None,
     input_features: torch.Tensor | None = None,
@@ -311,8 +304,9 @@ def token_timestamps(
     Args:
         sequences (`torch.LongTensor` of shape (B, W)): the text and its end.
         is_token (`torch.BoolTensor` of shape (B, W)): False for padding.
-        canvas_lengths (`list[int]` of length B): of the canvases the text was decoded on.
-        prompt_ids (`torch.LongTensor` of shape (B, P)): the visible prompt.
+        input_ids (`torch.LongTensor` of shape (B, S)): prompt and text, or canvas, as the decoder reads them.
+        visible (`torch.BoolTensor` of shape (B, S), *optional*): the positions of each row's own canvas.
+        starts (`torch.LongTensor` of shape (B,)): where in it the text begins.
         encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
         duration_s (`torch.Tensor` of shape (B / n,), *optional*): of the audio, whose n samples stand one behind the
             other among the B rows; the frames' without it.
@@ -327,7 +321,7 @@ def token_timestamps(
     """
     config, batch_size = model.config, len(sequences)
     heads = check_alignment_heads(alignment_heads, config.decoder_config)
-    weights = token_attention(model, sequences, is_token, canvas_lengths, prompt_ids, encoder_outputs, heads)
+    weights = token_attention(model, is_token, input_ids, visible, starts, encoder_outputs, heads)
     frame_mask = encoder_outputs.attention_mask
     num_frames = [weights.shape[-1]] * batch_size if frame_mask is None else frame_mask.sum(dim=-1).tolist()
     known_s = frame_duration_s(config.encoder_config, config.input_frames_per_s)

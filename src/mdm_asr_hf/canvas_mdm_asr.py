@@ -1,20 +1,18 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""The canvas that is being filled: its tokens, what each step committed, and what the decoder reads beside it."""
+"""The paper's decoding: a canvas that is filled in a few steps, its record, and what the decoder reads beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .active_window_mdm_asr import CanvasCache, select_rows
 from .diffusion_mdm_asr import draw_uniform
-from .encoder_mdm_asr import MDMASREncoderOutput
-from .sampling_mdm_asr import SamplerOutput
+from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .sampling_mdm_asr import SamplerOutput, sampler_step
 
-# In `draft_ids`, as in labels: a position that nothing is known of.
-OPEN_ID = -100
-# Finished rows are dropped once they are this share of the rows that the decoder reads. To drop some means to copy
-# the others' keys, which in a large batch of long clips takes longer than a step.
+# Finished rows are dropped once they are this share of the rows that the decoder reads.
 DROPPED_SHARE = 1 / 8
 
 
@@ -27,7 +25,7 @@ class Canvas:
         tokens (`torch.LongTensor` of shape (B, L)): `mask_token_id` where nothing is committed; EOS outside.
         mask (`torch.BoolTensor` of shape (B, L)): the positions of each row's own canvas.
         confidence (`torch.FloatTensor` of shape (B, L)): each token's probability in the step that committed it.
-        commit_steps (`torch.LongTensor` of shape (B, L)): that step, counted from 1; 0 for what was drafted.
+        commit_steps (`torch.LongTensor` of shape (B, L)): that step, counted from 1.
         nfe (`torch.LongTensor` of shape (B,)): decoder evaluations so far.
     """
 
@@ -47,27 +45,15 @@ class Canvas:
         *,
         mask_token_id: int,
         eos_token_id: int,
-        draft_ids: torch.LongTensor | None = None,
         has_speech: torch.BoolTensor | None = None,
     ) -> "Canvas":
-        """
-        Canvases of the lengths (B,), all masked but for the draft (B, K), see `read_draft`; rows without speech (B,)
-        end at once.
-        """
+        """Canvases of the lengths (B,), all masked; rows without speech (B,) end at once."""
         positions = torch.arange(max(lengths), device=device)
         mask = positions < torch.tensor(lengths, device=device)[:, None]
         tokens = torch.full(mask.shape, mask_token_id, device=device).masked_fill(~mask, eos_token_id)
         confidence = torch.zeros(mask.shape, device=device)
-        if draft_ids is not None:
-            drafted = torch.nn.functional.pad(
-                draft_ids.to(device), (0, mask.shape[1] - draft_ids.shape[1]), value=OPEN_ID
-            )
-            is_known = (drafted != OPEN_ID) & mask
-            tokens = torch.where(is_known, drafted, tokens)
-            confidence = confidence.masked_fill(is_known, 1.0)
         if has_speech is not None:
             tokens = tokens.masked_fill(~has_speech[:, None], eos_token_id)
-            confidence = confidence.masked_fill(~has_speech[:, None], 0.0)
         return cls(
             tokens=tokens,
             mask=mask,
@@ -88,10 +74,6 @@ class Canvas:
         is_eos = (self.tokens == self.eos_token_id) & self.mask
         return self.mask & ((is_eos.cumsum(dim=-1) - is_eos.long()) == 0)
 
-    def in_last_step(self, max_denoising_steps: int) -> torch.BoolTensor:
-        """Rows (B,) whose next decoder evaluation is their last, which commits all that is open."""
-        return self.nfe >= max_denoising_steps - 1
-
     def commit(self, step: SamplerOutput, candidates: torch.BoolTensor) -> None:
         """Writes down what a sampler's step committed among its candidates (B, L): one more decoder evaluation of
         their rows."""
@@ -99,52 +81,6 @@ class Canvas:
         self.tokens = step.canvas
         self.confidence = torch.where(step.committed, step.confidence, self.confidence)
         self.commit_steps = torch.where(step.committed, self.nfe[:, None], self.commit_steps)
-
-    def fresh(self, num_evaluations: int) -> torch.BoolTensor:
-        """Positions (B, L) of the text that the last so many evaluations of their rows committed."""
-        is_fresh = (self.commit_steps > self.nfe[:, None] - num_evaluations) & (self.commit_steps > 0)
-        return is_fresh & self.text_positions()
-
-    def revise(
-        self, positions: torch.BoolTensor, tokens: torch.LongTensor, log_probs: torch.Tensor, above: float
-    ) -> None:
-        """
-        Puts proposed tokens (N,) at N committed positions (B, L), in row-major order, where their probability is above
-        a bound and other tokens stand there.
-        """
-        probs = log_probs.exp()
-        is_other = (probs > above) & (tokens != self.tokens[positions])
-        changed = positions.masked_scatter(positions, is_other)
-        self.tokens = self.tokens.masked_scatter(changed, tokens[is_other])
-        self.confidence = self.confidence.masked_scatter(changed, probs[is_other])
-
-    def reopen(self, positions: torch.BoolTensor) -> None:
-        """Masks positions (B, L) again."""
-        self.tokens = self.tokens.masked_fill(positions, self.mask_token_id)
-        self.confidence = self.confidence.masked_fill(positions, 0.0)
-        self.commit_steps = self.commit_steps.masked_fill(positions, 0)
-
-    def drafted(self) -> torch.BoolTensor:
-        """Positions (B, L) that a draft gave."""
-        return (self.commit_steps == 0) & (self.confidence > 0)
-
-    def take_out(self, positions: torch.BoolTensor, filling: torch.LongTensor) -> None:
-        """Takes positions (B, L) out; what follows moves to the left, and each row's end fills up with (B, 1) ids."""
-        order = positions.int().sort(dim=-1, stable=True).indices
-        ends = self.mask.sum(dim=-1, keepdim=True)
-        places = torch.arange(self.mask.shape[1], device=positions.device)
-        is_new = self.mask & (places >= ends - positions.sum(dim=-1, keepdim=True))
-        self.tokens = torch.where(is_new, filling, self.tokens.gather(-1, order))
-        self.tokens = self.tokens.masked_fill(~self.mask, self.eos_token_id)
-        self.confidence = self.confidence.gather(-1, order).masked_fill(is_new | ~self.mask, 0.0)
-        self.commit_steps = self.commit_steps.gather(-1, order).masked_fill(is_new | ~self.mask, 0)
-
-    def empty(self, rows: torch.BoolTensor) -> None:
-        """Takes everything off the canvases of rows (B,): an end of text, committed by their last step with a
-        confidence of 0, is all they have."""
-        self.tokens = self.tokens.masked_fill(rows[:, None], self.eos_token_id)
-        self.confidence = self.confidence.masked_fill(rows[:, None], 0.0)
-        self.commit_steps = torch.where(rows[:, None], self.nfe[:, None], self.commit_steps)
 
     def cut(self, pad_token_id: int) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
         """Rows cut behind their first EOS: sequences, confidences and commit steps (B, W)."""
@@ -156,25 +92,6 @@ class Canvas:
     def num_full(self) -> int:
         """How many rows have no end of text."""
         return int((~((self.tokens == self.eos_token_id) & self.mask).any(dim=-1)).sum())
-
-
-def read_draft(draft_ids: torch.LongTensor | Sequence[Sequence[int]], batch_size: int, num_ids: int) -> torch.Tensor:
-    """
-    A draft as a tensor (B, K), `OPEN_ID` where nothing is known; lists may differ in length.
-
-    Raises:
-        ValueError: another number of rows than `batch_size`, or ids that cannot stand on a canvas.
-    """
-    if not isinstance(draft_ids, torch.Tensor):
-        rows = [torch.as_tensor(row, dtype=torch.long).reshape(-1) for row in draft_ids]
-        draft_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=OPEN_ID)
-    if draft_ids.dim() != 2 or len(draft_ids) != batch_size:
-        raise ValueError(
-            f"`draft_ids` of shape {tuple(draft_ids.shape)} must be ({batch_size}, K), one row per utterance."
-        )
-    if bool(((draft_ids != OPEN_ID) & ((draft_ids < 0) | (draft_ids >= num_ids))).any()):
-        raise ValueError(f"`draft_ids` must be token ids below {num_ids}, or {OPEN_ID} where the canvas is open.")
-    return draft_ids
 
 
 def draw_noise(
@@ -193,25 +110,18 @@ def draw_noise(
 
 class OpenRows:
     """
-    What the decoder reads of the rows that are not finished: prompts, encoder outputs and cached keys, made narrower
-    as rows finish, so that a batch costs little more than its rows do. Up to 8 rows drop out one by one, larger
-    batches several at a time.
+    What the decoder reads of the rows that are not finished: prompts and encoder outputs, made narrower as rows
+    finish, so that a batch costs little more than its rows do.
 
     Attributes:
         rows (`torch.LongTensor` of shape (R,)): places in the batch of the open rows, and of a few finished ones.
         prompt_ids (`torch.LongTensor` of shape (R, P)).
         encoder_outputs ([`MDMASREncoderOutput`]): of R rows.
-        cache ([`CanvasCache`], *optional*): of R rows.
-        computed (`torch.LongTensor` of shape (R, P + L), *optional*): the ids that the cache was computed of, -1 for
-            none.
     """
 
     def __init__(self, prompt_ids: torch.LongTensor, encoder_outputs: MDMASREncoderOutput):
         self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
         self.prompt_ids, self.encoder_outputs = prompt_ids, encoder_outputs
-        self.cache: CanvasCache | None = None
-        self.computed: torch.LongTensor | None = None
-        self._owns_outputs = False
 
     def narrow(self, is_open: torch.BoolTensor) -> None:
         """Drops the rows that are not open (B,) any more, if they are enough."""
@@ -219,28 +129,57 @@ class OpenRows:
         if len(self.rows) - len(kept) < DROPPED_SHARE * len(self.rows):
             return
         self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
-        # The first time, they are the caller's, or needed once more for a repair.
-        self.encoder_outputs = take_rows(self.encoder_outputs, kept, in_place=self._owns_outputs)
-        self._owns_outputs = True
-        if self.computed is not None:
-            self.computed = self.computed[kept]
-        if self.cache is not None:
-            self.cache.take_rows(kept)
+        self.encoder_outputs = take_rows(self.encoder_outputs, kept)
 
 
-def take_rows(outputs: MDMASREncoderOutput, rows: torch.LongTensor, in_place: bool = False) -> MDMASREncoderOutput:
-    """Frames, mask and cross-attention states of some rows, by their indices, see `select_rows`."""
+def denoise(
+    model: Any,
+    canvas: Canvas,
+    open_rows: OpenRows,
+    settings: MDMASRGenerationConfig,
+    lengths: list[int],
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+) -> None:
+    """
+    Steps, in place, until every row of the canvas is finished (arXiv 2602.18952); a row's last step, by
+    `max_denoising_steps`, commits all it has open. `lengths` (B,) are the canvases'.
+    """
+    sampler, temperature = settings.sampler_config, settings.temperatures[0]
+    noisy = temperature > 0 or sampler.needs_noise
+    candidates = canvas.open_positions()
+    while model._any_unfinished(candidates.any(), synced_gpus):
+        if not synced_gpus:
+            open_rows.narrow(candidates.any(dim=-1))
+        rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
+        # The output layer is as wide as the vocabulary: it is spared for all positions but the open ones.
+        outputs = model(
+            decoder_input_ids=torch.cat([prompt_ids, canvas.tokens[rows]], dim=-1),
+            decoder_attention_mask=torch.cat(
+                [torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask[rows]], dim=-1
+            ),
+            encoder_outputs=open_rows.encoder_outputs,
+            logits_to_keep=candidates[rows],
+        )
+        logits = outputs.logits.float()
+        if settings.suppress_tokens:
+            logits[..., settings.suppress_tokens] = -torch.inf
+        step = sampler_step(
+            sampler,
+            logits,
+            canvas.tokens,
+            mask_token_id=canvas.mask_token_id,
+            # A finished row has nothing to commit, whatever it has left.
+            steps_left=(settings.max_denoising_steps - canvas.nfe).clamp(min=1),
+            candidates=candidates,
+            temperature=temperature,
+            noise=draw_noise(generator, lengths, canvas.tokens.device) if noisy else None,
+        )
+        canvas.commit(step, candidates)
+        candidates = canvas.open_positions()
+        if streamer is not None and hasattr(streamer, "put_draft"):
+            streamer.put_draft(value=canvas.tokens.cpu())
 
-    def take(values: torch.Tensor) -> torch.Tensor:
-        return select_rows(values, rows, in_place)
 
-    mask = outputs.attention_mask
-    return MDMASREncoderOutput(
-        last_hidden_state=take(outputs.last_hidden_state),
-        # Which may be a view that repeats its elements, and cannot be written to.
-        attention_mask=None if mask is None else select_rows(mask, rows),
-        cross_attention_states=tuple((take(key), take(value)) for key, value in outputs.cross_attention_states),
-    )
-
-
-__all__ = ["OPEN_ID", "Canvas", "OpenRows", "draw_noise", "read_draft", "take_rows"]
+__all__ = ["Canvas", "OpenRows", "denoise", "draw_noise"]

@@ -25,7 +25,14 @@ class MDMASRDecoderConfig(PreTrainedConfig):
         attention_bias (`bool`), attention_key_bias (`bool`): biases of the query, value and output projections, and
             of the key projection.
         output_bias (`bool`): a bias on the logits.
-        is_causal (`bool`): the donors' causal mask. Only for comparing with a donor: diffusion needs `False`.
+        is_causal (`bool`): the donors' causal mask. A canvas needs `False`; with drafts it is always causal.
+        draft_layers (`int`): 0 is the paper's canvas. Above, the decoder's layers are the donor's, causal and exact,
+            and so many layers of mask rows stand behind the last ones of them, see [`MDMASRDrafts`].
+        draft_length (`int`): K, the masks of a block: so many tokens are drafted at once, at most.
+        draft_vocab_size (`int`, *optional*): N, the ids that can be drafted, a short list that the checkpoint holds.
+            None: all V.
+        draft_state_scale (`float`), draft_embedding_scale (`float`): bring the masks' final states and the donor's
+            embeddings to unit scale for the sequential head.
     """
 
     model_type = "mdm_asr_decoder"
@@ -51,11 +58,20 @@ class MDMASRDecoderConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     is_causal: bool = False
+    draft_layers: int = 0
+    draft_length: int = 8
+    draft_vocab_size: int | None = None
+    draft_state_scale: float = 1.0
+    draft_embedding_scale: float = 1.0
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.validate_architecture()
+        if self.draft_layers:
+            self.is_causal = True
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -96,6 +112,7 @@ class MDMASRDecoderConfig(PreTrainedConfig):
             )
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"Sinusoidal positions need an even `hidden_size`, got {self.hidden_size}.")
+        self._validate_drafts()
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
@@ -103,6 +120,26 @@ class MDMASRDecoderConfig(PreTrainedConfig):
             raise ValueError(
                 "`tie_word_embeddings=False` is not supported: the decoder predicts with its input embeddings, "
                 "as its donors do. Leave it True."
+            )
+
+    def _validate_drafts(self):
+        if type(self.draft_layers) is not int or not 0 <= self.draft_layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"`draft_layers` ({self.draft_layers!r}) must be an integer from 0 (a canvas) to the donor's "
+                f"`num_hidden_layers` ({self.num_hidden_layers}): each stands behind one of its layers."
+            )
+        # A prompt of one token and the donor's own next one stand before the first mask.
+        longest = self.max_position_embeddings - 2
+        if self.draft_layers and (type(self.draft_length) is not int or not 1 <= self.draft_length <= longest):
+            raise ValueError(
+                f"`draft_length` ({self.draft_length!r}) must be an integer from 1 to {longest}, the positions that "
+                "`max_position_embeddings` leaves. 8 is a good choice."
+            )
+        size = self.draft_vocab_size
+        if size is not None and (type(size) is not int or not 1 <= size <= self.vocab_size):
+            raise ValueError(
+                f"`draft_vocab_size` ({size!r}) must be an integer from 1 to `vocab_size` ({self.vocab_size}), or "
+                "None for all."
             )
 
 
@@ -118,12 +155,17 @@ class MDMASRConfig(PreTrainedConfig):
         eos_token_id (`int`): ends the text and fills the rest of the canvas.
         pad_token_id (`int`): fills rows shorter than the batch's longest in what `generate` returns.
         decoder_start_token_id (`int`): the first token of the decoder prompt.
-        encoder_trailing_silence_s (`float`): seconds of silence a Whisper encoder sees after the audio. 5.0 suits a
-            frozen donor (0 s triples its error rate); an encoder adapted to less may set less.
+        encoder_trailing_silence_s (`float`): seconds of silence a Whisper encoder sees after the audio, at least. 5.0
+            suits a frozen donor (0 s triples its error rate); an encoder adapted to less may set less.
+        encoder_min_duration_s (`float`): seconds of audio and silence together it sees at least. 15.0 suits a frozen
+            Whisper: with less it is prone to repeat itself on clips of a few seconds.
         input_frames_per_s (`float`): input frames per second of audio (100 for 10 ms log-mel, the sampling rate
             for encoders that read waveforms). `generate` derives the audio's duration from it.
         shift_logits (`bool`): read the logits of canvas position i at position i - 1, the prompt's last token giving
             the first, as an autoregressive donor's weights predict (arXiv 2410.17891, 2508.15487).
+        ctc_characters (`str`, *optional*): the characters of the CTC head that writes the first draft, see
+            `first_draft_mdm_asr`. None: there is no such head.
+        ctc_hidden_size (`int`), ctc_layers (`int`), ctc_attention_heads (`int`): its size.
     """
 
     model_type = "mdm_asr"
@@ -137,8 +179,13 @@ class MDMASRConfig(PreTrainedConfig):
     eos_token_id: int | None = 3
     decoder_start_token_id: int | None = 7
     encoder_trailing_silence_s: float | int = 5.0
+    encoder_min_duration_s: float | int = 0.0
     input_frames_per_s: float | int = 100.0
     shift_logits: bool = False
+    ctc_characters: str | None = None
+    ctc_hidden_size: int = 256
+    ctc_layers: int = 2
+    ctc_attention_heads: int = 4
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
@@ -157,6 +204,11 @@ class MDMASRConfig(PreTrainedConfig):
             self.mask_token_id = self.num_token_ids - 1
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether text is decoded by verified drafts; otherwise on the paper's canvas."""
+        return self.decoder_config.draft_layers > 0
 
     @property
     def vocab_size(self) -> int:
@@ -179,6 +231,11 @@ class MDMASRConfig(PreTrainedConfig):
                 f"[{self.vocab_size}, {self.num_token_ids}): the mask is never predicted. Set "
                 "`decoder_config.num_input_only_tokens` to make room for it."
             )
+        if self.has_drafts and self.mask_token_id != self.num_token_ids - 1:
+            raise ValueError(
+                f"`mask_token_id` ({self.mask_token_id}) must be the last id ({self.num_token_ids - 1}) where there "
+                "are drafts. Leave it out."
+            )
         if self.eos_token_id is None or not 0 <= self.eos_token_id < self.vocab_size:
             raise ValueError(
                 f"`eos_token_id` ({self.eos_token_id}) must be a predictable id, that is in [0, {self.vocab_size}): "
@@ -190,14 +247,33 @@ class MDMASRConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` ({value}) must be in [0, {self.num_token_ids}) and differ from `mask_token_id`."
                 )
-        if self.encoder_trailing_silence_s < 0:
-            raise ValueError(f"`encoder_trailing_silence_s` must be >= 0, got {self.encoder_trailing_silence_s}.")
+        for name in ("encoder_trailing_silence_s", "encoder_min_duration_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}.")
         if self.input_frames_per_s <= 0:
             raise ValueError(f"`input_frames_per_s` must be positive, got {self.input_frames_per_s}.")
+        if self.ctc_characters is not None:
+            self._validate_ctc()
         if not self.tie_word_embeddings:
             raise ValueError("`tie_word_embeddings=False` is not supported by the decoder. Leave it True.")
         if not self.is_encoder_decoder:
             raise ValueError("`is_encoder_decoder=False` contradicts MDM-ASR, an encoder-decoder. Leave it True.")
+
+    def _validate_ctc(self):
+        if not 1 <= len(self.ctc_characters) <= 255 or len(set(self.ctc_characters)) < len(self.ctc_characters):
+            raise ValueError("`ctc_characters` must be 1 to 255 characters, each once, or None for no CTC head.")
+        for name in ("ctc_hidden_size", "ctc_layers", "ctc_attention_heads"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {getattr(self, name)!r}.")
+        if self.ctc_hidden_size % self.ctc_attention_heads:
+            raise ValueError(
+                f"`ctc_hidden_size` ({self.ctc_hidden_size}) must be a multiple of `ctc_attention_heads` "
+                f"({self.ctc_attention_heads})."
+            )
+        if not self.has_drafts:
+            raise ValueError(
+                "`ctc_characters` needs `decoder_config.draft_layers` >= 1: a canvas takes no first draft."
+            )
 
 
 __all__ = ["MDMASRConfig", "MDMASRDecoderConfig"]

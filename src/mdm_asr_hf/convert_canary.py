@@ -12,10 +12,13 @@ from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME
 
 from .configuration_mdm_asr import MDMASRConfig
 from .convert_common import (
+    DRAFT_SAMPLER,
     EMBEDDING,
     INPUT_ONLY_EMBEDDINGS,
     MASK_TOKEN,
+    add_drafts,
     build_model,
+    draft_settings,
     encoder_settings,
     expected_shapes,
     find_file,
@@ -96,18 +99,21 @@ def from_canary(
     model_class: type,
     path_or_id: str | Path,
     *,
+    draft_layers: int | None = None,
     shift_logits: bool = True,
     dtype: str | torch.dtype | None = None,
     **hub_kwargs: Any,
 ) -> torch.nn.Module:
     """
-    Builds an MDM-ASR model that holds every weight of a Canary donor. The mask embedding is the only new parameter.
+    Builds an MDM-ASR model that holds every weight of a Canary donor. It writes the donor's text at once, by drafts
+    that are yet to be trained; with `draft_layers=0` it is a canvas to train, as the paper has it.
 
     Args:
         model_class: `MDMASRForConditionalGeneration` or a subclass.
         path_or_id (`str`): a folder or Hub id of `CanaryForConditionalGeneration`, a `.nemo` file, or a folder or Hub
             id that holds one.
-        shift_logits (`bool`): read logits one position earlier, as the donor predicts, see `MDMASRConfig`.
+        draft_layers (`int`, *optional*): of the masks, see `MDMASRDecoderConfig`; None is as many as the donor has.
+        shift_logits (`bool`): read a canvas's logits one position earlier, as the donor predicts, see `MDMASRConfig`.
         dtype (`str` or `torch.dtype`, *optional*): of the model; the donor's own by default.
         hub_kwargs: passed to the download (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
 
@@ -119,9 +125,11 @@ def from_canary(
     """
     donor = _read_donor(path_or_id, hub_kwargs, with_weights=True)
     tokenizer, template = donor.tokenizer, _prompt_template(donor.tokenizer, donor.prompt_format)
+    settings = {**DECODER_TRAITS, **donor.decoder_config}
+    drafts = draft_settings(draft_layers, settings["num_hidden_layers"], settings["vocab_size"])
     config = MDMASRConfig(
         encoder_config=donor.encoder_config,
-        decoder_config={**DECODER_TRAITS, **donor.decoder_config},
+        decoder_config={**settings, **drafts},
         shift_logits=shift_logits,
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -135,12 +143,15 @@ def from_canary(
     if donor.names is NEMO_NAMES:
         permute_decoder_width(weights, donor.weights.get(NEMO_POSITIONS))
     weights[INPUT_ONLY_EMBEDDINGS] = mean_embedding(weights[EMBEDDING])
+    if drafts:
+        add_drafts(model, weights)
     load_weights(model, weights, resolve_dtype(dtype, own=weights[EMBEDDING].dtype))
     model.generation_config = MDMASRGenerationConfig(
         prompt_template=template,
         pad_token_id=config.pad_token_id,
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
+        **({"sampler": DRAFT_SAMPLER} if drafts else {}),
     )
     return model.eval()
 

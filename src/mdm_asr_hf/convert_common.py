@@ -2,6 +2,7 @@
 """What all converters share: reading a donor's files, accounting for every tensor, filling a model with them."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -23,6 +24,11 @@ MASK_TOKEN = "<|mask|>"
 EMBEDDING = "model.decoder.embed_tokens.weight"
 INPUT_ONLY_EMBEDDINGS = "model.decoder.input_only_embeddings.weight"
 OUTPUT = "proj_out.weight"
+DRAFTS, LAYERS = "model.decoder.drafts.", "model.decoder.layers."
+# Of drafts that are yet to be trained: byte-level vocabularies have the commonest tokens first.
+DRAFT_VOCAB_SIZE = 8192
+# Proposed from left to right, within this budget of entropy.
+DRAFT_SAMPLER = {"name": "pbeb_conf", "gamma": 2.0, "lambda_": None}
 
 # How many names of each kind of fault a message lists.
 MAX_NAMES_SHOWN = 20
@@ -102,12 +108,16 @@ def build_model(model_class: type, config: MDMASRConfig) -> nn.Module:
 
 def expected_shapes(model: nn.Module, num_rows: int) -> dict[str, torch.Size]:
     """
-    The shapes a donor's tensors must have, under this model's names.
+    The shapes a donor's tensors must have, under this model's names; what drafts is not the donor's.
 
     Args:
         num_rows (`int`): rows of the donor's token embedding, which may be more than this model's.
     """
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name != INPUT_ONLY_EMBEDDINGS}
+    shapes = {
+        name: tensor.shape
+        for name, tensor in model.state_dict().items()
+        if name != INPUT_ONLY_EMBEDDINGS and not name.startswith(DRAFTS)
+    }
     shapes[EMBEDDING] = shapes[OUTPUT] = torch.Size([num_rows, shapes[EMBEDDING][1]])
     return shapes
 
@@ -172,6 +182,58 @@ def mean_embedding(rows: torch.Tensor) -> torch.Tensor:
     return rows.float().mean(dim=0, keepdim=True)
 
 
+def draft_settings(draft_layers: int | None, num_layers: int, vocab_size: int) -> dict[str, Any]:
+    """
+    The decoder's settings of drafts that start from the donor.
+
+    Args:
+        draft_layers (`int`, *optional*): None for as many as the donor has, 0 for none.
+        num_layers (`int`), vocab_size (`int`): of the donor.
+
+    Raises:
+        ValueError: more layers than the donor has, or no number.
+    """
+    draft_layers = num_layers if draft_layers is None else draft_layers
+    if type(draft_layers) is not int or not 0 <= draft_layers <= num_layers:
+        raise ValueError(
+            f"`draft_layers` ({draft_layers!r}) must be an integer from 0 (a canvas to train) to {num_layers}, the "
+            "donor's layers, which drafts start as copies of; None is all of them."
+        )
+    if not draft_layers:
+        return {}
+    return {"draft_layers": draft_layers, "draft_vocab_size": min(DRAFT_VOCAB_SIZE, vocab_size)}
+
+
+def add_drafts(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Adds the drafts' first weights, in place: copies of the donor's last layers and of its last norm, no difference
+    between the masks of a block, and a sequential head that changes nothing yet.
+    """
+    config, state = model.config.decoder_config, model.state_dict()
+    first = config.num_hidden_layers - config.draft_layers
+    for name in (name for name in state if name.startswith(DRAFTS)):
+        inner = name.removeprefix(DRAFTS)
+        if inner.startswith("layers."):
+            index, _, rest = inner.removeprefix("layers.").partition(".")
+            weights[name] = weights[f"{LAYERS}{first + int(index)}.{rest}"].clone()
+        elif inner.startswith("layer_norm."):
+            weights[name] = weights[f"model.decoder.{inner}"].clone()
+        elif inner == "head.token_ids":
+            others = [i for i in range(len(state[name])) if i != model.config.eos_token_id]
+            weights[name] = torch.tensor(sorted([*others[: len(state[name]) - 1], model.config.eos_token_id]))
+        elif inner.startswith("head.mix.weight"):
+            weights[name] = torch.empty(state[name].shape)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                nn.init.kaiming_uniform_(weights[name], a=math.sqrt(5))
+        else:
+            weights[name] = torch.zeros(state[name].shape)
+    # What the last norm makes of a state has about the norm's weights as its root mean square.
+    scale = weights["model.decoder.layer_norm.weight"].float().square().mean().sqrt()
+    config.draft_state_scale = round(float(scale), 4)
+    config.draft_embedding_scale = round(float(1 / weights[EMBEDDING].float().square().mean().sqrt()), 4)
+
+
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Makes `weights`, under this model's names and complete, the model's parameters, in `dtype`."""
     weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
@@ -181,11 +243,15 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], dtype: torc
 
 
 __all__ = [
+    "DRAFTS",
+    "DRAFT_SAMPLER",
     "EMBEDDING",
     "INPUT_ONLY_EMBEDDINGS",
     "MASK_TOKEN",
     "OUTPUT",
+    "add_drafts",
     "build_model",
+    "draft_settings",
     "encoder_settings",
     "expected_shapes",
     "find_file",

@@ -2,6 +2,7 @@
 """Whisper as a donor: its weights, weight by weight, its tokenizer (shrunk on request) and its prompt."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
@@ -12,16 +13,28 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerFast, WhisperConfig
+from transformers import (
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+from transformers.initialization import no_init_weights
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .convert_common import (
+    DRAFT_SAMPLER,
+    DRAFTS,
     EMBEDDING,
     INPUT_ONLY_EMBEDDINGS,
     MASK_TOKEN,
     OUTPUT,
+    add_drafts,
     build_model,
+    draft_settings,
     encoder_settings,
     expected_shapes,
     load_part,
@@ -33,17 +46,21 @@ from .convert_common import (
     resolve_dtype,
 )
 from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
-from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .generation_configuration_mdm_asr import FALLBACK_TEMPERATURES, MDMASRGenerationConfig
 from .processing_mdm_asr import MDMASRProcessor
+from .prompt_mdm_asr import AUTO, with_prompt_defaults
 from .sources_mdm_asr import read_sentences
 
 EOS, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
+PREVIOUS = "<|startofprev|>"
 TASKS = ("transcribe", "translate")
 NUM_BYTES = 256
 SENTENCES_PER_BATCH = 10_000
 # The released models tell the two kinds apart by this number: English-only ones have 51,864 tokens.
 MULTILINGUAL_VOCAB_SIZE = 51865
 TIMESTAMP_STEP_S = 0.02
+# Of Whisper's release; that of compression is transformers', which counts tokens.
+THRESHOLDS = {"no_speech_threshold": 0.6, "logprob_threshold": -1.0, "compression_ratio_threshold": 1.35}
 
 # This model's parameter name -> Whisper's, by substitution in this order.
 WHISPER_NAMES = [
@@ -60,21 +77,26 @@ def from_whisper(
     *,
     vocab_size: int | None = None,
     vocab_text: str | Path | Iterable[str] | None = None,
+    draft_layers: int | None = None,
     encoder_trailing_silence_s: float = 5.0,
+    encoder_min_duration_s: float = 15.0,
     shift_logits: bool = True,
     dtype: str | torch.dtype | None = torch.float32,
     **hub_kwargs: Any,
 ) -> nn.Module:
     """
-    Builds an MDM-ASR model that holds every weight of a Whisper donor. The mask embedding is the only new parameter.
-    Its processor is `MDMASRProcessor.from_whisper(path_or_id, vocab_size=vocab_size, vocab_text=vocab_text)`.
+    Builds an MDM-ASR model that holds every weight of a Whisper donor. It writes the donor's text at once, by drafts
+    that are yet to be trained; with `draft_layers=0` it is a canvas to train, as the paper has it. Its processor is
+    `MDMASRProcessor.from_whisper(path_or_id, vocab_size=vocab_size, vocab_text=vocab_text)`.
 
     Args:
         model_class (`type`): `MDMASRForConditionalGeneration` or a subclass.
         path_or_id (`str` or `Path`): a folder or Hub id of `WhisperForConditionalGeneration`, in safetensors.
-        vocab_size (`int`, *optional*), vocab_text (*optional*): shrink the vocabulary, see `whisper_tokenizer`.
-        encoder_trailing_silence_s (`float`): seconds of silence behind the audio, see `MDMASRConfig`.
-        shift_logits (`bool`): read logits one position earlier, as the donor predicts, see `MDMASRConfig`.
+        vocab_size (`int`, *optional*), vocab_text (*optional*): shrink a canvas's vocabulary, see `whisper_tokenizer`.
+        draft_layers (`int`, *optional*): of the masks, see `MDMASRDecoderConfig`; None is as many as the donor has.
+        encoder_trailing_silence_s (`float`), encoder_min_duration_s (`float`): seconds of silence behind the audio,
+            and of both together, at least, see `MDMASRConfig`.
+        shift_logits (`bool`): read a canvas's logits one position earlier, as the donor predicts, see `MDMASRConfig`.
         dtype (`str` or `torch.dtype`, *optional*): of the model; None keeps the donor's own.
         hub_kwargs: passed to the download (`revision`, `token`, `cache_dir`, `local_files_only`, ...).
 
@@ -84,7 +106,13 @@ def from_whisper(
     Raises:
         ValueError: a tensor that is missing, unknown or of another shape, named; or a donor that is not Whisper's.
     """
-    donor_config, multilingual = _read_config(path_or_id, hub_kwargs)
+    donor_config, stated, multilingual = _read_config(path_or_id, hub_kwargs)
+    if vocab_size is not None and draft_layers != 0:
+        raise ValueError(
+            f"`vocab_size` ({vocab_size!r}) changes the text that the donor can write. Pass `draft_layers=0` too, for "
+            "a canvas to train, or leave it out."
+        )
+    drafts = draft_settings(draft_layers, donor_config.decoder_layers, donor_config.vocab_size)
     tokenizer, donor_ids = whisper_tokenizer(path_or_id, vocab_size, vocab_text, **hub_kwargs)
     ids = tokenizer.get_vocab()
     # A whole vocabulary can be predicted; of a shrunk one, the text tokens and the end of text.
@@ -108,12 +136,14 @@ def from_whisper(
             attention_dropout=donor_config.attention_dropout,
             activation_dropout=donor_config.activation_dropout,
             initializer_range=donor_config.init_std,
+            **drafts,
         ),
         mask_token_id=ids[MASK_TOKEN],
         eos_token_id=ids[EOS],
         pad_token_id=ids[EOS],
         decoder_start_token_id=ids[START],
         encoder_trailing_silence_s=encoder_trailing_silence_s,
+        encoder_min_duration_s=encoder_min_duration_s,
         shift_logits=shift_logits,
     )
     model = build_model(model_class, config)
@@ -122,22 +152,109 @@ def from_whisper(
     rows = weights[EMBEDDING][donor_ids]
     dtype = resolve_dtype(dtype, own=rows.dtype)
     _set_embeddings(weights, torch.cat([rows.float(), mean_embedding(rows)]), num_predicted)
+    if drafts:
+        add_drafts(model, weights)
     load_weights(model, weights, dtype)
-
-    template = whisper_prompt_template(ids, multilingual)
-    specials = {ids[token] for token in tokenizer.all_special_tokens}
-    model.generation_config = MDMASRGenerationConfig(
-        prompt_template=template,
-        # Byte-level tokens of other scripts are shorter than those of English.
-        canvas_tokens_per_s=12.0 if multilingual else 7.0,
-        max_length=donor_config.max_target_positions,
-        max_new_tokens=donor_config.max_target_positions - len(template["tokens"]),
-        # Timestamps, languages and tasks stand in no transcript.
-        suppress_tokens=sorted(i for i in specials if i < num_predicted and i != ids[EOS]) or None,
-        pad_token_id=config.pad_token_id,
-        eos_token_id=config.eos_token_id,
-    )
+    template = _donor_prompt(ids, donor_ids, stated, multilingual, can_detect=vocab_size is None)
+    common = {
+        "prompt_template": template,
+        "max_length": donor_config.max_target_positions,
+        "max_new_tokens": donor_config.max_target_positions - len(template["tokens"]),
+        "alignment_heads": stated.get("alignment_heads"),
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.eos_token_id,
+    }
+    if drafts:
+        model.generation_config = _draft_generation(common, stated, ids)
+    else:
+        model.generation_config = _canvas_generation(common, tokenizer, num_predicted)
     return model.eval()
+
+
+def _draft_generation(common: dict[str, Any], stated: dict[str, Any], ids: dict[str, int]) -> MDMASRGenerationConfig:
+    """The donor's own settings, and Whisper's safeguards at the values of its release."""
+    return MDMASRGenerationConfig(
+        **common,
+        sampler=DRAFT_SAMPLER,
+        suppress_tokens=stated.get("suppress_tokens") or None,
+        begin_suppress_tokens=stated.get("begin_suppress_tokens") or None,
+        # The token before <|notimestamps|>, which tokenizers name in two ways.
+        no_speech_token_id=ids[NO_TIMESTAMPS] - 1,
+        temperature=list(FALLBACK_TEMPERATURES),
+        **THRESHOLDS,
+    )
+
+
+def _canvas_generation(
+    common: dict[str, Any], tokenizer: PreTrainedTokenizerFast, num_predicted: int
+) -> MDMASRGenerationConfig:
+    ids = tokenizer.get_vocab()
+    specials = {ids[token] for token in tokenizer.all_special_tokens} - {ids[EOS]}
+    return MDMASRGenerationConfig(
+        **{**common, "alignment_heads": None},
+        # Byte-level tokens of other scripts are shorter than those of English.
+        canvas_tokens_per_s=12.0 if "slots" in common["prompt_template"] else 7.0,
+        # Timestamps, languages and tasks stand in no transcript.
+        suppress_tokens=sorted(i for i in specials if i < num_predicted) or None,
+    )
+
+
+def to_whisper(model: nn.Module) -> WhisperForConditionalGeneration:
+    """
+    The Whisper model that a model with drafts was made of, or fine-tuned to: identical weights and prompt, for
+    transformers and for what converts its checkpoints, as faster-whisper and whisper.cpp do. Save the donor's
+    processor beside it; faster-whisper's converter also takes this model's tokenizer.
+
+    Raises:
+        ValueError: the model is no Whisper with drafts.
+    """
+    config, settings = model.config, model.generation_config
+    if config.encoder_config.model_type != "whisper" or not config.has_drafts:
+        raise ValueError(
+            "`to_whisper` needs a model with drafts that was made of a Whisper donor, not one with the encoder "
+            f"{config.encoder_config.model_type!r} and {config.decoder_config.draft_layers} draft layers: what else "
+            "there is, a canvas too, is no Whisper any more. Convert the donor with `from_whisper(donor)`."
+        )
+    state = model.state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith((DRAFTS, "ctc_head."))}
+    kept.pop(INPUT_ONLY_EMBEDDINGS)
+    weights = {}
+    for name, tensor in kept.items():
+        for pattern, replacement in WHISPER_NAMES:
+            name = re.sub(pattern, replacement, name)
+        weights[name] = tensor.clone()
+    with no_init_weights():
+        donor = WhisperForConditionalGeneration(WhisperConfig(**encoder_settings(config.encoder_config)))
+    donor.load_state_dict(weights, strict=True, assign=True)
+    donor.tie_weights()
+    template = settings.prompt_template
+    slots, defaults = template.get("slots", {}), template.get("defaults", {})
+    of_languages = {}
+    if "language" in slots:
+        of_languages = {
+            "lang_to_id": {f"<|{code}|>": token_id for code, token_id in slots["language"].items()},
+            "task_to_id": slots["task"],
+            # Without a task of its own, transformers lays a prompt without one behind a language that it detects.
+            "task": defaults.get("task", TASKS[0]),
+            "language": None if defaults.get("language", AUTO) == AUTO else defaults["language"],
+        }
+    donor.generation_config = GenerationConfig(
+        alignment_heads=settings.alignment_heads,
+        begin_suppress_tokens=settings.begin_suppress_tokens,
+        suppress_tokens=settings.suppress_tokens,
+        bos_token_id=config.eos_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        is_multilingual=bool(of_languages),
+        max_length=config.decoder_config.max_position_embeddings,
+        no_timestamps_token_id=template["tokens"][-1],
+        prev_sot_token_id=template.get("previous"),
+        return_timestamps=False,
+        max_initial_timestamp_index=50,
+        **of_languages,
+    )
+    return donor.eval()
 
 
 def whisper_processor(
@@ -156,8 +273,9 @@ def whisper_processor(
         vocab_size (`int`, *optional*), vocab_text (*optional*): the same as for the model, see `whisper_tokenizer`.
         hub_kwargs: passed to the download.
     """
-    donor_config, multilingual = _read_config(path_or_id, hub_kwargs)
-    tokenizer, _ = whisper_tokenizer(path_or_id, vocab_size, vocab_text, **hub_kwargs)
+    donor_config, stated, multilingual = _read_config(path_or_id, hub_kwargs)
+    tokenizer, donor_ids = whisper_tokenizer(path_or_id, vocab_size, vocab_text, **hub_kwargs)
+    template = _donor_prompt(tokenizer.get_vocab(), donor_ids, stated, multilingual, can_detect=vocab_size is None)
     frontend = load_part(AutoFeatureExtractor, path_or_id, hub_kwargs)
     if frontend.feature_size != donor_config.num_mel_bins:
         raise ValueError(
@@ -167,23 +285,10 @@ def whisper_processor(
     return MDMASRProcessor(
         MDMASRFeatureExtractor(frontend, max_duration_s=float(frontend.chunk_length)),
         tokenizer,
-        prompt_template=whisper_prompt_template(tokenizer.get_vocab(), multilingual),
+        prompt_template=template,
         # Whisper writes a space before the first word.
         text_prefix=" ",
     )
-
-
-def load_whisper_named(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """
-    Loads an MDM-ASR model's own weights, mask embedding and all, that are stored under Whisper's names: the embedding
-    (V + E, D) in one piece. The dtype stays the model's.
-
-    Raises:
-        ValueError: a tensor that is missing, unknown or of another shape, named.
-    """
-    weights = match_weights(expected_shapes(model, model.config.num_token_ids), tensors, WHISPER_NAMES)
-    _set_embeddings(weights, weights[EMBEDDING], model.config.vocab_size)
-    load_weights(model, weights, model.dtype)
 
 
 def _set_embeddings(weights: dict[str, torch.Tensor], rows: torch.Tensor, num_predicted: int) -> None:
@@ -192,8 +297,8 @@ def _set_embeddings(weights: dict[str, torch.Tensor], rows: torch.Tensor, num_pr
     weights[INPUT_ONLY_EMBEDDINGS] = rows[num_predicted:].clone()
 
 
-def _read_config(path_or_id: str | Path, hub_kwargs: dict[str, Any]) -> tuple[WhisperConfig, bool]:
-    """The donor's configuration, and whether it is multilingual."""
+def _read_config(path_or_id: str | Path, hub_kwargs: dict[str, Any]) -> tuple[WhisperConfig, dict[str, Any], bool]:
+    """The donor's configuration, its generation settings, and whether it is multilingual."""
     model_type = read_json(path_or_id, "config.json", hub_kwargs).get("model_type")
     if model_type != "whisper":
         raise ValueError(
@@ -202,8 +307,11 @@ def _read_config(path_or_id: str | Path, hub_kwargs: dict[str, Any]) -> tuple[Wh
         )
     config = WhisperConfig.from_pretrained(str(path_or_id), **hub_kwargs)
     # English-only models list the languages too, so their tokens tell nothing.
-    stated = read_json(path_or_id, "generation_config.json", hub_kwargs).get("is_multilingual")
-    return config, config.vocab_size >= MULTILINGUAL_VOCAB_SIZE if stated is None else bool(stated)
+    stated = read_json(path_or_id, "generation_config.json", hub_kwargs)
+    multilingual = stated.get("is_multilingual")
+    if multilingual is None:
+        multilingual = config.vocab_size >= MULTILINGUAL_VOCAB_SIZE
+    return config, stated, bool(multilingual)
 
 
 # Tokenizer and prompt
@@ -239,7 +347,7 @@ def whisper_tokenizer(
     """
     if vocab_text is not None and vocab_size is None:
         raise ValueError("`vocab_text` chooses which `vocab_size` ids are kept. Pass `vocab_size`, too.")
-    donor_config, multilingual = _read_config(path_or_id, hub_kwargs)
+    donor_config, _, multilingual = _read_config(path_or_id, hub_kwargs)
     spec = json.loads(load_part(AutoTokenizer, path_or_id, hub_kwargs).backend_tokenizer.to_str())
     added = {token["content"]: token for token in spec["added_tokens"]}
     tasks = [f"<|{task}|>" for task in TASKS]
@@ -355,7 +463,7 @@ def _prompt_tokens(ids: dict[str, int], multilingual: bool) -> list[str]:
     return [START, *languages, *(f"<|{task}|>" for task in TASKS), NO_TIMESTAMPS]
 
 
-def whisper_prompt_template(ids: dict[str, int], multilingual: bool) -> dict[str, Any]:
+def whisper_prompt_template(ids: dict[str, int], multilingual: bool, can_detect: bool = True) -> dict[str, Any]:
     """
     The prompt of a Whisper donor: start, then language and task where there is a choice, then no timestamps. Times of
     words do not come from tokens here, so that there is no choice of `timestamp`.
@@ -363,27 +471,50 @@ def whisper_prompt_template(ids: dict[str, int], multilingual: bool) -> dict[str
     Args:
         ids (`dict[str, int]`): the ids of the special tokens.
         multilingual (`bool`): English-only models have no choice.
+        can_detect (`bool`): by default the language is detected, as by the donor; else it is English, since the tokens
+            of languages are not predicted.
     """
+    # What stands before earlier text.
+    previous = {"previous": ids[PREVIOUS]} if PREVIOUS in ids else {}
     if not multilingual:
-        return {"tokens": [ids[START], ids[NO_TIMESTAMPS]]}
+        return {"tokens": [ids[START], ids[NO_TIMESTAMPS]], **previous}
     languages = {code: ids[f"<|{code}|>"] for code in LANGUAGES if f"<|{code}|>" in ids}
     if not languages:
         raise ValueError("The donor is multilingual, but its tokenizer has no language tokens such as '<|en|>'.")
     transcribe, translate = TASKS
+    language = AUTO if can_detect else "en" if "en" in languages else next(iter(languages))
     return {
         "tokens": [ids[START], "language", "task", ids[NO_TIMESTAMPS]],
         "slots": {"language": languages, "task": {task: ids[f"<|{task}|>"] for task in TASKS}},
-        "defaults": {"language": "en" if "en" in languages else next(iter(languages)), "task": transcribe},
+        "defaults": {"language": language, "task": transcribe},
         # What the donor says behind its start is the language. Translated it has into English alone.
         "detectable": ["language"],
+        **previous,
         **({"translation": {"task": translate, "targets": ["en"]}} if "en" in languages else {}),
     }
+
+
+def _donor_prompt(
+    ids: dict[str, int], donor_ids: list[int], stated: dict[str, Any], multilingual: bool, can_detect: bool
+) -> dict[str, Any]:
+    """`whisper_prompt_template` with the language and task that the donor's generation settings ask for, if any: by
+    name, or as older ones do by token ids (`forced_decoder_ids`)."""
+    template = whisper_prompt_template(ids, multilingual, can_detect)
+    if not multilingual:
+        return template
+    defaults = {name: stated.get(name) for name in ("language", "task")}
+    if not any(defaults.values()):
+        forced = dict(stated.get("forced_decoder_ids") or ())
+        for place, name in enumerate(defaults, start=1):
+            its_ids = {donor_ids[token_id]: value for value, token_id in template["slots"][name].items()}
+            defaults[name] = its_ids.get(forced.get(place))
+    return with_prompt_defaults(template, **defaults)
 
 
 __all__ = [
     "MASK_TOKEN",
     "from_whisper",
-    "load_whisper_named",
+    "to_whisper",
     "whisper_processor",
     "whisper_prompt_template",
     "whisper_tokenizer",

@@ -1,8 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""The masked-diffusion decoder: a Transformer decoder that sees prompt and canvas at once (arXiv 2602.18952)."""
+"""
+The decoder: on a canvas it sees prompt and canvas at once (arXiv 2602.18952); with drafts its layers are the donor's,
+causal, and rows of masks behind them say several tokens at once, which the causal rows then verify.
+"""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,9 +19,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .active_window_mdm_asr import CanvasCache, KeyValue
+from .cache_mdm_asr import BehindDonor, DraftingCache, KeyValue, WholeSequence
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .encoder_mdm_asr import key_mask
+
+
+@dataclass
+class MDMASRDecoderOutput(BaseModelOutputWithCrossAttentions):
+    """
+    Output of [`MDMASRDecoder`].
+
+    Args:
+        draft_hidden_states (`torch.FloatTensor` of shape (B, F, K, D), *optional*): of the masks behind each frontier,
+            normalised; the sequential head drafts from them.
+    """
+
+    draft_hidden_states: torch.FloatTensor | None = None
 
 
 class MDMASRSinusoidalPositions(nn.Module):
@@ -42,9 +59,10 @@ class MDMASRSinusoidalPositions(nn.Module):
 
 
 class MDMASRAttention(nn.Module):
-    """Multi-head attention over the canvas itself, or over the acoustic frames."""
+    """Multi-head attention over the text itself, or over the acoustic frames. Without `has_keys`, keys and values are
+    another module's."""
 
-    def __init__(self, config: MDMASRDecoderConfig, is_causal: bool = False):
+    def __init__(self, config: MDMASRDecoderConfig, is_causal: bool = False, has_keys: bool = True):
         super().__init__()
         self.config = config
         self.head_dim = config.head_dim
@@ -54,8 +72,9 @@ class MDMASRAttention(nn.Module):
         width, query_width = config.hidden_size, config.num_attention_heads * self.head_dim
         key_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(width, key_width, bias=config.attention_key_bias)
-        self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
+        if has_keys:
+            self.k_proj = nn.Linear(width, key_width, bias=config.attention_key_bias)
+            self.v_proj = nn.Linear(width, key_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_width, width, bias=config.attention_bias)
 
     def project_key_value(self, states: torch.Tensor) -> KeyValue:
@@ -67,9 +86,11 @@ class MDMASRAttention(nn.Module):
         self, hidden_states: torch.Tensor, key_value: KeyValue, attention_mask: torch.Tensor | None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
+            # Its kernels take no mask of pairs, which rows with branches of drafts need.
+            implementation = "sdpa"
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -83,14 +104,14 @@ class MDMASRAttention(nn.Module):
 
 
 class MDMASRDecoderLayer(GradientCheckpointingLayer):
-    """Pre-LayerNorm block: self-attention over the whole canvas, cross-attention to all frames, feed-forward."""
+    """Pre-LayerNorm block: self-attention over the text, cross-attention to all frames, feed-forward."""
 
-    def __init__(self, config: MDMASRDecoderConfig, index: int = 0):
+    def __init__(self, config: MDMASRDecoderConfig, index: int = 0, has_cross_keys: bool = True):
         super().__init__()
         self.index = index
         self.self_attn = MDMASRAttention(config, is_causal=config.is_causal)
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.cross_attn = MDMASRAttention(config)
+        self.cross_attn = MDMASRAttention(config, has_keys=has_cross_keys)
         self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -107,15 +128,16 @@ class MDMASRDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         cross_key_value: KeyValue,
+        past_key_values: DraftingCache | WholeSequence | BehindDonor,
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        canvas_cache: CanvasCache | None = None,
+        behind: BehindDonor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         normed = self.self_attn_layer_norm(hidden_states)
-        key_value = self.self_attn.project_key_value(normed)
-        if canvas_cache is not None:
-            key_value = canvas_cache.update(self.index, *key_value)
+        key_value = past_key_values.update(*self.self_attn.project_key_value(normed), self.index)
+        if behind is not None:
+            behind.of_donor.append(key_value)
         attended, _ = self.self_attn(normed, key_value, attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         attended, _ = self.cross_attn(
@@ -126,6 +148,57 @@ class MDMASRDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.fc2(inner))
 
 
+class MDMASRDraftLayer(MDMASRDecoderLayer):
+    """A layer of the mask rows, at the donor's layer `index`, whose keys and values of the frames it shares."""
+
+    def __init__(self, config: MDMASRDecoderConfig, index: int):
+        super().__init__(config, index, has_cross_keys=False)
+
+
+class MDMASRSequentialHead(nn.Module):
+    """
+    Lets the draft of a place know the two tokens before it (as the sampler head of arXiv 2507.11851):
+    z_k = h_k + s W2 gelu(W1 [h_k / s ; e(y_k-1) r ; e(y_k-2) r]), e being the donor's embeddings. It predicts among N
+    ids, a short list.
+    """
+
+    def __init__(self, config: MDMASRDecoderConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.mix = nn.Linear(3 * width, 2 * width)
+        self.out = nn.Linear(2 * width, width)
+        self.token_ids = nn.Buffer(torch.arange(config.draft_vocab_size))
+
+    def forward(self, states: torch.Tensor, before: torch.Tensor, before_that: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            states (`torch.Tensor` of shape (..., D)): of the masks, normalised.
+            before, before_that (`torch.Tensor` of shape (..., D)): embeddings of the tokens one and two places before
+                the one to draft.
+        """
+        scale, embedding_scale = self.config.draft_state_scale, self.config.draft_embedding_scale
+        seen = torch.cat([states / scale, before * embedding_scale, before_that * embedding_scale], dim=-1)
+        return states + scale * self.out(nn.functional.gelu(self.mix(seen)))
+
+
+class MDMASRDrafts(nn.Module):
+    """
+    What drafts: layers of mask rows behind the donor's last `draft_layers` ones. A block of K masks stands behind a
+    frontier, the last position its causal rows have computed; the mask at frontier + 1 + k predicts the token at
+    frontier + 2 + k, since the donor itself says the one at frontier + 1. It sees the donor's keys and values up to
+    the frontier, and its own block in both directions.
+    """
+
+    def __init__(self, config: MDMASRDecoderConfig):
+        super().__init__()
+        first = config.num_hidden_layers - config.draft_layers
+        self.layers = nn.ModuleList([MDMASRDraftLayer(config, first + i) for i in range(config.draft_layers)])
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.offset_embeddings = nn.Embedding(config.draft_length, config.hidden_size)
+        self.head = MDMASRSequentialHead(config)
+
+
 class MDMASRPreTrainedModel(PreTrainedModel):
     config: MDMASRConfig
     config_class = MDMASRConfig
@@ -133,7 +206,7 @@ class MDMASRPreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MDMASRDecoderLayer", "WhisperEncoderLayer", "ParakeetEncoderBlock"]
+    _no_split_modules = ["MDMASRDecoderLayer", "MDMASRDraftLayer", "WhisperEncoderLayer", "ParakeetEncoderBlock"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -153,12 +226,14 @@ class MDMASRPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MDMASRSinusoidalPositions):
             init.copy_(module.table, module.compute_table())
+        if isinstance(module, MDMASRSequentialHead):
+            init.copy_(module.token_ids, torch.arange(len(module.token_ids)))
 
 
 class MDMASRDecoder(MDMASRPreTrainedModel):
     """
-    The masked-diffusion decoder: a Transformer decoder without the causal mask. It sees the prompt and the whole
-    canvas at once.
+    A Transformer decoder. On a canvas it has no causal mask and sees the prompt and the whole canvas at once. With
+    `draft_layers` it is the donor's, and one call computes causal rows and blocks of masks together, layer by layer.
 
     Ids below `vocab_size` (V) are embedded by `embed_tokens`, which is tied to the output; the E ids from V on, the
     mask among them, by `input_only_embeddings`: they have no logit, so that the mask is never predicted (SUBS, arXiv
@@ -191,6 +266,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([MDMASRDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.drafts = MDMASRDrafts(config) if config.draft_layers else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -227,6 +303,16 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             embeds = self.embedding_layernorm(embeds)
         return self.dropout(embeds)
 
+    def embed_masks(self, frontiers: torch.LongTensor) -> torch.Tensor:
+        """What the first layer of masks sees (B, F K, D), for blocks behind frontiers (B, F)."""
+        places = torch.arange(self.config.draft_length, device=frontiers.device)
+        positions = (frontiers[..., None] + 1 + places).clamp(max=self.config.max_position_embeddings - 1)
+        mask = self.input_only_embeddings.weight[-1]
+        embeds = mask + self.drafts.offset_embeddings.weight + self.embed_positions(positions).to(mask.dtype)
+        if self.embedding_layernorm is not None:
+            embeds = self.embedding_layernorm(embeds)
+        return self.dropout(embeds.flatten(1, 2))
+
     def _self_attention_mask(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, future_visibility: float | None
     ) -> torch.Tensor | None:
@@ -235,25 +321,33 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             return create_causal_mask(self.config, hidden_states, attention_mask, None)
         if future_visibility is None:
             return key_mask(self, hidden_states, attention_mask)
-        if self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"`future_visibility` needs a mask per pair of positions, which {self.config._attn_implementation!r} "
-                "attention cannot take. Load the model with `attn_implementation='sdpa'`."
-            )
-        batch_size, length = hidden_states.shape[:2]
+        length = hidden_states.shape[1]
         # Each later position is revealed with this probability, drawn anew in every call (arXiv 2410.17891).
-        revealed = torch.rand((batch_size, length, length), device=hidden_states.device) < future_visibility
+        shape = (hidden_states.shape[0], length, length)
+        revealed = torch.rand(shape, device=hidden_states.device) < future_visibility
         visible = revealed | torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()
         if attention_mask is not None:
             # The diagonal stays: a row without any key would be NaN.
             itself = torch.eye(length, dtype=torch.bool, device=hidden_states.device)
             visible = visible & (attention_mask.bool()[:, None, :] | itself)
-        visible = visible[:, None]
-        if self.config._attn_implementation == "sdpa":
-            return visible
-        return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(
-            ~visible, torch.finfo(hidden_states.dtype).min
-        )
+        return self._pair_mask(visible, hidden_states.dtype)
+
+    def _pair_mask(self, visible: torch.BoolTensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """A mask of pairs (B, Q, K) as the attention takes it."""
+        if visible is None:
+            return None
+        if self.config._attn_implementation != "eager":
+            return visible[:, None]
+        blank = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return blank.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+    def _block_mask(self, visible: torch.BoolTensor) -> torch.BoolTensor:
+        """What the masks of F blocks see (B, F K, S + F K): the slots (B, F, S) that their frontier does, and their
+        own block."""
+        length, num_blocks = self.config.draft_length, visible.shape[1]
+        block = torch.arange(num_blocks, device=visible.device).repeat_interleave(length)
+        own = (block[:, None] == block).expand(visible.shape[0], -1, -1)
+        return torch.cat([visible.repeat_interleave(length, dim=1), own], dim=-1)
 
     @capture_outputs
     def forward(
@@ -266,14 +360,18 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         token_embeds: torch.Tensor | None = None,
         future_visibility: float | None = None,
         position_ids: torch.LongTensor | None = None,
-        canvas_cache: CanvasCache | None = None,
+        past_key_values: DraftingCache | None = None,
+        frontiers: torch.LongTensor | None = None,
+        frontier_mask: torch.BoolTensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithCrossAttentions:
+    ) -> MDMASRDecoderOutput:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape (B, L)): prompt and canvas.
+            input_ids (`torch.LongTensor` of shape (B, L)): prompt and canvas; with drafts, causal rows. L may be 0
+                where only masks are to be computed.
             encoder_hidden_states (`torch.Tensor` of shape (B, T, D)): acoustic frames, already of the decoder's width.
-            attention_mask (`torch.Tensor` of shape (B, L), *optional*): 0 for positions outside a row's canvas.
+            attention_mask (`torch.Tensor` of shape (B, L), *optional*): 0 for positions outside a row's canvas. With
+                `past_key_values`, (B, L, S): which slots each causal row sees, or None for all.
             encoder_attention_mask (`torch.Tensor` of shape (B, T), *optional*): 0 for padded frames.
             cross_attention_states (*optional*): what `cross_attention_states` returned for these frames.
             token_embeds (`torch.Tensor` of shape (B, L, D), *optional*): instead of the embeddings of `input_ids`.
@@ -281,20 +379,38 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
                 The share of later positions a position may attend to: from 0, causal as the donor, to 1, for annealing
                 from the one to the other in training. None is the full attention.
             position_ids (`torch.LongTensor` of shape (B, L), *optional*): where `input_ids` stand, default 0 to L - 1.
-            canvas_cache ([`CanvasCache`], *optional*):
-                `input_ids` are a window of the sequence, whose keys and values are written there. The attention mask
-                is (B, 1, 1 or L, K) of its K keys, as the attention implementation takes it, or None.
+            past_key_values ([`DraftingCache`], *optional*): the causal rows' keys and values are written to its slots.
+            frontiers (`torch.LongTensor` of shape (B, F), *optional*): positions behind which blocks of K masks stand.
+            frontier_mask (`torch.BoolTensor` of shape (B, F, S), *optional*): the slots that each frontier sees.
+                Default, without a cache: those up to it.
         """
         hidden_states = self.embed(self.embed_ids(input_ids) if token_embeds is None else token_embeds, position_ids)
         if cross_attention_states is None:
             cross_attention_states = self.cross_attention_states(encoder_hidden_states)
-        self_mask = attention_mask
-        if canvas_cache is None:
+        if past_key_values is None:
             self_mask = self._self_attention_mask(hidden_states, attention_mask, future_visibility)
-        cross_mask = key_mask(self, hidden_states, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states)
-        for layer, key_value in zip(self.layers, cross_attention_states, strict=True):
-            hidden_states = layer(hidden_states, key_value, self_mask, cross_mask, canvas_cache, **kwargs)
-        return BaseModelOutputWithCrossAttentions(last_hidden_state=self.layer_norm(hidden_states))
+        else:
+            self_mask = self._pair_mask(attention_mask, hidden_states.dtype)
+        # One for all rows: causal ones and masks are of different numbers.
+        one = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[-1]))
+        cross_mask = key_mask(self, one, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states)
+        cache, behind, masks = past_key_values or WholeSequence(), None, None
+        if frontiers is not None:
+            behind, masks = BehindDonor(), self.embed_masks(frontiers)
+            if frontier_mask is None:
+                frontier_mask = torch.arange(input_ids.shape[1], device=frontiers.device) <= frontiers[..., None]
+            mask_mask = self._pair_mask(self._block_mask(frontier_mask), masks.dtype)
+            first = self.config.num_hidden_layers - self.config.draft_layers
+        for index, (layer, key_value) in enumerate(zip(self.layers, cross_attention_states, strict=True)):
+            if input_ids.shape[1]:
+                hidden_states = layer(hidden_states, key_value, cache, self_mask, cross_mask, behind, **kwargs)
+            else:
+                behind.of_donor.append(cache.layer(index, masks.dtype))
+            if frontiers is not None and index >= first:
+                masks = self.drafts.layers[index - first](masks, key_value, behind, mask_mask, cross_mask, **kwargs)
+        if masks is not None:
+            masks = self.drafts.layer_norm(masks).unflatten(1, (-1, self.config.draft_length))
+        return MDMASRDecoderOutput(last_hidden_state=self.layer_norm(hidden_states), draft_hidden_states=masks)
 
 
 __all__ = ["MDMASRDecoder", "MDMASRPreTrainedModel"]

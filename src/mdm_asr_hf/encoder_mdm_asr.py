@@ -40,6 +40,18 @@ class MDMASREncoderOutput(ModelOutput):
     cross_attention_states: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
 
 
+def take_rows(outputs: MDMASREncoderOutput, rows: torch.LongTensor) -> MDMASREncoderOutput:
+    """Frames, mask and cross-attention states of some rows, by their indices, which may repeat."""
+    mask, states = outputs.attention_mask, outputs.cross_attention_states
+    return MDMASREncoderOutput(
+        # Whole rows at once, unlike an index in brackets.
+        last_hidden_state=outputs.last_hidden_state.index_select(0, rows),
+        attention_mask=None if mask is None else mask.index_select(0, rows),
+        cross_attention_states=states
+        and tuple((key.index_select(0, rows), value.index_select(0, rows)) for key, value in states),
+    )
+
+
 class OwnLengthWhisperEncoder(WhisperEncoder):
     """
     Whisper's encoder, weight for weight, on the audio's own length plus a trailing silence instead of always 30
@@ -55,13 +67,15 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         input_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         trailing_silence_s: float = 0.0,
+        min_duration_s: float = 0.0,
         **kwargs,
     ) -> MDMASREncoderOutput:
         """
         Args:
             input_features (`torch.Tensor` of shape (B, T, mel bins)): Whisper's log-mel at 100 frames per second.
             attention_mask (`torch.Tensor` of shape (B, T), *optional*): 1 for frames of the utterance.
-            trailing_silence_s (`float`): seconds of silence after each row, as far as the encoder's positions reach.
+            trailing_silence_s (`float`), min_duration_s (`float`): seconds of silence after each row, at least, and of
+                the row with it; both as far as the encoder's positions reach.
 
         Raises:
             ValueError: features of another layout, or a row has more frames than the encoder has positions for.
@@ -73,7 +87,7 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
                 "feature extractor returns them. Transpose what the stock Whisper one returns."
             )
         features, num_frames = self._with_trailing_silence(
-            input_features.transpose(1, 2), attention_mask, trailing_silence_s
+            input_features.transpose(1, 2), attention_mask, trailing_silence_s, min_duration_s
         )
         hidden_states = nn.functional.gelu(self.conv1(features))
         inside = torch.arange(hidden_states.shape[-1], device=features.device) < num_frames[:, None]
@@ -92,7 +106,11 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         return MDMASREncoderOutput(last_hidden_state=self.layer_norm(hidden_states), attention_mask=frame_mask)
 
     def _with_trailing_silence(
-        self, features: torch.Tensor, attention_mask: torch.Tensor | None, trailing_silence_s: float
+        self,
+        features: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        trailing_silence_s: float,
+        min_duration_s: float,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """
         Lays silence behind every row of features (B, mel bins, T), and zeros behind that. Returns features (B, mel
@@ -115,10 +133,11 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
                 f"{capacity / WHISPER_FRAMES_PER_S:.1f} s. Split the audio into shorter pieces."
             )
         num_silence = round(trailing_silence_s * WHISPER_FRAMES_PER_S)
-        # An even number, since the second convolution halves it.
-        num_frames = ((num_speech + num_silence + 1) // 2 * 2).clamp(min=2, max=capacity)
+        # Even numbers, since the second convolution halves them.
+        least = min(max(round(min_duration_s * WHISPER_FRAMES_PER_S) // 2 * 2, 2), capacity)
+        num_frames = ((num_speech + num_silence + 1) // 2 * 2).clamp(min=least, max=capacity)
         # `sym_max` and `sym_min` also stand in a graph that is exported for any width.
-        target = torch.sym_min(torch.sym_max((longest + num_silence + 1) // 2 * 2, 2), capacity)
+        target = torch.sym_min(torch.sym_max((longest + num_silence + 1) // 2 * 2, least), capacity)
         features = nn.functional.pad(features[..., :target], (0, torch.sym_max(target - width, 0)))
 
         positions = torch.arange(target, device=features.device)
@@ -167,6 +186,7 @@ def run_encoder(
     input_features: torch.Tensor,
     attention_mask: torch.Tensor | None,
     trailing_silence_s: float,
+    min_duration_s: float = 0.0,
     **kwargs,
 ) -> MDMASREncoderOutput:
     """
@@ -175,13 +195,14 @@ def run_encoder(
     Args:
         input_features (`torch.Tensor`): log-mel (B, T, mel bins) or waveforms (B, N).
         attention_mask (`torch.Tensor` of shape (B, T) or (B, N), *optional*).
-        trailing_silence_s (`float`): for Whisper encoders only.
+        trailing_silence_s (`float`), min_duration_s (`float`): for Whisper encoders only.
 
     Raises:
         ValueError: an attention mask was given and the encoder does not tell which of its frames it covers.
     """
     if isinstance(encoder, OwnLengthWhisperEncoder):
-        return encoder(input_features, attention_mask, trailing_silence_s=trailing_silence_s, **kwargs)
+        silence = {"trailing_silence_s": trailing_silence_s, "min_duration_s": min_duration_s}
+        return encoder(input_features, attention_mask, **silence, **kwargs)
     if attention_mask is not None:
         # What lies in the padding must not matter; the convolutions of these encoders look at it, and expect zeros.
         outside = ~attention_mask.bool().to(input_features.device)
@@ -220,4 +241,5 @@ __all__ = [
     "encoder_width",
     "key_mask",
     "run_encoder",
+    "take_rows",
 ]

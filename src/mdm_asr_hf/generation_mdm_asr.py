@@ -1,5 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""generate(): from audio features to token ids in a few denoising steps, for MDM-ASR (arXiv 2602.18952)."""
+"""generate(): from audio features to token ids, by verified drafts or on the canvas of MDM-ASR (arXiv 2602.18952)."""
 
 import copy
 from collections.abc import Sequence
@@ -11,35 +11,35 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .alignment_mdm_asr import check_alignment_heads, token_timestamps
-from .canvas_decoding_mdm_asr import CanvasDecodingMixin, is_bounded
-from .canvas_mdm_asr import OPEN_ID, Canvas, OpenRows, draw_noise, read_draft, take_rows
+from .alignment_mdm_asr import check_alignment_heads, frame_duration_s, token_timestamps
+from .canvas_mdm_asr import Canvas, OpenRows, denoise
 from .confidence_mdm_asr import calibrate, utterance_confidence
-from .encoder_mdm_asr import MDMASREncoderOutput
-from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .hotwords_mdm_asr import HotwordTrie
+from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
+from .first_draft_mdm_asr import FirstDraft
+from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
+from .hotwords_mdm_asr import HotwordAutomaton
 from .language_mdm_asr import settle_languages
-from .no_speech_mdm_asr import no_speech_probability, with_confidence
 from .prompt_mdm_asr import build_prompt_ids
-from .repair_mdm_asr import repair
-from .sampling_mdm_asr import SamplerConfig, make_sampler, propose_tokens, sampler_step
+from .safeguards_mdm_asr import is_refused, is_suspicious, mean_log_prob, repeats_itself
+from .sampling_mdm_asr import make_sampler
+from .verified_decoding_mdm_asr import VerifiedDecoder, VerifiedText
 
 logger = logging.get_logger(__name__)
 
-# What callers of autoregressive models pass by habit and what has no meaning for a canvas.
+# What callers of other models pass by habit and what has no meaning here.
 _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mask")
 _SAMPLER_SETTINGS = ("gamma", "lambda_", "k")
 # Settings that None switches off; of others it means that the caller has no wish.
 _MEANINGFUL_NONES = (
-    "active_ahead",
-    "canvas_length",
-    "commit_ahead",
-    "confidence_context",
-    "no_speech",
-    "revise_above",
+    *("canvas_length", "no_speech_threshold", "logprob_threshold", "compression_ratio_threshold"),
+    *("suppress_tokens", "begin_suppress_tokens", "no_speech_token_id"),
 )
 # Names of prompt slots, so that one the checkpoint lacks is reported as such and not as an unknown argument.
 _PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "timestamp", "diarize", "emotion")
+# What Whisper's encoder was trained with, all in all.
+STOCK_DURATION_S = 30.0
+# Of the silence behind the audio, what the first draft is written of.
+HEARD_SILENCE_S = 0.5
 
 
 @dataclass
@@ -49,22 +49,27 @@ class MDMASRGenerateOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape (B, W)): text tokens and the first EOS, then padding.
-        confidence (`torch.FloatTensor` of shape (B, W)): each token's probability in the step that committed it, 0 for
-            padding.
-        commit_steps (`torch.LongTensor` of shape (B, W)): the step, counted from 1, that committed each token, 0 for
-            padding. The canvas after step s holds the tokens with `commit_steps <= s`, and [MASK] elsewhere.
-        nfe (`torch.LongTensor` of shape (B,)): decoder evaluations until everything before the row's first EOS was
-            committed.
+        confidence (`torch.FloatTensor` of shape (B, W)): each token's probability, as the donor or, on a canvas, the
+            step that committed it gave it; 1 for a prefix that was given, 0 for padding.
+        commit_steps (`torch.LongTensor` of shape (B, W)): the evaluation, counted from 1, that committed each token; 0
+            for padding and for a prefix.
+        nfe (`torch.LongTensor` of shape (B,)): decoder evaluations until the row was finished; those of texts that
+            Whisper's thresholds refused are counted too.
         num_steps (`int`): decoder evaluations of the whole batch, the largest of `nfe`.
+        tokens_per_evaluation (`torch.FloatTensor` of shape (B,)): tokens of the text and its end, by `nfe`.
+        accepted_drafts, rejected_drafts (`torch.LongTensor` of shape (B, 2), *optional*): of the masks and of the
+            first draft, how many the donor said itself and how many not. A token that both drafted counts for both.
+        token_branches (`torch.LongTensor` of shape (B, W), *optional*): 0 for the donor's own tokens, 1 and 2 for
+            accepted drafts of the masks and of the first draft.
+        struck_drafts (`list` of B lists of `(place, branch, ids)`, *optional*): rejected drafts, the place in the text
+            where they stood, and what drafted them (0, 1).
         languages (`list[str]` of length B, *optional*): the language of each row's prompt, given or detected, by its
             code; None if the prompt has none or was given as ids. Detecting costs one evaluation of the decoder, on
             the start of the prompt alone, which `nfe` does not count. Where nothing is said it means little.
         token_timestamps (`torch.FloatTensor` of shape (B, W, 2), *optional*): start and end of each token in seconds,
             with `return_token_timestamps`; 0 for padding and for rows without speech. They cost one evaluation of the
             decoder, which `nfe` does not count.
-        no_speech (`torch.FloatTensor` of shape (B,), *optional*): the probability that nothing was said, if the
-            settings' `no_speech` tells how to find it. Rows above its threshold have an empty text; most are found
-            before decoding, and have `nfe` 0.
+        no_speech (`torch.FloatTensor` of shape (B,), *optional*): the donor's probability of <|nospeech|>.
     """
 
     sequences: torch.LongTensor | None = None
@@ -72,6 +77,11 @@ class MDMASRGenerateOutput(ModelOutput):
     commit_steps: torch.LongTensor | None = None
     nfe: torch.LongTensor | None = None
     num_steps: int | None = None
+    tokens_per_evaluation: torch.FloatTensor | None = None
+    accepted_drafts: torch.LongTensor | None = None
+    rejected_drafts: torch.LongTensor | None = None
+    token_branches: torch.LongTensor | None = None
+    struck_drafts: list | None = None
     languages: list[str] | None = None
     token_timestamps: torch.FloatTensor | None = None
     no_speech: torch.FloatTensor | None = None
@@ -82,12 +92,32 @@ def _best_first(output: MDMASRGenerateOutput, num_samples: int) -> MDMASRGenerat
     scores = torch.tensor([0.0 if one is None else one for one in utterance_confidence(output.confidence)])
     order = scores.view(-1, num_samples).argsort(dim=-1, descending=True, stable=True)
     rows = (order + torch.arange(0, len(scores), num_samples)[:, None]).flatten().to(output.sequences.device)
-    return MDMASRGenerateOutput(
-        **{name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in output.items()}
-    )
+
+    def sort(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[rows]
+        return [value[row] for row in rows.tolist()] if name == "struck_drafts" else value
+
+    return MDMASRGenerateOutput(**{name: sort(name, value) for name, value in output.items()})
 
 
-class MDMASRGenerationMixin(CanvasDecodingMixin):
+@dataclass
+class _Audio:
+    """What the encoder was given, for B rows, each of which is decoded `num_samples` times."""
+
+    input_features: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    duration_s: torch.Tensor | None
+    num_samples: int
+
+    def take(self, rows: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features and mask of some of the B * num_samples rows."""
+        rows = (rows // self.num_samples).to(self.input_features.device)
+        mask = self.attention_mask
+        return self.input_features[rows], None if mask is None else mask[rows.to(mask.device)]
+
+
+class MDMASRGenerationMixin:
     """The part of the model that turns audio into text."""
 
     @torch.no_grad()
@@ -99,7 +129,9 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
         *,
         decoder_input_ids: torch.LongTensor | None = None,
         encoder_outputs: MDMASREncoderOutput | None = None,
-        draft_ids: torch.LongTensor | Sequence[Sequence[int]] | None = None,
+        previous_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        prefix_ids: Sequence[Sequence[int]] | None = None,
+        draft_ids: Sequence[Sequence[int]] | None = None,
         hotword_ids: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer: Any = None,
@@ -107,17 +139,13 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
         **kwargs,
     ) -> torch.LongTensor | MDMASRGenerateOutput:
         """
-        Transcribes a batch by masked diffusion:
+        Transcribes a batch:
         ```
         1. Settle the settings: generation_config.json < `generation_config` < keyword arguments.
         2. Encode the audio once, and its cross-attention keys and values once.
-        3. Lay the visible prompt and a canvas of [MASK] for every row, as long as its duration asks for.
-        4. Per denoising step, until every row is finished:
-            a. run the decoder on prompt and canvas, or on the active window of them,
-            b. revise what the steps before committed, if the settings say so,
-            c. let the sampler commit positions,
-            d. finish the rows whose text, up to the first EOS, is committed;
-           then take doubled tokens out and refine around them, if the settings say so.
+        3. Settle the prompt of every row.
+        4. Decode: with drafts, the donor's own text, see `verified_decoding_mdm_asr`, and anew where Whisper's
+           thresholds refuse it; else the paper's canvas, see `canvas_mdm_asr`.
         5. Cut each row at its first EOS.
         ```
 
@@ -128,15 +156,18 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
             decoder_input_ids (`torch.LongTensor` of shape (B, P), *optional*): a prompt of your own.
             encoder_outputs ([`MDMASREncoderOutput`], *optional*): of an earlier `encode`; needs `attention_mask` or
                 `input_features` beside it for the adaptive canvas.
-            draft_ids (`torch.LongTensor` of shape (B, K), or B lists, *optional*): what the canvas starts with instead
-                of [MASK]: tokens that stay, and -100 where it is open. A canvas grows with its draft if it must.
+            previous_ids (`list[int]` or B such lists, *optional*): the text before this audio, which a Whisper donor
+                takes as context, from `processor.previous_ids(text)`.
+            prefix_ids (`list[list[int]]` of length B, *optional*): tokens that each text begins with.
+            draft_ids (`list[list[int]]` of length B, *optional*): what each text may be, such as an earlier
+                hypothesis: the first draft, instead of the CTC head's. The donor verifies it.
             hotword_ids (`list[list[int]]`, or B such lists, *optional*): words to expect, from
                 `processor.hotword_ids(words)`, for all rows or for each row its own. Their logits are raised where
                 they fit, by `hotword_boost`, see `hotwords_mdm_asr`.
             generator (`torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM
                 samplers. Of a list, each row's samples depend on its own generator alone.
-            streamer (*optional*): `put_draft(value=canvas)` is called after every step, if it has that, `put` and
-                `end` at the end.
+            streamer (*optional*): `put_draft(value=ids)` is called after every evaluation, if it has that, `put` and
+                `end` at the end. With drafts, `num_committed` (B,) tells how many of the ids are committed.
             synced_gpus (`bool`): keep stepping until all processes are done (FSDP, DeepSpeed ZeRO-3).
             kwargs: any field of [`MDMASRGenerationConfig`], the sampler's settings (`gamma`, `lambda_`, `k`), and the
                 prompt's slots (`language`, `target_language`, `punctuation`, `task`, ...), one value or one per row.
@@ -148,13 +179,15 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
             best first, then those of the second.
 
         Raises:
-            ValueError: an unknown argument, features with NaN, audio longer than encoder or canvas can hold.
+            ValueError: an unknown argument, one that the kind of checkpoint cannot use, features with NaN, audio
+                longer than encoder or canvas can hold.
         """
         # 1. Settings.
         if "input_values" in kwargs:
             input_features = kwargs.pop("input_values")
-        settings, prompt_slots = self._settle_generation_config(generation_config, kwargs)
-        sampler = settings.sampler_config
+        own = {"previous_ids": previous_ids, "prefix_ids": prefix_ids, "draft_ids": draft_ids}
+        given = {name for name, value in {**own, "hotword_ids": hotword_ids}.items() if value is not None}
+        settings, prompt_slots = self._settle_generation_config(generation_config, kwargs, given)
         if settings.return_token_timestamps:
             check_alignment_heads(settings.alignment_heads, self.config.decoder_config)
 
@@ -170,81 +203,65 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
             encoder_outputs = self.encode(input_features, attention_mask)
         encoder_outputs = self.prepare_cross_attention(encoder_outputs)
         device = encoder_outputs.last_hidden_state.device
+        batch_size = len(encoder_outputs.last_hidden_state)
+        if has_speech is None:
+            has_speech = torch.ones(batch_size, dtype=torch.bool, device=device)
 
-        # 3. Prompt and canvas.
-        batch_size = encoder_outputs.last_hidden_state.shape[0]
+        # 3. Prompt.
         languages = None
         if decoder_input_ids is None:
             prompt_slots, languages = settle_languages(self, encoder_outputs, settings.prompt_template, prompt_slots)
         prompt_ids = self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots).to(device)
         duration_s = self.audio_duration_s(input_features, attention_mask)
-        if draft_ids is not None:
-            draft_ids = read_draft(draft_ids, batch_size, self.config.num_token_ids)
-        no_speech, has_speech = self._judge_no_speech(encoder_outputs, has_speech, draft_ids, settings)
-        lengths = self.canvas_lengths(duration_s, batch_size, prompt_ids.shape[1], settings, draft_ids)
+        generator = self._check_generator(generator, batch_size)
+        own = {name: self._check_rows(name, ids, batch_size) for name, ids in own.items()}
         hotwords = None
         if hotword_ids is not None and settings.hotword_boost > 0:
-            hotwords = HotwordTrie.build(hotword_ids, batch_size, self.config.decoder_config.vocab_size, device)
-        generator = self._check_generator(generator, batch_size)
+            hotwords = HotwordAutomaton.build(hotword_ids, batch_size, self.config.vocab_size)
         num_samples = settings.num_return_sequences
         if num_samples > 1:
-            if not (settings.temperature > 0 or sampler.needs_noise):
-                raise ValueError(
-                    f"`num_return_sequences={num_samples}` would return the same text each time. Set `temperature` "
-                    "above 0, or take the sampler 'random' or 'dfm'."
-                )
+            self._check_samples(settings)
             rows = torch.arange(batch_size, device=device).repeat_interleave(num_samples)
-            prompt_ids, encoder_outputs = prompt_ids[rows], take_rows(encoder_outputs, rows)
-            hotwords = hotwords and hotwords.take_rows(rows)
+            prompt_ids, encoder_outputs, has_speech = (
+                prompt_ids[rows],
+                take_rows(encoder_outputs, rows),
+                has_speech[rows],
+            )
+            hotwords = hotwords and hotwords.take_rows(rows.tolist())
             languages = languages and [one for one in languages for _ in range(num_samples)]
-            draft_ids = None if draft_ids is None else draft_ids[rows.to(draft_ids.device)]
-            has_speech = None if has_speech is None else has_speech[rows]
-            no_speech = None if no_speech is None else no_speech[rows]
-            lengths = [length for length in lengths for _ in range(num_samples)]
-            if isinstance(generator, list):
-                generator = [one for one in generator for _ in range(num_samples)]
-        canvas = Canvas.lay(
-            lengths,
-            device,
-            mask_token_id=self.config.mask_token_id,
-            eos_token_id=self.config.eos_token_id,
-            draft_ids=draft_ids,
-            has_speech=has_speech,
-        )
+            own = {name: ids and [ids[row] for row in rows.tolist()] for name, ids in own.items()}
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
 
-        # 4. Denoise.
-        def denoise() -> None:
-            open_rows = OpenRows(prompt_ids, encoder_outputs)
-            self._denoise(canvas, open_rows, settings, sampler, lengths, generator, hotwords, streamer, synced_gpus)
-
-        denoise()
-        for _ in range(settings.repair_rounds):
-            is_open = repair(
-                canvas,
-                settings.repair_doubled_below,
-                settings.repair_doubtful_below,
-                settings.max_denoising_steps,
+        # 4. Decode.
+        audio = _Audio(input_features, attention_mask, duration_s, num_samples)
+        if self.config.has_drafts:
+            output, read = self._decode_verified(
+                audio,
+                encoder_outputs,
+                prompt_ids,
+                has_speech,
+                settings,
+                generator,
+                hotwords,
+                streamer,
+                synced_gpus,
+                own,
             )
-            # With sharded weights every process takes part in every evaluation.
-            if is_open or synced_gpus:
-                denoise()
-
-        if no_speech is not None:
-            no_speech = self._reconsider_no_speech(canvas, no_speech, settings)
+        else:
+            output, read = self._decode_canvas(
+                audio, encoder_outputs, prompt_ids, has_speech, settings, generator, streamer, synced_gpus
+            )
 
         # 5. Finalise.
-        output = self._finalize(canvas, settings, duration_s)
-        output.languages, output.no_speech = languages, no_speech
+        output.languages = languages
         if settings.return_token_timestamps:
             output.token_timestamps = token_timestamps(
                 self,
                 output.sequences,
                 # A row without speech has an end of text that nothing was heard of.
                 output.confidence > 0,
-                lengths,
-                prompt_ids,
+                *read,
                 encoder_outputs,
                 duration_s=duration_s,
                 input_features=input_features,
@@ -258,71 +275,318 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
             streamer.end()
         return output if settings.return_dict_in_generate else output.sequences
 
-    def _denoise(
+    def _decode_canvas(
         self,
-        canvas: Canvas,
-        open_rows: OpenRows,
+        audio: _Audio,
+        encoder_outputs: MDMASREncoderOutput,
+        prompt_ids: torch.LongTensor,
+        has_speech: torch.BoolTensor,
         settings: MDMASRGenerationConfig,
-        sampler: SamplerConfig,
-        lengths: list[int],
         generator: torch.Generator | list[torch.Generator] | None,
-        hotwords: HotwordTrie | None,
         streamer: Any,
         synced_gpus: bool,
-    ) -> None:
-        """
-        Steps, in place, until every row of the canvas is finished; a row's last step, by `max_denoising_steps`,
-        commits all it has open.
-        """
-        noisy = settings.temperature > 0 or sampler.needs_noise
-        # Hotwords are put where the model alone would have put other words.
-        is_revising = settings.revise_above is not None and not settings.temperature and hotwords is None
-        candidates = canvas.open_positions()
-        while self._any_unfinished(candidates, synced_gpus):
-            is_open = candidates.any(dim=-1)
-            if not synced_gpus:
-                open_rows.narrow(is_open)
-            near = candidates
-            if settings.commit_ahead is not None and is_bounded(sampler):
-                is_last = canvas.in_last_step(settings.max_denoising_steps)
-                near = candidates & ((candidates.cumsum(dim=-1) <= settings.commit_ahead) | is_last[:, None])
-            wanted = near
-            if is_revising:
-                wanted = near | (canvas.fresh(settings.revise_steps) & is_open[:, None])
-            logits, within = self._canvas_logits(open_rows, canvas, wanted, settings, sampler)
-            unbiased = proposed = None
-            if is_revising:
-                # Logits are large: each is read once, for both ends.
-                tokens, log_probs, entropy = propose_tokens(logits)
-                is_new = near[within]
-                canvas.revise(within & ~near, tokens[~is_new], log_probs[~is_new], settings.revise_above)
-                within, proposed = within & near, (tokens[is_new], log_probs[is_new], entropy[is_new])
-            if hotwords is not None:
-                unbiased = hotwords.raise_logits(
-                    logits,
-                    canvas.tokens,
-                    within,
-                    canvas.text_positions(),
-                    boost=settings.hotword_boost,
-                    threshold=settings.hotword_threshold,
-                )
-            step = sampler_step(
-                sampler,
-                logits,
-                canvas.tokens,
-                mask_token_id=canvas.mask_token_id,
-                # A finished row has nothing to commit, whatever it has left.
-                steps_left=(settings.max_denoising_steps - canvas.nfe).clamp(min=1),
-                candidates=within,
-                temperature=settings.temperature,
-                noise=draw_noise(generator, lengths, canvas.tokens.device) if noisy else None,
-                unbiased=unbiased,
-                proposed=proposed,
+    ) -> tuple[MDMASRGenerateOutput, tuple[torch.Tensor, ...]]:
+        """The paper's decoding. Returns the output, and what `token_timestamps` needs to read."""
+        batch_size = len(has_speech) // audio.num_samples
+        lengths = self.canvas_lengths(audio.duration_s, batch_size, prompt_ids.shape[1], settings)
+        lengths = [length for length in lengths for _ in range(audio.num_samples)]
+        if isinstance(generator, list):
+            generator = [one for one in generator for _ in range(audio.num_samples)]
+        canvas = Canvas.lay(
+            lengths,
+            prompt_ids.device,
+            mask_token_id=self.config.mask_token_id,
+            eos_token_id=self.config.eos_token_id,
+            has_speech=has_speech,
+        )
+        open_rows = OpenRows(prompt_ids, encoder_outputs)
+        denoise(self, canvas, open_rows, settings, lengths, generator, streamer, synced_gpus)
+        if num_full := canvas.num_full():
+            logger.warning(
+                f"{num_full} of {len(canvas.tokens)} canvases of up to {canvas.tokens.shape[1]} tokens filled up "
+                "without an end of text, so the end of their speech may be missing. Set a larger `canvas_length` (or "
+                "`canvas_tokens_per_s`, `max_new_tokens`), or split the audio."
             )
-            canvas.commit(step, candidates)
-            candidates = canvas.open_positions()
-            if streamer is not None and hasattr(streamer, "put_draft"):
-                streamer.put_draft(value=canvas.tokens.cpu())
+        sequences, confidence, commit_steps = canvas.cut(self._pad_token_id(settings))
+        visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask], dim=-1)
+        starts = torch.full((len(sequences),), prompt_ids.shape[1], device=prompt_ids.device)
+        read = (torch.cat([prompt_ids, canvas.tokens], dim=-1), visible, starts)
+        return self._make_output(sequences, confidence, commit_steps, canvas.nfe, settings), read
+
+    def _decode_verified(
+        self,
+        audio: _Audio,
+        encoder_outputs: MDMASREncoderOutput,
+        prompt_ids: torch.LongTensor,
+        has_speech: torch.BoolTensor,
+        settings: MDMASRGenerationConfig,
+        generator: torch.Generator | list[torch.Generator] | None,
+        hotwords: HotwordAutomaton | None,
+        streamer: Any,
+        synced_gpus: bool,
+        own: dict[str, list[list[int]] | None],
+    ) -> tuple[MDMASRGenerateOutput, tuple[torch.Tensor, ...]]:
+        """The donor's own text, and anew what Whisper's thresholds refuse: once with the silence that its encoder was
+        trained with, then, where it still repeats itself, at rising temperatures. Of texts that are all refused, one
+        that does not repeat itself stays, of these the most probable.
+        Returns the output, and what `token_timestamps` needs to read."""
+        prompts = self._with_previous(prompt_ids.tolist(), own["previous_ids"], settings)
+        prefixes = own["prefix_ids"] or [[] for _ in prompts]
+        limits = self._text_limits(prompts, prefixes, settings)
+        temperatures = settings.temperatures
+        seeds = self._draw_seeds(generator, len(prompts), audio.num_samples, temperatures, prompt_ids.device)
+
+        def write(rows: torch.LongTensor, outputs: MDMASREncoderOutput, is_open: torch.BoolTensor, t: float):
+            places = rows.tolist()
+            its_limits = [limits[row] for row in places]
+            text = VerifiedText.begin(
+                [prompts[row] for row in places], [prefixes[row] for row in places], max(limits), rows.device
+            )
+            drafts = self._first_drafts(
+                self._heard(audio, outputs, rows),
+                own["draft_ids"] and [own["draft_ids"][row] for row in places],
+                settings,
+            )
+            decoder = VerifiedDecoder(
+                self,
+                text,
+                outputs,
+                settings,
+                limits=its_limits,
+                is_open=is_open,
+                prompt_length=prompt_ids.shape[1],
+                first_drafts=drafts,
+                temperature=t,
+                seeds=seeds[rows],
+                hotwords=hotwords and hotwords.take_rows(places),
+                synced_gpus=synced_gpus,
+            )
+            # What is decoded anew is not shown: it may be a part of the batch.
+            decoder.run(streamer if len(places) == len(prompts) else None)
+            return text
+
+        every = torch.arange(len(prompts), device=prompt_ids.device)
+        text = write(every, encoder_outputs, has_speech, temperatures[0])
+        has_stock = audio.input_features is not None and self.config.encoder_config.model_type == "whisper"
+        refused = self._refused(text, has_speech, settings, is_own=has_stock)
+        # What is only improbable is no better drawn than it is: the temperature rises for what repeats itself.
+        attempts = temperatures if has_stock else temperatures[1:]
+        if not has_stock:
+            refused = refused & self._repeating(text, settings)
+        stock = None
+        # Where processes wait for each other, one cannot take more steps than the others know of.
+        for t in attempts if not synced_gpus else ():
+            rows = refused.nonzero().flatten()
+            if not len(rows):
+                break
+            if not has_stock:
+                stock, at = encoder_outputs, rows
+            else:
+                if stock is None:
+                    stock_rows = rows
+                    stock = self.encode(*audio.take(rows), trailing_silence_s=STOCK_DURATION_S)
+                    stock = self.prepare_cross_attention(stock)
+                at = (stock_rows[:, None] == rows).int().argmax(dim=0)
+            again = write(rows, take_rows(stock, at), torch.ones_like(rows, dtype=torch.bool), t)
+            better = torch.tensor(
+                [
+                    self._rank(again, i, settings) >= self._rank(text, row, settings)
+                    for i, row in enumerate(rows.tolist())
+                ]
+            )
+            still = self._refused(again, torch.ones_like(rows, dtype=torch.bool), settings)
+            text.replace(rows, again, better.to(rows.device) | ~still)
+            refused[rows] = still & self._repeating(again, settings)
+        output = self._text_output(text, has_speech & ~self._silent(text, settings), settings)
+        return output, (text.tokens[:, : int(text.lengths.max())], None, text.starts)
+
+    def _with_previous(
+        self, prompts: list[list[int]], previous_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
+    ) -> list[list[int]]:
+        """Prompts with the text before them, its last tokens, as many as Whisper takes: half of its positions."""
+        if previous_ids is None:
+            return prompts
+        start = (settings.prompt_template or {}).get("previous")
+        if start is None:
+            raise ValueError("`previous_ids`: this model's prompt has no place for earlier text. Leave them out.")
+        most = self.config.decoder_config.max_position_embeddings // 2 - 1
+        return [
+            [start, *previous[-most:], *prompt] if previous else prompt
+            for prompt, previous in zip(prompts, previous_ids, strict=True)
+        ]
+
+    def _text_limits(
+        self, prompts: list[list[int]], prefixes: list[list[int]], settings: MDMASRGenerationConfig
+    ) -> list[int]:
+        """The most tokens of each row, prompt included."""
+        capacity = min(settings.max_length, self.config.decoder_config.max_position_embeddings)
+        limits = [min(len(prompt) + (settings.max_new_tokens or capacity), capacity) for prompt in prompts]
+        for prompt, prefix, limit in zip(prompts, prefixes, limits, strict=True):
+            if len(prompt) + len(prefix) >= limit:
+                raise ValueError(
+                    f"Prompt and `prefix_ids` have {len(prompt) + len(prefix)} tokens, but with a token of text at "
+                    f"most {limit} fit. Shorten them, or raise `max_length` or `max_new_tokens`."
+                )
+        return limits
+
+    def _first_drafts(
+        self, outputs: MDMASREncoderOutput, draft_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
+    ) -> list[FirstDraft | None]:
+        """What is known of each text beforehand: by the caller, or by the CTC head."""
+        eos, num_rows = self.config.eos_token_id, len(outputs.last_hidden_state)
+        if "first_draft" not in settings.draft_branches:
+            return [None] * num_rows
+        if draft_ids is not None:
+            return [FirstDraft([i for i in ids if i != eos], None, eos) for ids in draft_ids]
+        if self.config.ctc_characters is None:
+            return [None] * num_rows
+        return [FirstDraft.of_text(text, self.spelling, eos) for text in self.write_first_drafts(outputs)]
+
+    def _heard(self, audio: _Audio, outputs: MDMASREncoderOutput, rows: torch.LongTensor) -> MDMASREncoderOutput:
+        """Frames of some rows of the batch without the silence that was added, but for `HEARD_SILENCE_S` of it: there
+        is nothing to write of, and a first draft of all frames would take as long as some evaluations."""
+        frame_s = frame_duration_s(self.config.encoder_config, self.config.input_frames_per_s)
+        if audio.duration_s is None or frame_s is None:
+            return outputs
+        frames, mask = outputs.last_hidden_state, outputs.attention_mask
+        heard_s = audio.duration_s.to(rows.device)[rows // audio.num_samples] + HEARD_SILENCE_S
+        numbers = (heard_s / frame_s).ceil().long().clamp(max=frames.shape[1])
+        longest = int(numbers.max())
+        inside = torch.arange(longest, device=frames.device) < numbers[:, None]
+        if mask is not None:
+            inside = inside & mask[:, :longest].bool()
+        return MDMASREncoderOutput(last_hidden_state=frames[:, :longest], attention_mask=inside)
+
+    def _draw_seeds(
+        self,
+        generator: torch.Generator | list[torch.Generator] | None,
+        num_rows: int,
+        num_samples: int,
+        temperatures: list[float],
+        device: torch.device,
+    ) -> torch.LongTensor:
+        """A seed for each row (B * n,). Texts that fall back to a temperature are drawn alike in every batch, unless
+        there are generators."""
+        if generator is None and temperatures[0] == 0:
+            return torch.zeros(num_rows, dtype=torch.long, device=device)
+        if isinstance(generator, list):
+            drawn = [torch.randint(2**31, (num_samples,), generator=g, device=g.device).cpu() for g in generator]
+            return torch.cat(drawn).to(device)
+        where = "cpu" if generator is None else generator.device
+        return torch.randint(2**31, (num_rows,), generator=generator, device=where).to(device)
+
+    def _refused(
+        self, text: VerifiedText, decoded: torch.BoolTensor, settings: MDMASRGenerationConfig, is_own: bool = False
+    ) -> torch.BoolTensor:
+        """The rows (B,) whose text Whisper's thresholds refuse, silence excepted; on frames of the audio's own length,
+        which have less silence than Whisper was trained with, also those that look like a loop."""
+        bound, log_prob_bound = settings.compression_ratio_threshold, settings.logprob_threshold
+        if bound is None and log_prob_bound is None:
+            return torch.zeros_like(decoded)
+        refused = []
+        for row in range(len(decoded)):
+            repeats = self._repeats(text, row, settings)
+            repeats = repeats or (is_own and bound is not None and is_suspicious(text.decoded_ids(row)))
+            refused.append(is_refused(repeats, mean_log_prob(text.row_log_probs(row)), log_prob_bound))
+        return torch.tensor(refused, device=decoded.device) & decoded & ~self._silent(text, settings)
+
+    def _silent(self, text: VerifiedText, settings: MDMASRGenerationConfig) -> torch.BoolTensor:
+        """The rows (B,) in which nobody speaks."""
+        threshold = settings.no_speech_threshold
+        return text.no_speech > (1.0 if threshold is None else threshold)
+
+    def _repeats(self, text: VerifiedText, row: int, settings: MDMASRGenerationConfig) -> bool:
+        return repeats_itself(text.text_ids(row), self.config.vocab_size, settings.compression_ratio_threshold)
+
+    def _repeating(self, text: VerifiedText, settings: MDMASRGenerationConfig) -> torch.BoolTensor:
+        """The rows (B,) whose text repeats itself."""
+        repeats = [self._repeats(text, row, settings) for row in range(len(text.lengths))]
+        return torch.tensor(repeats, device=text.tokens.device)
+
+    def _rank(self, text: VerifiedText, row: int, settings: MDMASRGenerationConfig) -> tuple[bool, float]:
+        """What a refused text is better by than another: it does not repeat itself, and is more probable."""
+        return not self._repeats(text, row, settings), mean_log_prob(text.row_log_probs(row))
+
+    def _text_output(
+        self, text: VerifiedText, has_text: torch.BoolTensor, settings: MDMASRGenerationConfig
+    ) -> MDMASRGenerateOutput:
+        """The texts without their prompts; an end of text alone, of confidence 0, for rows (B,) without one."""
+        eos, num_full = self.config.eos_token_id, 0
+        kept = {"tokens": [], "log_probs": [], "commit_steps": [], "branches": []}
+        for row, has in enumerate(has_text.tolist()):
+            span = slice(int(text.starts[row]), int(text.lengths[row]))
+            for name, values in kept.items():
+                values.append(getattr(text, name)[row, span] if has else getattr(text, name)[row, :1])
+            if not has:
+                kept["tokens"][row] = kept["tokens"][row].new_full((1,), eos)
+                kept["log_probs"][row] = kept["log_probs"][row].new_full((1,), -torch.inf)
+                kept["commit_steps"][row] = text.nfe[row : row + 1]
+                kept["branches"][row] = torch.zeros_like(kept["branches"][row])
+            elif int(kept["tokens"][row][-1]) != eos:
+                num_full += 1
+        if num_full:
+            logger.warning(
+                f"{num_full} of {len(has_text)} texts filled up without an end of text, so the end of their speech "
+                "may be missing. Raise `max_new_tokens` or `max_length`, or split the audio."
+            )
+
+        def pad(name: str, value: float) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(kept[name], batch_first=True, padding_value=value)
+
+        confidence = pad("log_probs", -torch.inf).exp()
+        # Of improbable draws, too, there is something left.
+        spoken = torch.isfinite(pad("log_probs", -torch.inf))
+        confidence = torch.where(spoken, confidence.clamp(min=1e-30), 0.0)
+        output = self._make_output(
+            pad("tokens", self._pad_token_id(settings)), confidence, pad("commit_steps", 0), text.nfe, settings
+        )
+        output.accepted_drafts, output.rejected_drafts = text.accepted, text.rejected
+        output.token_branches, output.struck_drafts = pad("branches", 0), text.struck
+        output.no_speech = None if settings.no_speech_token_id is None else text.no_speech
+        return output
+
+    def _make_output(
+        self,
+        sequences: torch.LongTensor,
+        confidence: torch.Tensor,
+        commit_steps: torch.LongTensor,
+        nfe: torch.LongTensor,
+        settings: MDMASRGenerationConfig,
+    ) -> MDMASRGenerateOutput:
+        num_tokens = (commit_steps > 0).sum(dim=-1)
+        return MDMASRGenerateOutput(
+            sequences=sequences,
+            confidence=calibrate(confidence, settings.confidence_temperature),
+            commit_steps=commit_steps,
+            nfe=nfe,
+            num_steps=int(nfe.max()),
+            tokens_per_evaluation=torch.where(nfe > 0, num_tokens / nfe.clamp(min=1), 0.0),
+        )
+
+    def _pad_token_id(self, settings: MDMASRGenerationConfig) -> int:
+        return self.config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
+
+    def _check_rows(self, name: str, ids: Any, batch_size: int) -> list[list[int]] | None:
+        """Token ids as B lists; one list of `previous_ids` is for all rows."""
+        if ids is None:
+            return None
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
+        if name == "previous_ids" and all(isinstance(row, int) for row in rows):
+            rows = [rows] * batch_size
+        if len(rows) != batch_size or not all(isinstance(row, (list, tuple)) for row in rows):
+            raise ValueError(f"`{name}` must be a list of {batch_size} lists of token ids, one per utterance.")
+        if any(type(i) is not int or not 0 <= i < self.config.vocab_size for row in rows for i in row):
+            raise ValueError(f"`{name}` must be token ids below {self.config.vocab_size}.")
+        return [list(row) for row in rows]
+
+    def _check_samples(self, settings: MDMASRGenerationConfig) -> None:
+        draws = not self.config.has_drafts and settings.sampler_config.needs_noise
+        if not (settings.temperatures[0] > 0 or draws):
+            raise ValueError(
+                f"`num_return_sequences={settings.num_return_sequences}` would return the same text each time. Set "
+                "`temperature` above 0"
+                + ("." if self.config.has_drafts else ", or take the sampler 'random' or 'dfm'.")
+            )
 
     def _check_generator(self, generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
         if not isinstance(generator, (list, tuple)):
@@ -334,7 +598,7 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
         return list(generator)
 
     def _settle_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], given: set[str]
     ) -> tuple[MDMASRGenerationConfig, dict[str, Any]]:
         """
         Merges the sources of settings; returns them and the prompt's slots. Leaves the originals untouched. It is not
@@ -351,6 +615,17 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
                     setattr(settings, key, value)
         template_slots = (settings.prompt_template or {}).get("slots", {})
         prompt_slots, sampler_settings, unknown = {}, {}, []
+        wrong = (
+            set(CANVAS_SETTINGS) & set(kwargs)
+            if self.config.has_drafts
+            else (set(DRAFT_SETTINGS) & set(kwargs)) | given
+        )
+        if wrong:
+            kinds = ("a canvas", "drafts") if self.config.has_drafts else ("drafts", "a canvas")
+            raise ValueError(
+                f"{sorted(wrong)} are for checkpoints with {kinds[0]}, but this one decodes with {kinds[1]}. Leave "
+                "them out, or load another checkpoint."
+            )
         for key, value in kwargs.items():
             if key in _IGNORED_ARGUMENTS or (value is None and key not in _MEANINGFUL_NONES):
                 continue
@@ -368,6 +643,7 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
             )
         settings.sampler = make_sampler(settings.sampler, **sampler_settings)
         settings.validate()
+        self._check_kind(settings)
         if settings.num_beams not in (None, 1):
             logger.warning_once(f"`num_beams={settings.num_beams}` is ignored: masked diffusion has no beams.")
         eos = settings.eos_token_id
@@ -378,6 +654,26 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
                 "Leave it out."
             )
         return settings, prompt_slots
+
+    def _check_kind(self, settings: MDMASRGenerationConfig) -> None:
+        """Raises ValueError where the checkpoint cannot do what the settings ask for."""
+        sampler, config = settings.sampler_config, self.config
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            if wrong := [i for i in getattr(settings, name) or () if not 0 <= i < config.vocab_size]:
+                raise ValueError(f"`{name}` has {wrong[:5]}, but ids go from 0 to {config.vocab_size - 1}.")
+        if not config.has_drafts:
+            if len(settings.temperatures) > 1:
+                raise ValueError("`temperature` must be one number: a canvas has no fallbacks.")
+            return
+        if sampler.name != "pbeb_conf" or sampler.lambda_ is not None:
+            raise ValueError(
+                f"`sampler` {sampler.to_dict()} cannot be used by a checkpoint with drafts, which are proposed from "
+                "left to right: its sampler is 'pbeb_conf' with `lambda_` None, and `gamma` is free. Convert the "
+                "donor with `draft_layers=0` for the others."
+            )
+        most = config.decoder_config.draft_length
+        if settings.draft_length is not None and settings.draft_length > most:
+            raise ValueError(f"`draft_length` ({settings.draft_length}) must be at most the checkpoint's {most}.")
 
     def find_speech(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, min_duration_s: float
@@ -426,36 +722,6 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
             return None
         return num_frames / self.config.input_frames_per_s
 
-    def _judge_no_speech(
-        self,
-        encoder_outputs: MDMASREncoderOutput,
-        has_speech: torch.BoolTensor | None,
-        draft_ids: torch.LongTensor | None,
-        settings: MDMASRGenerationConfig,
-    ) -> tuple[torch.Tensor | None, torch.BoolTensor | None]:
-        """The probability (B,) that nothing was said, 1 where there is no signal, and which rows (B,) to decode."""
-        if settings.no_speech is None:
-            return None, has_speech
-        no_speech = no_speech_probability(encoder_outputs, settings.no_speech)
-        if has_speech is not None:
-            no_speech = no_speech.masked_fill(~has_speech, 1.0)
-        is_speech = no_speech <= settings.no_speech["threshold"]
-        if draft_ids is not None:
-            # What was committed stays: somebody heard it.
-            is_speech = is_speech | (draft_ids != OPEN_ID).any(dim=-1).to(is_speech.device)
-        return no_speech, is_speech if has_speech is None else is_speech & has_speech
-
-    def _reconsider_no_speech(
-        self, canvas: Canvas, no_speech: torch.Tensor, settings: MDMASRGenerationConfig
-    ) -> torch.Tensor:
-        """The probability (B,) that nothing was said, now that rows are decoded; empties, in place, those that then
-        are above the threshold."""
-        is_text = canvas.text_positions() & (canvas.tokens != canvas.eos_token_id) & (canvas.confidence > 0)
-        no_speech = with_confidence(no_speech, canvas.confidence, is_text, settings.no_speech)
-        is_drafted = canvas.drafted().any(dim=-1)
-        canvas.empty((no_speech > settings.no_speech["threshold"]) & ~is_drafted)
-        return no_speech
-
     def _prepare_prompt(
         self,
         decoder_input_ids: torch.LongTensor | None,
@@ -482,11 +748,9 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
         batch_size: int,
         prompt_length: int,
         settings: MDMASRGenerationConfig,
-        draft_ids: torch.LongTensor | None = None,
     ) -> list[int]:
         """
-        Canvas tokens of each row, from the settings and the rows' durations (B,) in seconds; at least the draft's (B,
-        K) and an end of text.
+        Canvas tokens of each row, from the settings and the rows' durations (B,) in seconds.
 
         Raises:
             ValueError: an utterance may need a longer canvas than the decoder has positions for.
@@ -503,15 +767,7 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
                 f"A canvas of {max(lengths)} tokens is needed, but the decoder has positions for {capacity}. {remedy}"
             )
         limit = self.canvas_limit(prompt_length, settings)
-        lengths = [max(min(length, limit), 1) for length in lengths]
-        if draft_ids is None or draft_ids.shape[1] == 0:
-            return lengths
-        drafted = ((draft_ids != OPEN_ID) * torch.arange(1, draft_ids.shape[1] + 1, device=draft_ids.device)).amax(-1)
-        # One more for the end of text, unless the draft has it.
-        needed = (drafted + 1 - (draft_ids == self.config.eos_token_id).any(dim=-1).long()).tolist()
-        if max(needed) > limit:
-            raise ValueError(f"`draft_ids` need a canvas of {max(needed)} tokens, but it may have at most {limit}.")
-        return [max(pair) for pair in zip(lengths, needed, strict=True)]
+        return [max(min(length, limit), 1) for length in lengths]
 
     def canvas_limit(self, prompt_length: int, settings: MDMASRGenerationConfig) -> int:
         """The most tokens a canvas behind a prompt may have, by the decoder's positions and by the settings."""
@@ -529,42 +785,14 @@ class MDMASRGenerationMixin(CanvasDecodingMixin):
         tokens = torch.round(duration_s.double() * settings.canvas_tokens_per_s, decimals=3)
         return tokens.ceil().long() + settings.canvas_extra_tokens
 
-    def _any_unfinished(self, candidates: torch.BoolTensor, synced_gpus: bool) -> bool:
-        unfinished = candidates.any()
+    def _any_unfinished(self, unfinished: torch.BoolTensor, synced_gpus: bool) -> bool:
+        """Whether this process has rows that are open, or with `synced_gpus` any."""
         if synced_gpus and torch.distributed.is_available() and torch.distributed.is_initialized():
             # A process that stopped early would leave the others waiting in the sharded layers.
             flag = unfinished.float()
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             unfinished = flag > 0
         return bool(unfinished)
-
-    def _finalize(
-        self, canvas: Canvas, settings: MDMASRGenerationConfig, duration_s: torch.Tensor | None
-    ) -> MDMASRGenerateOutput:
-        """Cuts rows behind their first EOS and calibrates the confidences."""
-        if num_full := canvas.num_full():
-            logger.warning(
-                f"{num_full} of {len(canvas.tokens)} canvases of up to {canvas.tokens.shape[1]} tokens filled up "
-                "without an end of text, so "
-                "the end of their speech may be missing. Set a larger `canvas_length` (or `canvas_tokens_per_s`, "
-                "`max_new_tokens`), or split the audio."
-            )
-        pad_token_id = self.config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
-        sequences, confidence, commit_steps = canvas.cut(pad_token_id)
-        confidence = calibrate(
-            confidence,
-            settings.confidence_temperature,
-            settings.confidence_bias,
-            settings.confidence_context,
-            None if duration_s is None else duration_s.repeat_interleave(settings.num_return_sequences),
-        )
-        return MDMASRGenerateOutput(
-            sequences=sequences,
-            confidence=confidence,
-            commit_steps=commit_steps,
-            nfe=canvas.nfe,
-            num_steps=int(canvas.nfe.max()),
-        )
 
     def adjust_generation_fn(
         self,

@@ -3,14 +3,14 @@
 8-bit integers on a CPU: linear layers with int8 weights, one scale per output channel, and activations quantised as
 they come. Everything else stays in fp32.
 
-Activations have one scale per call, except where a layer narrows, as the second of a feed-forward block does. No
-normalisation comes before those, so that a few positions hold values tens of times as large as all others', which one
-scale would round away: there, each position has its own (as in arXiv 2206.01861).
+Each position's activations have a scale of their own (as in arXiv 2206.01861), so that what one position gives does
+not depend on the others of the call: a text is the same in every batch, and whatever drafts are verified beside it.
+Nor do the few positions that hold values tens of times as large as all others' round those away.
 
 CPUs without VNNI add products in pairs, in 16 bits, where two of an 8-bit activation and an 8-bit weight do not fit:
 the sum is cut off. There, activations have 7 bits, so that every sum fits.
 
-A denoising step of a few positions takes as long as reading the decoder's weights does, so that a quarter of the bytes
+An evaluation of a few positions takes as long as reading the decoder's weights does, so that a quarter of the bytes
 counts more there than the faster arithmetic.
 """
 
@@ -29,10 +29,13 @@ logger = logging.get_logger(__name__)
 
 QUANT_METHOD = "mdm_asr_int8"
 PARTS = ("encoder", "decoder")
+# Those of x86 CPUs.
+FIXED_STEPS_ENGINES = ("x86", "fbgemm", "onednn")
 
 
 def needs_position_scales(in_features: int, out_features: int) -> bool:
-    """Whether a layer's activations are quantised with a scale for each position."""
+    """Whether one scale for all positions of a layer's activations would be too coarse, as where a layer narrows: no
+    normalisation comes before those."""
     return in_features > out_features
 
 
@@ -66,13 +69,11 @@ class Int8Linear(nn.Linear):
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().float()
         bias = None if linear.bias is None else linear.bias.detach().float()
-        self.scales_positions = needs_position_scales(self.in_features, self.out_features)
         # It comes last, behind the scale of the position.
-        self.register_buffer("late_bias", bias if self.scales_positions else None, persistent=False)
-        self.packed = _pack(weight, None if self.scales_positions else bias)
-        self.reduces_range = cuts_sums()
+        self.register_buffer("late_bias", bias, persistent=False)
+        self.packed = _pack(linear.weight.detach().float(), None)
+        self.num_steps = 63 if cuts_sums() else 127
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # Left out in silence, the weights would be missing from the checkpoint.
@@ -87,11 +88,21 @@ class Int8Linear(nn.Linear):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if states.numel() == 0:
             return states.new_zeros((*states.shape[:-1], self.out_features))
-        if not self.scales_positions:
-            return torch.ops.quantized.linear_dynamic(states, self.packed, self.reduces_range)
         largest = states.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        product = torch.ops.quantized.linear_dynamic(states / largest, self.packed, self.reduces_range)
+        product = self._multiply(states / largest)
         return product * largest if self.late_bias is None else torch.addcmul(self.late_bias, product, largest)
+
+    def _multiply(self, states: torch.Tensor) -> torch.Tensor:
+        """The product for states of [-1, 1], all of them quantised in the same steps."""
+        if torch.backends.quantized.engine in FIXED_STEPS_ENGINES:
+            multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+            return multiply(states, 1 / self.num_steps, self.num_steps + 1, self.packed)
+        # The kernels of other CPUs choose the steps by the least and the largest value: a position more holds them.
+        rows = states.flatten(0, -2)
+        ends = rows.new_zeros((1, self.in_features))
+        ends[0, :2] = torch.tensor([-1.0, 1.0])[: self.in_features]
+        product = torch.ops.quantized.linear_dynamic(torch.cat([rows, ends]), self.packed, self.num_steps < 127)
+        return product[:-1].view(*states.shape[:-1], self.out_features)
 
 
 def _quantize_linears(module: nn.Module) -> None:
@@ -108,7 +119,8 @@ def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module
 
     Args:
         model ([`MDMASRForConditionalGeneration`]): in fp32, on the CPU.
-        parts (`tuple[str, ...]`): of "encoder" and "decoder"; the output layer belongs to the decoder.
+        parts (`tuple[str, ...]`): of "encoder" and "decoder". The CTC head belongs to the encoder, the output layer
+            and what drafts to the decoder.
 
     Raises:
         ValueError: unknown parts, another precision, or weights that are not on the CPU.
@@ -122,6 +134,8 @@ def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module
         raise ValueError(f"int8 needs a model in fp32, got {model.dtype}. Load it with `dtype=torch.float32`.")
     if "encoder" in parts:
         _quantize_linears(model.model.encoder)
+        if model.ctc_head is not None:
+            _quantize_linears(model.ctc_head)
     if "decoder" in parts:
         _quantize_linears(model.model.decoder)
         if model.model.encoder_projection is not None:

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from .canvas_mdm_asr import take_rows
-from .encoder_mdm_asr import MDMASREncoderOutput
+from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
 from .prompt_mdm_asr import PromptTemplate, can_detect_language, detection_prefix, prompt_values, slot_value
 
 
@@ -33,8 +32,9 @@ def detect_languages(
     model: Any, encoder_outputs: MDMASREncoderOutput, template: PromptTemplate | None = None
 ) -> DetectedLanguages:
     """
-    One evaluation of the decoder on the prompt up to its language, whose token it predicts. With `shift_logits` that
-    is exactly what the donor computes, as long as its weights are the donor's. Diffusion training does not train it.
+    One evaluation of the decoder on the prompt up to its language, whose token it predicts. With drafts that is what
+    the donor computes; on a canvas with `shift_logits` too, as long as its weights are the donor's, but diffusion
+    training does not train it.
 
     Args:
         model ([`MDMASRForConditionalGeneration`]).
@@ -60,7 +60,7 @@ def detect_languages(
             "donor without `vocab_size`."
         )
     prefix = detection_prefix(template)
-    if not model.config.shift_logits:
+    if not (model.config.has_drafts or model.config.shift_logits):
         prefix = [*prefix, model.config.mask_token_id]
     frames = encoder_outputs.last_hidden_state
     prompt_ids = torch.tensor([prefix], device=frames.device).expand(len(frames), -1)

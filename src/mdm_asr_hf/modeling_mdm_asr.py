@@ -1,7 +1,9 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""MDM-ASR (arXiv 2602.18952): a speech encoder and a masked-diffusion decoder that fills a canvas of [MASK] tokens."""
+"""
+MDM-ASR (arXiv 2602.18952): a speech encoder, and a decoder that says several tokens at once by masked diffusion: on a
+canvas, or as drafts which the donor's own causal decoder verifies.
+"""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +17,28 @@ from .configuration_mdm_asr import MDMASRConfig
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import masked_diffusion_loss
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
+from .first_draft_mdm_asr import MDMASRCTCHead, Spelling
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerationMixin
-from .objective_mdm_asr import DiffusionObjective, ObjectiveOutput, diffusion_objective
-from .window_objective_mdm_asr import WindowObjective, window_objective
+from .objective_mdm_asr import (
+    DiffusionObjective,
+    DraftObjective,
+    block_targets,
+    diffusion_objective,
+    draft_loss,
+    draw_frontiers,
+)
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
 # file, so that it also runs when the file is loaded as remote code.
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("mdm_asr", "MDMASRForConditionalGeneration")
+
+
+@dataclass
+class MDMASRModelOutput(Seq2SeqModelOutput):
+    """Output of [`MDMASRModel`]: [`Seq2SeqModelOutput`], and the `draft_hidden_states` of [`MDMASRDecoderOutput`]."""
+
+    draft_hidden_states: torch.FloatTensor | None = None
 
 
 class MDMASRModel(MDMASRPreTrainedModel):
@@ -49,12 +65,22 @@ class MDMASRModel(MDMASRPreTrainedModel):
         self.decoder.embed_tokens = value
 
     def encode(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        trailing_silence_s: float | None = None,
+        **kwargs,
     ) -> MDMASREncoderOutput:
-        """Runs the encoder. Returns frames (B, T, encoder width) and their mask (B, T)."""
-        input_features = input_features.to(self.dtype)
+        """Runs the encoder, with so much silence behind the audio, by default the configuration's. Returns frames (B,
+        T, encoder width) and their mask (B, T)."""
+        config = self.config
         return run_encoder(
-            self.encoder, input_features, attention_mask, self.config.encoder_trailing_silence_s, **kwargs
+            self.encoder,
+            input_features.to(self.dtype),
+            attention_mask,
+            config.encoder_trailing_silence_s if trailing_silence_s is None else trailing_silence_s,
+            config.encoder_min_duration_s,
+            **kwargs,
         )
 
     def project(self, frames: torch.Tensor) -> torch.Tensor:
@@ -70,7 +96,7 @@ class MDMASRModel(MDMASRPreTrainedModel):
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: MDMASREncoderOutput | None = None,
         **kwargs,
-    ) -> Seq2SeqModelOutput:
+    ) -> "MDMASRModelOutput":
         """See [`MDMASRForConditionalGeneration.forward`]."""
         if decoder_input_ids is None:
             raise ValueError(
@@ -90,11 +116,12 @@ class MDMASRModel(MDMASRPreTrainedModel):
             cross_attention_states=getattr(encoder_outputs, "cross_attention_states", None),
             **kwargs,
         )
-        return Seq2SeqModelOutput(
+        return MDMASRModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
+            draft_hidden_states=decoder_outputs.draft_hidden_states,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
@@ -107,11 +134,15 @@ class MDMASROutput(Seq2SeqLMOutput):
     Output of [`MDMASRForConditionalGeneration`]: [`Seq2SeqLMOutput`], and in training, for S self-correction steps:
 
     Args:
-        step_losses (`torch.Tensor` of shape (S,)): each step's loss, without gradient.
-        step_accuracies (`torch.Tensor` of shape (S,)): the share of masked positions predicted right.
+        draft_hidden_states (`torch.FloatTensor` of shape (B, F, K, D), *optional*): of masks behind F frontiers.
+        step_losses (`torch.Tensor` of shape (S,)): each step's loss, without gradient; with drafts the donor's and the
+            drafts'.
+        step_accuracies (`torch.Tensor` of shape (S,)): the share of masked positions predicted right; with drafts, of
+            the donor's tokens and of the drafts.
         canvases (`tuple` of S `torch.LongTensor` of shape (B, L)): the canvases the decoder saw.
     """
 
+    draft_hidden_states: torch.FloatTensor | None = None
     step_losses: torch.FloatTensor | None = None
     step_accuracies: torch.FloatTensor | None = None
     canvases: tuple[torch.LongTensor, ...] | None = None
@@ -132,6 +163,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         self.model = MDMASRModel(config)
         decoder = config.decoder_config
         self.proj_out = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=decoder.output_bias)
+        self.ctc_head = None
+        if config.ctc_characters is not None:
+            self.ctc_head = MDMASRCTCHead(config, encoder_width(config.encoder_config))
         self.post_init()
 
     def get_encoder(self, *args, **kwargs) -> nn.Module:
@@ -162,6 +196,14 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             "vocab_size=N)`."
         )
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.has_drafts:
+            check_short_list(model.get_decoder().drafts.head.token_ids, model.config)
+        return loaded
+
     def freeze_encoder(self):
         """Excludes the encoder from training."""
         self.model.encoder.requires_grad_(False)
@@ -179,6 +221,40 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         states = self.model.decoder.cross_attention_states(self.model.project(encoder_outputs.last_hidden_state))
         return MDMASREncoderOutput(**{**encoder_outputs, "cross_attention_states": states})
 
+    def write_first_drafts(self, encoder_outputs: MDMASREncoderOutput) -> list[str]:
+        """The text of each row, as the CTC head writes it."""
+        return self.ctc_head.write(encoder_outputs.last_hidden_state, encoder_outputs.attention_mask)
+
+    @property
+    def spelling(self) -> Spelling:
+        """The tokens in the CTC head's characters."""
+        return self.ctc_head.spelling
+
+    def short_list_output(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted; to be made once a text."""
+        ids, bias = self.draft_token_ids, getattr(self.proj_out, "bias", None)
+        # The weights are those of the embeddings, also where the output layer was quantised.
+        return self.get_input_embeddings().weight[ids], bias[ids] if isinstance(bias, torch.Tensor) else None
+
+    @property
+    def draft_token_ids(self) -> torch.LongTensor:
+        """The N ids that can be drafted."""
+        return self.model.decoder.drafts.head.token_ids
+
+    def draft_logits(
+        self,
+        states: torch.Tensor,
+        before: torch.LongTensor,
+        before_that: torch.LongTensor,
+        output: tuple[torch.Tensor, torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Logits (R, N) of the short list, from the states (R, D) of one mask of each block and the tokens one and two
+        places before it (R,); `output` is what `short_list_output` gave."""
+        decoder = self.model.decoder
+        known = (decoder.embed_ids(ids).to(states.dtype) for ids in (before, before_that))
+        mixed = decoder.drafts.head(states, *known)
+        return nn.functional.linear(mixed, output[0].to(mixed.dtype), output[1])
+
     @can_return_tuple
     def forward(
         self,
@@ -190,19 +266,20 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         labels: torch.LongTensor | None = None,
         timesteps: torch.Tensor | None = None,
         prompt_ids: torch.LongTensor | None = None,
-        objective: DiffusionObjective | WindowObjective | None = None,
+        objective: DiffusionObjective | DraftObjective | None = None,
         generator: torch.Generator | None = None,
-        logits_to_keep: int | torch.BoolTensor = 0,
+        logits_to_keep: int | torch.BoolTensor | torch.LongTensor = 0,
         input_values: torch.Tensor | None = None,
         **kwargs,
-    ) -> Seq2SeqLMOutput:
+    ) -> MDMASROutput:
         """
         Args:
             input_features (`torch.Tensor`): what the processor returns: (B, T, mel bins) or waveforms (B, N).
             attention_mask (`torch.Tensor` of shape (B, T) or (B, N), *optional*): 1 for the utterance, 0 for padding.
             decoder_input_ids (`torch.LongTensor` of shape (B, P + L), *optional*):
                 Prompt and canvas. With `labels`, a canvas that is masked already: its last L positions belong to the
-                labels. Without `decoder_input_ids`, the labels are laid on a canvas and masked here.
+                labels. Without `decoder_input_ids`, the labels are laid on a canvas and masked here. With drafts they
+                are the donor's rows, causal.
             decoder_attention_mask (`torch.Tensor` of shape (B, P + L), *optional*): 0 for positions outside a row's
                 canvas.
             encoder_outputs ([`MDMASREncoderOutput`], *optional*): what `encode` returned, instead of `input_features`.
@@ -212,24 +289,30 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             timesteps (`torch.Tensor` of shape (B,) or (S, B), *optional*):
                 t in (0, 1], for one or each of S steps; drawn uniformly if missing.
             prompt_ids (`torch.LongTensor` of shape (B, P), *optional*): the visible prompt; default: the checkpoint's.
-            objective ([`DiffusionObjective`] or [`WindowObjective`], *optional*):
+            objective ([`DiffusionObjective`], or with drafts [`DraftObjective`], *optional*):
                 Schedule, masking and the number of self-correction steps (ISCT); default: the paper's loss, one step.
-                All steps run in this one call, on one pass of the encoder. `timesteps` are for the former.
+                All steps run in this one call, on one pass of the encoder.
             generator (`torch.Generator`, *optional*):
                 Seeds timesteps and masking. In evaluation mode they are seeded by default, so that losses can be
                 compared.
-            logits_to_keep (`int` or `torch.BoolTensor` of shape (B, L)):
+            logits_to_keep (`int`, `torch.BoolTensor` of shape (B, L) or `torch.LongTensor` of shape (B, N)):
                 Compute logits for the last so many positions only; 0 means all. A mask of the last L positions gives
-                logits (N, V) of the N that it marks, in row-major order.
+                logits (N, V) of the N that it marks, in row-major order; columns give those where they stand (B, N,
+                V).
             input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
                 them.
-            kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility` of [`MDMASRDecoder`].
+            kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility`, `past_key_values` and
+                `frontiers` of [`MDMASRDecoder`].
 
         Returns:
             [`MDMASROutput`]: `loss` if there are labels; `logits` (B, P + L, V), or (B, L, V) of the canvas alone with
             labels.
         """
         input_features = input_values if input_features is None else input_features
+        if labels is not None and self.config.has_drafts:
+            return self._drafting_forward(
+                input_features, attention_mask, encoder_outputs, labels, prompt_ids, objective, generator, kwargs
+            )
         if labels is not None and decoder_input_ids is None:
             return self._training_forward(
                 input_features,
@@ -278,6 +361,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
+            draft_hidden_states=outputs.draft_hidden_states,
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
@@ -285,10 +369,13 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def _read_logits(self, hidden_states: torch.Tensor, logits_to_keep: int | torch.BoolTensor) -> torch.Tensor:
         """
-        Logits of the last positions of (B, P + L, D), of all if `logits_to_keep` is 0, or of those of the last L that
-        a mask (B, L) marks. With `shift_logits` each is read one position earlier.
+        Logits of the last positions of (B, P + L, D), of all if `logits_to_keep` is 0, of those of the last L that a
+        mask (B, L) marks, or of columns (B, N). With `shift_logits` those of a canvas are read one position earlier.
         """
         is_mask = isinstance(logits_to_keep, torch.Tensor)
+        if is_mask and logits_to_keep.dtype != torch.bool:
+            columns = logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1])
+            return self.proj_out(hidden_states.gather(1, columns))
         length = logits_to_keep.shape[-1] if is_mask else logits_to_keep
         if self.config.shift_logits and length:
             hidden_states = hidden_states[:, -length - 1 : -1]
@@ -332,28 +419,24 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             )
             return outputs.last_hidden_state
 
-        if isinstance(objective, WindowObjective):
-            result = self._window_objective(hidden_states, labels, targets, prompt_ids, objective, generator)
-        else:
+        def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
+            if token_embeds is not None:
+                token_embeds = torch.cat([self.model.decoder.embed_ids(prompt_ids), token_embeds], dim=1)
+            states = hidden_states(canvas, canvas_mask, token_embeds=token_embeds)
+            return self._read_logits(states, canvas.shape[-1])
 
-            def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
-                if token_embeds is not None:
-                    token_embeds = torch.cat([self.model.decoder.embed_ids(prompt_ids), token_embeds], dim=1)
-                states = hidden_states(canvas, canvas_mask, token_embeds=token_embeds)
-                return self._read_logits(states, canvas.shape[-1])
-
-            result = diffusion_objective(
-                decode,
-                targets,
-                canvas_mask,
-                objective or DiffusionObjective(),
-                mask_token_id=self.config.mask_token_id,
-                eos_token_id=self.config.eos_token_id,
-                embed=self.model.decoder.embed_ids,
-                embedding=self.get_input_embeddings().weight,
-                timesteps=timesteps,
-                generator=generator,
-            )
+        result = diffusion_objective(
+            decode,
+            targets,
+            canvas_mask,
+            objective or DiffusionObjective(),
+            mask_token_id=self.config.mask_token_id,
+            eos_token_id=self.config.eos_token_id,
+            embed=self.model.decoder.embed_ids,
+            embedding=self.get_input_embeddings().weight,
+            timesteps=timesteps,
+            generator=generator,
+        )
         loss = result.loss
         if is_sound is not None:
             # Labels with holes, which a GPU reports no other way: the trainer stops at the NaN.
@@ -367,29 +450,55 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
         )
 
-    def _window_objective(
-        self,
-        hidden_states: Callable[..., torch.Tensor],
-        labels: torch.LongTensor,
-        targets: torch.LongTensor,
-        prompt_ids: torch.LongTensor,
-        objective: WindowObjective,
-        generator: torch.Generator | None,
-    ) -> ObjectiveOutput:
-        """Windows reach over the end of the text, up to the decoder's last position."""
-        text_lengths = (labels != -100).sum(dim=-1)
-        length = min(
-            labels.shape[-1] + objective.ahead,
-            self.config.decoder_config.max_position_embeddings - prompt_ids.shape[-1],
+    def _drafting_forward(
+        self, input_features, attention_mask, encoder_outputs, labels, prompt_ids, objective, generator, kwargs
+    ) -> "MDMASROutput":
+        """The donor's cross-entropy on labels (B, L), and the drafts', in one pass of the decoder."""
+        objective = DraftObjective() if objective is None else objective
+        if not isinstance(objective, DraftObjective):
+            raise ValueError(
+                f"`objective` is a {type(objective).__name__}, which trains a canvas. Pass a `DraftObjective`, or "
+                "convert the donor with `draft_layers=0`."
+            )
+        if generator is None and not self.training:
+            generator = torch.Generator().manual_seed(0)
+        prompt_ids = self._default_prompt(len(labels)) if prompt_ids is None else prompt_ids
+        prompt_ids = prompt_ids.to(labels.device).expand(len(labels), -1)
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_features, attention_mask)
+        encoder_outputs = self.prepare_cross_attention(encoder_outputs)
+        # Causal rows never see what stands behind them, so that padding needs no mask.
+        tokens = labels.masked_fill(labels == -100, self.config.eos_token_id)
+        num_prompt, decoder = prompt_ids.shape[1], self.model.decoder
+        text_lengths = (labels != -100).sum(dim=-1).clamp(min=1)
+        frontiers = draw_frontiers(text_lengths, num_prompt - 1, objective.num_frontiers, generator)
+        outputs = self.model(
+            decoder_input_ids=torch.cat([prompt_ids, tokens[:, :-1]], dim=-1),
+            encoder_outputs=encoder_outputs,
+            frontiers=frontiers,
+            **kwargs,
         )
-        missing = max(length - targets.shape[-1], 0)
-        return window_objective(
-            lambda canvas, visible, wanted: self._read_logits(hidden_states(canvas, visible), wanted),
-            nn.functional.pad(targets, (0, missing), value=self.config.eos_token_id)[:, :length],
-            text_lengths,
-            objective,
-            mask_token_id=self.config.mask_token_id,
-            generator=generator,
+        logits = self.proj_out(outputs.last_hidden_state[:, num_prompt - 1 :])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        # A frontier's own token, the donor's next one, and the K that are drafted.
+        targets = block_targets(torch.cat([prompt_ids, labels], dim=-1), frontiers, decoder.config.draft_length, -100)
+        known = decoder.embed_ids(targets.clamp(min=0))
+        states = outputs.draft_hidden_states
+        mixed = decoder.drafts.head(states, known[:, :, 1:-1].to(states.dtype), known[:, :, :-2].to(states.dtype))
+        weight, bias = self.short_list_output()
+        drafted = nn.functional.linear(mixed, weight.to(mixed.dtype), bias)
+        token_ids = decoder.drafts.head.token_ids
+        drafts_loss, share = draft_loss(
+            drafted, targets[..., 2:], token_ids, self.config.vocab_size, objective.place_decay
+        )
+        is_right = (logits.detach().argmax(dim=-1) == labels).sum() / (labels != -100).sum().clamp(min=1)
+        return MDMASROutput(
+            loss=loss + objective.draft_weight * drafts_loss,
+            logits=logits,
+            draft_hidden_states=states,
+            step_losses=torch.stack([loss.detach(), drafts_loss.detach()]),
+            step_accuracies=torch.stack([is_right, share]),
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
         )
 
     def _default_prompt(self, batch_size: int) -> torch.LongTensor:
@@ -435,7 +544,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     @classmethod
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
-        """Makes a ready-to-train diffusion model of a Whisper checkpoint, see `convert_whisper.from_whisper`."""
+        """Makes a model of a Whisper checkpoint: one that writes its donor's text by verified drafts, or a canvas to
+        train. See `convert_whisper.from_whisper`."""
         # The converters do not travel with saved checkpoints: a plain relative import would make them, and what they
         # need, do so.
         try:
@@ -446,13 +556,34 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     @classmethod
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
-        """Makes a ready-to-train diffusion model of a Canary checkpoint or .nemo file, see
-        `convert_canary.from_canary`."""
+        """Makes a model of a Canary checkpoint or .nemo file, see `convert_canary.from_canary`."""
         try:
             from mdm_asr_hf.convert_canary import from_canary
         except ImportError as error:
             raise ImportError("`from_canary` needs the package: `pip install mdm_asr_hf`.") from error
         return from_canary(cls, pretrained_model_name_or_path, **kwargs)
+
+    def to_whisper(self) -> nn.Module:
+        """The donor, an ordinary `WhisperForConditionalGeneration` of identical weights, see
+        `convert_whisper.to_whisper`."""
+        try:
+            from mdm_asr_hf.convert_whisper import to_whisper
+        except ImportError as error:
+            raise ImportError("`to_whisper` needs the package: `pip install mdm_asr_hf`.") from error
+        return to_whisper(self)
+
+
+def check_short_list(token_ids: torch.LongTensor, config: MDMASRConfig) -> None:
+    """Raises ValueError if drafts could never end a text, or could be no token at all."""
+    if token_ids.device.type == "meta":
+        return
+    if not bool((token_ids == config.eos_token_id).any()):
+        raise ValueError(
+            f"The checkpoint's short list of {len(token_ids)} ids that can be drafted lacks the end of text "
+            f"({config.eos_token_id}). Convert the donor again, which puts it in."
+        )
+    if bool(((token_ids < 0) | (token_ids >= config.vocab_size)).any()):
+        raise ValueError(f"The checkpoint's short list holds ids beyond the vocabulary ({config.vocab_size}).")
 
 
 __all__ = ["MDMASRForConditionalGeneration", "MDMASRModel"]

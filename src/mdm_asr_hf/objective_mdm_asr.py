@@ -185,4 +185,82 @@ def diffusion_objective(
     )
 
 
-__all__ = ["DiffusionObjective", "ObjectiveOutput", "diffusion_objective"]
+@dataclass(frozen=True)
+class DraftObjective:
+    """
+    What training minimises where there are drafts: the donor's cross-entropy, and that of what the masks draft behind
+    some positions of each text.
+
+    Args:
+        num_frontiers (`int`): F, positions of each text, drawn at random, that blocks of masks stand behind.
+        place_decay (`float`): the weight of a draft by its place in the block, decay^k: it only counts if those before
+            it are right.
+        draft_weight (`float`): of the drafts' cross-entropy beside the donor's.
+    """
+
+    num_frontiers: int = 12
+    place_decay: float = 0.9
+    draft_weight: float = 1.0
+
+    def __post_init__(self):
+        if type(self.num_frontiers) is not int or self.num_frontiers < 1:
+            raise ValueError(f"`num_frontiers` must be an integer of at least 1, got {self.num_frontiers!r}.")
+        if not 0 < self.place_decay <= 1:
+            raise ValueError(f"`place_decay` must be above 0 and at most 1, got {self.place_decay!r}.")
+        if not self.draft_weight >= 0:
+            raise ValueError(f"`draft_weight` must be >= 0, got {self.draft_weight!r}.")
+
+
+def draw_frontiers(
+    text_lengths: torch.LongTensor, first: int, number: int, generator: torch.Generator | None = None
+) -> torch.LongTensor:
+    """Positions (B, F) to draft behind, uniform among those from `first` on, of which each row has as many as its text
+    has tokens (B,)."""
+    uniform = draw_uniform((len(text_lengths), number), text_lengths.device, generator)
+    return first + (uniform * text_lengths[:, None]).long()
+
+
+def block_targets(
+    sequences: torch.LongTensor, frontiers: torch.LongTensor, length: int, fill: int
+) -> torch.LongTensor:
+    """The tokens (B, F, length + 2) of sequences (B, S) from each frontier (B, F) on; `fill` beyond their end."""
+    places = frontiers[..., None] + torch.arange(length + 2, device=frontiers.device)
+    padded = torch.nn.functional.pad(sequences, (0, length + 2), value=fill)
+    return padded.gather(1, places.flatten(1)).view(places.shape)
+
+
+def draft_loss(
+    logits: torch.Tensor, targets: torch.LongTensor, token_ids: torch.LongTensor, vocab_size: int, place_decay: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The weighted mean over drafts of -decay^k log p(token at place k), places without a token or with one beyond the
+    short list left out; and the share of drafts that are right.
+
+    Args:
+        logits (`torch.Tensor` of shape (B, F, K, N)): of the N ids that can be drafted.
+        targets (`torch.LongTensor` of shape (B, F, K)): the tokens, -100 where there is none.
+        token_ids (`torch.LongTensor` of shape (N,)): the short list.
+    """
+    places = torch.full((vocab_size,), -100, device=targets.device)
+    places[token_ids] = torch.arange(len(token_ids), device=targets.device)
+    short = torch.where(targets >= 0, places[targets.clamp(min=0)], -100)
+    is_known = short >= 0
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 2).float(), short.flatten(), reduction="none")
+    weights = place_decay ** torch.arange(targets.shape[-1], device=targets.device).float() * is_known
+    loss = (losses * weights.flatten()).sum() / weights.sum().clamp(min=1e-9)
+    return loss, _share(logits.detach().argmax(dim=-1) == short, is_known)
+
+
+def _share(is_right: torch.BoolTensor, is_counted: torch.BoolTensor) -> torch.Tensor:
+    return (is_right & is_counted).sum() / is_counted.sum().clamp(min=1)
+
+
+__all__ = [
+    "DiffusionObjective",
+    "DraftObjective",
+    "ObjectiveOutput",
+    "block_targets",
+    "diffusion_objective",
+    "draft_loss",
+    "draw_frontiers",
+]

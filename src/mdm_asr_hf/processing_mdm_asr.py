@@ -163,6 +163,11 @@ class MDMASRProcessor(ProcessorMixin):
         arguments = {} if its_language is None else {"language": its_language}
         return encode_hotwords(words, self.tokenizer, self.text_prefix, **arguments)
 
+    def previous_ids(self, text: str) -> list[int]:
+        """The tokens of the text before an audio, for `generate(previous_ids=...)`, as a Whisper donor takes them."""
+        text = text.strip() and self.text_prefix + text.strip()
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:
         """
         Text of token ids (L,), or the texts of a batch (B, L), as `generate` returns them.

@@ -14,9 +14,10 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 #    "defaults": {"language": "en"},             "@slot" takes the value of another slot
 #    "detectable": ["language"],                 slots the model can predict from the tokens before them
 #    "translation": {"task": "translate",        what `task` is when `target_language` is not `language`,
-#                    "targets": ["en"]}}         and, where not all are, the languages that can be translated into
+#                    "targets": ["en"]},         and, where not all are, the languages that can be translated into
+#    "previous": 50361}                          the token id behind which earlier text stands, before all of it
 PromptTemplate = dict[str, Any]
-PARTS = ("tokens", "slots", "defaults", "detectable", "translation")
+PARTS = ("tokens", "slots", "defaults", "detectable", "translation", "previous")
 
 # The value of `language` that has it detected.
 AUTO = "auto"
@@ -80,7 +81,7 @@ def build_prompt_ids(template: PromptTemplate, batch_size: int = 1, **slots: Any
         if "language" in values and values["language"] is None:
             raise ValueError(
                 "The prompt needs a `language`: only `generate` can detect it, from audio. Pass "
-                f"{_choices(template['slots']['language'])}."
+                f"{_choices(template['slots']['language'])}; to train, make `prompt_ids` with it."
             )
         ids.append([t if isinstance(t, int) else template["slots"][t][values[t]] for t in template["tokens"]])
     return torch.tensor(ids, dtype=torch.long).reshape(batch_size, len(template["tokens"]))

@@ -83,17 +83,19 @@ class EBConfConfig(SamplerConfig):
 class PBEBConfConfig(EBConfConfig):
     """
     PBEB-Conf (arXiv 2602.18952): as EB-Conf, with the confidence multiplied by the position bias exp(-lambda_ * i), i
-    counted from the start of the canvas. lambda_ = 0 is EB-Conf.
+    counted from the start of the canvas. lambda_ = 0 is EB-Conf; None is an infinite bias: strictly left to right.
     """
 
     name: ClassVar[str] = "pbeb_conf"
-    lambda_: float = 0.2
+    lambda_: float | None = 0.2
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lambda_ is None:
+            return
         _check_at_least_zero("lambda_", self.lambda_)
         if math.isinf(self.lambda_):
-            raise ValueError("`lambda_` must be finite. For strictly left to right, one token a step, set `gamma=0`.")
+            raise ValueError("`lambda_` must be finite, or None for strictly left to right.")
 
 
 SAMPLERS: dict[str, type[SamplerConfig]] = {
@@ -194,7 +196,7 @@ def _propose_best(logits: torch.Tensor) -> Proposal:
     parts = rows.split(ROWS_AT_ONCE) if rows.device.type == "cpu" else (rows,)
     proposed = []
     for part in parts:
-        tokens = _arg_max(part)
+        tokens = arg_max(part)
         # A suppressed token has -inf, and 0 * -inf would be NaN.
         x = (part - part.gather(-1, tokens[:, None])).clamp_(min=LEAST_LOG_PROB)
         weights = x.exp()
@@ -205,7 +207,7 @@ def _propose_best(logits: torch.Tensor) -> Proposal:
     return tuple(torch.cat(values).view(logits.shape[:-1]) for values in zip(*proposed, strict=True))
 
 
-def _arg_max(values: torch.Tensor) -> torch.LongTensor:
+def arg_max(values: torch.Tensor) -> torch.LongTensor:
     """The arg-max (N,) of each row of values (N, V). PyTorch's does not use the vector units of a CPU, NumPy's does:
     a twentieth of the time."""
     if values.device.type != "cpu":
@@ -255,7 +257,7 @@ def _select_entropy_bounded(
 
 def sampler_step(
     sampler: SamplerConfig,
-    logits: torch.Tensor | None,
+    logits: torch.Tensor,
     canvas: torch.LongTensor,
     *,
     mask_token_id: int,
@@ -263,16 +265,13 @@ def sampler_step(
     candidates: torch.BoolTensor | None = None,
     temperature: float = 0.0,
     noise: torch.Tensor | None = None,
-    unbiased: tuple[torch.LongTensor, torch.Tensor] | None = None,
-    proposed: Proposal | None = None,
 ) -> SamplerOutput:
     """
     One denoising step of any of the five samplers: stateless, vectorised over the batch.
 
     Args:
         sampler ([`SamplerConfig`]): which sampler, with its settings.
-        logits (`torch.Tensor` of shape (B, L, V), or (N, V) of the N candidates alone, in row-major order): None with
-            `proposed`.
+        logits (`torch.Tensor` of shape (B, L, V), or (N, V) of the N candidates alone, in row-major order).
         canvas (`torch.LongTensor` of shape (B, L)): `mask_token_id` where nothing is committed yet.
         steps_left (`int` or `torch.LongTensor` of shape (B,)): denoising steps left, this one included, of the batch
             or of each row. The last one commits everything.
@@ -283,11 +282,6 @@ def sampler_step(
         noise (`torch.Tensor` of shape (B, L, 2), *optional*): uniform on [0, 1). [..., 0] draws tokens when
             temperature > 0,
             [..., 1] positions for the random and the DFM sampler.
-        unbiased (`tuple` of `torch.LongTensor` (M,) and `torch.Tensor` (M, V), *optional*): places among N logits that
-            a bias was added to, and their logits before. Their entropies are of these, so that a bias decides for a
-            token and does not make the sampler bolder.
-        proposed (`tuple` of three tensors (N,), *optional*): what [`propose_tokens`] gave for the N candidates,
-            instead of their logits.
 
     Returns:
         [`SamplerOutput`]
@@ -307,18 +301,10 @@ def sampler_step(
     masked = canvas == mask_token_id
     candidates = masked if candidates is None else candidates & masked
     token_noise = noise[..., 0] if noise is not None else None
-    if proposed is not None or logits.dim() == 2:
-        given = ("logits", logits) if proposed is None else ("proposed", proposed[0])
-        if len(given[1]) != int(candidates.sum()):
-            raise ValueError(
-                f"`{given[0]}` are of {len(given[1])} positions, but {int(candidates.sum())} are candidates."
-            )
-        if proposed is None:
-            drawn = token_noise[candidates] if token_noise is not None else None
-            proposed = propose_tokens(logits, temperature, drawn)
-        if unbiased is not None and len(unbiased[0]):
-            log_probs = _log_probs(unbiased[1], temperature)
-            proposed[2][unbiased[0]] = _entropy(log_probs, log_probs.exp())
+    if logits.dim() == 2:
+        if len(logits) != int(candidates.sum()):
+            raise ValueError(f"`logits` are of {len(logits)} positions, but {int(candidates.sum())} are candidates.")
+        proposed = propose_tokens(logits, temperature, token_noise[candidates] if token_noise is not None else None)
         # Positions that are no candidates propose nothing, with confidence 0.
         zeros = torch.zeros(canvas.shape, device=canvas.device)
         tokens, log_confidence, entropy = (
@@ -341,7 +327,12 @@ def sampler_step(
     elif isinstance(sampler, EBConfConfig):
         if isinstance(sampler, PBEBConfConfig):
             # log(c_i * exp(-lambda * i)): in the log, far positions do not underflow into ties.
-            ranking = ranking - sampler.lambda_ * torch.arange(canvas.shape[-1], device=canvas.device)
+            places = torch.arange(canvas.shape[-1], device=canvas.device)
+            ranking = (
+                ranking - sampler.lambda_ * places
+                if sampler.lambda_ is not None
+                else -places.expand_as(ranking).float()
+            )
         committed = _select_entropy_bounded(ranking, entropy, candidates, sampler.gamma)
     else:
         raise ValueError(f"`sampler` must be one of {sorted(SAMPLERS)}, got {sampler!r}.")
@@ -358,6 +349,7 @@ __all__ = [
     "RandomConfig",
     "SamplerConfig",
     "SamplerOutput",
+    "arg_max",
     "draw_tokens",
     "make_sampler",
     "propose_tokens",

@@ -1,0 +1,87 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Whisper's own safeguards (arXiv 2212.04356, section 4.5), with its names: a text that repeats itself, that the donor is
+unsure of, or that it wrote where nobody spoke.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def compression_ratio(token_ids: Sequence[int], vocab_size: int) -> float:
+    """Bytes of the tokens over their bytes compressed by zlib, as transformers' Whisper counts them: above 1.35 or so
+    where a phrase comes again and again. 0 of no tokens."""
+    width = int(math.log2(vocab_size) / 8) + 1
+    raw = b"".join(token_id.to_bytes(width, "little") for token_id in token_ids)
+    return len(raw) / len(zlib.compress(raw)) if raw else 0.0
+
+
+def longest_repetition(token_ids: Sequence[int]) -> tuple[int, int]:
+    """Of the phrases that follow themselves in a text, the one that covers the most tokens: its length, and how often
+    it comes in a row. (0, 1) if none does."""
+    ids = np.asarray(token_ids)
+    best = (0, 1)
+    for length in range(1, len(ids) // 2 + 1):
+        is_same = ids[length:] == ids[:-length]
+        # The longest stretch of tokens that are as those a phrase before.
+        ends = np.flatnonzero(np.concatenate([[True], ~is_same, [True]]))
+        times = int(np.diff(ends).max() - 1) // length + 1
+        if times > 1 and length * times > best[0] * best[1]:
+            best = (length, times)
+    return best
+
+
+def is_suspicious(token_ids: Sequence[int]) -> bool:
+    """Whether a phrase comes three times in a row, or one of four tokens or more twice: people do speak so, but a
+    decoder whose encoder lacks silence does it oftener."""
+    length, times = longest_repetition(token_ids)
+    return times >= 3 or (times == 2 and length >= 4)
+
+
+def is_loop(token_ids: Sequence[int]) -> bool:
+    """Whether a phrase comes oftener than people say it."""
+    length, times = longest_repetition(token_ids)
+    return (times >= 3 and length >= 4) or (times >= 4 and length * times >= 8)
+
+
+def mean_log_prob(log_probs: Sequence[float]) -> float:
+    """The mean log-probability of a text's tokens and of its end; 0 of none."""
+    return sum(log_probs) / len(log_probs) if len(log_probs) else 0.0
+
+
+def repeats_itself(token_ids: Sequence[int], vocab_size: int, compression_ratio_threshold: float | None) -> bool:
+    """Whether a text is a loop, by its compression ratio or by a phrase of it; not without a threshold."""
+    if compression_ratio_threshold is None:
+        return False
+    return compression_ratio(token_ids, vocab_size) > compression_ratio_threshold or is_loop(token_ids)
+
+
+def is_refused(repeats: bool, log_prob: float, logprob_threshold: float | None) -> bool:
+    """Whether a text should be decoded anew: it repeats itself, or the donor is unsure of it."""
+    return repeats or (logprob_threshold is not None and log_prob < logprob_threshold)
+
+
+def no_speech_probability(logits: torch.Tensor, no_speech_token_id: int) -> torch.Tensor:
+    """
+    The donor's probability (R,) of <|nospeech|> by its logits (R, V) behind the start of the prompt. Above
+    `no_speech_threshold` nobody speaks. Whisper also asks that what it wrote is improbable; on audio of its own length
+    the probability tells speech from sounds by itself, and the text need not be written
+    (`benchmarks/run_safeguards.py`).
+    """
+    return logits.float().softmax(dim=-1)[:, no_speech_token_id]
+
+
+__all__ = [
+    "compression_ratio",
+    "is_loop",
+    "is_refused",
+    "is_suspicious",
+    "longest_repetition",
+    "mean_log_prob",
+    "no_speech_probability",
+    "repeats_itself",
+]

@@ -1,0 +1,251 @@
+"""One step of verified drafts, on hand-made trees, logits and entropies."""
+
+import math
+
+import pytest
+import torch
+
+from mdm_asr_hf.drafting_mdm_asr import (
+    DraftAllowance,
+    DraftTree,
+    choose_tokens,
+    entropy_bounded_length,
+    gumbel_noise,
+    propose_drafts,
+)
+from mdm_asr_hf.first_draft_mdm_asr import FirstDraft, Remainder, Spelling
+
+PADDING = 99
+
+
+def lay(tokens, lengths, num_cached, *branches):
+    drafts = [(torch.tensor(ids), torch.tensor(counts)) for ids, counts in branches]
+    return DraftTree.lay(torch.tensor(tokens), torch.tensor(lengths), torch.tensor(num_cached), drafts, PADDING)
+
+
+# Two rows: three committed tokens, of which one has no keys yet, and two of two. Branches of up to 2 and 1 drafts.
+TOKENS = [[5, 6, 7], [8, 9, 0]]
+
+
+def two_rows():
+    return lay(TOKENS, [3, 2], [2, 1], ([[10, 11], [12, 0]], [2, 1]), ([[20], [21]], [1, 1]))
+
+
+def test_a_tree_stands_behind_the_last_committed_token():
+    tree = two_rows()
+    assert tree.num_committed == 1 and tree.read_from == 0
+    assert tree.ids.tolist() == [[7, 10, 11, 20], [9, 12, 0, 21]]
+    # Both branches go on from the same position; their keys stand side by side.
+    assert tree.positions.tolist() == [[2, 3, 4, 3], [1, 2, 0, 2]]
+    assert tree.slots.tolist() == [[2, 3, 4, 5], [1, 2, PADDING, 4]]
+
+
+def test_a_draft_sees_the_committed_tokens_and_its_own_branch():
+    visible = two_rows().visible
+    seen = [[[slot for slot in range(6) if row[slot]] for row in rows] for rows in visible.tolist()]
+    assert seen[0] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 5]]
+    # The padding of the shorter branch sees the first slot, so that it is no NaN.
+    assert seen[1] == [[0, 1], [0, 1, 2], [0], [0, 1, 4]]
+
+
+def test_rows_of_different_prompts_are_aligned_at_their_ends():
+    tree = lay([[5, 6, 7], [8, 0, 0]], [3, 1], [0, 0], ([[10], [11]], [1, 1]))
+    assert tree.num_committed == 3 and tree.read_from == 2
+    assert tree.ids[0].tolist() == [5, 6, 7, 10] and tree.ids[1, 2:].tolist() == [8, 11]
+    assert tree.slots.tolist() == [[0, 1, 2, 3], [PADDING, PADDING, 0, 1]]
+    assert tree.visible[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert tree.visible[1, 2:].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "number", "branch", "path", "of_branch"),
+    [
+        # Behind the last token, behind 10, behind 11, behind 20.
+        ([1, 2, 3, 4], 0, 0, [0], [0, 0]),
+        ([10, 2, 3, 4], 1, 0, [0, 1], [1, 0]),
+        ([10, 11, 3, 4], 2, 0, [0, 1, 2], [2, 0]),
+        # A token that is right does not count behind one that is wrong.
+        ([1, 11, 3, 4], 0, 0, [0], [0, 0]),
+        ([20, 2, 3, 4], 1, 1, [0, 3], [0, 1]),
+    ],
+)
+def test_drafts_are_accepted_from_the_left_and_the_longer_branch_wins(chosen, number, branch, path, of_branch):
+    accepted = two_rows().accept(torch.tensor([chosen, [0, 0, 0, 0]]))
+    assert accepted.num_accepted.tolist() == [number, 0]
+    assert number == 0 or accepted.branch[0] == branch
+    assert accepted.path[0].tolist() == path
+    assert [int(one[0]) for one in accepted.of_branch] == of_branch
+
+
+def test_of_two_equal_branches_the_masks_is_taken_and_padding_never_is():
+    tree = lay([[5]], [1], [0], ([[10, 0]], [1]), ([[10]], [1]))
+    accepted = tree.accept(torch.tensor([[10, 0, 0, 0]]))
+    # The second draft of the first branch is padding, though the donor says 0 behind the first.
+    assert accepted.num_accepted.tolist() == [1] and accepted.branch.tolist() == [0]
+    assert [int(one[0]) for one in accepted.of_branch] == [1, 1]
+
+
+def test_without_drafts_the_donors_own_token_is_all():
+    accepted = lay([[5]], [1], [0]).accept(torch.tensor([[7]]))
+    assert accepted.num_accepted.tolist() == [0] and accepted.path.tolist() == [[0]] and accepted.of_branch == []
+
+
+@pytest.mark.parametrize(
+    ("gamma", "length"),
+    # Sums less the largest: 0, 0.1, 0.4, 0.6, 1.1.
+    [(0.0, 1), (0.09, 1), (0.1001, 2), (0.5, 3), (0.61, 4), (1.2, 5), (math.inf, 5)],
+)
+def test_the_entropy_bound_by_hand(gamma, length):
+    entropies = torch.tensor([[0.1, 0.3, 0.5, 0.2, 0.5]]).double()
+    assert entropy_bounded_length(entropies, gamma).tolist() == [length]
+
+
+def test_gamma_zero_proposes_one_draft_even_of_certain_ones():
+    assert entropy_bounded_length(torch.zeros(2, 4), 0.0).tolist() == [1, 1]
+    assert entropy_bounded_length(torch.zeros(2, 4), 1e-9).tolist() == [4, 4]
+
+
+def propose(last, limits, gamma=math.inf, sharpness=50.0, token_ids=(0, 1, 2, 3, 4, 5), eos=5):
+    """Drafts where, behind a token t, the logits say t + 1."""
+    following = torch.roll(torch.eye(6), 1, dims=1)[:, list(token_ids)] * sharpness
+    return propose_drafts(
+        lambda k, before, before_that: following[before],
+        torch.tensor(token_ids),
+        torch.tensor(last),
+        torch.tensor(limits),
+        gamma,
+        eos,
+    )
+
+
+def test_each_draft_knows_the_one_before():
+    ids, counts = propose([[0, 0], [0, 1]], [4, 4])
+    assert counts.tolist() == [4, 4] and ids.tolist()[0] == [1, 2, 3, 4]
+    # Behind an end of text nothing is proposed.
+    assert ids.tolist()[1] == [2, 3, 4, 5]
+    ids, counts = propose([[0, 3]], [4])
+    assert ids[0, : counts[0]].tolist() == [4, 5]
+
+
+def test_limits_and_uncertainty_cut_the_drafts():
+    ids, counts = propose([[0, 0], [0, 0]], [2, 0])
+    assert counts.tolist() == [2, 0] and ids.shape[1] == 2
+    # Six tokens equally likely are log 6 nats each: within 2 log 6, three of them, the largest left out.
+    assert propose([[0, 0]], [4], gamma=2 * math.log(6) + 1e-4, sharpness=0.0)[1].tolist() == [3]
+    assert propose([[0, 0]], [4], gamma=2 * math.log(6) - 1e-4, sharpness=0.0)[1].tolist() == [2]
+
+
+def test_drafts_come_from_the_short_list():
+    ids, counts = propose([[0, 0]], [4], token_ids=(1, 2, 5))
+    # 3 is not on it: what follows is whatever the list has.
+    assert ids[0, :2].tolist() == [1, 2] and set(ids[0].tolist()) <= {1, 2, 5}
+
+
+def test_an_allowance_falls_to_none_and_comes_back():
+    allowance, row = DraftAllowance(2, 1), torch.tensor([0])
+    assert allowance.limits(0, 8).tolist() == [8, 8] and allowance.limits(0, 3).tolist() == [3, 3]
+    asked = []
+    for _ in range(16):
+        limit = allowance.limits(0, 8)[:1]
+        asked.append(int(limit))
+        allowance.note(row, 0, limit, torch.tensor([0]))
+    # Means 0.6, 0.42, 0.29, 0.21: useless by the fourth, two are tried once more after 8 evaluations.
+    assert asked == [8] * 3 + [0] * 8 + [2] + [0] * 4
+    # Four evaluations lowered the mean; two drafts that are right bring all back.
+    assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**4)
+    allowance.note(row, 0, torch.tensor([2]), torch.tensor([2]))
+    assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**5 + 0.3 * 2)
+    assert allowance.limits(0, 8).tolist() == [8, 8]
+
+
+def test_noise_is_a_function_of_seed_position_and_token():
+    seeds, positions = torch.tensor([3, 4]), torch.tensor([[7, 8, 9], [7, 8, 9]])
+    noise = gumbel_noise(seeds, positions, 50)
+    assert torch.equal(noise[1:, 1:2], gumbel_noise(torch.tensor([4]), torch.tensor([[8]]), 50))
+    assert torch.equal(noise[..., :20], gumbel_noise(seeds, positions, 20))
+    assert len({tuple(row) for rows in noise.tolist() for row in rows}) == 6
+
+
+def test_noise_is_gumbels():
+    noise = gumbel_noise(torch.arange(20), torch.arange(50).expand(20, -1), 100).flatten()
+    # Mean is Euler's constant, the variance pi^2 / 6; 100,000 numbers.
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+
+def test_drawn_tokens_have_the_softmaxs_distribution():
+    logits, temperature, number = torch.tensor([2.0, 1.0, 0.0, -1.0]).double(), 0.7, 20_000
+    positions = torch.arange(number)[None]
+    tokens = choose_tokens(logits.expand(1, number, -1), temperature, torch.tensor([12345]), positions)
+    expected = (logits / temperature).softmax(dim=-1) * number
+    counts = torch.bincount(tokens.flatten(), minlength=4)
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    # Three degrees of freedom: 16.3 is passed by chance once in a thousand seeds, and this one is fixed.
+    assert chi_square < 16.3
+
+
+def test_without_temperature_the_first_of_the_best_is_chosen():
+    assert choose_tokens(torch.tensor([[[1.0, 3.0, 3.0]]]), 0.0, None, None).tolist() == [[1]]
+
+
+# The first draft.
+
+
+@pytest.mark.parametrize(
+    ("draft", "committed", "rest"),
+    [
+        (" a cat sat", "", " a cat sat"),
+        (" a cat sat", " a", " cat sat"),
+        (" a cat sat", " a cat", " sat"),
+        # A wrong letter, one too many, one missing: what follows goes on.
+        (" a kat sat", " a cat", " sat"),
+        (" a caat sat", " a cat", " sat"),
+        (" a ct sat", " a cat", " sat"),
+        (" a cat", " a cat", ""),
+        ("", " a cat", ""),
+    ],
+)
+def test_the_rest_of_a_draft_by_hand(draft, committed, rest):
+    remainder = Remainder(draft)
+    for character in committed:
+        remainder.advance(character)
+    assert remainder.rest() == rest
+
+
+def test_a_draft_of_tokens_is_cut_alike():
+    draft = FirstDraft([4, 5, 6, 7], None, eos_token_id=0)
+    assert draft.propose(3) == [4, 5, 6]
+    draft.advance([4])
+    draft.advance([9])
+    # It may stand for 5 or before it: the longer rest is proposed.
+    assert draft.propose(8) == [5, 6, 7, 0]
+    draft.advance([6])
+    assert draft.propose(8) == [7, 0]
+
+
+def spelling(texts):
+    characters = " abct"
+    table = torch.zeros((len(texts), 16), dtype=torch.uint8)
+    for i, text in enumerate(texts):
+        table[i, : len(text)] = torch.tensor([characters.index(c) + 1 for c in text], dtype=torch.uint8)
+    return Spelling(characters, table)
+
+
+def test_a_text_is_spelt_by_the_order_of_merges():
+    #        0    1    2    3    4    5     6     7      8
+    words = [" ", "a", "b", "c", "t", "at", "ca", " c", " cat"]
+    known = spelling(words)
+    # "at" merges before "ca" and " c"; " c" + "at" is a token.
+    assert known.encode(" cat", 10) == [8]
+    assert known.encode(" cab ab", 10) == [0, 6, 2, 0, 1, 2]
+    assert known.encode(" cab ab", 2) == [0, 6]
+    # A character that no token has ends it.
+    assert spelling(words[1:]).encode(" tab", 10) == []
+
+
+def test_the_end_of_text_follows_the_last_token_of_a_first_draft():
+    draft = FirstDraft.of_text("cat a", spelling([" ", "a", "b", "c", "t", "at", "ca", " c", " cat", " a"]), 42)
+    assert draft.propose(10) == [8, 9, 42] and draft.propose(2) == [8, 9] and draft.propose(1) == [8]
+    draft.advance([8])
+    assert draft.propose(10) == [9, 42]
+    assert FirstDraft.of_text("", spelling([" "]), 42).propose(3) == [42]
