@@ -156,7 +156,6 @@ def measure(arguments: argparse.Namespace) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype="float32").eval()
     settings = copy.deepcopy(model.generation_config)
-    settings.max_denoising_steps = arguments.steps
 
     common, normalise = common_words(arguments.texts, arguments.common), normaliser("en")
     chosen, texts = {}, {}
@@ -192,14 +191,12 @@ def measure(arguments: argparse.Namespace) -> None:
             its_lists = [lists[f"{dataset}/{row['id']}"] for row in data.rows]
             for row, one in zip(data.rows, its_lists, strict=True):
                 write(kind="words", dataset=dataset, id=row["id"], **one)
-            runs = [("", 0.0, 0.0)]
-            runs += [(n, b, t) for n in names for b in arguments.boosts for t in arguments.thresholds]
-            for name, boost, threshold in runs:
-                settings.hotword_boost, settings.hotword_threshold = boost, threshold
+            for name, boost in [("", 0.0), *((n, b) for n in names for b in arguments.boosts)]:
+                settings.hotword_boost = boost
                 words = [take(one, name) for one in its_lists] if name else None
                 for row in decode(model, processor, encoded, words, settings):
-                    write(kind="row", dataset=dataset, list=name, boost=boost, threshold=threshold, **row)
-                print(f"{dataset}: {name or 'no hotwords'}, boost {boost:g}, threshold {threshold:g}", flush=True)
+                    write(kind="row", dataset=dataset, list=name, boost=boost, **row)
+                print(f"{dataset}: {name or 'no hotwords'}, boost {boost:g}", flush=True)
 
 
 def summarise(folder: Path) -> list[dict[str, Any]]:
@@ -213,17 +210,17 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
         if record["kind"] == "words":
             words[record["dataset"], record["id"]] = record
         elif record["kind"] == "row":
-            key = tuple(record[name] for name in ("dataset", "list", "boost", "threshold"))
+            key = tuple(record[name] for name in ("dataset", "list", "boost"))
             runs.setdefault(key, []).append(record)
     results = []
-    for (dataset, name, boost, threshold), rows in runs.items():
+    for (dataset, name, boost), rows in runs.items():
         plain = runs[dataset, "", 0.0, 0.0]
         if len(rows) != len(plain):
             continue
         metrics = score(rows, num_bootstrap=0)["metrics"]
         # Without hotwords, by the words that the other runs are asked for.
         lists = [set(take(words[dataset, row["id"]], name or "own+0")) for row in rows]
-        entry = {"dataset": dataset, "list": name or "no hotwords", "boost": boost, "threshold": threshold}
+        entry = {"dataset": dataset, "list": name or "no hotwords", "boost": boost}
         entry |= {"num_utterances": len(rows), "wer": metrics["wer"], "mean_nfe": metrics["mean_nfe"]}
         entry["decoder_s"] = round(sum(row["decoder_s"] for row in rows), 1)
         entry |= biased_counts(rows, lists)
@@ -233,9 +230,9 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
         results.append(entry)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     lines = [
-        "| recordings | utterances | list | boost | threshold | WER % | difference (95 %) | U-WER % | B-WER % "
+        "| recordings | utterances | list | boost | WER % | difference (95 %) | U-WER % | B-WER % "
         "| recall % | precision % | false | NFE |",
-        "|---|---:|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for one in results:
         difference = ""
@@ -243,7 +240,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
             low, high = one["wer_difference"]["interval"]
             difference = f"{one['wer_difference']['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
         numbers = ("u_wer", "b_wer", "recall", "precision")
-        cells = [one["dataset"], one["num_utterances"], one["list"], f"{one['boost']:g}", f"{one['threshold']:g}"]
+        cells = [one["dataset"], one["num_utterances"], one["list"], f"{one['boost']:g}"]
         cells += [f"{one['wer']:.2f}", difference, *("" if one[n] is None else f"{one[n]:.1f}" for n in numbers)]
         lines.append("| " + " | ".join(map(str, [*cells, one["num_false"], f"{one['mean_nfe']:.2f}"])) + " |")
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -262,8 +259,6 @@ def main() -> None:
     parser.add_argument("--distractors", type=int, nargs="+", default=[50, 200])
     parser.add_argument("--lists", nargs="+", choices=("own", "none"), default=["own", "none"])
     parser.add_argument("--boosts", type=float, nargs="+", default=[5.0])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[4.0])
-    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--limit", type=int, help="utterances per folder, drawn by seed")
     parser.add_argument("--max-duration-s", type=float, default=30.0)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -1,4 +1,4 @@
-"""Hotwords: which logits are raised, against hand-made canvases and a slow reference; and through generate()."""
+"""Hotwords: states of texts and raised logits by hand, and against a slow definition; the processor's token ids."""
 
 import pickle
 from pathlib import Path
@@ -7,236 +7,186 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_model, tiny_processor, tiny_tokenizer
+from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_processor, tiny_tokenizer
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from mdm_asr_hf import default_checkpoint
+from mdm_asr_hf.generation_configuration_mdm_asr import BLOCKS
 from mdm_asr_hf.hotwords_mdm_asr import (
+    CONTINUATION_FACTOR,
     MAX_HOTWORD_TOKENS,
-    TOKEN_FACTOR,
+    HotwordAutomaton,
     HotwordIds,
-    HotwordTrie,
     encode_hotwords,
     spellings,
 )
-from mdm_asr_hf.sampling_mdm_asr import EBConfConfig, sampler_step
 
-MASK, EOS, V = 9, 8, 9
 REPOSITORY = Path(__file__).parent.parent
 LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
+V = 12
 
 
-def raised(hotword_ids, rows, logits, boost=5.0, threshold=3.0):
-    """The (row, position, token) that are raised on canvases, given as lists; also checks by how much."""
-    tokens = torch.tensor(rows)
-    ended = (tokens == EOS).cummax(-1).values
-    candidates = (tokens == MASK) & ~ended
-    text = ~ended
-    trie = HotwordTrie.build(hotword_ids, len(rows), V)
-    flat = logits[candidates].clone()
-    before = flat.clone()
-    places, unbiased = trie.raise_logits(flat, tokens, candidates, text, boost=boost, threshold=threshold)
-    changed = (flat != before).nonzero().tolist()
-    assert [flat[place, token].item() for place, token in changed] == [
-        before[place, token].item() + boost for place, token in changed
-    ]
-    assert places.tolist() == sorted({place for place, _ in changed}) and torch.equal(unbiased, before[places])
-    cells = candidates.nonzero().tolist()
-    return {(*cells[place], token) for place, token in changed}
+def state_of(automaton, text, row=0):
+    state = automaton.start(row)
+    for token in text:
+        state = automaton.advance(state, token)
+    return state
 
 
-def flat_logits(*shape, best=0, height=10.0):
-    """Token `best` is ahead of all others, by far, everywhere."""
-    logits = torch.zeros(*shape, V)
-    logits[..., best] = height
-    return logits
+def raised(automaton, text, row=0):
+    """Token -> what is added behind a text, as part of the boost."""
+    logits = torch.zeros(1, V)
+    automaton.raise_logits(logits, [state_of(automaton, text, row)], 1.0)
+    return {token: pytest.approx(value) for token, value in enumerate(logits[0].tolist()) if value}
 
 
-def test_a_word_is_raised_at_all_its_open_positions_where_it_is_plausible():
-    logits = flat_logits(1, 4)
-    # 1 + 4 = 5 nats behind over two tokens, 2.5 on average.
-    logits[0, 1, 3], logits[0, 2, 4] = 9.0, 6.0
-    canvas = [[MASK] * 4]
-    assert raised([[3, 4]], canvas, logits, threshold=2.5) == {(0, 1, 3), (0, 2, 4)}
-    assert raised([[3, 4]], canvas, logits, threshold=2.4) == set()
+def build(*words, batch_size=1):
+    return HotwordAutomaton.build([list(word) for word in words], batch_size, V)
 
 
-def test_one_token_that_is_out_of_the_question_rules_a_word_out():
-    assert TOKEN_FACTOR == 2.5
-    logits = flat_logits(1, 4)
-    logits[0, 0, 3], logits[0, 1, 4], logits[0, 2, 5], logits[0, 3, 6] = 10.0, 10.0, 10.0, 7.25
-    assert raised([[3, 4, 5, 6]], [[MASK] * 4], logits, threshold=1.0) == set()
-    logits[0, 3, 6] = 7.5
-    assert len(raised([[3, 4, 5, 6]], [[MASK] * 4], logits, threshold=1.0)) == 4
+# States
 
 
-def test_a_suppressed_token_stays_suppressed():
-    logits = flat_logits(1, 2)
-    logits[0, 0, 3], logits[0, 1, 4] = 10.0, -torch.inf
-    assert raised([[3, 4]], [[MASK] * 2], logits, threshold=1e6) == set()
+def test_a_state_is_the_longest_beginning_of_a_word_that_the_text_ends_with():
+    automaton = build([3, 4, 5], [4, 6, 7])
+    root = automaton.start(0)
+    states = [state_of(automaton, text) for text in ([], [3], [3, 4], [3, 4, 5], [4], [4, 6], [4, 6, 7])]
+    assert len(set(states)) == len(states)
+    assert state_of(automaton, [9]) == state_of(automaton, [6]) == state_of(automaton, [3, 5]) == root
+    assert state_of(automaton, [9, 4, 3]) == state_of(automaton, [3, 3]) == state_of(automaton, [3])
+    # By the failure link of [3, 4] to [4], and by that of [3, 4, 5] to nothing.
+    assert state_of(automaton, [3, 4, 6]) == state_of(automaton, [4, 6])
+    assert state_of(automaton, [3, 4, 5, 4]) == state_of(automaton, [4])
+    assert state_of(automaton, [3, 4, 5, 6]) == root
 
 
-def test_a_committed_part_extends_the_word_to_the_right_and_to_the_left():
-    logits = flat_logits(1, 3)
-    logits[0, :, 3], logits[0, :, 4], logits[0, :, 5] = 5.0, 5.0, 5.0
-    word = [[3, 4, 5]]
-    # 5 nats behind at two of three positions, 10 / 3 on average; at all of them it would be 5.
-    assert raised(word, [[3, MASK, MASK]], logits, threshold=3.4) == {(0, 1, 4), (0, 2, 5)}
-    assert raised(word, [[MASK, MASK, 5]], logits, threshold=3.4) == {(0, 0, 3), (0, 1, 4)}
-    assert raised(word, [[MASK, 4, MASK]], logits, threshold=3.4) == {(0, 0, 3), (0, 2, 5)}
-    assert raised(word, [[MASK, MASK, MASK]], logits, threshold=3.4) == set()
-    assert raised(word, [[3, MASK, MASK]], logits, threshold=3.3) == set()
+def test_a_failure_link_leads_past_several_shorter_beginnings():
+    automaton = build([1, 2, 1, 2, 3], [2, 1, 4], [5])
+    # Of [1, 2, 1], the shorter beginnings are [2, 1] and [1].
+    assert state_of(automaton, [1, 2, 1, 4]) == state_of(automaton, [2, 1, 4])
+    assert state_of(automaton, [1, 2, 1, 1]) == state_of(automaton, [1])
+    assert state_of(automaton, [1, 2, 1, 5]) == state_of(automaton, [5])
+    assert state_of(automaton, [1, 2, 1, 2, 1]) == state_of(automaton, [1, 2, 1])
 
 
-@pytest.mark.parametrize(
-    "canvas",
-    [[3, 4, MASK, MASK], [MASK, 6, MASK, EOS], [6, 6, 6, MASK], [3, 4, 5, MASK], [MASK, MASK, EOS, MASK]],
-    ids=["another token follows", "another amid it", "beyond the canvas", "complete", "beyond the end of text"],
-)
-def test_where_a_word_does_not_fit(canvas):
-    logits = torch.zeros(1, 4, V)
-    # Nothing is implausible: what rules it out is the canvas.
-    word = [[3, 4, 5]] if canvas != [3, 4, MASK, MASK] else [[3, 6, 5]]
-    assert raised(word, [canvas], logits) == set()
+# What is raised
 
 
-def test_no_word_ends_amid_another():
-    logits = torch.zeros(1, 3, V)
-    assert raised([[3, 4]], [[MASK, 4, 7]], logits) == {(0, 0, 3)}
-    assert raised(HotwordIds([[3, 4]], [0], inner_ids=[7]), [[MASK, 4, 7]], logits) == set()
-    assert raised(HotwordIds([[3, 4]], [0], inner_ids=[7]), [[MASK, 4, 6]], logits) == {(0, 0, 3)}
-    # What is still open after it may become anything.
-    assert raised(HotwordIds([[3, 4]], [0], inner_ids=[7]), [[MASK, 4, MASK]], logits) == {(0, 0, 3)}
+def test_first_tokens_and_those_that_go_on_are_raised_by_their_share_of_the_word():
+    assert CONTINUATION_FACTOR == 2.0
+    automaton = build([3, 4, 5], [6, 7])
+    beginnings = {3: 1 / 3, 6: 1 / 2}
+    assert raised(automaton, []) == raised(automaton, [9]) == beginnings
+    # Two of three tokens, twice as much since it goes on.
+    assert raised(automaton, [3]) == beginnings | {4: 4 / 3}
+    assert raised(automaton, [9, 3, 4]) == beginnings | {5: 2.0}
+    assert raised(automaton, [3, 4, 9]) == beginnings
 
 
-def test_of_contradicting_words_the_most_plausible_is_raised():
-    logits = flat_logits(1, 3)
-    logits[0, 0, 3], logits[0, 1, 4], logits[0, 2, 5] = 9.0, 9.5, 9.8
-    # [3, 4] is 0.75 behind on average, [4, 5] is 0.35: at position 1 they agree, so that both stay.
-    assert raised([[3, 4], [4, 5]], [[MASK] * 3], logits) == {(0, 0, 3), (0, 1, 4), (0, 2, 5)}
-    logits[0, 1, 6] = 9.0
-    # [3, 6] is 1 behind and wants another token at position 1.
-    assert raised([[3, 6], [4, 5]], [[MASK] * 3], logits) == {(0, 1, 4), (0, 2, 5)}
-    assert raised([[3, 6]], [[MASK] * 3], logits) == {(0, 0, 3), (0, 1, 6)}
+def test_of_overlapping_words_all_go_on():
+    automaton = build([3, 4, 5], [4, 6])
+    beginnings = {3: 1 / 3, 4: 1 / 2}
+    assert raised(automaton, [3, 4]) == beginnings | {5: 2.0, 6: 2.0}
+    assert raised(automaton, [4]) == beginnings | {6: 2.0}
+    # What begins a word and goes on with another goes on.
+    assert raised(automaton, [3]) == beginnings | {4: 4 / 3}
 
 
-def test_a_word_and_its_longer_form_do_not_contradict():
-    logits = flat_logits(1, 2)
-    logits[0, 0, 3], logits[0, 1, 4] = 9.5, 8.0
-    assert raised([[3], [3, 4]], [[MASK] * 2], logits) == {(0, 0, 3), (0, 1, 4)}
-    # Nor does the short one, once it is written, keep the long one from being completed.
-    assert raised([[3], [3, 4]], [[3, MASK]], logits) == {(0, 1, 4)}
+def test_a_word_that_begins_another():
+    automaton = build([3], [3, 4])
+    # Of the shorter word, 3 is all.
+    assert raised(automaton, []) == {3: 1.0}
+    assert raised(automaton, [3]) == {4: 2.0}
 
 
-def test_a_word_is_raised_once_where_its_place_is_uncertain():
-    logits = flat_logits(1, 5)
-    logits[0, 1, 3], logits[0, 2, 3], logits[0, 4, 3] = 9.0, 9.5, 8.0
-    # Neighbours are the same word; one position between them makes two.
-    assert raised([[3]], [[MASK] * 5], logits) == {(0, 2, 3), (0, 4, 3)}
-    assert raised([[3]], [[MASK, 3, MASK, MASK, MASK]], logits) == {(0, 4, 3)}
-    # Equally plausible ones: the left one.
-    logits[0, 1, 3] = 9.5
-    assert raised([[3]], [[MASK] * 5], logits) == {(0, 1, 3), (0, 4, 3)}
+def test_a_word_does_not_begin_at_once_again():
+    automaton = build([3], [4, 5], [5, 6], [7, 7])
+    assert raised(automaton, []) == {3: 1.0, 4: 0.5, 5: 0.5, 7: 0.5}
+    assert raised(automaton, [3]) == {4: 0.5, 5: 0.5, 7: 0.5}
+    assert raised(automaton, [4, 5]) == {3: 1.0, 5: 0.5, 6: 2.0, 7: 0.5}
+    assert raised(automaton, [7]) == {3: 1.0, 4: 0.5, 5: 0.5, 7: 2.0}
+    assert raised(automaton, [7, 7]) == {3: 1.0, 4: 0.5, 5: 0.5}
+    # A token later it does.
+    assert raised(automaton, [3, 9]) == raised(automaton, [])
 
 
-def test_spellings_of_a_word_are_the_same_word():
-    logits = flat_logits(1, 2)
-    logits[0, 0, 3], logits[0, 1, 4] = 9.5, 9.0
-    assert raised([[3], [4]], [[MASK] * 2], logits) == {(0, 0, 3), (0, 1, 4)}
-    assert raised(HotwordIds([[3], [4]], words=[0, 0]), [[MASK] * 2], logits) == {(0, 0, 3)}
+def test_shares_are_of_letters():
+    # A bare blank of no letters begins nothing.
+    words = HotwordIds([[1, 2], [3, 4, 5]], {1: 3, 2: 1, 3: 0, 4: 1, 5: 4})
+    automaton = HotwordAutomaton.build(words, 1, V)
+    assert raised(automaton, []) == {1: 3 / 4}
+    assert raised(automaton, [3]) == {1: 3 / 4, 4: 2 / 5}
+    assert raised(automaton, [3, 4]) == {1: 3 / 4, 5: 2.0}
 
 
-def test_each_row_has_its_own_words():
-    logits = torch.zeros(3, 2, V)
-    canvas = [[MASK] * 2] * 3
-    assert raised([[[3, 4]], [], [[5, 6]]], canvas, logits) == {(0, 0, 3), (0, 1, 4), (2, 0, 5), (2, 1, 6)}
-    assert raised([[3, 4]], canvas, logits) == {(r, i, t) for r in range(3) for i, t in ((0, 3), (1, 4))}
+def test_rows_with_words_of_their_own():
+    lists = [[[3, 4]], [], [[5]]]
+    automaton = HotwordAutomaton.build(lists, 3, V)
+    assert len({automaton.start(row) for row in range(3)}) == 3
+    assert [raised(automaton, [3], row) for row in range(3)] == [{3: 0.5, 4: 2.0}, {}, {5: 1.0}]
+    taken = automaton.take_rows([2, 0, 0])
+    assert [taken.start(row) for row in range(3)] == [automaton.start(row) for row in (2, 0, 0)]
+    # States stay what they are.
+    assert taken.advance(taken.start(1), 3) == automaton.advance(automaton.start(0), 3)
+    shared = HotwordAutomaton.build([[3, 4]], 3, V)
+    assert shared.start(0) == shared.start(2)
+    same = HotwordAutomaton.build([lists[0]] * 3, 3, V)
+    assert same.start(0) == same.start(2) and raised(same, [3], 2) == {3: 0.5, 4: 2.0}
 
 
-def slow_reference(words, owners, inner, canvas, logits, threshold):
-    """What is raised in one row, by the definition: every word at every position."""
-    length = canvas.index(EOS) if EOS in canvas else len(canvas)
-    found = []
-    for sequence, owner in zip(words, owners, strict=True):
-        for start in range(length - len(sequence) + 1):
-            gaps = []
-            for i, token in enumerate(sequence, start=start):
-                if canvas[i] == MASK:
-                    gaps.append(float(logits[i].max() - logits[i, token]))
-                else:
-                    gaps.append(0.0 if canvas[i] == token else float("inf"))
-            end = start + len(sequence)
-            if max(gaps) > TOKEN_FACTOR * threshold or (end < length and canvas[end] in inner):
-                continue
-            mean = round(sum(gaps) / len(gaps) * 1000)
-            if mean <= round(threshold * 1000):
-                is_open = any(canvas[i] == MASK for i in range(start, end))
-                found.append(((mean, start), start, sequence, owner, is_open))
-    result = set()
-    for rank, start, sequence, owner, is_open in found:
-        cells = {start + i: token for i, token in enumerate(sequence) if canvas[start + i] == MASK}
-        agrees = all(
-            token
-            == min(
-                (other_rank, other[i - other_start])
-                for other_rank, other_start, other, _, _ in found
-                if 0 <= i - other_start < len(other)
-            )[1]
-            for i, token in cells.items()
-        )
-        is_first = all(
-            other_rank >= rank
-            or other_owner != owner
-            or other_start > start + len(sequence)
-            or start > other_start + len(other)
-            for other_rank, other_start, other, other_owner, _ in found
-        )
-        if agrees and is_first and is_open:
-            result |= set(cells.items())
-    return result
+def test_the_boost_is_shared_out_in_any_precision():
+    automaton = build([3], [4, 5])
+    states = [state_of(automaton, text) for text in ([], [4])]
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.zeros(2, V, dtype=dtype)
+        automaton.raise_logits(logits, states, 6.0)
+        assert logits.dtype == dtype
+        assert logits[:, 3:6].tolist() == [[6.0, 3.0, 0.0], [6.0, 3.0, 12.0]] and int((logits != 0).sum()) == 5
 
 
-sequences = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+def test_nothing_is_raised_behind_a_whole_text():
+    automaton = build([3], [4, 5])
+    logits = torch.zeros(2, V)
+    logits[0, 2] = logits[1, 1] = 1.0
+    expected = logits.clone()
+    expected[1, 3], expected[1, 4], expected[1, 5] = 6.0, 3.0, 12.0
+    automaton.raise_logits(logits, [state_of(automaton, [4])] * 2, 6.0, eos_token_id=2)
+    assert torch.equal(logits, expected)
+
+
+def slow_definition(words, letters, text):
+    def share(word, number):
+        count = [letters.get(token, 1) for token in word]
+        return sum(count[:number]) / max(sum(count), 1)
+
+    weights = {}
+    endings = [text[i:] for i in range(len(text) + 1)]
+    for word in words:
+        for ending in endings:
+            n = len(ending)
+            if word[:n] == ending and len(word) > n:
+                weight = share(word, n + 1) * (CONTINUATION_FACTOR if n else 1.0)
+                weights[word[n]] = max(weights.get(word[n], 0.0), weight)
+    for word in words:
+        if word in endings:
+            weights.pop(word[0], None)
+    return {token: pytest.approx(weight) for token, weight in weights.items() if weight}
+
+
+tokens = st.integers(0, 4)
 
 
 @given(
-    words=st.lists(sequences, min_size=1, max_size=8, unique_by=tuple),
-    num_words=st.integers(1, 8),
-    inner=st.sets(st.integers(0, 5), max_size=3),
-    rows=st.lists(st.lists(st.sampled_from([MASK, MASK, 0, 1, 2, 3, 4, 5, EOS]), min_size=7, max_size=7), max_size=3),
-    threshold=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
-    seed=st.integers(0, 2**31),
+    words=st.lists(st.lists(tokens, min_size=1, max_size=4), min_size=1, max_size=8),
+    letters=st.dictionaries(tokens, st.integers(0, 5)),
+    text=st.lists(tokens, max_size=12),
 )
-def test_it_does_what_the_definition_says_and_a_batch_is_its_rows(words, num_words, inner, rows, threshold, seed):
-    # One row is always there, with something open in it.
-    rows = [[MASK] * 7, *rows]
-    # Quarters, so that no mean lies at the edge of the sampler's grid.
-    logits = torch.randint(-8, 9, (len(rows), 7, V), generator=torch.Generator().manual_seed(seed)) / 4.0
-    hotwords = HotwordIds(words, [i % num_words for i in range(len(words))], inner)
-    together = raised(hotwords, rows, logits, threshold=threshold)
-    for r, row in enumerate(rows):
-        expected = slow_reference(words, hotwords.words, inner, row, logits[r], threshold)
-        assert {(i, t) for one, i, t in together if one == r} == expected
-        assert {(i, t) for _, i, t in raised([hotwords], [row], logits[r : r + 1], threshold=threshold)} == expected
-    shuffled = HotwordIds(words[::-1], hotwords.words[::-1], inner)
-    assert raised(shuffled, rows, logits, threshold=threshold) == together
-
-
-def test_the_sampler_takes_the_raised_token_without_growing_bolder():
-    canvas = torch.full((1, 2), MASK)
-    logits = torch.zeros(2, V)
-    logits[0, 1], logits[1, 2] = 3.0, 1.0
-    arguments = dict(mask_token_id=MASK, steps_left=9, candidates=canvas == MASK)
-    plain = sampler_step(EBConfConfig(gamma=0.5), logits, canvas, **arguments)
-    assert plain.committed.tolist() == [[True, False]]
-    boosted, places = logits.clone(), torch.tensor([1])
-    boosted[1, 3] += 12.0
-    # The entropy of a sure position would let both through.
-    bold = sampler_step(EBConfConfig(gamma=0.5), boosted, canvas, **arguments)
-    assert bold.committed.tolist() == [[True, True]]
-    step = sampler_step(EBConfConfig(gamma=0.5), boosted, canvas, unbiased=(places, logits[places]), **arguments)
-    assert step.committed.sum() == 1 and step.tokens.tolist() == [[1, 3]]
-    assert torch.equal(step.confidence, bold.confidence)
+def test_it_does_what_the_definition_says(words, letters, text):
+    automaton = HotwordAutomaton.build([HotwordIds(), HotwordIds(words, letters)], 2, V)
+    assert raised(automaton, text, row=1) == slow_definition(words, letters, text)
+    assert raised(automaton, text, row=0) == {}
+    backwards = HotwordAutomaton.build(HotwordIds(words[::-1], letters), 1, V)
+    assert raised(backwards, text) == raised(automaton, text, row=1)
 
 
 # The processor's part
@@ -249,16 +199,14 @@ def test_spellings():
 
 def test_hotword_ids_are_tokens_as_in_a_text():
     processor = tiny_processor()
-    ids = processor.hotword_ids(["bad", " new  cab "])
+    ids = processor.hotword_ids(["bad", " new  cab ", "bad"])
     space, letters = 3, {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz", start=4)}
     # The vocabulary has no capitals, so that other spellings drop out.
     bad, new, cab = (list(map(letters.get, word)) for word in ("bad", "new", "cab"))
     assert ids == [[space, *bad], [space, *new, space, *cab]]
-    assert ids.words == [0, 1]
     assert ids[0] == processor(text="bad").labels[0, :-1].tolist()
-    # Not what begins with a blank, nor punctuation, nor special tokens.
-    assert set(letters.values()) <= set(ids.inner_ids) and not {1, 2, space, 30, 31, 32} & set(ids.inner_ids)
-    assert pickle.loads(pickle.dumps(ids)).words == [0, 1]
+    assert ids.letters == {space: 0} | {letters[letter]: 1 for letter in "badnewc"}
+    assert pickle.loads(pickle.dumps(ids)).letters == ids.letters
     assert processor.hotword_ids([]) == []
 
 
@@ -281,82 +229,40 @@ def test_a_spelling_that_takes_too_many_tokens_is_left_out():
 )
 def test_what_are_no_hotword_ids_raises(hotword_ids):
     with pytest.raises(ValueError, match="`hotword_ids`"):
-        HotwordTrie.build(hotword_ids, 3, VOCAB_SIZE)
+        HotwordAutomaton.build(hotword_ids, 3, VOCAB_SIZE)
 
 
 def test_nothing_to_build():
     for nothing in ([], [[], [], []], HotwordIds(), [HotwordIds()] * 3):
-        assert HotwordTrie.build(nothing, 3, VOCAB_SIZE) is None
+        assert HotwordAutomaton.build(nothing, 3, VOCAB_SIZE) is None
 
 
 # Through generate()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model().eval()
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_hotwords_do_not_depend_on_drafts_or_batch(blocks):
+    model = tiny_drafts_model("whisper")
+    features, mask = tiny_inputs("whisper")
+    words = [[20, 21, 22], [7], [40, 8]]
+    arguments = {"hotword_ids": words, "hotword_boost": 1.0, "max_new_tokens": 24}
+    plain = model.generate(features.double(), mask, max_new_tokens=24)
+    loop = model.generate(features.double(), mask, draft_branches=[], **arguments)
+    assert loop.shape != plain.shape or not torch.equal(loop, plain)
+    assert torch.equal(model.generate(features.double(), mask, draft_blocks=blocks, **arguments), loop)
+    for row in range(3):
+        length = int(mask[row].sum())
+        alone = model.generate(features[row : row + 1, :length].double(), mask[row : row + 1, :length], **arguments)
+        assert alone[0].tolist() == loop[row, : alone.shape[1]].tolist()
+    # Confidence is the donor's, of the words too.
+    output = model.generate(features.double(), mask, return_dict_in_generate=True, **arguments)
+    assert float(output.confidence.max()) < 0.9
 
 
-def contains(sequence, word):
-    sequence = list(sequence)
-    return any(sequence[i : i + len(word)] == word for i in range(len(sequence)))
-
-
-def test_without_hotwords_nothing_changes(model):
-    features, mask = tiny_inputs()
-    arguments = dict(input_features=features, attention_mask=mask, return_dict_in_generate=True, canvas_length=12)
-    plain = model.generate(**arguments)
-    for extra in (
-        dict(hotword_ids=[]),
-        dict(hotword_ids=[[], [], []]),
-        dict(hotword_ids=[[5, 6, 7]], hotword_boost=0.0),
-    ):
-        other = model.generate(**arguments, **extra)
-        assert torch.equal(plain.sequences, other.sequences) and torch.equal(plain.confidence, other.confidence)
-        assert torch.equal(plain.nfe, other.nfe)
-
-
-def test_a_forced_word_is_written_and_a_batch_is_its_rows(model):
-    features, mask = tiny_inputs()
-    words = [[[5, 6, 7], [9, 10]], [], [[11, 12, 13, 14]]]
-    arguments = dict(hotword_boost=1000.0, hotword_threshold=1000.0, canvas_length=12)
-    batch = model.generate(features, mask, hotword_ids=words, **arguments)
-    assert contains(batch[0].tolist(), [5, 6, 7]) and contains(batch[2].tolist(), [11, 12, 13, 14])
-    plain = model.generate(features, mask, canvas_length=12)
-    for i in range(3):
-        n = int(mask[i].sum())
-        single = model.generate(
-            features[i : i + 1, :n], mask[i : i + 1, :n], hotword_ids=words[i] or [[]][:0], **arguments
-        )[0]
-        width = min(len(single), batch.shape[1])
-        assert torch.equal(single[:width], batch[i, :width])
-        if i == 1:
-            assert torch.equal(plain[1][:width], single[:width])
-
-
-def test_samples_of_an_utterance_share_its_words(model):
-    features, mask = tiny_inputs()
-    words = [[[5, 6, 7]], [[8, 9, 10]], [[11, 12, 13]]]
-    out = model.generate(
-        features,
-        mask,
-        hotword_ids=words,
-        hotword_boost=1000.0,
-        hotword_threshold=1000.0,
-        num_return_sequences=2,
-        temperature=1.0,
-        generator=torch.Generator().manual_seed(0),
-        canvas_length=12,
-    )
-    for i, row in enumerate(out.tolist()):
-        assert contains(row, words[i // 2][0])
-
-
-@pytest.mark.parametrize("name", ["hotword_boost", "hotword_threshold"])
-def test_settings_are_checked(model, name):
-    features, mask = tiny_inputs()
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        model.generate(features, mask, **{name: -1.0})
+def test_settings_are_checked():
+    model, (features, mask) = tiny_drafts_model("whisper"), tiny_inputs()
+    with pytest.raises(ValueError, match="`hotword_boost`"):
+        model.generate(features, mask, hotword_boost=-1.0)
     with pytest.raises(ValueError, match="lists for 2 rows"):
         model.generate(features, mask, hotword_ids=[[[3]], [[4]]])
 
@@ -367,9 +273,8 @@ def test_settings_are_checked(model, name):
 @pytest.fixture(scope="module")
 def real():
     folder = default_checkpoint()
-    return AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype="float32").eval(), AutoProcessor.from_pretrained(
-        folder
-    )
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype="float32").eval()
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def test_words_that_were_not_said_leave_a_clear_recording_alone(real):
@@ -385,9 +290,6 @@ def test_hotwords_of_the_real_tokenizer(real):
     ids = processor.hotword_ids(["Quilter"])
     assert processor.tokenizer.convert_ids_to_tokens(ids[0]) == ["ĠQu", "il", "ter"]
     assert [processor.tokenizer.decode(one) for one in ids] == [" Quilter", " quilter", " QUILTER"]
-    inner = set(ids.inner_ids)
-    (il,), (stop,), (word,) = (processor.tokenizer.encode(t, add_special_tokens=False) for t in ("il", ".", " the"))
-    assert il in inner and stop not in inner and word not in inner
 
 
 def test_a_name_that_was_said_is_written(real):
@@ -396,11 +298,7 @@ def test_a_name_that_was_said_is_written(real):
         pytest.skip("LibriSpeech does not lie beside the repository.")
     model, processor = real
     inputs = processor(recording)
-    assert "quilter" not in processor.decode(model.generate(**inputs))[0].lower()
-    words = ["quilter", "mulrady", "olbinett", "firefox", "cosette", "sherman"]
-    hotword_ids = processor.hotword_ids(words)
+    plain = processor.decode(model.generate(**inputs))[0]
+    hotword_ids = processor.hotword_ids(["Quilter", "mulrady", "olbinett", "firefox", "cosette", "sherman"])
     text = processor.decode(model.generate(**inputs, hotword_ids=hotword_ids))[0]
-    # Which of its spellings is the model's choice, and a close one: with two positions behind, the capital.
-    assert text.lower().startswith("by harry quilter")
-    text = processor.decode(model.generate(**inputs, hotword_ids=hotword_ids, active_behind=2))[0]
-    assert text.startswith("By Harry Quilter")
+    assert "Quilter" in text and text.count("Quilter") >= plain.count("Quilter")
