@@ -29,8 +29,8 @@ def export(
     """
     Export a checkpoint to ONNX, for CPUs.
 
-    Writes encoder.onnx and decoder.onnx, settings and processor. `transcribe` and `stream` take the folder as
-    --model. Needs the extra `onnx`.
+    Writes graphs, embeddings, settings and processor. `transcribe` and `stream` take the folder as --model. Needs
+    the extra `onnx`, and a checkpoint that decodes by drafts.
     """
     from . import cli, default_checkpoint
     from .onnx_export_mdm_asr import export_onnx
@@ -43,7 +43,8 @@ def export(
         except (ValueError, OSError, ImportError) as error:
             raise cli.Failure(f"cannot export {source}: {error}") from error
         collector.flush_to_stderr()
-    sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(output.glob("*.onnx*")))
+    files = sorted(path for path in output.iterdir() if path.suffix in (".onnx", ".data", ".safetensors"))
+    sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in files)
     print(f"wrote {output}: {sizes}")
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Export to ONNX: an encoder graph, and a decoder graph of one evaluation of the active window."""
+"""Export to ONNX: encoder, CTC head, donor's decoder, and what drafts, as graphs for [`OnnxMDMASR`]."""
 
 import copy
 import logging
@@ -10,38 +10,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from .active_window_mdm_asr import KeyValue
+from .cache_mdm_asr import BehindDonor, KeyValue
+from .encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from .int8_mdm_asr import needs_position_scales
 
-ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
+ENCODER_FILE, CTC_FILE, DECODER_FILE = "encoder.onnx", "ctc_head.onnx", "decoder.onnx"
+DRAFTS_FILE, HEAD_FILE, TOKENS_FILE = "drafts.onnx", "draft_head.onnx", "tokens.safetensors"
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
+DYNAMIC = torch.export.Dim.DYNAMIC
 
 
-def layer_names(kind: str, num_layers: int) -> list[str]:
+def layer_names(kind: str, layers: range) -> list[str]:
     """Names of a graph's inputs or outputs that there is one of for every layer, such as `cross_key.0`."""
-    return [f"{kind}.{layer}" for layer in range(num_layers)]
+    return [f"{kind}.{layer}" for layer in layers]
 
 
 class _ConcatenatingCache:
     """
-    Stands in for [`CanvasCache`] in a graph, which has no state: past keys and values come in, the window's go out.
+    Stands in for [`DraftingCache`] in a graph, which has no state: past keys and values (layers, R, P, key-value
+    heads, head_dim) come in, the causal rows' own go out.
 
     Attributes:
-        new_keys, new_values (`list` of `torch.Tensor` of shape (R, key-value heads, W, head_dim)): one per layer.
+        new_keys, new_values (`list` of `torch.Tensor` of shape (R, Q, key-value heads, head_dim)): one per layer.
     """
 
-    def __init__(self, past_keys: list[torch.Tensor], past_values: list[torch.Tensor]):
+    def __init__(self, past_keys: torch.Tensor, past_values: torch.Tensor):
         self.past_keys, self.past_values = past_keys, past_values
         self.new_keys: list[torch.Tensor] = []
         self.new_values: list[torch.Tensor] = []
 
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
-        self.new_keys.append(keys)
-        self.new_values.append(values)
-        return torch.cat([self.past_keys[layer], keys], dim=2), torch.cat([self.past_values[layer], values], dim=2)
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> KeyValue:
+        self.new_keys.append(keys.transpose(1, 2))
+        self.new_values.append(values.transpose(1, 2))
+        past = self.past_keys[layer_idx].transpose(1, 2), self.past_values[layer_idx].transpose(1, 2)
+        return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
 
 
 class EncoderGraph(nn.Module):
@@ -51,14 +57,17 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_features: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model.prepare_cross_attention(self.model.encode(input_features, attention_mask))
-        keys, values = zip(*outputs.cross_attention_states, strict=True)
+    def forward(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor, trailing_silence: int | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        silence_s = None if trailing_silence is None else trailing_silence / WHISPER_FRAMES_PER_S
+        outputs = self.model.encode(input_features, attention_mask, trailing_silence_s=silence_s)
+        keys, values = zip(*self.model.prepare_cross_attention(outputs).cross_attention_states, strict=True)
         return outputs.last_hidden_state, outputs.attention_mask.bool(), *keys, *values
 
 
 class DecoderGraph(nn.Module):
-    """One evaluation of the decoder on a window of prompt and canvas, by the package's own decoder."""
+    """One evaluation of the donor's causal rows, by the package's own decoder."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -66,62 +75,124 @@ class DecoderGraph(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        embeds: torch.Tensor,
         position_ids: torch.LongTensor,
-        key_mask: torch.BoolTensor,
+        visible: torch.BoolTensor,
         frame_mask: torch.BoolTensor,
-        places: torch.LongTensor,
-        past_keys: list[torch.Tensor],
-        past_values: list[torch.Tensor],
+        columns: torch.LongTensor,
+        past_keys: torch.Tensor,
+        past_values: torch.Tensor,
         cross_keys: list[torch.Tensor],
         cross_values: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """
         Args:
-            input_ids, position_ids (`torch.LongTensor` of shape (R, W)): the window, and where it stands.
-            key_mask (`torch.BoolTensor` of shape (R, P + W)): which past positions and positions of the window count.
+            embeds (`torch.Tensor` of shape (R, Q, D)), position_ids (R, Q): the rows' tokens, and where they stand.
+            visible (`torch.BoolTensor` of shape (R, Q, P + Q)): what each sees of the past and of the rows themselves.
             frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
-            places (`torch.LongTensor` of shape (C,)): those among R * W positions that logits are computed of.
-            past_keys, past_values (`list` of `torch.Tensor` of shape (R, key-value heads, P, head_dim)): of every
-                layer.
+            columns (`torch.LongTensor` of shape (R, N)): those among Q that logits are computed of.
+            past_keys, past_values (`torch.Tensor` of shape (layers, R, P, key-value heads, head_dim)).
             cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)).
 
         Returns:
-            Logits (C, V); new keys and values (R, key-value heads, W, head_dim) of every layer; and of every layer the
-            queries (R, W, heads * head_dim) of the cross-attention.
+            Logits (R, N, V); new keys and values (layers, R, Q, key-value heads, head_dim); and the queries of the
+            cross-attention (layers, R, Q, heads * head_dim).
         """
         cache = _ConcatenatingCache(past_keys, past_values)
         outputs = self.decoder(
-            input_ids,
+            position_ids,
             None,
             # Both as they are added to the scores, once for all layers.
-            attention_mask=_additive(key_mask),
-            encoder_attention_mask=_additive(frame_mask),
+            attention_mask=_additive(visible),
+            encoder_attention_mask=_additive(frame_mask)[:, None, None],
             cross_attention_states=list(zip(cross_keys, cross_values, strict=True)),
+            token_embeds=embeds,
             position_ids=position_ids,
-            canvas_cache=cache,
+            past_key_values=cache,
             output_cross_queries=True,
         )
-        logits = self.proj_out(outputs.last_hidden_state.flatten(0, 1)[places])
-        return logits, *cache.new_keys, *cache.new_values, *outputs["cross_queries"]
+        states = outputs.last_hidden_state
+        logits = self.proj_out(states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1])))
+        return logits, *(torch.stack(list(x)) for x in (cache.new_keys, cache.new_values, outputs["cross_queries"]))
+
+
+class DraftsGraph(nn.Module):
+    """The blocks of masks behind some frontiers."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.decoder = model.get_decoder()
+
+    def forward(
+        self,
+        frontiers: torch.LongTensor,
+        visible: torch.BoolTensor,
+        frame_mask: torch.BoolTensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        cross_keys: list[torch.Tensor],
+        cross_values: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Args:
+            frontiers (`torch.LongTensor` of shape (R, F)): positions behind which blocks of K masks stand.
+            visible (`torch.BoolTensor` of shape (R, F K, S + F K)): what each mask sees of the donor's slots, and of
+                the masks.
+            frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
+            keys, values (`torch.Tensor` of shape (draft layers, R, S, key-value heads, head_dim)): the donor's.
+            cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)): of the
+                layers behind which masks stand.
+
+        Returns:
+            Normalised states (R, F, K, D).
+        """
+        decoder, behind = self.decoder, BehindDonor()
+        layers = decoder.drafts.layers
+        of_donor = [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in zip(keys, values, strict=True)]
+        behind.of_donor = [None] * layers[0].index + of_donor
+        masks = decoder.embed_masks(frontiers)
+        visible, frames = _additive(visible)[:, None], _additive(frame_mask)[:, None, None]
+        for layer, *cross in zip(layers, cross_keys, cross_values, strict=True):
+            masks = layer(masks, tuple(cross), behind, visible, frames)
+        return decoder.drafts.layer_norm(masks).unflatten(1, (-1, decoder.config.draft_length))
+
+
+class HeadGraph(nn.Module):
+    """The sequential head: logits (R, L, N) of the short list, see [`MDMASRSequentialHead`]."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.head = model.get_decoder().drafts.head
+        weight, bias = model.short_list_output()
+        self.output = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        self.output.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        if bias is not None:
+            self.output.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, states: torch.Tensor, before: torch.Tensor, before_that: torch.Tensor) -> torch.Tensor:
+        return self.output(self.head(states, before, before_that))
 
 
 def _additive(mask: torch.BoolTensor) -> torch.Tensor:
-    """A mask (R, K) of keys as a bias (R, 1, 1, K); of a finite number, so that no row can be NaN."""
+    """A mask of keys as what is added to the scores; of a finite number, so that no row can be NaN."""
     blank = torch.zeros(mask.shape, dtype=torch.float32)
-    return blank.masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None, :]
+    return blank.masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: Any = None) -> Path:
     """
-    Writes a folder for [`OnnxMDMASR`], which needs no weights but those in its graphs:
+    Writes a folder for [`OnnxMDMASR`], which needs no other weights. For a checkpoint with drafts, B utterances, R
+    rows of text:
 
-    - encoder.onnx: `input_features` (B, T, mel bins) in fp32 and `attention_mask` (B, T), or waveforms (B, N), to
-      `frames` (B, T', encoder width), `frame_mask` (B, T'), and `cross_key.0`, ..., `cross_value.0`, ... (B, key-value
-      heads, T', head_dim), with the trailing silence of the configuration;
-    - decoder.onnx: one evaluation of a window, see [`DecoderGraph`], with the inputs `past_key.0`, ...,
-      `past_value.0`, ..., `cross_key.0`, ..., `cross_value.0`, ... and the outputs `logits`, `new_key.0`, ...,
-      `new_value.0`, ..., `cross_query.0`, ...;
+    - encoder.onnx: `input_features` (B, T, mel bins) in fp32, `attention_mask` (B, T), and of Whisper
+      `trailing_silence`, a number of input frames; or waveforms (B, N); to `frames` (B, T', encoder width),
+      `frame_mask` (B, T'), and `cross_key.0`, ..., `cross_value.0`, ... (B, key-value heads, T', head_dim);
+    - ctc_head.onnx, where there is a CTC head: `frames`, `frame_mask` to `logits` (B, T', characters + 1);
+    - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
+    - drafts.onnx: the masks' states, see [`DraftsGraph`];
+    - draft_head.onnx: a draft, see [`HeadGraph`];
+    - tokens.safetensors: `embeddings` (V + E, D), `draft_ids` (N,), the ids of the short list, and with a CTC head
+      `characters` (V, 16), see [`MDMASRCTCHead`];
     - settings, tokenizer and processor, as `save_pretrained` writes them.
 
     Args:
@@ -131,7 +202,7 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
         processor ([`MDMASRProcessor`], *optional*): of a model that was not loaded from a folder.
 
     Raises:
-        ValueError: `output` is in use, the model has no processor, or cannot be exported.
+        ValueError: `output` is in use, the model has no processor, decodes on a canvas, or cannot be exported.
         ImportError: the extra `onnx` is not installed.
     """
     require("onnx", "onnxscript", *(["onnxruntime"] if int8 else []))
@@ -151,8 +222,11 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
         processor = AutoProcessor.from_pretrained(model.name_or_path)
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` is a {type(model).__name__}, not a PyTorch model. Pass the one it was exported of.")
-    if model.config.decoder_config.is_causal:
-        raise ValueError("`is_causal=True` cannot be exported: a causal decoder has no window. Set it to False.")
+    if not model.config.has_drafts:
+        raise ValueError(
+            "`draft_layers=0`: a model that decodes on a canvas cannot be exported to ONNX. Use PyTorch for it, or "
+            "convert the donor with draft layers."
+        )
     model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     model.set_attn_implementation("sdpa")
 
@@ -160,12 +234,17 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     model.config.save_pretrained(output)
     model.generation_config.save_pretrained(output)
     processor.save_pretrained(output)
+    _save_tokens(model, output / TOKENS_FILE)
     with _quiet():
         _export_encoder(model, output / ENCODER_FILE)
+        if model.ctc_head is not None:
+            _export_ctc_head(model, output / CTC_FILE)
         _export_decoder(model, output / DECODER_FILE)
+        _export_drafts(model, output / DRAFTS_FILE)
+        _export_head(model, output / HEAD_FILE)
         if int8:
-            for name in (ENCODER_FILE, DECODER_FILE):
-                _quantize(output / name)
+            for path in output.glob("*.onnx"):
+                _quantize(path)
     return output
 
 
@@ -191,53 +270,123 @@ def require(*modules: str) -> None:
             raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[onnx]"`.') from error
 
 
+def _save_tokens(model: Any, path: Path) -> None:
+    decoder = model.get_decoder()
+    tensors = {
+        "embeddings": torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach(),
+        "draft_ids": decoder.drafts.head.token_ids,
+    }
+    if model.ctc_head is not None:
+        tensors["characters"] = model.ctc_head.token_characters
+    save_file(tensors, path)
+
+
+# In the examples that are traced no two sizes are alike, lest they be taken for one.
+
+
 def _export_encoder(model: Any, path: Path) -> None:
-    config, num_layers = model.config, model.config.decoder_config.num_hidden_layers
-    # One second: enough for every encoder's convolutions. No two sizes are alike, lest they be taken for one.
+    config, layers = model.config, range(model.config.decoder_config.num_hidden_layers)
+    # One second: enough for every encoder's convolutions.
     shape = (2, round(config.input_frames_per_s) + 1)
     is_waveform = model.get_encoder().main_input_name == "input_values"
     features = torch.randn(shape if is_waveform else (*shape, config.encoder_config.num_mel_bins))
-    dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    dynamic = {0: DYNAMIC, 1: DYNAMIC}
+    has_silence = config.encoder_config.model_type == "whisper"
     _export(
         EncoderGraph(model),
-        (features, torch.ones(shape, dtype=torch.long)),
+        (features, torch.ones(shape, dtype=torch.long), *([70] if has_silence else [])),
         path,
-        inputs=["input_features", "attention_mask"],
-        outputs=[
-            "frames",
-            "frame_mask",
-            *layer_names("cross_key", num_layers),
-            *layer_names("cross_value", num_layers),
-        ],
-        dynamic_shapes=(dynamic, dynamic),
+        inputs=["input_features", "attention_mask", *(["trailing_silence"] if has_silence else [])],
+        outputs=["frames", "frame_mask", *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        dynamic_shapes=(dynamic, dynamic, *([DYNAMIC] if has_silence else [])),
         about=f"encoder of type {config.encoder_config.model_type!r}",
     )
 
 
-def _export_decoder(model: Any, path: Path) -> None:
-    config, auto = model.config.decoder_config, torch.export.Dim.AUTO
-    num_layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    # No two sizes are alike, lest they be taken for one.
-    num_rows, width, num_past, num_frames, num_places = 2, 4, 3, 7, 5
-    past, cross = (num_rows, heads, num_past, size), (num_rows, heads, num_frames, size)
-    arguments = (
-        torch.full((num_rows, width), model.config.mask_token_id),
-        torch.arange(num_past, num_past + width).repeat(num_rows, 1),
-        torch.ones(num_rows, num_past + width, dtype=torch.bool),
-        torch.ones(num_rows, num_frames, dtype=torch.bool),
-        torch.arange(num_places),
-        *([torch.randn(shape) for _ in range(num_layers)] for shape in (past, past, cross, cross)),
+def _export_ctc_head(model: Any, path: Path) -> None:
+    shape, dynamic = (2, 7), {0: DYNAMIC, 1: DYNAMIC}
+    _export(
+        model.ctc_head,
+        (torch.randn(*shape, model.ctc_head.input_projection.in_features), torch.ones(shape, dtype=torch.bool)),
+        path,
+        inputs=["frames", "frame_mask"],
+        outputs=["logits"],
+        dynamic_shapes=(dynamic, dynamic),
+        about="CTC head",
     )
-    names = [layer_names(kind, num_layers) for kind in ("past_key", "past_value", "cross_key", "cross_value")]
-    outputs = [layer_names(kind, num_layers) for kind in ("new_key", "new_value", "cross_query")]
+
+
+def _export_decoder(model: Any, path: Path) -> None:
+    config = model.config.decoder_config
+    layers, heads, size = range(config.num_hidden_layers), config.num_key_value_heads, config.head_dim
+    num_rows, width, num_past, num_frames, num_columns = 2, 4, 3, 7, 5
+    past, cross = (len(layers), num_rows, num_past, heads, size), (num_rows, heads, num_frames, size)
+    arguments = (
+        torch.randn(num_rows, width, config.hidden_size),
+        torch.arange(num_past, num_past + width).repeat(num_rows, 1),
+        torch.ones(num_rows, width, num_past + width, dtype=torch.bool),
+        torch.ones(num_rows, num_frames, dtype=torch.bool),
+        torch.zeros(num_rows, num_columns, dtype=torch.long),
+        torch.randn(past),
+        torch.randn(past),
+        *([torch.randn(cross) for _ in layers] for _ in range(2)),
+    )
+    inputs = ["embeds", "position_ids", "visible", "frame_mask", "columns", "past_keys", "past_values"]
+    of_rows, of_past = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC, 2: DYNAMIC}
     _export(
         DecoderGraph(model),
         arguments,
         path,
-        inputs=["input_ids", "position_ids", "key_mask", "frame_mask", "places", *sum(names, [])],
-        outputs=["logits", *sum(outputs, [])],
-        dynamic_shapes=(*[{0: auto, 1: auto}] * 4, {0: auto}, *[[{0: auto, 2: auto}] * num_layers] * 4),
+        inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        outputs=["logits", "new_keys", "new_values", "cross_queries"],
+        dynamic_shapes=(
+            *(of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, of_rows, of_rows, of_past, of_past),
+            *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
+        ),
         about="decoder",
+    )
+
+
+def _export_drafts(model: Any, path: Path) -> None:
+    config = model.config.decoder_config
+    layers = range(config.num_hidden_layers - config.draft_layers, config.num_hidden_layers)
+    heads, size = config.num_key_value_heads, config.head_dim
+    num_rows, num_blocks, num_slots, num_frames = 2, 3, 5, 7
+    num_masks = num_blocks * config.draft_length
+    past, cross = (len(layers), num_rows, num_slots, heads, size), (num_rows, heads, num_frames, size)
+    arguments = (
+        torch.arange(num_blocks).repeat(num_rows, 1),
+        torch.ones(num_rows, num_masks, num_slots + num_masks, dtype=torch.bool),
+        torch.ones(num_rows, num_frames, dtype=torch.bool),
+        torch.randn(past),
+        torch.randn(past),
+        *([torch.randn(cross) for _ in layers] for _ in range(2)),
+    )
+    inputs = ["frontiers", "visible", "frame_mask", "keys", "values"]
+    of_rows, of_past = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC, 2: DYNAMIC}
+    _export(
+        DraftsGraph(model),
+        arguments,
+        path,
+        inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        outputs=["states"],
+        dynamic_shapes=(
+            *(of_rows, {0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, of_rows, of_past, of_past),
+            *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
+        ),
+        about="draft layers",
+    )
+
+
+def _export_head(model: Any, path: Path) -> None:
+    _export(
+        HeadGraph(model),
+        tuple(torch.randn(2, 3, model.config.decoder_config.hidden_size) for _ in range(3)),
+        path,
+        inputs=["states", "before", "before_that"],
+        outputs=["logits"],
+        dynamic_shapes=({0: DYNAMIC, 1: DYNAMIC},) * 3,
+        about="sequential head",
     )
 
 
@@ -261,7 +410,11 @@ def _export(
                 output_names=outputs,
                 dynamic_shapes=dynamic_shapes,
                 dynamo=True,
-                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
+                custom_translation_table={
+                    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                    # Of seconds to frames.
+                    round: _round,
+                },
                 external_data=num_bytes > MAX_EMBEDDED_BYTES,
                 verbose=False,
             )
@@ -300,8 +453,10 @@ def _attention(
     from onnxscript import ir
     from onnxscript import opset20 as op
 
-    if is_causal or enable_gqa or scale is None:
-        raise NotImplementedError("attention that is causal, groups its heads or gives no scale")
+    if is_causal or enable_gqa:
+        raise NotImplementedError("attention that is causal or groups its heads")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     # The scale comes last: it then becomes a factor of the product of matrices.
     scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2])), op.Constant(value_float=scale))
     if attn_mask is not None:
@@ -310,6 +465,14 @@ def _attention(
             attn_mask = op.Where(attn_mask, op.Constant(value_float=0.0), least)
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _round(value: Any, ndigits: None = None) -> Any:
+    """Python's `round` of a number that depends on an input, which the exporter does not know."""
+    from onnxscript import ir
+    from onnxscript import opset20 as op
+
+    return op.Cast(op.Round(value), to=ir.DataType.INT64)
 
 
 def _quantize(path: Path) -> None:
@@ -322,7 +485,6 @@ def _quantize(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(path)
-    _untie_output(graph)
     _scale_positions(graph)
     is_large = graph.ByteSize() > MAX_EMBEDDED_BYTES
     for file in path.parent.glob(f"{path.name}*"):
@@ -335,35 +497,6 @@ def _quantize(path: Path) -> None:
         weight_type=QuantType.QInt8,
         use_external_data_format=is_large,
     )
-
-
-def _untie_output(model: Any) -> None:
-    """
-    Turns products with a transposed weight, such as the output layer's with the embeddings, into plain ones with a
-    weight of their own, which can be quantised and is then laid out once.
-    """
-    from onnx import helper, numpy_helper
-
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    for place, node in reversed(list(enumerate(model.graph.node))):
-        if node.op_type != "Gemm" or node.input[1] not in weights:
-            continue
-        if not any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
-            continue
-        source, bias, result = node.input[0], node.input[2:], node.output[0]
-        own = f"{node.input[1]}.transposed"
-        weight = numpy_helper.to_array(weights[node.input[1]]).T.copy()
-        model.graph.initializer.append(numpy_helper.from_array(weight, own))
-        product = f"{result}.product" if bias else result
-        nodes = [helper.make_node("MatMul", [source, own], [product], name=f"{node.name}.product")]
-        if bias:
-            nodes.append(helper.make_node("Add", [product, *bias], [result], name=f"{node.name}.sum"))
-        del model.graph.node[place]
-        for offset, one in enumerate(nodes):
-            model.graph.node.insert(place + offset, one)
-    used = {name for node in model.graph.node for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
-        model.graph.initializer.remove(tensor)
 
 
 def _scale_positions(model: Any) -> None:
@@ -400,4 +533,12 @@ def _scale_positions(model: Any) -> None:
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
 
 
-__all__ = ["DecoderGraph", "EncoderGraph", "export_onnx", "layer_names", "require"]
+__all__ = [
+    "DecoderGraph",
+    "DraftsGraph",
+    "EncoderGraph",
+    "HeadGraph",
+    "export_onnx",
+    "layer_names",
+    "require",
+]

@@ -1,7 +1,6 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """OnnxMDMASR: `generate` on the graphs that `export_onnx` wrote, by ONNX Runtime."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers.modeling_outputs import ModelOutput
 
-from .active_window_mdm_asr import CanvasCache, KeyValue
+from .cache_mdm_asr import DraftingCache, KeyValue
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
+from .decoder_mdm_asr import MDMASRDecoder
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S, MDMASREncoderOutput
+from .first_draft_mdm_asr import MDMASRCTCHead, Spelling
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
-from .onnx_export_mdm_asr import DECODER_FILE, ENCODER_FILE, layer_names, require
+from .onnx_export_mdm_asr import (
+    CTC_FILE,
+    DECODER_FILE,
+    DRAFTS_FILE,
+    ENCODER_FILE,
+    HEAD_FILE,
+    TOKENS_FILE,
+    layer_names,
+    require,
+)
 
 SPINNING_STOP = "session.force_spinning_stop"
 EXACT_SUMS = "session.x64quantprecision"
@@ -27,102 +38,126 @@ def is_onnx_folder(folder: str | Path) -> bool:
     return (Path(folder) / DECODER_FILE).is_file()
 
 
-class OnnxDecoder:
-    """The decoder's graph, called as [`MDMASRDecoder`] is where `generate` calls it."""
+class OnnxCTCHead:
+    """The CTC head's graph, which writes as [`MDMASRCTCHead`] does."""
 
-    def __init__(self, session: Any, config: MDMASRDecoderConfig):
-        self.session, self.config = session, config
-        num_layers = config.num_hidden_layers
-        self.kinds = {
-            kind: layer_names(kind, num_layers)
-            for kind in ("past_key", "past_value", "cross_key", "cross_value", "new_key", "new_value", "cross_query")
-        }
+    write, spelling = MDMASRCTCHead.write, MDMASRCTCHead.spelling
+
+    def __init__(self, session: Any, characters: str, token_characters: torch.Tensor):
+        self.session, self.characters, self.token_characters = session, characters, token_characters
+        self._spelling: Spelling | None = None
+
+    def __call__(self, frames: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        return run(self.session, ["logits"], {"frames": frames, "frame_mask": frame_mask.bool()})["logits"]
+
+
+class OnnxDecoder:
+    """
+    The decoder's graphs, called as [`MDMASRDecoder`] is.
+
+    Args:
+        session, drafts (`onnxruntime.InferenceSession`): of the causal rows, and of the masks.
+        embeddings (`torch.Tensor` of shape (V + E, D)): of all token ids.
+    """
+
+    _block_mask = MDMASRDecoder._block_mask
+
+    def __init__(self, session: Any, drafts: Any, embeddings: torch.Tensor, config: MDMASRDecoderConfig):
+        self.session, self.drafts, self.embeddings, self.config = session, drafts, embeddings, config
 
     def __call__(
         self,
         input_ids: torch.LongTensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.BoolTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         cross_attention_states: tuple[KeyValue, ...] | None = None,
         position_ids: torch.LongTensor | None = None,
-        canvas_cache: CanvasCache | None = None,
-        places: torch.LongTensor | None = None,
+        past_key_values: DraftingCache | None = None,
+        frontiers: torch.LongTensor | None = None,
+        frontier_mask: torch.BoolTensor | None = None,
+        columns: torch.LongTensor | None = None,
         output_cross_queries: bool = False,
     ) -> dict[str, Any]:
         """
         Args:
-            input_ids, position_ids (`torch.LongTensor` of shape (R, W)): a window, or, without a cache, all there is.
+            input_ids (`torch.LongTensor` of shape (R, Q)): causal rows; Q may be 0 where only masks are wanted.
             encoder_hidden_states: not needed; the keys and values of the cross-attention are.
-            attention_mask (`torch.Tensor` of shape (R, W), *optional*): which positions count. Of a window, the cache
-                tells.
-            encoder_attention_mask (`torch.Tensor` of shape (R, T), *optional*).
-            places (`torch.LongTensor` of shape (C,), *optional*): those among R * W positions whose logits are needed.
+            attention_mask (`torch.BoolTensor` of shape (R, Q, S), *optional*), position_ids, past_key_values,
+                frontiers, frontier_mask: as in [`MDMASRDecoder`]; frontiers need a cache.
+            columns (`torch.LongTensor` of shape (R, N), *optional*): those whose logits are needed. Default: none.
 
         Returns:
-            `logits` (C, V), and on request `cross_queries`: of every layer (R, W, heads * head_dim).
+            `logits` (R, N, V), `draft_hidden_states` (R, F, K, D) where there are frontiers, and on request
+            `cross_queries`: of every layer (R, Q, heads * head_dim).
         """
+        layers = range(self.config.num_hidden_layers)
+        cross_keys, cross_values = zip(*cross_attention_states, strict=True)
+        if encoder_attention_mask is None:
+            encoder_attention_mask = torch.ones(cross_keys[0].shape[::2])
+        cross = {"frame_mask": encoder_attention_mask.bool()}
+        cross |= zip(layer_names("cross_key", layers), cross_keys, strict=True)
+        cross |= zip(layer_names("cross_value", layers), cross_values, strict=True)
+        result, cache = {"logits": None, "draft_hidden_states": None}, past_key_values
+        if input_ids.shape[1]:
+            names = ["logits", "new_keys", "new_values", *(["cross_queries"] if output_cross_queries else [])]
+            past = self._past(input_ids, position_ids, attention_mask, cache)
+            columns = input_ids.new_zeros((len(input_ids), 0)) if columns is None else columns
+            outputs = run(self.session, names, cross | past | {"columns": columns})
+            if cache is not None:
+                for layer in layers:
+                    cache.update(*(outputs[name][layer].transpose(1, 2) for name in names[1:3]), layer)
+            result |= {name: outputs[name] for name in ("logits", *names[3:])}
+        if frontiers is not None:
+            first = len(layers) - self.config.draft_layers
+            unused = {f"{kind}.{layer}" for kind in ("cross_key", "cross_value") for layer in range(first)}
+            feed = {name: values for name, values in cross.items() if name not in unused}
+            feed |= {"frontiers": frontiers, "visible": self._block_mask(frontier_mask)}
+            feed |= {"keys": cache.keys[first:, :, : cache.num_keys]}
+            feed |= {"values": cache.values[first:, :, : cache.num_keys]}
+            result["draft_hidden_states"] = run(self.drafts, ["states"], feed)["states"]
+        return result
+
+    def _past(
+        self,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor | None,
+        visible: torch.BoolTensor | None,
+        cache: DraftingCache | None,
+    ) -> dict[str, torch.Tensor]:
+        """What the graph takes of causal rows: the slots before them, and behind those the rows themselves."""
         (num_rows, width), config = input_ids.shape, self.config
         if position_ids is None:
             if width > config.max_position_embeddings:
                 raise ValueError(
                     f"`decoder_input_ids` have {width} tokens, but the decoder has {config.max_position_embeddings} "
-                    "positions. Use a shorter canvas."
+                    "positions. Use a shorter text."
                 )
             position_ids = torch.arange(width).expand(num_rows, -1)
-        if canvas_cache is None:
-            shape = (config.num_hidden_layers, 2, num_rows, config.num_key_value_heads, 0, config.head_dim)
-            past = torch.zeros(shape)
-            key_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if cache is None:
+            num_past = 0
+            past = torch.zeros(config.num_hidden_layers, num_rows, 0, config.num_key_value_heads, config.head_dim)
+            keys, values = past, past
+            visible = torch.ones(width, width, dtype=torch.bool).tril().expand(num_rows, -1, -1)
         else:
-            past, key_mask = _past(canvas_cache)
-        # Of arrays, parts are cheaper than of tensors.
-        past = past.numpy()
-        cross_keys, cross_values = zip(*cross_attention_states, strict=True)
-        if encoder_attention_mask is None:
-            encoder_attention_mask = torch.ones((num_rows, cross_keys[0].shape[2]))
-        feed = {
-            "input_ids": input_ids,
+            slots, num_slots = cache.slots, cache.num_keys
+            if visible is None:
+                visible = torch.ones(num_rows, width, num_slots, dtype=torch.bool)
+            # Before a row's first slot all is past; from there on it sees the rows, or nothing.
+            first = slots.amin(dim=1)
+            num_past = int(first.max())
+            is_past = torch.arange(num_past) < first[:, None]
+            places = slots.clamp(max=num_slots - 1)[:, None].expand(-1, width, -1)
+            own = visible.gather(2, places) & (slots < num_slots)[:, None]
+            visible = torch.cat([visible[..., :num_past] & is_past[:, None], own], dim=-1)
+            keys, values = cache.keys[:, :, :num_past], cache.values[:, :, :num_past]
+        return {
+            "embeds": self.embeddings[input_ids],
             "position_ids": position_ids,
-            "key_mask": key_mask.bool(),
-            "frame_mask": encoder_attention_mask.bool(),
-            "places": torch.zeros(0, dtype=torch.long) if places is None else places,
+            "visible": visible,
+            "past_keys": keys,
+            "past_values": values,
         }
-        for kind, tensors in (
-            ("past_key", past[:, 0]),
-            ("past_value", past[:, 1]),
-            ("cross_key", cross_keys),
-            ("cross_value", cross_values),
-        ):
-            feed |= zip(self.kinds[kind], tensors, strict=True)
-        names = ["logits"]
-        if canvas_cache is not None:
-            names += self.kinds["new_key"] + self.kinds["new_value"]
-        if output_cross_queries:
-            names += self.kinds["cross_query"]
-        outputs = run(self.session, names, feed)
-        if canvas_cache is not None:
-            pairs = zip(self.kinds["new_key"], self.kinds["new_value"], strict=True)
-            new = torch.stack([outputs[name] for pair in pairs for name in pair])
-            canvas_cache.update_all(new.unflatten(0, (-1, 2)))
-        result = {"logits": outputs["logits"]}
-        if output_cross_queries:
-            result["cross_queries"] = [outputs[name] for name in self.kinds["cross_query"]]
-        return result
-
-
-def _past(cache: CanvasCache) -> tuple[torch.Tensor, torch.BoolTensor]:
-    """
-    Keys and values (layers, 2, R, heads, P, head_dim), in one piece, of what stands before the windows, of which the
-    last begins at P, and which positions (R, P + W) count: a row's own before its window, and those of the window that
-    are no padding.
-    """
-    starts = cache.places[:, 0]
-    num_past = int(starts.max())
-    is_past = torch.arange(num_past) < starts[:, None]
-    is_inside = cache.places < cache.states.shape[-2] - 1
-    past = cache.states[..., :num_past, :].permute(1, 2, 0, 3, 4, 5).contiguous()
-    return past, torch.cat([is_past, is_inside], dim=-1)
 
 
 class OnnxMDMASR(MDMASRGenerationMixin):
@@ -131,7 +166,8 @@ class OnnxMDMASR(MDMASRGenerationMixin):
     [`MDMASRForConditionalGeneration`], its settings and its outputs. [`Transcriber`] and streaming take it as a model.
 
     Args:
-        encoder, decoder (`onnxruntime.InferenceSession`): of the two graphs.
+        sessions (`dict[str, onnxruntime.InferenceSession]`): by the names of the graphs' files.
+        tokens (`dict[str, torch.Tensor]`): what tokens.safetensors holds, see `export_onnx`.
         config ([`MDMASRConfig`]), generation_config ([`MDMASRGenerationConfig`]): of the checkpoint.
     """
 
@@ -140,11 +176,21 @@ class OnnxMDMASR(MDMASRGenerationMixin):
     # What goes in and comes out; quantised graphs, too, convert by themselves.
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, encoder: Any, decoder: Any, config: MDMASRConfig, generation_config: MDMASRGenerationConfig):
-        self.config, self.generation_config = copy.deepcopy(config), generation_config
-        # Windows are computed as with this one, whatever the model was trained with.
-        self.config.decoder_config._attn_implementation = "sdpa"
-        self.encoder, self.decoder = encoder, OnnxDecoder(decoder, self.config.decoder_config)
+    def __init__(
+        self,
+        sessions: dict[str, Any],
+        tokens: dict[str, torch.Tensor],
+        config: MDMASRConfig,
+        generation_config: MDMASRGenerationConfig,
+    ):
+        self.config, self.generation_config = config, generation_config
+        self.encoder, self.head, self.draft_ids = sessions[ENCODER_FILE], sessions[HEAD_FILE], tokens["draft_ids"]
+        self.decoder = OnnxDecoder(
+            sessions[DECODER_FILE], sessions[DRAFTS_FILE], tokens["embeddings"], config.decoder_config
+        )
+        self.ctc_head = None
+        if config.ctc_characters is not None:
+            self.ctc_head = OnnxCTCHead(sessions[CTC_FILE], config.ctc_characters, tokens["characters"])
         self.name_or_path = ""
 
     @classmethod
@@ -164,24 +210,25 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         require("onnxruntime")
         import onnxruntime
 
-        folder = Path(folder)
-        names = (ENCODER_FILE, DECODER_FILE, "config.json", "generation_config.json")
-        if missing := [name for name in names if not (folder / name).is_file()]:
+        folder, names = Path(folder), [ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, HEAD_FILE]
+        files = (*names, TOKENS_FILE, "config.json", "generation_config.json")
+        if missing := [name for name in files if not (folder / name).is_file()]:
             raise ValueError(
                 f"`folder` {str(folder)!r} has no {', '.join(missing)}. Write it with `mdm-asr export --model MODEL "
                 "--output FOLDER`."
             )
-        options = session_options(num_threads)
+        config, options = MDMASRConfig.from_pretrained(folder), session_options(num_threads)
+        names += [] if config.ctc_characters is None else [CTC_FILE]
         providers = list(providers or ["CPUExecutionProvider"])
         try:
-            sessions = [
-                onnxruntime.InferenceSession(str(folder / name), options, providers=providers)
-                for name in (ENCODER_FILE, DECODER_FILE)
-            ]
+            tokens = load_file(folder / TOKENS_FILE)
+            sessions = {
+                name: onnxruntime.InferenceSession(str(folder / name), options, providers=providers) for name in names
+            }
         except Exception as error:
-            # ONNX Runtime raises classes of its own, one for every kind of damage.
+            # ONNX Runtime and safetensors raise classes of their own, one for every kind of damage.
             raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {error}. Export it again.") from error
-        model = cls(*sessions, MDMASRConfig.from_pretrained(folder), MDMASRGenerationConfig.from_pretrained(folder))
+        model = cls(sessions, tokens, config, MDMASRGenerationConfig.from_pretrained(folder))
         model.name_or_path = str(folder)
         return model
 
@@ -211,16 +258,22 @@ class OnnxMDMASR(MDMASRGenerationMixin):
     def can_generate(self) -> bool:
         return True
 
-    def encode(self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None) -> MDMASREncoderOutput:
-        """Runs the encoder, and the cross-attention's keys and values with it."""
+    def encode(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        trailing_silence_s: float | None = None,
+    ) -> MDMASREncoderOutput:
+        """Runs the encoder, with so much silence behind the audio, by default the configuration's, and the
+        cross-attention's keys and values with it."""
         input_features, attention_mask = self._check_features(input_features, attention_mask)
-        num_layers = self.config.decoder_config.num_hidden_layers
-        names = [layer_names(kind, num_layers) for kind in ("cross_key", "cross_value")]
-        outputs = run(
-            self.encoder,
-            ["frames", "frame_mask", *names[0], *names[1]],
-            {"input_features": input_features.float(), "attention_mask": attention_mask.long()},
-        )
+        layers = range(self.config.decoder_config.num_hidden_layers)
+        names = [layer_names(kind, layers) for kind in ("cross_key", "cross_value")]
+        feed = {"input_features": input_features.float(), "attention_mask": attention_mask.long()}
+        if self.config.encoder_config.model_type == "whisper":
+            silence_s = self.config.encoder_trailing_silence_s if trailing_silence_s is None else trailing_silence_s
+            feed["trailing_silence"] = np.array(round(silence_s * WHISPER_FRAMES_PER_S))
+        outputs = run(self.encoder, ["frames", "frame_mask", *names[0], *names[1]], feed)
         return MDMASREncoderOutput(
             last_hidden_state=outputs["frames"],
             attention_mask=outputs["frame_mask"],
@@ -258,38 +311,52 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             raise ValueError("`encoder_outputs` have no `cross_attention_states`. Pass what `encode` returned.")
         return encoder_outputs
 
+    def write_first_drafts(self, encoder_outputs: MDMASREncoderOutput) -> list[str]:
+        """The text of each row, as the CTC head writes it."""
+        return self.ctc_head.write(encoder_outputs.last_hidden_state, encoder_outputs.attention_mask)
+
+    @property
+    def spelling(self) -> Spelling:
+        """The tokens in the CTC head's characters."""
+        return self.ctc_head.spelling
+
+    def short_list_output(self) -> None:
+        """Nothing: the output layer of the short list is in the graph."""
+
+    @property
+    def draft_token_ids(self) -> torch.LongTensor:
+        """The N ids that can be drafted."""
+        return self.draft_ids
+
+    def draft_logits(
+        self, states: torch.Tensor, before: torch.LongTensor, before_that: torch.LongTensor, output: None = None
+    ) -> torch.Tensor:
+        """Logits (R, N) of the short list, see [`~MDMASRForConditionalGeneration.draft_logits`]."""
+        embeddings = self.decoder.embeddings
+        feed = {"before": embeddings[before][:, None], "before_that": embeddings[before_that][:, None]}
+        return run(self.head, ["logits"], {"states": states[:, None], **feed})["logits"][:, 0]
+
     def __call__(
         self,
         decoder_input_ids: torch.LongTensor,
-        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_attention_mask: torch.BoolTensor | None = None,
         encoder_outputs: MDMASREncoderOutput | None = None,
-        position_ids: torch.LongTensor | None = None,
-        canvas_cache: CanvasCache | None = None,
-        logits_to_keep: int | torch.BoolTensor = 0,
+        logits_to_keep: torch.LongTensor | None = None,
+        **kwargs: Any,
     ) -> ModelOutput:
-        """Logits of one decoder evaluation, see [`MDMASRForConditionalGeneration.forward`]."""
-        num_rows, width = decoder_input_ids.shape
-        is_mask = isinstance(logits_to_keep, torch.Tensor)
-        length = (logits_to_keep.shape[-1] if is_mask else logits_to_keep) or width
-        # Shifted logits are read one position earlier, all of them where they stand.
-        shift = int(self.config.shift_logits and (is_mask or logits_to_keep > 0))
-        kept = logits_to_keep if is_mask else torch.ones((num_rows, length), dtype=torch.bool)
-        rows, columns = kept.nonzero(as_tuple=True)
+        """Logits (R, N, V) of columns (R, N), by default of all, and the states of masks, of one evaluation; see
+        [`MDMASRForConditionalGeneration.forward`]."""
+        if logits_to_keep is None:
+            logits_to_keep = torch.arange(decoder_input_ids.shape[1]).expand(len(decoder_input_ids), -1)
         outputs = self.decoder(
             decoder_input_ids,
             attention_mask=decoder_attention_mask,
             encoder_attention_mask=encoder_outputs.attention_mask,
             cross_attention_states=encoder_outputs.cross_attention_states,
-            position_ids=position_ids,
-            canvas_cache=canvas_cache,
-            places=rows * width + columns + (width - length - shift),
+            columns=logits_to_keep,
+            **kwargs,
         )
-        logits = outputs["logits"]
-        return ModelOutput(logits=logits if is_mask else logits.view(num_rows, length, -1))
-
-    def _with_frame_mask(self, outputs: MDMASREncoderOutput) -> MDMASREncoderOutput:
-        """The outputs as they are: the graph makes its mask itself."""
-        return outputs
+        return ModelOutput(logits=outputs["logits"], draft_hidden_states=outputs["draft_hidden_states"])
 
 
 def session_options(num_threads: int | None = None) -> Any:
@@ -313,8 +380,8 @@ def session_options(num_threads: int | None = None) -> Any:
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
     """
-    What is left to PyTorch, the sampler, takes one thread. The idle threads of two pools, which spin while they wait,
-    would keep each other from the cores: more than ten times as long a step.
+    What is left to PyTorch, the choice of tokens, takes one thread. The idle threads of two pools, which spin while
+    they wait, would keep each other from the cores: more than ten times as long a step.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -327,12 +394,12 @@ def _one_torch_thread() -> Iterator[None]:
 def run(session: Any, names: Sequence[str], feed: dict[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
     """Runs a graph on tensors of the CPU, or arrays. No data is copied but what does not lie in one piece."""
     arrays = {
-        name: np.ascontiguousarray(
-            values.numpy(force=values.requires_grad) if isinstance(values, torch.Tensor) else values
+        name: np.asarray(
+            values.numpy(force=values.requires_grad) if isinstance(values, torch.Tensor) else values, order="C"
         )
         for name, values in feed.items()
     }
     return {name: torch.from_numpy(array) for name, array in zip(names, session.run(names, arrays), strict=True)}
 
 
-__all__ = ["OnnxDecoder", "OnnxMDMASR", "is_onnx_folder"]
+__all__ = ["OnnxCTCHead", "OnnxDecoder", "OnnxMDMASR", "is_onnx_folder"]
