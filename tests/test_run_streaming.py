@@ -16,6 +16,7 @@ def update(time_s, partial="", committed="", latency_s=0.1, is_final=False, new=
         "partial": partial,
         "committed": committed,
         "latency_s": latency_s,
+        "nfe": 2,
         "is_final": is_final,
         "new": list(new),
     }
@@ -57,3 +58,4 @@ def test_the_first_text_counts_from_the_onset_and_with_the_computing():
     assert (results["first_text_within_1_s"], results["recordings"]) == (1, 3)
     assert results["commit_latency_s"]["median"] == 1.4 and results["commit_latency_without_computing_s"]["n"] == 2
     assert results["wer_streaming"] == pytest.approx(33.33) and results["rtf"] == pytest.approx(0.15)
+    assert results["evaluations_per_update"]["mean"] == 2 and "wer_offline" not in results

@@ -87,14 +87,12 @@ def stream(
         try:
             folder = model or str(default_checkpoint())
             loaded, processor = cli.load_named_model(folder, device, trust_remote_code, dtype.value)
-            settings = cli.generation_settings(loaded)
             if language not in (None, "auto"):
-                build_prompt_ids(settings.prompt_template or {"tokens": [0]}, language=language)
+                build_prompt_ids(loaded.generation_config.prompt_template or {"tokens": [0]}, language=language)
             is_live = source is None or source == RAW_INPUT or realtime
             transcriber = StreamingTranscriber(
                 loaded,
                 processor,
-                settings=settings,
                 step_s=step_s,
                 max_window_s=max_window_s,
                 hotwords=split_words(hotwords) or None,

@@ -1,7 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Text while the speech goes on: words that are sure are committed for good, and the tail behind them is a masked canvas
-that is decoded anew whenever more audio has arrived.
+Text while the speech goes on: words that are sure are committed for good, and the tail behind them is decoded anew
+whenever more audio has arrived, with what it was before as the draft.
 """
 
 import copy
@@ -16,16 +16,19 @@ import numpy as np
 import soxr
 
 from .audio_mdm_asr import check_rate, to_mono_float32
-from .generation_mdm_asr import logger as generation_logger
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .safeguards_mdm_asr import repeats_itself
 from .transcript_mdm_asr import Word, group_words, token_texts
 
 FRAME_S = 0.02
 # The quietest that a frame counts as, which makes digital silence and a very quiet room alike.
 LOWEST_LEVEL_DB = -80.0
-# Longer windows cost more time and, with the default checkpoint, win nothing.
+# Longer windows win nothing with the default checkpoint.
 MAX_WINDOW_S = 8.0
 # A window whose text has not come by then is taken for noise, which is not worth the shorter steps.
 FIRST_TEXT_S = 1.0
+# Bounds a hypothesis that repeats itself for ever: Whisper's 448 tokens in 30 seconds, and a few.
+TOKENS_PER_S, EXTRA_TOKENS = 15, 20
 # How far the times of tokens may be off.
 BOUNDARY_S = 0.1
 # Scripts written without blanks: each of their tokens may end a unit that is committed.
@@ -48,12 +51,8 @@ class StreamingPolicy:
         max_wait_s (`float`): a word that ended so long ago is committed as it stands, and those before it.
         pause_s (`float`): after so long without speech everything is committed, and the window's audio dropped.
         pre_roll_s (`float`): audio kept before the first speech of a window.
-        context_s (`float`): committed speech that stays in the window, with its words as the canvas's prefix, when a
+        context_s (`float`): committed speech that stays in the window, with its words as the text's prefix, when a
             window that has grown too long is cut.
-        partial_steps (`int`): decoder evaluations of a tail that will be decoded again.
-        partial_gamma (`float`, *optional*): `gamma` of these, for samplers that have one.
-        partial_extra_tokens (`int`): of their canvas, instead of `canvas_extra_tokens` where that is more: a canvas
-            costs time, and the end of such a tail is not committed.
         speech_db (`float`): speech is so much louder than the noise floor.
         floor_rise_db_per_s (`float`): how fast the noise floor follows a level that rises.
         start_floor_db (`float`): the noise floor at the start, in dB of full scale.
@@ -67,18 +66,13 @@ class StreamingPolicy:
     pause_s: float = 0.8
     pre_roll_s: float = 0.4
     context_s: float = 2.0
-    partial_steps: int = 12
-    partial_gamma: float | None = 0.5
-    partial_extra_tokens: int = 4
     speech_db: float = 8.0
     floor_rise_db_per_s: float = 3.0
     start_floor_db: float = -65.0
 
     def __post_init__(self):
-        for name in ("agreement", "partial_steps", "partial_extra_tokens"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if type(self.agreement) is not int or self.agreement < 1:
+            raise ValueError(f"`agreement` must be an integer of at least 1, got {self.agreement!r}.")
         _check_seconds("first_step_s", self.first_step_s, FRAME_S)
         for name in (
             "margin_s",
@@ -164,7 +158,7 @@ class _Window:
         self.is_speech = np.zeros(0, dtype=bool)
         self.prefix: list[_Unit] = []
         # The words of the last hypothesis that are not committed, and how often each was seen in a row.
-        self.tail_keys: list[str] = []
+        self.tail: list[_Unit] = []
         self.tail_counts: list[int] = []
 
     @property
@@ -196,25 +190,29 @@ class _Window:
         self.start_frame += num_frames
 
     def forget_text(self) -> None:
-        self.prefix, self.tail_keys, self.tail_counts = [], [], []
+        self.prefix, self.tail, self.tail_counts = [], [], []
 
 
 class StreamingTranscriber:
     """
     Transcribes one stream of audio of any length, in bounded memory and with bounded work per second.
 
-    Every `step_s` of audio, and more often until there is a first text, the window of the latest seconds is encoded,
-    and a canvas is laid that begins with the tokens committed in it and is masked behind them. What two successive
-    hypotheses agree on, well before the end of the audio, is committed. A pause commits everything and starts a new
-    window. A window that has become too long is cut at a word boundary, and the last committed words stay in it as the
-    prefix. Stretches without speech are not decoded at all.
+    Every `step_s` of audio, and more often until there is a first text, the window of the latest seconds is encoded
+    and the text behind the words committed in it decoded. The hypothesis before is its draft, so that one that hardly
+    changes takes an evaluation or two. What two successive hypotheses agree on, well before the end of the audio, is
+    committed. A pause commits everything and starts a new window. A window that has become too long is cut at a word
+    boundary, and the last committed words stay in it as the prefix. Stretches without speech are not decoded at all.
+
+    Where a window ends or is cut, Whisper's thresholds let a text be decoded again as `settings` say. Hypotheses
+    before that are, at most once, if they repeat themselves: at the first temperature, with more silence behind the
+    audio. One that still does is neither shown nor committed.
 
     The text depends on the samples alone, not on how they were cut into chunks, unless `keep_up` is set.
 
     Args:
         model ([`MDMASRForConditionalGeneration`]), processor ([`MDMASRProcessor`]).
-        settings ([`MDMASRGenerationConfig`], *optional*): instead of the model's own. Its `max_denoising_steps` bounds
-            the decoder evaluations where a window ends; `policy.partial_steps` those before.
+        settings ([`MDMASRGenerationConfig`], *optional*): instead of the model's own. Its `max_new_tokens` bounds what
+            a hypothesis has behind the committed words.
         step_s (`float`): seconds of audio from one hypothesis to the next, in whole frames of 20 ms.
         max_window_s (`float`, *optional*): the longest audio that is decoded at once. Default: 8 seconds, or what
             `settings.max_window_s` says if that is less.
@@ -225,7 +223,7 @@ class StreamingTranscriber:
         prompt_slots: `language`, `target_language`, `punctuation`, `task`, as for `generate`.
 
     Raises:
-        ValueError: a step or window that makes no sense.
+        ValueError: a checkpoint without drafts, a step or window that makes no sense.
 
     Example:
         ```python
@@ -248,12 +246,21 @@ class StreamingTranscriber:
         keep_up: bool = False,
         **prompt_slots: Any,
     ):
+        if not model.config.has_drafts:
+            raise ValueError(
+                "`model` decodes a canvas, and streaming needs drafts. Take the default checkpoint, or convert the "
+                "donor without `draft_layers=0`."
+            )
         self.model, self.processor, self.keep_up = model, processor, keep_up
         self.policy = policy or StreamingPolicy()
         self.settings = copy.deepcopy(model.generation_config if settings is None else settings)
         self.settings.return_dict_in_generate = True
         self.settings.return_token_timestamps = True
         self.settings.validate()
+        # One of twelve hypotheses of a few words is improbable: to encode them again would cost more than it corrects.
+        self._partial_settings = copy.deepcopy(self.settings)
+        self._partial_settings.temperature = self.settings.temperatures[0]
+        self._partial_settings.logprob_threshold = None
         self.rate_hz = int(processor.feature_extractor.sampling_rate)
         self.frame_size = round(self.rate_hz * FRAME_S)
         self.step_frames = round(_check_seconds("step_s", step_s, FRAME_S) / FRAME_S)
@@ -271,10 +278,6 @@ class StreamingTranscriber:
         self._arguments = {name: value for name, value in prompt_slots.items() if value is not None}
         if hotwords:
             self._arguments["hotword_ids"] = processor.hotword_ids(hotwords)
-        steps = min(self.policy.partial_steps, self.settings.max_denoising_steps)
-        self._partial_arguments: dict[str, Any] = {"max_denoising_steps": steps}
-        if self.policy.partial_gamma is not None and "gamma" in dict(self.settings.sampler):
-            self._partial_arguments["gamma"] = self.policy.partial_gamma
         self.reset()
 
     def reset(self) -> None:
@@ -375,7 +378,7 @@ class StreamingTranscriber:
 
     def _next_step_frames(self) -> int:
         window = self._window
-        has_text = bool(window.prefix or window.tail_keys)
+        has_text = bool(window.prefix or window.tail)
         is_new = not has_text and window.duration_s < self.policy.pre_roll_s + FIRST_TEXT_S
         return self.first_step_frames if is_new else self.step_frames
 
@@ -400,11 +403,12 @@ class StreamingTranscriber:
         """Decodes the window's tail and commits what is sure of it; of a full window, what must leave it."""
         started = time.perf_counter()
         window = self._window
-        units, nfe = self._decode_tail(is_last=False)
+        # What must leave a full window is committed for good.
+        units, nfe = self._decode_tail(self.settings if is_full else self._partial_settings)
         # How often in a row each word was seen, with all words before it.
         counts, is_same = [], True
         for i, unit in enumerate(units):
-            is_same = is_same and i < len(window.tail_keys) and window.tail_keys[i] == unit.key
+            is_same = is_same and i < len(window.tail) and window.tail[i].key == unit.key
             counts.append(window.tail_counts[i] + 1 if is_same else 1)
         num_sure = self._num_sure(units, counts)
         new = self._commit(units[:num_sure])
@@ -414,7 +418,7 @@ class StreamingTranscriber:
             new += self._commit(units[:num_forced])
             units, counts = units[num_forced:], counts[num_forced:]
             self._cut(units)
-        window.tail_keys, window.tail_counts = [unit.key for unit in units], counts
+        window.tail, window.tail_counts = units, counts
         self._partial = _join(units)
         return self._update(new, started, nfe)
 
@@ -474,7 +478,7 @@ class StreamingTranscriber:
     def _close(self) -> StreamUpdate:
         """Decodes the window for the last time, commits all of it and starts another."""
         started = time.perf_counter()
-        units, nfe = self._decode_tail(is_last=True)
+        units, nfe = self._decode_tail(self.settings)
         new = self._commit(units)
         window = self._window
         window.forget_text()
@@ -482,65 +486,59 @@ class StreamingTranscriber:
         self._partial = ""
         return self._update(new, started, nfe)
 
-    def _decode_tail(self, is_last: bool) -> tuple[list[_Unit], int]:
+    def _decode_tail(self, settings: MDMASRGenerationConfig) -> tuple[list[_Unit], int]:
         """The words behind the committed ones, in a new hypothesis, and the decoder evaluations it took."""
         window = self._window
         prefix_ids = [token_id for unit in window.prefix for token_id in unit.token_ids]
+        tail_ids = [token_id for unit in window.tail for token_id in unit.token_ids]
+        tail_s = window.duration_s
+        if window.prefix:
+            tail_s = min(max(window.start_s + tail_s - window.prefix[-1].word.end_s, 0.0), tail_s)
+        most = min(math.ceil(tail_s * TOKENS_PER_S) + EXTRA_TOKENS, settings.max_new_tokens or math.inf)
         inputs = self.processor(window.samples, sampling_rate=self.rate_hz, return_tensors="pt")
-        # The canvas of a tail that is decoded again is tight on purpose: that it is full is no news.
-        generation_logger.disabled = not is_last
-        try:
-            output = self.model.generate(
-                **inputs.to(self.model.device),
-                generation_config=self.settings,
-                draft_ids=[prefix_ids] if prefix_ids else None,
-                canvas_length=self._canvas_length(len(prefix_ids), is_last),
-                **({} if is_last else self._partial_arguments),
-                **self._arguments,
-            )
-        finally:
-            generation_logger.disabled = False
+        output = self.model.generate(
+            **inputs.to(self.model.device),
+            generation_config=settings,
+            prefix_ids=[prefix_ids] if prefix_ids else None,
+            draft_ids=[prefix_ids + tail_ids] if tail_ids else None,
+            max_new_tokens=len(prefix_ids) + most,
+            **self._arguments,
+        )
         ids = output.sequences[0].tolist()
         if self.model.config.eos_token_id in ids:
             ids = ids[: ids.index(self.model.config.eos_token_id)]
-        # Where nothing is heard, generate gives an empty text whatever was drafted.
-        is_continued = ids[: len(prefix_ids)] == prefix_ids
-        times_s = output.token_timestamps[0].tolist()
-        confidences = output.confidence[0].tolist()
-        units = self._split(ids, len(prefix_ids), confidences, times_s) if is_continued else []
+        # Where nobody speaks, generate gives an empty text whatever was committed.
+        is_usable = ids[: len(prefix_ids)] == prefix_ids and not repeats_itself(
+            ids, self.model.config.vocab_size, settings.compression_ratio_threshold
+        )
+        times_s, confidences = output.token_timestamps[0].tolist(), output.confidence[0].tolist()
+        units = self._split(ids, len(prefix_ids), confidences, times_s) if is_usable else []
         return units, int(output.nfe[0])
-
-    def _canvas_length(self, num_prefix_ids: int, is_last: bool) -> int | None:
-        """A canvas for the prefix and as many tokens as the audio behind it may need: each costs time."""
-        settings, window = self.settings, self._window
-        if settings.canvas_length is not None:
-            return settings.canvas_length
-        tail_s = window.duration_s
-        if window.prefix:
-            tail_s = min(max(window.duration_s + window.start_s - window.prefix[-1].word.end_s, 0.0), tail_s)
-        extra = settings.canvas_extra_tokens
-        extra = extra if is_last else min(extra, self.policy.partial_extra_tokens)
-        return num_prefix_ids + math.ceil(tail_s * settings.canvas_tokens_per_s) + math.ceil(extra)
 
     def _split(self, ids: list[int], start: int, confidences: list[float], times_s: list[list[float]]) -> list[_Unit]:
         """Units of the tokens from `start` on, with times from the start of the stream."""
         pieces = token_texts(self.processor.tokenizer, ids)
         offset_s, end_s = self._window.start_s, self._num_frames * FRAME_S
-        bounds = [i for i in range(start, len(ids)) if pieces[i][:1].isspace() or _UNSPACED.match(pieces[i]) or i == 0]
+        bounds, begin = [], start
+        for i in range(start, len(ids)):
+            if pieces[i][:1].isspace() or _UNSPACED.match(pieces[i]) or i == 0:
+                bounds.append(begin)
+            # Tokens without a text hold the first bytes of the character of the next that has one.
+            begin = i + 1 if pieces[i] else begin
         units, first = [], start
         if not bounds:
             return []
-        # Tokens before the first boundary would change a committed word: they stay in the canvas without a text.
+        # Tokens before the first boundary would change a committed word: they stay in the prefix without a text.
         for bound, next_bound in zip(bounds, [*bounds[1:], len(ids)], strict=True):
             places = slice(bound, next_bound)
             words = group_words(pieces[places], confidences[places], times_s[places])
             if not words:
                 continue
-            word = words[0]
-            word.text = "".join(pieces[places]).strip()
+            word, text = words[0], "".join(pieces[places])
+            word.text = text.strip()
             word.start_s = min(max(offset_s + word.start_s, 0.0), end_s)
             word.end_s = min(max(offset_s + word.end_s, word.start_s), end_s)
-            units.append(_Unit(word, ids[first:next_bound], not _UNSPACED.match(pieces[bound])))
+            units.append(_Unit(word, ids[first:next_bound], not _UNSPACED.match(text)))
             first = next_bound
         return units
 
