@@ -10,8 +10,9 @@ nothing normalised, and prints WER and RTFx. Where the leaderboard's `normalizer
 inside a clone of its repository, `PYTHONPATH=..`), data, normaliser and manifest are its own; elsewhere those of
 standalone_data_utils.py.
 
-The time of an utterance is its share of its batch's, from samples in memory to text: features, encoder, all denoising
-steps, detokenising. Reading and decoding audio files is not in it, as in the leaderboard's other scripts.
+The time of an utterance is its share of its batch's, from samples in memory to text: features, encoder, all
+evaluations of the decoder, detokenising. Reading and decoding audio files is not in it, as in the leaderboard's other
+scripts.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def transcribe(
         batch = pieces[start : start + max_pieces]
         inputs = processor([piece for _, piece in batch], sampling_rate=rate_hz, return_tensors="pt")
         inputs = inputs.to(model.device, dtype=model.dtype)
-        # One generator per row: the samplers that draw do not depend on what is in the batch.
+        # One generator per row: what is drawn does not depend on what is in the batch.
         generators = [torch.Generator().manual_seed(seed) for _ in batch]
         output = model.generate(**inputs, generation_config=settings, generator=generators)
         for (i, _), text in zip(batch, processor.batch_decode(output.sequences), strict=True):
@@ -148,8 +149,8 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--streaming", action=argparse.BooleanOptionalAction, default=False, help="read while downloading; slower"
     )
-    parser.add_argument("--sampler", help="default of this and the following: the checkpoint's")
-    parser.add_argument("--gamma", type=float)
+    parser.add_argument("--gamma", type=float, help="default of this and the following: the checkpoint's")
+    parser.add_argument("--sampler", help="of this on: for a canvas only")
     parser.add_argument("--lambda", type=float, dest="lambda_")
     parser.add_argument("--steps", type=int, dest="max_denoising_steps")
     parser.add_argument("--canvas_length", type=int)

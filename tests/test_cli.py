@@ -23,7 +23,7 @@ from canary_donors import (
 )
 from safetensors.torch import load_file, save_file
 from test_tokenization import ENGLISH, GERMAN, train
-from tiny_models import tiny_model
+from tiny_models import tiny_drafts_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -44,7 +44,8 @@ from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
-TEXT = (DEMO / "transcript.txt").read_text().strip()
+# As Whisper tiny.en writes it.
+TEXT = "He had found where his treasure was, and was frightened of what might happen."
 RATE_HZ = 16_000
 
 
@@ -102,34 +103,32 @@ def test_json_lines(run, silence):
     assert list(spoken) == ["file", "text", "confidence", "nfe", "duration_s"] and code == 0
     assert (spoken["file"], spoken["text"]) == (str(RECORDING), TEXT)
     assert spoken["duration_s"] == round(soundfile.info(RECORDING).duration, 3)
-    # This clip is one the model is sure of; 15 words in at most 32 steps.
-    assert 0.5 < spoken["confidence"] <= 1 and 1 < spoken["nfe"] <= 32
+    # This clip is one the model is sure of; 14 words, two marks and the end in half as many evaluations.
+    assert 0.5 < spoken["confidence"] <= 1 and 1 < spoken["nfe"] <= 9
     assert silent == {"file": str(silence), "text": "", "confidence": None, "nfe": 0, "duration_s": 1.0}
 
 
 def test_settings_reach_generate(run):
     def nfe(*options):
-        return json.loads(run("transcribe", "--json", RECORDING, *options)[1][0])["nfe"]
+        row = json.loads(run("transcribe", "--json", RECORDING, *options)[1][0])
+        assert row["text"] == TEXT
+        return row["nfe"]
 
-    assert nfe("--steps", 1) == 1
-    # gamma = inf commits everything in one step, behind which may come one of repair; gamma = 0 one token a step.
-    assert nfe("--gamma", "inf") <= 2
-    one_a_step = nfe("--gamma", 0, "--steps", 100)
-    assert nfe() < one_a_step
-    # Without position bias, end of text and words compete, so that it takes another number of steps.
-    # Within the window, the order seldom changes how many steps there are.
-    assert nfe("--gamma", 0, "--steps", 100, "--lambda", 0, "--set", "active_ahead=null") != one_a_step
-    assert nfe("--sampler", "conf_top_k", "--steps", 3) <= 3
+    # Without drafts, an evaluation a token; with gamma = 0, the masks draft one each time.
+    undrafted = nfe("--set", "draft_branches=[]")
+    few = nfe("--gamma", 0, "--set", 'draft_branches=["masks"]')
+    assert nfe() < few < undrafted == len(TEXT.split()) + 3
 
 
-def test_random_samplers_repeat_themselves(run, silence):
+def test_drawn_texts_repeat_themselves(run, silence):
     def text(*files):
-        return run("transcribe", *files, "--sampler", "random", "--steps", 8, "--batch-size", 2)[1][0].split("\t")[-1]
+        options = ("--set", "temperature=2", "--set", "max_new_tokens=6", "--batch-size", 2)
+        return run("transcribe", *files, *options)[1][0].split("\t")[-1]
 
     torch.manual_seed(1)
     first = text(RECORDING)
     torch.manual_seed(2)
-    assert text(RECORDING, silence) == first
+    assert text(RECORDING, silence) == first and not TEXT.startswith(first)
 
 
 def test_each_bad_file_gives_one_line(run, bad_files):
@@ -149,17 +148,17 @@ def test_good_files_are_transcribed_beside_bad_ones(run, bad_files, batch_size):
     assert all(str(path) in line for path, line in zip(bad_files, err, strict=True))
 
 
-def test_a_full_canvas_warns_and_names_the_file(run, silence):
-    code, out, err = run("transcribe", silence, RECORDING, "--canvas-length", 3, "--batch-size", 2)
-    assert code == 0 and len(out) == 2 and len(err) == 1
-    assert err[0].startswith(f"warning: {RECORDING}: ") and "canvas_length" in err[0] and str(silence) not in err[0]
+def test_a_text_without_an_end_warns_and_names_the_file(run, silence):
+    code, out, err = run("transcribe", silence, RECORDING, "--set", "max_new_tokens=3", "--batch-size", 2)
+    assert code == 0 and out[1] == f"{RECORDING}\tHe had found" and len(err) == 1
+    assert err[0].startswith(f"warning: {RECORDING}: ") and "max_new_tokens" in err[0]
 
 
 def test_a_clip_that_fails_in_generate_does_not_stop_its_batch(run, silence):
-    # 440 positions are fewer than a canvas of 1,000 needs: the error comes from `generate`, for every file.
-    code, out, err = run("transcribe", silence, RECORDING, "--canvas-length", 1000, "--batch-size", 2)
+    # The prompt fills all there is: the error comes from `generate`, for every file.
+    code, out, err = run("transcribe", silence, RECORDING, "--set", "max_length=2", "--batch-size", 2)
     assert (code, out, len(err)) == (1, [], 2)
-    assert str(silence) in err[0] and str(RECORDING) in err[1] and "canvas" in err[0]
+    assert str(silence) in err[0] and str(RECORDING) in err[1] and "max_length" in err[0]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,10 @@ def test_a_clip_that_fails_in_generate_does_not_stop_its_batch(run, silence):
         (["--gamma", "-1"], "gamma"),
         (["--sampler", "best"], "pbeb_conf"),
         (["--sampler", "random", "--gamma", "1"], "gamma"),
-        (["--steps", "0"], "max_denoising_steps"),
+        (["--steps", "5"], "canvas"),
+        (["--canvas-length", "50"], "canvas"),
+        (["--sampler", "eb_conf"], "drafts"),
+        (["--set", 'draft_blocks="two"'], "draft_blocks"),
         (["--language", "de"], "language"),
         (["--device", "abacus"], "device"),
         (["--model", "/no/such/folder"], "Check the path"),
@@ -280,6 +282,7 @@ def whisper_donor(tmp_path_factory):
         eos_token_id=len(vocab),
         bos_token_id=len(vocab),
         decoder_start_token_id=len(vocab) + 1,
+        begin_suppress_tokens=None,
     )
     WhisperForConditionalGeneration(config).save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
@@ -287,7 +290,18 @@ def whisper_donor(tmp_path_factory):
 
 
 def test_convert_whisper(run, whisper_donor, tmp_path):
-    code, out, err = run("convert", whisper_donor, tmp_path / "model", "--vocab-size", 258)
+    code, out, err = run("convert", whisper_donor, tmp_path / "model")
+    assert (code, len(out), err) == (0, 1, []) and str(tmp_path / "model") in out[0]
+    model = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert model.config.decoder_config.draft_layers == 1
+    # What was written transcribes, if only nonsense.
+    code, out, _ = run("transcribe", RECORDING, "--model", tmp_path / "model", "--set", "max_new_tokens=4")
+    assert code == 0 and out
+
+
+def test_convert_to_a_canvas(run, whisper_donor, tmp_path):
+    canvas = ("--draft-layers", 0)
+    code, out, err = run("convert", whisper_donor, tmp_path / "model", "--vocab-size", 258, *canvas)
     assert (code, len(out), err) == (0, 1, []) and str(tmp_path / "model") in out[0]
     model = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "model")
     donor = WhisperForConditionalGeneration.from_pretrained(whisper_donor)
@@ -300,11 +314,14 @@ def test_convert_whisper(run, whisper_donor, tmp_path):
     assert processor.tokenizer.tokenize(" the") == ["Ġ", "the"]
     (tmp_path / "sentences.txt").write_text("the\n")
     used = ("--vocab-size", 259, "--vocab-text", tmp_path / "sentences.txt")
-    assert run("convert", whisper_donor, tmp_path / "used", *used)[0] == 0
+    assert run("convert", whisper_donor, tmp_path / "used", *used, *canvas)[0] == 0
     assert MDMASRProcessor.from_pretrained(tmp_path / "used").tokenizer.tokenize(" the") == ["Ġthe"]
     assert model.generation_config.prompt_template == processor.prompt_template
-    # What was written transcribes, if only nonsense.
-    assert run("transcribe", RECORDING, "--model", tmp_path / "model", "--steps", 2)[0] == 0
+    # The options of a canvas are its own, and those of drafts are not.
+    code, out, _ = run("transcribe", "--json", RECORDING, "--model", tmp_path / "model", "--steps", 2)
+    assert code == 0 and json.loads(out[0])["nfe"] == 2
+    code, _, err = run("transcribe", RECORDING, "--model", tmp_path / "model", "--set", "draft_length=2")
+    assert (code, len(err)) == (1, 1) and "canvas" in err[0]
 
 
 def test_convert_with_code_loads_without_the_package(run, whisper_donor, tmp_path):
@@ -318,7 +335,7 @@ sys.modules["mdm_asr_hf"] = None  # importing it fails, whether or not it is ins
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 model = AutoModelForSpeechSeq2Seq.from_pretrained(sys.argv[1], trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-output = model.generate(**processor(sys.argv[2]), max_denoising_steps=1)
+output = model.generate(**processor(sys.argv[2]), max_new_tokens=4)
 print(type(model).__name__, len(processor.batch_decode(output)))
 """
     done = run_python(script, tmp_path / "model", RECORDING, HF_MODULES_CACHE=str(tmp_path / "modules"))
@@ -334,7 +351,7 @@ def test_convert_nemo(run, tmp_path):
     donor = write_nemo(tmp_path / "tiny.nemo", nemo_settings(spm_models), weights, spm_models)
     code, out, err = run("convert", donor, tmp_path / "model")
     assert (code, len(out), err) == (0, 1, []) and out[0].endswith("(canary)")
-    options = ("--model", tmp_path / "model", "--steps", 2)
+    options = ("--model", tmp_path / "model", "--set", "max_new_tokens=4")
     assert run("transcribe", RECORDING, *options, "--language", "de")[0] == 0
     code, out, err = run("transcribe", RECORDING, RECORDING, *options, "--language", "tlh")
     assert (code, out, len(err)) == (1, [], 1) and "tlh" in err[0] and "['de', 'en']" in err[0]
@@ -352,7 +369,9 @@ def test_convert_errors_give_one_line(run, whisper_donor, tmp_path):
     fails("for Whisper donors only", tmp_path / "missing.nemo", output, "--vocab-size", 300)
     fails("'mdm_asr'", default_checkpoint(), output)
     fails("for Whisper donors only", tmp_path / "missing.nemo", output, "--vocab-text", tmp_path)
-    fails("`vocab_size` must be", whisper_donor, output, "--vocab-size", 10)
+    fails("draft_layers=0", whisper_donor, output, "--vocab-size", 300)
+    fails("`draft_layers` (7)", whisper_donor, output, "--draft-layers", 7)
+    fails("`vocab_size` must be", whisper_donor, output, "--vocab-size", 10, "--draft-layers", 0)
     fails("Pass `vocab_size`, too", whisper_donor, output, "--vocab-text", tmp_path)
     assert not output.exists()
     output.mkdir()
@@ -361,14 +380,19 @@ def test_convert_errors_give_one_line(run, whisper_donor, tmp_path):
     assert os.listdir(output) == ["precious.txt"]
 
 
-def test_any_setting_can_be_given_and_a_bad_one_is_named(tmp_path):
-    model = tiny_model("whisper")
-    settings = generation_settings(model, others=["repair_rounds=2", "no_speech=null", "alignment_heads=[[0, 1]]"])
-    assert settings.repair_rounds == 2 and settings.no_speech is None and settings.alignment_heads == [[0, 1]]
-    for bad, message in (("repair=1", "'repair' is not a setting"), ("gamma", "'gamma' is not a setting")):
+def test_any_setting_can_be_given_and_a_bad_one_is_named():
+    model = tiny_drafts_model()
+    model.generation_config.max_new_tokens = 7
+    settings = generation_settings(
+        model, ["draft_length=2", "max_new_tokens=null", "alignment_heads=[[0, 1]]"], gamma=1.5
+    )
+    assert (settings.draft_length, settings.max_new_tokens, settings.alignment_heads) == (2, None, [[0, 1]])
+    assert settings.sampler["gamma"] == 1.5 and model.generation_config.max_new_tokens == 7
+    for bad, message in (
+        ("draft=1", "'draft' is not a setting"),
+        ("gamma", "'gamma' is not a setting"),
+        ("draft_length=off", "'off' is not a JSON value"),
+        ("draft_length=-1", "draft_length"),
+    ):
         with pytest.raises(ValueError, match=message):
-            generation_settings(model, others=[bad])
-    with pytest.raises(ValueError, match="'off' is not a JSON value"):
-        generation_settings(model, others=["repair_rounds=off"])
-    with pytest.raises(ValueError, match="repair_rounds"):
-        generation_settings(model, others=["repair_rounds=-1"])
+            generation_settings(model, [bad])

@@ -24,7 +24,8 @@ from mdm_asr_hf.cli_transcribe import ProgressBar
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
-TEXT = (DEMO / "transcript.txt").read_text().strip()
+# As Whisper tiny.en writes it.
+TEXT = "He had found where his treasure was, and was frightened of what might happen."
 RATE_HZ = 16_000
 
 
@@ -34,8 +35,8 @@ def run(run_command):
 
     def run(*arguments):
         code, out, err = run_command(*arguments)
-        # A random model never ends its text. This warning has a test of its own, with a real one.
-        expected = ("canvas filled up", "more like this")
+        # A random model may not end its text. This warning has a test of its own, with a real one.
+        expected = ("and no end, so", "more like this")
         return code, out.splitlines(), [line for line in err.splitlines() if not any(one in line for one in expected)]
 
     return run

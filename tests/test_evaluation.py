@@ -3,6 +3,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 import soundfile
 import torch
 from test_distributed import LAUNCHERS, launch
-from tiny_models import VOCAB_SIZE, tiny_model, tiny_processor
+from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_model, tiny_processor
 
 from mdm_asr_hf import evaluation_mdm_asr
 from mdm_asr_hf.evaluation_mdm_asr import (
     PRESETS,
     decode_encoded,
+    describe_settings,
     encode_dataset,
     evaluate_model,
     load_data,
@@ -58,6 +60,11 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
+    return tiny_drafts_model(ctc=True, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def canvas():
     model = tiny_model("whisper")
     model.generation_config.canvas_length = 12
     return model
@@ -203,44 +210,72 @@ def test_presets_are_the_leaderboards(monkeypatch):
 # Rows.
 
 
-def test_rows_are_what_generate_gives(folder, model, processor):
-    rows = evaluate_model(model, processor, folder, batch_size=3)
-    assert [row["id"] for row in rows] == [f"audio/{i}.wav" for i in range(7)]
-    for row, duration_s in zip(rows, SECONDS, strict=True):
-        inputs = processor(folder / row["audio"])
-        output = model.generate(**inputs, return_dict_in_generate=True)
-        assert row["hypothesis"] == processor.batch_decode(output.sequences)[0]
-        assert row["nfe"] == int(output.nfe[0]) and row["duration_s"] == duration_s
-        text_tokens = [token for token in output.sequences[0].tolist() if token != model.config.eos_token_id]
-        assert len(row["tokens"]) == len(text_tokens)
-        assert [t["step"] for t in row["tokens"]] == output.commit_steps[0, : len(text_tokens)].tolist()
-        confidences = output.confidence[0, : len(text_tokens)].tolist()
-        assert [t["confidence"] for t in row["tokens"]] == pytest.approx(confidences, abs=1e-3)
-        assert "".join(t["text"] for t in row["tokens"]).strip() == row["hypothesis"]
-        assert row["is_full"] == (model.config.eos_token_id not in output.sequences[0])
-        assert all(row[name] > 0 for name in TIMES)
-        assert (row["dataset"], row["language"]) == ("clips", None)
-    # Not all alike, or the above says little.
-    assert len({row["hypothesis"] for row in rows}) > 4 and max(row["nfe"] for row in rows) > 1
+def test_rows_are_what_generate_gives(folder, model, canvas, processor):
+    for one in (model, canvas):
+        eos = one.config.eos_token_id
+        rows = evaluate_model(one, processor, folder, batch_size=3)
+        assert [row["id"] for row in rows] == [f"audio/{i}.wav" for i in range(7)]
+        for row, duration_s in zip(rows, SECONDS, strict=True):
+            output = one.generate(**processor(folder / row["audio"]), return_dict_in_generate=True)
+            assert row["hypothesis"] == processor.batch_decode(output.sequences)[0]
+            assert row["nfe"] == int(output.nfe[0]) and row["duration_s"] == duration_s
+            ids = output.sequences[0].tolist()
+            assert row["is_full"] == (eos not in ids) == (row["end"] is None)
+            said = row["tokens"] + ([row["end"]] if row["end"] else [])
+            assert len(said) == len(ids) and "".join(t["text"] for t in row["tokens"]).strip() == row["hypothesis"]
+            assert [t["step"] for t in said] == output.commit_steps[0].tolist()
+            assert [t["confidence"] for t in said] == pytest.approx(output.confidence[0].tolist(), abs=1e-3)
+            assert all(row[name] > 0 for name in TIMES)
+            assert (row["dataset"], row["language"]) == ("clips", None)
+        # Not all alike, or the above says little.
+        assert len({row["hypothesis"] for row in rows}) > 1 and max(row["nfe"] for row in rows) > 1
 
 
-@pytest.mark.parametrize("sampler", ["pbeb_conf", "random"])
-def test_batches_do_not_matter(folder, model, processor, sampler):
+def test_rows_tell_what_became_of_the_drafts(folder, model, canvas, processor):
+    rows = evaluate_model(model, processor, folder)
+    for row in rows:
+        output = model.generate(**processor(folder / row["audio"]), return_dict_in_generate=True)
+        ids = output.sequences[0].tolist()
+        branches = [token["branch"] for token in [*row["tokens"], row["end"]]]
+        numbers = {None: 0, "masks": 1, "first_draft": 2}
+        assert [numbers[one] for one in branches] == output.token_branches[0].tolist()
+        for i, name in enumerate(("masks", "first_draft")):
+            assert row["accepted_drafts"][name] == int(output.accepted_drafts[0, i]) >= branches.count(name)
+            struck = [(place, its_ids) for place, branch, its_ids in output.struck_drafts[0] if branch == i]
+            assert row["rejected_drafts"][name] == sum(len(its_ids) for _, its_ids in struck)
+            texts = [(place, processor.tokenizer.decode(its_ids)) for place, its_ids in struck]
+            assert [(one["place"], one["text"]) for one in row["struck_drafts"] if one["branch"] == name] == texts
+            # Struck for what the donor said in its place.
+            assert all(ids[place] != its_ids[0] for place, its_ids in struck)
+    assert sum(row["accepted_drafts"]["masks"] for row in rows) > 10
+    assert not evaluate_model(canvas, processor, folder)[0].keys() & {"accepted_drafts", "struck_drafts"}
+
+
+def test_what_was_taken_for_silence_has_no_text(folder, model, processor):
     settings = copy.deepcopy(model.generation_config)
-    settings.sampler, settings.temperature = sampler, 0.0 if sampler == "pbeb_conf" else 1.0
+    # Whoever gives token 3 any probability at all does not speak.
+    settings.no_speech_token_id, settings.no_speech_threshold = 3, 0.0
+    row = evaluate_model(model, processor, load_data(folder, limit=1), settings=settings)[0]
+    assert (row["hypothesis"], row["tokens"], row["end"], row["confidence"]) == ("", [], None, None)
+    assert row["nfe"] > 0 and row["is_full"] is False and row["struck_drafts"] == []
+
+
+@pytest.mark.parametrize("kind, temperature", [("drafts", 0.0), ("drafts", 1.0), ("random canvas", 1.0)])
+def test_batches_do_not_matter(folder, model, canvas, processor, kind, temperature):
+    model = model if kind == "drafts" else canvas
+    settings = copy.deepcopy(model.generation_config)
+    settings.temperature, settings.max_new_tokens = temperature, 24
+    if kind == "random canvas":
+        settings.sampler = "random"
 
     def rows_of(data, **more):
-        return timeless(evaluate_model(model, processor, data, settings=settings, **more))
+        rows = timeless(evaluate_model(model, processor, data, settings=settings, **more))
+        return [{name: row[name] for name in ("hypothesis", "nfe", "is_full")} for row in rows]
 
     whole = rows_of(folder, batch_size=3)
-    for others in (rows_of(folder, batch_size=1), rows_of(folder, batch_size=8)):
-        for row, other in zip(whole, others, strict=True):
-            assert {k: row[k] for k in ("hypothesis", "nfe", "is_full")} == {
-                k: other[k] for k in ("hypothesis", "nfe", "is_full")
-            }
+    assert rows_of(folder, batch_size=1) == rows_of(folder, batch_size=8) == whole
     assert rows_of(load_data(folder, limit=3))[-1]["hypothesis"] == whole[2]["hypothesis"]
-    others = rows_of(folder, seed=1)
-    assert (others == whole) == (sampler == "pbeb_conf")
+    assert (rows_of(folder, seed=1) == whole) == (temperature == 0)
 
 
 def test_encoding_once_gives_the_same_rows(folder, model, processor):
@@ -248,19 +283,23 @@ def test_encoding_once_gives_the_same_rows(folder, model, processor):
     soundfile.write(folder / "audio" / "3.wav", np.zeros(RATE_HZ), RATE_HZ)
     encoded = encode_dataset(model, processor, folder, batch_size=3)
     assert all(batch.encoder_outputs.last_hidden_state.device.type == "cpu" for batch in encoded.batches)
-    for steps in (2, 20):
+    num_evaluations = []
+    for branches in (["masks", "first_draft"], []):
         settings = copy.deepcopy(model.generation_config)
-        settings.max_denoising_steps = steps
+        settings.draft_branches = branches
         rows = decode_encoded(model, processor, encoded, settings)
         expected = evaluate_model(model, processor, folder, batch_size=3, settings=settings)
         assert timeless(rows) == timeless(expected)
-        assert max(row["nfe"] for row in rows) <= steps
+        num_evaluations.append(sum(row["nfe"] for row in rows))
         assert (rows[3]["hypothesis"], rows[3]["nfe"], rows[3]["is_full"]) == ("", 0, False)
         assert all(row[name] > 0 for row in rows for name in TIMES)
+    # Without drafts, an evaluation for each token.
+    assert num_evaluations[0] < num_evaluations[1] == sum(len(row["tokens"]) + 1 for row in rows if row["nfe"])
     assert not settings.return_dict_in_generate and len(encoded.data.skipped) == 1
 
 
-def test_what_cannot_be_decoded_does_not_stop_the_rest(folder, model, processor):
+def test_what_cannot_be_decoded_does_not_stop_the_rest(folder, canvas, processor):
+    model = canvas
     data = load_data(folder)
     # Broken after its header was read; and a clip too long for the canvas that 100 tokens a second ask for.
     (folder / "audio" / "5.wav").write_bytes(b"RIFF")
@@ -360,7 +399,9 @@ def test_folder_of_results(folder, model, processor, checkpoint, tmp_path):
     assert content["metrics"].keys() - scored["metrics"].keys() == {"rtfx_batch_1", "peak_memory_mib"}
     # torch alone is more than 50 MiB, and no test takes 100 GiB.
     assert 50 < content["metrics"]["peak_memory_mib"] < 1e5
-    assert content["settings"]["canvas"]["canvas_length"] == 12 and content["settings"]["dtype"] == "float32"
+    settings = content["settings"]
+    assert (settings["decoding"], settings["gamma"], settings["dtype"]) == ("drafts", 3.0, "float32")
+    assert settings["draft_branches"] == ["masks", "first_draft"] and settings["logprob_threshold"] is None
     assert content["model"] == "some name" and len(content["model_sha256"]) == 64
     assert content["model_sha256"] != evaluation_mdm_asr.model_sha256(tmp_path)
     (described,) = content["data"]
@@ -368,6 +409,12 @@ def test_folder_of_results(folder, model, processor, checkpoint, tmp_path):
     assert set(evaluation_mdm_asr.PACKAGES) < set(content["versions"])
     assert content["machine"]["device"] == "cpu" and content["machine"]["num_cores"] >= 1
     assert content["normaliser"] == "transformers EnglishTextNormalizer({}), no spelling table"
+
+
+def test_settings_say_which_decoding_it_was(canvas):
+    settings = describe_settings(canvas.generation_config)
+    assert settings["decoding"] == "canvas" and settings["canvas"]["canvas_length"] == 12
+    assert settings["sampler"]["name"] == "pbeb_conf" and settings["max_denoising_steps"] == 32
 
 
 def test_half_precision(folder, model, processor):
@@ -406,8 +453,12 @@ def test_processes_lose_and_double_nothing(folder, model, processor, monkeypatch
 
 def test_two_processes_write_what_one_does(folder, checkpoint, tmp_path):
     (folder / "audio" / "6.wav").write_bytes((folder / "audio" / "6.wav").read_bytes()[:2000])
-    script = [ROOT / "training" / "run_eval.py", "--data", folder, "--model", checkpoint, "--batch-size", 2]
-    script += ["--sampler", "random", "--device", "cpu", "--canvas-length", 12]
+    # Drawn, so that rows that got another generator would show.
+    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    drawing = shutil.copytree(checkpoint, tmp_path / "drawing")
+    (drawing / "generation_config.json").write_text(json.dumps(settings | {"temperature": 1.0}))
+    script = [ROOT / "training" / "run_eval.py", "--data", folder, "--model", drawing, "--batch-size", 2]
+    script += ["--device", "cpu"]
     launch(*LAUNCHERS["accelerate"].split(), *script, "--output", tmp_path / "two")
     sys.argv, before = [str(one) for one in [*script, "--output", tmp_path / "one"]], sys.argv
     try:
@@ -434,7 +485,8 @@ def test_two_processes_write_what_one_does(folder, checkpoint, tmp_path):
 def test_commands(folder, checkpoint, tmp_path, run_command):
     manifest = folder / "few.jsonl"
     write_metadata(folder, [{"file_name": f"audio/{i}.wav", "text": "a b"} for i in (0, 4)], "few.jsonl")
-    arguments = ["--model", checkpoint, "--canvas-length", 12, "--steps", 5, "--batch-1-rows", 1, "--device", "cpu"]
+    arguments = ["--model", checkpoint, "--gamma", 0.5, "--set", "draft_length=2", "--batch-1-rows", 1]
+    arguments += ["--device", "cpu"]
     code, out, err = run_command("evaluate", "--data", folder, manifest, "--output", tmp_path / "out", *arguments)
     assert code == 0
     assert "clips: skipped audio/bad.wav: " in err and err.count("warning") == 1
@@ -444,7 +496,9 @@ def test_commands(folder, checkpoint, tmp_path, run_command):
     wers = [content["metrics"]["wer"] for content in contents.values()]
     low, high = contents["few"]["intervals"]["wer"]
     assert f"{wers[1]} ({low} to {high})" in lines[2] and f"{sum(wers) / 2:.2f}" in lines[3]
-    assert contents["few"]["settings"]["max_denoising_steps"] == 5
+    settings = contents["few"]["settings"]
+    assert (settings["decoding"], settings["gamma"], settings["draft_length"]) == ("drafts", 0.5, 2)
+    assert "masks %" in lines[0] and str(contents["few"]["metrics"]["acceptance_rate_masks"]) in lines[2]
     assert contents["few"]["metrics"]["rtfx_batch_1"]["num_utterances"] == 1
     assert contents["few"]["command"].startswith("mdm-asr evaluate --data ")
     assert {row["dataset"] for row in read_rows(tmp_path / "out" / "few")} == {"few"}
@@ -474,6 +528,7 @@ def test_what_goes_wrong_is_one_line(folder, checkpoint, tmp_path, run_command):
         (["evaluate", "--data", folder, "--text-column", "words", "--output", tmp_path / "x"], "`text_column`"),
         (["evaluate", "--data", folder, "--model", tmp_path / "no", "--output", tmp_path / "x"], "`model`"),
         (["evaluate", "--data", folder, "--gamma", "-1", "--model", checkpoint, "--output", tmp_path / "x"], "gamma"),
+        (["evaluate", "--data", folder, "--steps", "5", "--model", checkpoint, "--output", tmp_path / "x"], "canvas"),
     ):
         code, out, err = run_command(*arguments)
         lines = [line for line in err.splitlines() if not line.startswith("warning")]

@@ -9,10 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from test_auto_classes import noise, transcribe_as_remote_code
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from mdm_asr_hf import cli, default_checkpoint
@@ -32,7 +33,7 @@ pipeline_tag: automatic-speech-recognition
 def folder(tmp_path):
     """What a training run leaves: a checkpoint in bf16, a card, and files that are nobody's business."""
     folder = tmp_path / "run"
-    tiny_model().bfloat16().save_pretrained(folder)
+    tiny_drafts_model(ctc=True, dtype=torch.bfloat16).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
     (folder / "LICENSE").write_text("Apache")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Audio, Dataset
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import tiny_drafts_model, tiny_processor
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -22,7 +22,7 @@ RECORDING = next((Path(__file__).parent.parent / "demo").glob("*.flac"))
 def tiny():
     processor = tiny_processor()
     return MDMASRPipeline(
-        model=tiny_model(), feature_extractor=processor.feature_extractor, tokenizer=processor.tokenizer
+        model=tiny_drafts_model(), feature_extractor=processor.feature_extractor, tokenizer=processor.tokenizer
     )
 
 
@@ -102,6 +102,7 @@ def test_arguments_that_make_no_sense(tiny):
         ({"chunk_length_s": 0.1}, "max_window_s"),
         ({"vad": "loud"}, "vad"),
         ({"no_such_setting": 1}, "no_such_setting"),
+        ({"max_denoising_steps": 1}, "canvas"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(entry(noise(1.0)), **options)
@@ -111,11 +112,12 @@ def test_arguments_that_make_no_sense(tiny):
 
 
 def test_stock_arguments_are_taken(tiny):
-    expected = tiny(entry(noise(1.0)), max_denoising_steps=1)
-    assert expected["nfe"] == 1
-    options = {"stride_length_s": (1, 1), "ignore_warning": True, "generate_kwargs": {"max_denoising_steps": 1}}
+    expected = tiny(entry(noise(1.0)), draft_branches=[])
+    assert expected["nfe"] == len(expected["tokens"]) + 1
+    options = {"stride_length_s": (1, 1), "ignore_warning": True, "generate_kwargs": {"draft_branches": []}}
     assert tiny(entry(noise(1.0)), **options) == expected
-    assert tiny(entry(noise(1.0)), chunk_length_s=0, return_timestamps=False) == tiny(entry(noise(1.0)))
+    drafted = tiny(entry(noise(1.0)), chunk_length_s=0, return_timestamps=False)
+    assert drafted["text"] == expected["text"] and drafted["nfe"] < expected["nfe"]
 
 
 def test_hotwords_and_language_reach_generate(tiny, monkeypatch):

@@ -184,7 +184,7 @@ def test_utterances_worst_first_with_aligned_words(tmp_path):
     ]
     facts = [fact.text for fact in articles[2].all(css="facts")[0].all("li")]
     assert facts[:2] == ["WER 50.0 %", "2 of 4 words: 0 S, 1 D, 1 I"]
-    assert "canvas full, its end may be missing" in facts
+    assert "no end of text, the last words may be missing" in facts
     assert articles[0].all(css="facts")[0].all("b")[0].text == "WER ∞ %"
     frequent = {button["data-filter"] for button in root.all(id="frequent")[0].all("button")}
     assert frequent == {"green→grin", "b→***", "gone→***", "***→e", "***→ghost", "***→words"}
@@ -211,24 +211,67 @@ def test_metrics_settings_and_plots(tmp_path):
     assert [(float(dot["cx"]), float(dot["cy"])) for dot in dots] == [(177.5, 130.0), (280.0, 30.0)]
 
 
-def test_canvases_of_the_worst_only(tmp_path):
+def test_steps_of_the_worst_only(tmp_path):
     folder = write(tmp_path, ROWS)
 
-    def canvases(**settings):
+    def decodings(**settings):
         root = parse(make_report(folder, tmp_path / "out" / "r.html", **settings))
-        shown = [details["data-canvas"] for details in root.all("details") if "data-canvas" in details.attributes]
-        stored = json.loads(root.all("script", id="canvases")[0].text)
+        shown = [details["data-steps"] for details in root.all("details") if "data-steps" in details.attributes]
+        stored = json.loads(root.all("script", id="decodings")[0].text)
         assert sorted(shown) == sorted(stored)
         return shown, stored
 
-    shown, stored = canvases()
+    shown, stored = decodings()
     assert shown == ["3", "4", "2", "1"]  # worst first, without the one that has no tokens
     assert stored["2"] == {
         "steps": 4,
         "tokens": [["red", 0.5, 1], [" grin", 0.6, 3], [" blue", 0.7, 2], [" black", 0.8, 2]],
     }
-    assert canvases(num_canvases=2)[0] == ["3", "4"]
-    assert canvases(num_canvases=0)[0] == []
+    assert decodings(num_stepped=2)[0] == ["3", "4"]
+    assert decodings(num_stepped=0)[0] == []
+
+
+def drafted_row():
+    """ "a b c", of which the masks drafted "b" and " x" where "c" is, and the first draft the end."""
+
+    def token(text, step, branch, confidence=0.5):
+        return {"text": text, "confidence": confidence, "step": step, "branch": branch}
+
+    return row(
+        "drafted",
+        "a b d",
+        "a b c",
+        nfe=9,  # of these, seven of a text that was refused
+        tokens=[token(" a", 1, None), token(" b", 2, "masks"), token(" c", 2, None)],
+        end=token("<eos>", 3, "first_draft"),
+        accepted_drafts={"masks": 4, "first_draft": 1},
+        rejected_drafts={"masks": 6, "first_draft": 0},
+        struck_drafts=[
+            {"place": 1, "branch": "first_draft", "text": " y<eos>"},
+            {"place": 2, "branch": "masks", "text": " x"},
+        ],
+    )
+
+
+def test_drafts_stand_where_they_were_struck(tmp_path):
+    root = parse(make_report(write(tmp_path, [drafted_row(), ROWS[0]])))
+    stored = json.loads(root.all("script", id="decodings")[0].text)
+    assert stored["1"] == {
+        "steps": 3,
+        "items": [
+            [" a", 1, None, 0.5],
+            [" y[END]", 2, "first_draft"],
+            [" b", 2, "masks", 0.5],
+            [" x", 2, "masks"],
+            [" c", 2, None, 0.5],
+            ["[END]", 3, "first_draft", 0.5],
+        ],
+    }
+    facts = [fact.text for fact in root.all("article")[0].all(css="facts")[0].all("li")]
+    assert "masks 4 of 10 right" in facts and "first draft 1 of 1 right" in facts
+    summaries = [details.all("summary")[0].text for details in root.all(css="steps")]
+    assert summaries == ["Drafts, 3 evaluations", "Canvas, 3 steps"]
+    assert root.all(id="drafts-legend") and not parse(make_report(write(tmp_path, ROWS))).all(id="drafts-legend")
 
 
 def test_old_folders_and_rows_without_tokens(tmp_path):
@@ -239,7 +282,7 @@ def test_old_folders_and_rows_without_tokens(tmp_path):
     cards = {card.all("small")[0].text: card.all("b")[0].text for card in root.all(id="metrics")[0].all("li")}
     # What the file says wins; what it lacks follows from the rows.
     assert cards["WER"] == "12.34 %" and cards["utterances"] == "5" and "CER" in cards
-    assert len(root.all("article")) == 5 and root.all(id="durations") and not root.all(css="canvas-steps")
+    assert len(root.all("article")) == 5 and root.all(id="durations") and not root.all(css="steps")
     settings = {line.all("th")[0].text: line.all("td")[0].text for line in root.all(css="settings")[0].all("tr")}
     assert settings == {"num_threads": "3", "sampler.name": "dfm"}
     # Without metrics.json, and by the path of the file itself.
@@ -350,8 +393,8 @@ def test_errors_name_the_argument(tmp_path):
     folder = write(tmp_path / "f", ROWS)
     with pytest.raises(ValueError, match="`audio_root` .*missing"):
         make_report(folder, audio_root=tmp_path / "missing")
-    with pytest.raises(ValueError, match="`num_canvases` must be at least 0, got -1"):
-        make_report(folder, num_canvases=-1)
+    with pytest.raises(ValueError, match="`num_stepped` must be at least 0, got -1"):
+        make_report(folder, num_stepped=-1)
     with pytest.raises(ValueError, match="has no rows"):
         make_report(write(tmp_path / "none", []))
     with pytest.raises(ValueError, match="neither"):
@@ -403,6 +446,7 @@ def test_contrast_of_colours():
             return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
         pairs = [("sub-text", "sub"), ("del-text", "del"), ("ins-text", "ins"), ("text", "doubt-shade")]
+        pairs += [("text", "masks"), ("text", "first"), ("masks-line", "card"), ("first-line", "card")]
         pairs += [(text, ground) for text in ("text", "quiet", "link") for ground in ("page", "card")]
         for text, ground in pairs:
             light, dark = sorted((luminance(text), luminance(ground)), reverse=True)
@@ -451,7 +495,7 @@ def test_browser_shows_the_view_in_the_address(tmp_path):
     assert root.all(id="shown")[0].text == "2 of 5 utterances"
     assert root.all(id="turn")[0].text == "↑ rising"
     # Only the canvas that was asked for is drawn: after step 2, "grin" of step 3 is still masked.
-    assert [canvas.parent["data-canvas"] for canvas in root.all(css="canvas") if canvas.all(css="cell")] == ["2"]
+    assert [one.parent["data-steps"] for one in root.all(css="decoding") if one.all(css="cell")] == ["2"]
     cells = [(*(part.text for part in cell.all()), "fresh" in cell["class"]) for cell in root.all(css="cell")]
     assert cells == [
         ("red", "1 · 50 %", False),
@@ -461,6 +505,30 @@ def test_browser_shows_the_view_in_the_address(tmp_path):
     ]
     assert root.all(css="stepper")[0].all("output")[0].text == "step 2 of 4: 2 committed, 3 of 4 tokens done"
     assert root.all(css="cell")[3]["title"] == '" black", step 2, confidence 0.8'
+
+
+@needs_chromium
+def test_browser_shows_the_drafts_of_an_evaluation(tmp_path):
+    page = make_report(write(tmp_path, [drafted_row()]))
+    root, console = browse(page, tmp_path, "#u=1&step=2")
+    assert console == []
+    (text,) = root.all(css="drafts")
+    shown = [
+        (node.tag, node.text, "fresh" in node["class"].split())
+        for node in text.all()
+        if "hidden" not in node.attributes
+    ]
+    assert shown == [
+        ("span", " a", False),
+        ("del", " y[END]", True),
+        ("mark", " b", True),
+        ("del", " x", True),
+        ("span", " c", True),
+    ]
+    assert root.all(css="stepper")[0].all("output")[0].text == (
+        "evaluation 2 of 3: 1 of the donor, 1 drafted by masks, 0 by the first draft, 2 struck; 3 of 4 tokens done"
+    )
+    assert text.all("mark")[0]["title"] == '" b": accepted draft, masks, evaluation 2, confidence 0.5'
 
 
 @needs_chromium

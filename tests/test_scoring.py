@@ -17,6 +17,7 @@ from mdm_asr_hf.scoring_mdm_asr import (
     count_repetitions,
     describe_normaliser,
     find_results,
+    most_in_a_row,
     normaliser,
     read_rows,
     score,
@@ -59,7 +60,7 @@ def test_error_rates_by_hand():
     metrics = metrics_of(rows)
     assert expected.items() <= metrics.items()
     # Rows of older folders: no tokens, no times.
-    unknown = ("tokens_per_nfe", "rtfx", "rtfx_encoder", "rtfx_decoder", "ece", "num_full_canvases")
+    unknown = ("tokens_per_nfe", "rtfx", "rtfx_encoder", "rtfx_decoder", "ece", "num_full", "num_accepted_drafts")
     assert all(metrics[name] is None for name in unknown)
     assert metrics["reliability"] == []
 
@@ -115,15 +116,31 @@ def test_repetitions_by_hand():
     assert count_repetitions("the the the cat")[1] == 2
     assert count_repetitions("in the box in the box")[3] == 1
     assert not any(count_repetitions("a b a c a").values())
+    sentence = "we went down to the sea"
     rows = [
         row("a b c", "a b b c"),
         row("in the box", "in the in the box"),
+        row(sentence, f"{sentence} {sentence}"),
         # Said so.
         row("no no no", "No, no, no."),
         row("that that is", "that that is is"),
         row("a b c", "a b c"),
     ]
-    assert metrics_of(rows)["repetition_rate"] == 60.0
+    assert metrics_of(rows)["repetition_rate"] == round(100 * 4 / 6, 2)
+
+
+def test_loops_by_hand():
+    for text, times in (("", 0), ("a", 1), ("a b", 1), ("so a b a b a b", 3), ("a a b b b b", 4), ("a b c a b", 1)):
+        assert most_in_a_row(text) == times, text
+    sentence = "we went down to the sea in the morning"
+    rows = [
+        row(sentence, " ".join([sentence] * 3)),
+        row("go", "Go. Go! Go?"),
+        row("go go", "go go go"),
+        row("a b", "a b a b"),
+        row("no no no no", "no no no"),
+    ]
+    assert metrics_of(rows)["num_loops"] == 3
 
 
 def test_empty_outputs_are_of_those_who_speak():
@@ -140,7 +157,22 @@ def test_tokens_per_decoder_evaluation():
     ]
     metrics = metrics_of(rows)
     assert metrics["tokens_per_nfe"] == 1.0
-    assert metrics["num_full_canvases"] == 1
+    assert metrics["num_full"] == 1
+
+
+def test_accepted_drafts_are_of_those_each_branch_made():
+    def drafts(*counts):
+        pairs = [dict(zip(("masks", "first_draft"), one, strict=True)) for one in counts]
+        return dict(zip(("accepted_drafts", "rejected_drafts"), pairs, strict=True))
+
+    rows = [row("a", "a", **drafts((3, 1), (1, 0))), row("b", "b", **drafts((0, 0), (4, 0)))]
+    result = score(rows, num_bootstrap=10)
+    metrics = result["metrics"]
+    assert (metrics["acceptance_rate_masks"], metrics["acceptance_rate_first_draft"]) == (37.5, 100.0)
+    assert metrics["num_accepted_drafts"] == {"masks": 3, "first_draft": 1}
+    assert metrics["num_rejected_drafts"] == {"masks": 5, "first_draft": 0}
+    low, high = result["intervals"]["acceptance_rate_masks"]
+    assert 0 <= low <= 37.5 <= high <= 75
 
 
 def test_speed_is_of_all_seconds():

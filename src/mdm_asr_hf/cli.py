@@ -135,7 +135,7 @@ def load_model(
     if config.model_type != "mdm_asr":
         raise ValueError(
             f"`model` {model!r} is a {config.model_type!r} checkpoint, not MDM-ASR's. `mdm-asr convert` makes one of "
-            "a Whisper or Canary checkpoint, which then has to be trained."
+            "a Whisper or Canary checkpoint."
         )
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     loaded, info = AutoModelForSpeechSeq2Seq.from_pretrained(
@@ -177,30 +177,17 @@ def load_named_model(
 
 
 def generation_settings(
-    model: "MDMASRForConditionalGeneration",
-    *,
-    sampler: str | None = None,
-    max_denoising_steps: int | None = None,
-    canvas_length: int | None = None,
-    others: list[str] | None = None,
-    **sampler_settings: float | None,
+    model: "MDMASRForConditionalGeneration", others: list[str] | None = None, **given: Any
 ) -> "MDMASRGenerationConfig":
     """
-    The checkpoint's generation settings with those given, checked. None keeps the checkpoint's.
+    The checkpoint's generation settings with those given, checked as `generate` checks its arguments.
 
     Args:
         others (`list[str]`, *optional*): NAME=VALUE of any further setting, the value as JSON has it.
+        given: settings by name, those of the sampler among them; None keeps the checkpoint's.
     """
-    from .sampling_mdm_asr import make_sampler
-
-    settings = copy.deepcopy(model.generation_config)
-    given = {name: value for name, value in sampler_settings.items() if value is not None}
-    # As a dict: a checkpoint that brings its code has sampler classes of its own.
-    settings.sampler = make_sampler(sampler or settings.sampler, **given).to_dict()
-    if max_denoising_steps is not None:
-        settings.max_denoising_steps = max_denoising_steps
-    if canvas_length is not None:
-        settings.canvas_length = canvas_length
+    settings = copy.copy(model.generation_config)
+    given = {name: value for name, value in given.items() if value is not None}
     for one in others or []:
         name, _, value = one.partition("=")
         if name not in vars(settings) or name.startswith("_"):
@@ -208,11 +195,14 @@ def generation_settings(
                 f"`--set {one}`: {name!r} is not a setting of generation. Use one of generation_config.json."
             )
         try:
-            setattr(settings, name, json.loads(value))
+            given[name] = json.loads(value)
         except ValueError as error:
             raise ValueError(f"`--set {one}`: {value!r} is not a JSON value, such as 0.5, null or [1, 2].") from error
+        if given[name] is None:
+            # As an argument of `generate`, None is no wish.
+            setattr(settings, name, given.pop(name))
+    settings, _ = model._settle_generation_config(settings, given, set())
     settings.return_dict_in_generate = True
-    settings.validate()
     return settings
 
 
@@ -225,8 +215,14 @@ def convert(
     kind: Annotated[
         DonorKind | None, typer.Option(help="Of the donor. Default: what its config.json or suffix says.")
     ] = None,
+    draft_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the masks that draft. Default: the donor's number; 0: the paper's canvas, to be trained."
+        ),
+    ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Keep N ids of a Whisper donor's vocabulary, the first ones.")
+        int | None, typer.Option(help="For a canvas: keep N ids of a Whisper donor's vocabulary, the first ones.")
     ] = None,
     vocab_text: Annotated[
         Path | None, typer.Option(help="A file of sentences: keep the ids that they use most, not the first ones.")
@@ -239,8 +235,8 @@ def convert(
     """
     Make an MDM-ASR model of a Whisper or Canary checkpoint.
 
-    Writes model, processor and generation settings. All weights are the donor's but the mask's embedding, so the
-    result is a start for training and transcribes nothing yet.
+    Writes model, processor and generation settings. The result gives the donor's text at once; training its drafts
+    makes it faster. With `--draft-layers 0` it is a canvas, which transcribes nothing before it is trained.
     """
     from .modeling_mdm_asr import MDMASRForConditionalGeneration
     from .processing_mdm_asr import MDMASRProcessor
@@ -259,7 +255,8 @@ def convert(
                     raise ValueError(f"`{option} {value}` is for Whisper donors only. Leave it out.")
                 options[name] = value
             with saving_code(with_code):
-                model = getattr(MDMASRForConditionalGeneration, f"from_{kind.value}")(donor, **options)
+                convert_model = getattr(MDMASRForConditionalGeneration, f"from_{kind.value}")
+                model = convert_model(donor, draft_layers=draft_layers, **options)
                 processor = getattr(MDMASRProcessor, f"from_{kind.value}")(donor, **options)
                 model.save_pretrained(output)
                 processor.save_pretrained(output)

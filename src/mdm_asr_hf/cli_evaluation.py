@@ -12,7 +12,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_options import Device, DType, Gamma, Lambda, Model, OtherSettings, Precision, Sampler, TrustRemoteCode
+from .cli_options import (
+    CanvasLength,
+    Device,
+    DType,
+    Gamma,
+    Lambda,
+    Model,
+    OtherSettings,
+    Precision,
+    Sampler,
+    Steps,
+    TrustRemoteCode,
+)
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -47,21 +59,17 @@ def evaluate(
     language: Annotated[
         str | None, typer.Option(help="Of the speech, such as de: chooses prompt and normaliser. Default: en.")
     ] = None,
-    sampler: Sampler = None,
     gamma: Gamma = None,
-    lambda_: Lambda = None,
-    max_denoising_steps: Annotated[
-        int | None, typer.Option("--steps", help="The most decoder evaluations an utterance.")
-    ] = None,
-    canvas_length: Annotated[
-        int | None, typer.Option(help="Tokens a text may have. Default: adapted to the duration.")
-    ] = None,
     others: OtherSettings = None,
+    sampler: Sampler = None,
+    lambda_: Lambda = None,
+    max_denoising_steps: Steps = None,
+    canvas_length: CanvasLength = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 8,
     device: Device = None,
     dtype: Precision = DType.float32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each data set.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random and DFM samplers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: samplers, temperatures.")] = 0,
     batch_1_rows: Annotated[
         int, typer.Option(min=0, help="Utterances to measure the speed at batch size 1 on; 0: not at all.")
     ] = 16,
@@ -100,17 +108,17 @@ def evaluate(
                     batch_1_rows=batch_1_rows,
                     trust_remote_code=trust_remote_code,
                     command=shlex.join(["mdm-asr", *sys.argv[1:]]),
-                    sampler=sampler,
+                    others=others,
                     gamma=gamma,
+                    sampler=sampler,
                     lambda_=lambda_,
                     max_denoising_steps=max_denoising_steps,
                     canvas_length=canvas_length,
-                    others=others,
                 )
             except (ValueError, OSError) as error:
                 raise cli.Failure(error) from error
             finally:
-                # Full canvases are counted in the metrics, for the whole set and not batch by batch; what was
+                # Texts without an end are counted in the metrics, for the whole set and not batch by batch; what was
                 # skipped, also by other processes, is reported below.
                 told = ("Skipped ", "without an end of text")
                 collector.messages = [one for one in collector.messages if not any(part in one for part in told)]
@@ -138,14 +146,14 @@ def run_evaluation(
     batch_1_rows: int = 16,
     trust_remote_code: bool = False,
     command: str | None = None,
-    **sampler_settings: Any,
+    **decoding: Any,
 ) -> dict[str, dict[str, Any]]:
     """
     Measures a model on data sets and writes their folders.
 
     Args:
         data: name -> data set. One alone is written to `output` itself, several to subfolders with their names.
-        sampler_settings: for `cli.generation_settings`.
+        decoding: for `cli.generation_settings`.
 
     Returns:
         Name -> what its metrics.json holds; empty in all processes but the first.
@@ -165,7 +173,7 @@ def run_evaluation(
     index, _ = process_index_and_number(device)
     path = model or str(default_checkpoint())
     loaded, processor = load_named_model(path, device, trust_remote_code, dtype)
-    settings = generation_settings(loaded, **sampler_settings)
+    settings = generation_settings(loaded, **decoding)
     results = {}
     for name, one in data.items():
         if loaded.device.type == "cuda":
@@ -259,7 +267,8 @@ def report(
     """
     Write the error analysis of an evaluation: one HTML file, no network.
 
-    The utterances, worst first, with aligned errors, audio and the canvas step by step; WER by duration, calibration.
+    The utterances, worst first, with aligned errors, audio and the drafts, or the canvas, step by step; WER by
+    duration, calibration.
     """
     from .cli import Failure, quiet_libraries
     from .report_mdm_asr import make_report
@@ -337,7 +346,10 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
         "ECE %": "ece",
         "empty %": "empty_rate",
         "repeating %": "repetition_rate",
+        "loops": "num_loops",
     }
+    if all("acceptance_rate_masks" in result["metrics"] for result in results.values()):
+        columns |= {"masks %": "acceptance_rate_masks", "first draft %": "acceptance_rate_first_draft"}
     table.add_column("data")
     for heading in columns:
         table.add_column(heading, justify="right")
@@ -351,7 +363,9 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
         means = []
         for key in columns.values():
             values = [result["metrics"][key] for result in results.values()]
-            means.append("" if key == "num_utterances" or None in values else f"{sum(values) / len(values):.2f}")
+            means.append(
+                "" if key in ("num_utterances", "num_loops") or None in values else f"{sum(values) / len(values):.2f}"
+            )
         table.add_row("mean", *means)
     return table
 

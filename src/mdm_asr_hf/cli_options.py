@@ -17,15 +17,24 @@ class DType(StrEnum):
 Model = Annotated[
     str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
 ]
-Sampler = Annotated[
-    str | None, typer.Option(help="random, dfm, conf_top_k, eb_conf or pbeb_conf. Default: the checkpoint's.")
+Language = Annotated[
+    str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de; auto detects it.")
 ]
-Gamma = Annotated[float | None, typer.Option(help="Entropy bound of eb_conf and pbeb_conf; larger is faster.")]
-Lambda = Annotated[float | None, typer.Option("--lambda", help="Position bias of pbeb_conf.")]
+Gamma = Annotated[
+    float | None,
+    typer.Option(help="The entropy that drafts, or tokens committed at once, may have; larger is faster."),
+]
+# Of the paper's canvas alone.
+Sampler = Annotated[str | None, typer.Option(help="On a canvas: random, dfm, conf_top_k, eb_conf or pbeb_conf.")]
+Lambda = Annotated[float | None, typer.Option("--lambda", help="On a canvas: the position bias of pbeb_conf.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="On a canvas: the most decoder evaluations of a text.")]
+CanvasLength = Annotated[
+    int | None, typer.Option(help="On a canvas: the tokens it has. Default: adapted to the duration.")
+]
 OtherSettings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as repair_rounds=0."
+        "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as hotword_boost=4."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")]
@@ -43,14 +52,17 @@ def split_words(entries: list[str] | None) -> list[str]:
 
 
 __all__ = [
+    "CanvasLength",
     "DType",
     "Device",
     "Gamma",
     "Lambda",
+    "Language",
     "Model",
     "OtherSettings",
     "Precision",
     "Sampler",
+    "Steps",
     "TrustRemoteCode",
     "split_words",
 ]

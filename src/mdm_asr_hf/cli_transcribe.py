@@ -14,14 +14,17 @@ from rich.text import Text
 
 from .cli_journal import fingerprint
 from .cli_options import (
+    CanvasLength,
     Device,
     DType,
     Gamma,
     Lambda,
+    Language,
     Model,
     OtherSettings,
     Precision,
     Sampler,
+    Steps,
     TrustRemoteCode,
     split_words,
 )
@@ -76,9 +79,7 @@ def transcribe(
     hotwords: Annotated[
         list[str] | None, typer.Option(metavar="WORDS", help="Words to expect, parted by commas. May be repeated.")
     ] = None,
-    language: Annotated[
-        str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de; auto detects it.")
-    ] = None,
+    language: Language = None,
     target_language: Annotated[
         str | None, typer.Option(help="Of the text, for checkpoints that translate, such as en.")
     ] = None,
@@ -88,16 +89,12 @@ def transcribe(
     max_window_s: Annotated[
         float | None, typer.Option("--window-s", help="Longest audio decoded at once. Default: the checkpoint's.")
     ] = None,
-    sampler: Sampler = None,
-    max_denoising_steps: Annotated[
-        int | None, typer.Option("--steps", help="The most decoder evaluations a window.")
-    ] = None,
     gamma: Gamma = None,
-    lambda_: Lambda = None,
-    canvas_length: Annotated[
-        int | None, typer.Option(help="Tokens a window's text may have. Default: adapted to the duration.")
-    ] = None,
     others: OtherSettings = None,
+    sampler: Sampler = None,
+    lambda_: Lambda = None,
+    max_denoising_steps: Steps = None,
+    canvas_length: CanvasLength = None,
     device: Device = None,
     dtype: Precision = DType.float32,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")] = 8,
@@ -128,12 +125,12 @@ def transcribe(
             loaded, processor = cli.load_named_model(source, device, trust_remote_code, dtype.value)
             settings = cli.generation_settings(
                 loaded,
+                others,
+                gamma=gamma,
                 sampler=sampler,
+                lambda_=lambda_,
                 max_denoising_steps=max_denoising_steps,
                 canvas_length=canvas_length,
-                others=others,
-                gamma=gamma,
-                lambda_=lambda_,
             )
             transcriber = Transcriber(
                 loaded,
@@ -194,7 +191,7 @@ def _results(
             known_window=lambda i, window: writer.known_window(todo[i], window),
         )
         for i, result in results:
-            # `generate` warns of full canvases per batch; the transcripts do so, too, and say where.
+            # `generate` warns of texts without an end per batch; the transcripts do so, too, and say where.
             collector.messages = [one for one in collector.messages if "without an end of text" not in one]
             if not isinstance(result, ValueError) and result.duration_s == 0:
                 result = ValueError(f"{str(todo[i])!r} is empty (no samples). Record or export it again.")

@@ -24,12 +24,12 @@ from .audio_mdm_asr import load_audio
 from .confidence_mdm_asr import utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
 from .evaluation_data_mdm_asr import PRESETS, EvaluationData, load_data, report_skipped
-from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from .int8_mdm_asr import is_int8
 from .prompt_mdm_asr import AUTO, prompt_values
 from .scoring_mdm_asr import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
 from .sources_mdm_asr import Source, check_on_bad_row
-from .transcript_mdm_asr import token_texts
+from .transcript_mdm_asr import text_length, token_texts
 
 logger = logging.get_logger(__name__)
 
@@ -107,17 +107,19 @@ def evaluate_model(
         settings ([`MDMASRGenerationConfig`], *optional*): instead of the model's own.
         batch_size (`int`): utterances decoded together.
         language (`str`, *optional*): of the speech, where no column of the data set tells. The model's prompt gets it,
-            if it has a place for it. "auto": as detected, by models that can.
-        seed (`int`): of samplers that draw. Each row has a generator of its own, made of this and its id, so that it
-            does not depend on the batch.
+            if it has a place for it. "auto": as detected, by models that can, which is multilingual Whisper's default.
+        seed (`int`): of what is drawn. Each row has a generator of its own, made of this and its id, so that it does
+            not depend on the batch.
         on_bad_row (`str`): "skip" reports what cannot be read or decoded and adds it to `data.skipped`; "raise" ends
             there.
         progress (`bool`): show a bar on stderr, if that is a terminal.
 
     Returns:
         Dicts with "id", "dataset", "audio", "reference", "hypothesis", "duration_s", "language", "nfe", "confidence",
-        "is_full", "tokens" ("text", "confidence", "step"), and "features_s", "encoder_s", "decoder_s": the row's share
-        of its batch's wall time, without reading the file.
+        "is_full", "tokens" and "end", the end of text ("text", "confidence", "step"), and "features_s", "encoder_s",
+        "decoder_s": the row's share of its batch's wall time, without reading the file. Of checkpoints with drafts,
+        tokens also have the "branch" that drafted them, None for the donor's own, and rows have "accepted_drafts" and
+        "rejected_drafts" (branch -> number), and "struck_drafts" ("place" among the tokens, "branch", "text").
 
     Raises:
         ValueError: the data set, the settings, and what `on_bad_row` says.
@@ -347,50 +349,65 @@ class _Runner:
             return {i: row for part in parts for i, row in part.items()}
         decoder_s = (self._now() - start) / len(entries)
         if output.languages is not None:
-            # Detected ones replace "auto"; what the data set says stays as it is.
+            # Where nothing says what is spoken, the prompt's, which may be detected; what the data set says stays.
             languages = [
-                detected if one == AUTO else one for one, detected in zip(languages, output.languages, strict=True)
+                detected if one in (None, AUTO) else one
+                for one, detected in zip(languages, output.languages, strict=True)
             ]
-        eos = self.model.config.eos_token_id
-        results = zip(
-            batch.indices,
-            entries,
-            languages,
-            batch.durations_s,
-            output.sequences.tolist(),
-            output.confidence.tolist(),
-            output.commit_steps.tolist(),
-            output.nfe.tolist(),
-            utterance_confidence(output.confidence),
-            strict=True,
-        )
+        confidences = utterance_confidence(output.confidence)
         rows = {}
-        for i, entry, language, duration_s, ids, token_confidences, steps, nfe, confidence in results:
-            # Committed ones only: padding may have the same id, and a row without speech is given its end of text.
-            ends = [k for k, (token, step) in enumerate(zip(ids, steps, strict=True)) if token == eos and step]
-            is_full = not ends and nfe > 0
-            length = ends[0] if ends else sum(step > 0 for step in steps)
-            pieces = token_texts(self.processor.tokenizer, ids[:length])
+        for k, (i, entry) in enumerate(zip(batch.indices, entries, strict=True)):
             rows[i] = {
                 "id": entry["id"],
                 "dataset": self.data.name,
                 "audio": entry["audio_path"],
                 "reference": entry["text"],
-                "hypothesis": self.processor.decode(ids[:length]) if length else "",
-                "duration_s": round(duration_s, 3),
-                "language": language,
-                "nfe": nfe,
-                "confidence": None if confidence is None else round(confidence, 4),
-                "is_full": is_full,
-                "tokens": [
-                    {"text": text, "confidence": round(one, 4), "step": step}
-                    for text, one, step in zip(pieces, token_confidences, steps, strict=False)
-                ],
+                **self._read_row(output, k),
+                "duration_s": round(batch.durations_s[k], 3),
+                "language": languages[k],
+                "confidence": None if confidences[k] is None else round(confidences[k], 4),
                 "features_s": round(batch.features_s, 6),
                 "encoder_s": round(batch.encoder_s, 6),
                 "decoder_s": round(decoder_s, 6),
             }
         return rows
+
+    def _read_row(self, output: Any, row: int) -> dict[str, Any]:
+        """What a row of an output of `generate` says: its text, token by token, and how it came about."""
+        tokenizer, nfe = self.processor.tokenizer, int(output.nfe[row])
+        ids, confidences = output.sequences[row].tolist(), output.confidence[row].tolist()
+        steps = output.commit_steps[row].tolist()
+        length, has_end = text_length(ids, confidences, steps, self.model.config.eos_token_id)
+        # A row in which nobody speaks has an end, which no token's probability says anything about.
+        has_end = has_end and confidences[length] > 0
+        pieces = token_texts(tokenizer, ids[:length])
+        if has_end:
+            pieces.append(tokenizer.decode(ids[length : length + 1], skip_special_tokens=False))
+        tokens = [
+            {"text": text, "confidence": round(confidence, 4), "step": step}
+            for text, confidence, step in zip(pieces, confidences, steps, strict=False)
+        ]
+        if output.token_branches is not None:
+            for token, branch in zip(tokens, output.token_branches[row].tolist(), strict=False):
+                token["branch"] = BRANCHES[branch - 1] if branch else None
+        result = {
+            "hypothesis": self.processor.decode(ids[:length]) if length else "",
+            "nfe": nfe,
+            "is_full": nfe > 0 and not has_end and confidences[0] > 0,
+            "tokens": tokens[:length],
+            "end": tokens[length] if has_end else None,
+        }
+        if output.token_branches is None:
+            return result
+        for name in ("accepted_drafts", "rejected_drafts"):
+            result[name] = dict(zip(BRANCHES, getattr(output, name)[row].tolist(), strict=True))
+        # Those of a text that was taken for silence have no text to stand in.
+        struck = output.struck_drafts[row] if tokens else []
+        result["struck_drafts"] = [
+            {"place": place, "branch": BRANCHES[branch], "text": tokenizer.decode(its_ids, skip_special_tokens=False)}
+            for place, branch, its_ids in struck
+        ]
+        return result
 
     def _skip(self, index: int, error: Exception) -> None:
         if self.on_bad_row == "raise":
@@ -526,18 +543,20 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     }
 
 
-def describe_settings(settings: MDMASRGenerationConfig) -> dict[str, Any]:
-    """The part of the generation settings that a measurement depends on."""
+def describe_settings(settings: MDMASRGenerationConfig, has_drafts: bool = False) -> dict[str, Any]:
+    """The part of the generation settings that a measurement depends on, and which decoding it was: of checkpoints
+    with drafts, or on a canvas."""
+    if has_drafts:
+        names = ("draft_branches", "draft_blocks", "draft_length", "temperature")
+        names += ("no_speech_threshold", "logprob_threshold", "compression_ratio_threshold")
+        gamma = settings.sampler_config.gamma
+        return {"decoding": "drafts", "gamma": gamma, **{name: getattr(settings, name) for name in names}}
     return {
+        "decoding": "canvas",
         "sampler": settings.sampler,
         "max_denoising_steps": settings.max_denoising_steps,
         "canvas": {k: getattr(settings, k) for k in ("canvas_length", "canvas_tokens_per_s", "canvas_extra_tokens")},
         "temperature": settings.temperature,
-        "active_window": {k: getattr(settings, k) for k in ("active_ahead", "active_behind", "commit_ahead")},
-        "revision": {k: getattr(settings, k) for k in ("revise_above", "revise_steps")},
-        "repair": {
-            k: getattr(settings, k) for k in ("repair_rounds", "repair_doubled_below", "repair_doubtful_below")
-        },
     }
 
 
@@ -582,7 +601,9 @@ def write_evaluation(
         "metrics": {**scored["metrics"], "rtfx_batch_1": batch_1, "peak_memory_mib": peak_memory},
         "intervals": scored["intervals"],
         "settings": {
-            **describe_settings(settings if settings is not None else model.generation_config),
+            **describe_settings(
+                settings if settings is not None else model.generation_config, model.config.has_drafts
+            ),
             "batch_size": batch_size,
             "seed": seed,
             "dtype": "int8" if is_int8(model) else str(model.dtype).removeprefix("torch."),

@@ -31,7 +31,7 @@ class DecodedWindow:
         nfe (`int`): decoder evaluations.
         no_speech (`float`, *optional*): the probability that nothing was said.
         language (`str`, *optional*): of the prompt, given or detected.
-        is_full (`bool`): its canvas filled up without an end of text.
+        is_full (`bool`): its text reached the most tokens it may have, and has no end.
     """
 
     start_s: float
@@ -89,8 +89,9 @@ def join_windows(windows: Sequence[DecodedWindow], duration_s: float, with_times
             spoken_s[window.language] = spoken_s.get(window.language, 0.0) + window.end_s - window.start_s
     language = max(spoken_s, key=spoken_s.get) if spoken_s else next((w.language for w in windows if w.language), None)
     warnings = [
-        f"From {window.start_s:.1f} to {window.end_s:.1f} s the canvas filled up without an end of text, so the end "
-        "of the speech there may be missing. Set a larger `canvas_length` or a smaller `max_window_s`."
+        f"From {window.start_s:.1f} to {window.end_s:.1f} s the text has as many tokens as it may have and no end, so "
+        "the end of the speech there may be missing. Set a smaller `max_window_s`, or a larger `max_new_tokens` (on a "
+        "canvas, `canvas_length`)."
         for window in windows
         if window.is_full
     ]

@@ -38,7 +38,7 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
       since windows overlap only where there is no pause;
     - `vad` (`str`): how speech is found, see [`Transcriber`];
     - `hotwords` (`list[str]`): words to expect;
-    - all else, and what is in `generate_kwargs`, goes to `generate`: `language`, `gamma`, `max_denoising_steps`, ...
+    - all else, and what is in `generate_kwargs`, goes to `generate`: `language`, `gamma`, `previous_ids`, ...
 
     Returns `{"text": ..., "confidence": ..., "nfe": ..., "tokens": [{"text": ..., "confidence": ...}, ...]}`: the
     confidence of a window is the geometric mean over its tokens and the end of text; that of a recording of several

@@ -34,6 +34,8 @@ _AUDIO_TYPES = {
     ".webm": "audio/webm",
 }
 _MAX_EMBEDDED_MIB = 100
+# What stands for the end of text.
+_END = "[END]"
 
 # Key in metrics.json, label, unit, and what it says, in the order of the report's head.
 _METRICS = (
@@ -43,12 +45,20 @@ _METRICS = (
     ("cer_raw", "CER, raw", "%", "character error rate of the texts as they are"),
     ("mean_nfe", "mean NFE", "", "decoder evaluations per utterance"),
     ("tokens_per_nfe", "tokens per NFE", "", "tokens committed per decoder evaluation"),
+    ("acceptance_rate_masks", "masks right", "%", "drafts of the masks that were as the donor's text"),
+    (
+        "acceptance_rate_first_draft",
+        "first draft right",
+        "%",
+        "tokens of the first draft that were as the donor's text",
+    ),
     ("rtfx", "RTFx", "", "seconds of audio per second of features, encoder and decoder"),
     ("rtfx_encoder", "RTFx, encoder", "", "seconds of audio per second of the encoder"),
     ("rtfx_decoder", "RTFx, decoder", "", "seconds of audio per second of the decoder"),
     ("ece", "ECE", "%", "expected calibration error of the words' confidences, 0 is best"),
     ("empty_rate", "empty texts", "%", "utterances with words whose hypothesis has none"),
     ("repetition_rate", "repetitions", "%", "utterances whose hypothesis repeats itself"),
+    ("num_loops", "loops", "", "utterances whose hypothesis says a phrase three times in a row or more"),
     ("num_utterances", "utterances", "", "rows of hypotheses.jsonl"),
     ("num_reference_words", "reference words", "", "after normalising"),
     ("audio_s", "audio", "s", "seconds of audio"),
@@ -61,27 +71,27 @@ def make_report(
     output: str | Path | None = None,
     *,
     audio_root: str | Path | None = None,
-    num_canvases: int | None = None,
+    num_stepped: int | None = None,
     embed_audio: bool = False,
 ) -> Path:
     """
     Writes the error analysis of an evaluation as one HTML file: the metrics, WER by duration, calibration, the most
-    frequent errors, and the utterances, worst first, with aligned words, audio and their canvas step by step.
+    frequent errors, and the utterances, worst first, with aligned words, audio and their decoding step by step: the
+    canvas, or the donor's text with the drafts that it accepted and struck.
 
     Args:
         folder: what `mdm-asr evaluate` wrote: hypotheses.jsonl and, if it is there, metrics.json.
         output: the file to write; default: report.html in `folder`.
         audio_root: where the rows' `audio` (or, without it, their `id`) is looked for. Default: the folders of the
             data that metrics.json names, then `folder`. Players are made for the files that are found.
-        num_canvases: of how many utterances, the worst first, the canvas is kept; default: all that have tokens with
-            steps.
+        num_stepped: of how many utterances, the worst first, the steps are kept; default: all that have them.
         embed_audio: put the audio into the file, at most 100 MiB in all. Default: links relative to `output`.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: no rows, `audio_root` is no folder, a negative `num_canvases`, too much audio to embed.
+        ValueError: no rows, `audio_root` is no folder, a negative `num_stepped`, too much audio to embed.
         OSError: a file cannot be read or written.
     """
     folder = Path(folder)
@@ -89,8 +99,8 @@ def make_report(
     output = root / "report.html" if output is None else Path(output)
     if audio_root is not None and not Path(audio_root).is_dir():
         raise ValueError(f"`audio_root` {str(audio_root)!r} is not a folder. Name the one the audio lies in.")
-    if num_canvases is not None and num_canvases < 0:
-        raise ValueError(f"`num_canvases` must be at least 0, got {num_canvases}. Leave it out to keep all.")
+    if num_stepped is not None and num_stepped < 0:
+        raise ValueError(f"`num_stepped` must be at least 0, got {num_stepped}. Leave it out to keep all.")
     rows = read_rows(folder)
     if not rows:
         raise ValueError(f"`folder` {str(folder)!r} has no rows in its hypotheses.jsonl. Evaluate again.")
@@ -99,12 +109,12 @@ def make_report(
     utterances = [_utterance(number, row) for number, row in enumerate(rows, start=1)]
     _add_audio(utterances, rows, record, root, output.parent, audio_root, embed_audio)
     utterances.sort(key=lambda utterance: (-utterance["wer"], -utterance["errors"], utterance["number"]))
-    canvases = {}
+    decodings = {}
     for utterance in utterances:
-        canvas = _canvas(rows[utterance["number"] - 1])
-        utterance["num_steps"] = canvas["steps"] if canvas and len(canvases) != num_canvases else None
-        if utterance["num_steps"] is not None:
-            canvases[utterance["number"]] = canvas
+        decoding = _decoding(rows[utterance["number"] - 1]) if len(decodings) != num_stepped else None
+        utterance["num_steps"] = decoding and decoding["steps"]
+        if decoding:
+            decodings[utterance["number"]] = decoding
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": _format_number, "csp_hash": _csp_hash, "script_json": _script_json}
@@ -120,7 +130,9 @@ def make_report(
         frequent=_frequent_errors(utterances),
         utterances=utterances,
         num_audio=sum(utterance["audio"] is not None for utterance in utterances),
-        canvases=canvases,
+        decodings=decodings,
+        has_canvases=any("items" not in decoding for decoding in decodings.values()),
+        has_drafts=any("items" in decoding for decoding in decodings.values()),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(html, encoding="utf-8")
@@ -165,8 +177,11 @@ def _utterance(number: int, row: dict[str, Any]) -> dict[str, Any]:
         "full": bool(row.get("is_full")),
     }
     shown = ("reference", "hypothesis", "dataset", "language", "duration_s", "nfe", "confidence")
+    accepted, rejected = row.get("accepted_drafts") or {}, row.get("rejected_drafts") or {}
     return {
         **{name: row.get(name) for name in shown},
+        # Of each branch, how many of its drafts were right, and how many there were.
+        "drafts": [(name, count, count + rejected[name]) for name, count in accepted.items()],
         "id": row.get("id", f"row {number}"),
         "number": number,
         "pairs": pairs,
@@ -179,14 +194,41 @@ def _utterance(number: int, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _canvas(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The steps of a row's canvas and its tokens as [text, confidence, step]; None where no steps were recorded."""
+def _decoding(row: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The steps of a row. Of a canvas its tokens as [text, confidence, step]; of drafts, in the order of the text, its
+    "items": [text, step, branch, confidence] of tokens, the end of text included, and [text, step, branch] of struck
+    drafts. None where no steps were recorded.
+    """
     tokens = row.get("tokens") or []
     if not tokens or any(token.get("step") is None for token in tokens):
         return None
-    # The end of text is not among the tokens, and may have been committed in a later step.
-    steps = max(row.get("nfe") or 0, *(token["step"] for token in tokens))
-    return {"steps": steps, "tokens": [[token["text"], token.get("confidence"), token["step"]] for token in tokens]}
+    if "struck_drafts" not in row:
+        # The end of text is not among the tokens, and may have been committed in a later step.
+        steps = max(row.get("nfe") or 0, *(token["step"] for token in tokens))
+        return {
+            "steps": steps,
+            "tokens": [[token["text"], token.get("confidence"), token["step"]] for token in tokens],
+        }
+    end = row.get("end")
+    tokens = [*tokens, *([end] if end else [])]
+    # Evaluations of an earlier text that was refused are not among these.
+    steps = max(token["step"] for token in tokens)
+    items: list[list[Any]] = []
+
+    def written(text: str) -> str:
+        return text.replace(end["text"], _END) if end else text
+
+    for place in range(len(tokens) + 1):
+        # What was struck stood where the same evaluation committed the donor's own token.
+        step = tokens[place]["step"] if place < len(tokens) else steps
+        for struck in row["struck_drafts"]:
+            if struck["place"] == place:
+                items.append([written(struck["text"]), step, struck["branch"]])
+        if place < len(tokens):
+            token = tokens[place]
+            items.append([written(token["text"]), step, token["branch"], token["confidence"]])
+    return {"steps": steps, "items": items}
 
 
 def _add_audio(

@@ -20,8 +20,8 @@ NEEDED_KEYS = ("reference", "hypothesis", "nfe", "duration_s")
 # Edges of the buckets of duration.
 DURATION_EDGES_S = (0.0, 4.0, 8.0, 15.0, math.inf)
 NUM_BINS = 10
-# A loop of more words than this is not looked for.
-LONGEST_REPEATED_WORDS = 5
+# So often in a row is a phrase of a text that loops.
+LOOP_TIMES = 3
 # Resamples drawn at once, to bound memory for sets of many thousands of utterances.
 _RESAMPLES_AT_ONCE = 100
 
@@ -116,15 +116,21 @@ def _align_words(reference: str, hypothesis: str) -> list[tuple[str, list[str], 
 
 
 def count_repetitions(text: str) -> Counter:
-    """
-    How often a run of n words is followed by itself at once, for each n up to `LONGEST_REPEATED_WORDS`: "the the the"
-    has two of n = 1.
-    """
-    words = text.split()
-    counts = Counter()
-    for n in range(1, LONGEST_REPEATED_WORDS + 1):
-        counts[n] = sum(words[i : i + n] == words[i + n : i + 2 * n] for i in range(len(words) - 2 * n + 1))
-    return counts
+    """How often a run of n words is followed by itself at once, for each n: "the the the" has two of n = 1."""
+    return Counter({n: int((runs - n + 1).clip(min=0).sum()) for n, runs in _same_runs(text)})
+
+
+def most_in_a_row(text: str) -> int:
+    """How many times in a row a run of words is said, at most: 3 in "so a b a b a b", 1 in "a b", 0 in ""."""
+    return max((int(runs.max()) // n + 1 for n, runs in _same_runs(text)), default=min(len(text), 1))
+
+
+def _same_runs(text: str) -> Iterator[tuple[int, np.ndarray]]:
+    """For each n, how many words in a row are the same as the word n before them: the lengths of such stretches."""
+    words = np.array(text.split())
+    for n in range(1, len(words) // 2 + 1):
+        ends = np.concatenate([[True], words[n:] != words[:-n], [True]])
+        yield n, np.diff(np.flatnonzero(ends)) - 1
 
 
 def word_confidences(row: dict[str, Any], language: str | None = "en") -> list[tuple[str, float, bool]]:
@@ -194,6 +200,8 @@ class _Sums:
         nfe = np.array([row["nfe"] for row in rows], dtype=np.float64)
         repetitions = [[count_repetitions(text) for text in side] for side in sides]
         repeats = [any(heard[n] > said[n] for n in heard) for said, heard in zip(*repetitions, strict=True)]
+        in_a_row = [[most_in_a_row(text) for text in side] for side in sides]
+        self.loops = [heard >= LOOP_TIMES and heard > said for said, heard in zip(*in_a_row, strict=True)]
         is_empty = np.array([not row["hypothesis"].strip() for row in rows])
         # Name -> numerator, denominator, factor. Ratios of sums over utterances, as WER is.
         self.ratios: dict[str, tuple[np.ndarray, np.ndarray, float]] = {
@@ -207,6 +215,15 @@ class _Sums:
         }
         if all("tokens" in row for row in rows):
             self.ratios["tokens_per_nfe"] = (np.array([_num_decoded(row) for row in rows]), nfe, 1.0)
+        # Per branch, of rows decoded by drafts: drafts that were accepted and rejected (B, 2).
+        self.drafts: dict[str, np.ndarray] = {}
+        if all("accepted_drafts" in row for row in rows):
+            for name in rows[0]["accepted_drafts"]:
+                counts = np.array(
+                    [[row[kind][name] for kind in ("accepted_drafts", "rejected_drafts")] for row in rows]
+                )
+                self.drafts[name] = counts
+                self.ratios[f"acceptance_rate_{name}"] = (counts[:, 0], counts.sum(axis=1), 100.0)
         # Per utterance and bin: words, the sum of their confidences, correct words.
         self.bins = np.zeros((num_rows, NUM_BINS, 3))
         for row, row_language, bins in zip(rows, languages, self.bins, strict=True):
@@ -220,7 +237,7 @@ class _Sums:
 
 
 def _num_decoded(row: dict[str, Any]) -> int:
-    """Tokens of the text and its end, unless the canvas filled up first; none where nothing was decoded."""
+    """Tokens of the text and its end, unless it filled up first; none where nothing was decoded."""
     return len(row["tokens"]) + (not row.get("is_full") and row["nfe"] > 0)
 
 
@@ -256,11 +273,13 @@ def score(
     Returns:
         `{"metrics": ..., "intervals": ...}`. Rates are in per cent: "wer", "cer" (normalised), "wer_raw", "cer_raw"
         (texts as they are), "empty_rate" (empty texts, of the utterances that hold words), "repetition_rate"
-        (utterances that repeat a run of up to five words at once more often than their reference does), "ece" (10
-        bins of words, see [`word_confidences`]). "tokens_per_nfe" is text tokens and ends of text per decoder
-        evaluation of their row. The RTFx are seconds of audio per second of features, encoder and decoder, summed over
-        rows and so over processes; reading audio files is not counted. The intervals are the middle 95 % of the
-        resamples.
+        (utterances that repeat a run of words at once more often than their reference does), "ece" (10 bins of
+        words, see [`word_confidences`]), and of rows decoded by drafts "acceptance_rate_masks" and
+        "acceptance_rate_first_draft" (drafts that were as the donor's text, of those that each branch made).
+        "num_loops" counts utterances that say a phrase three times in a row or more, and oftener than their reference
+        does. "tokens_per_nfe" is all text tokens and ends of text by all decoder evaluations. The RTFx are seconds of
+        audio per second of features, encoder and decoder, summed over rows and so over processes; reading audio files
+        is not counted. The intervals are the middle 95 % of the resamples.
 
     Raises:
         ValueError: no rows, or one without what is needed.
@@ -281,6 +300,10 @@ def score(
     metrics |= _speed(rows)
     metrics["ece"] = round(float(_ece(bins)), 2) if num_words else None
     metrics |= {name: sums.ratio(name) for name in ("empty_rate", "repetition_rate")}
+    metrics |= {"num_loops": sum(sums.loops)}
+    metrics |= {f"acceptance_rate_{name}": sums.ratio(f"acceptance_rate_{name}") for name in sums.drafts}
+    for i, kind in enumerate(("num_accepted_drafts", "num_rejected_drafts")):
+        metrics[kind] = {name: int(counts[:, i].sum()) for name, counts in sums.drafts.items()} or None
     substitutions, deletions, insertions, reference_words = map(int, sums.words.sum(axis=0))
     metrics |= {
         "num_utterances": len(rows),
@@ -288,9 +311,7 @@ def score(
         "num_substitutions": substitutions,
         "num_deletions": deletions,
         "num_insertions": insertions,
-        "num_full_canvases": sum(bool(row.get("is_full")) for row in rows)
-        if all("is_full" in row for row in rows)
-        else None,
+        "num_full": sum(bool(row.get("is_full")) for row in rows) if all("is_full" in row for row in rows) else None,
         "audio_s": round(float(durations_s.sum()), 1),
     }
     metrics["by_duration"] = []
@@ -447,6 +468,7 @@ __all__ = [
     "count_repetitions",
     "describe_normaliser",
     "find_results",
+    "most_in_a_row",
     "normaliser",
     "read_rows",
     "score",

@@ -1,17 +1,16 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""The settings of training: those of Seq2SeqTrainingArguments, and those of the masked diffusion objective."""
+"""The settings of training: those of Seq2SeqTrainingArguments, and those of the objectives."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
-from .objective_mdm_asr import DiffusionObjective
-from .window_objective_mdm_asr import WindowObjective
+from .objective_mdm_asr import DiffusionObjective, DraftObjective
 
-# Names of the objective's settings among the training arguments.
+# Names of the objectives' settings among the training arguments, of a canvas and with drafts.
 _OBJECTIVE_FIELDS = {
     "noise_schedule": "schedule",
     "isct_steps": "num_steps",
@@ -23,12 +22,10 @@ _OBJECTIVE_FIELDS = {
     "eos_weight": "eos_weight",
     "loss_weighting": "weighting",
 }
-# The same for the objective of the active window; those that are not here have no meaning for it.
-_WINDOW_FIELDS = {
-    "isct_steps": "num_steps",
-    "window_ahead": "ahead",
-    "window_draws": "num_draws",
-    "window_uniform_share": "uniform_share",
+_DRAFT_FIELDS = {
+    "draft_frontiers": "num_frontiers",
+    "draft_place_decay": "place_decay",
+    "draft_weight": "draft_weight",
 }
 _LOWER_IS_BETTER = ("wer", "cer")
 # Factors of the peak learning rate by the share of the time that is over, for `max_minutes`.
@@ -66,19 +63,16 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
         "bound", "'bound': masked tokens weigh as the paper's; 'flat': all alike, for gradients of less variance."
     )
     low_discrepancy_timesteps: bool = _setting(True, "Spread the times of a batch evenly over (0, 1].")
-    window_ahead: int | None = _setting(
-        None,
-        "Train on what `generate` shows with `active_ahead` of as many tokens, see `WindowObjective`, instead of on "
-        "whole canvases; a donor's decoder learns many times faster that way. None, the paper's, is the whole canvas.",
-    )
-    window_draws: int = _setting(3, "Windows per text and batch, with `window_ahead`.")
-    window_uniform_share: float = _setting(
-        0.15, "Share of draws that show the whole text and mask it uniformly, with `window_ahead`."
-    )
+    draft_frontiers: int = _setting(12, "With drafts: positions of each text, drawn at random, to draft behind.")
+    draft_place_decay: float = _setting(0.9, "With drafts: the k-th draft of a block weighs this to the power of k.")
+    draft_weight: float = _setting(1.0, "With drafts: the weight of their loss beside the donor's.")
     causal_anneal_steps: int = _setting(
         0,
         "Optimizer steps over which the decoder's view of later positions opens from none, as the autoregressive "
         "donor had it, to all. 0: all from the start.",
+    )
+    freeze_donor: bool = _setting(
+        False, "With drafts: train them alone. The donor, and with it every text, stays as it is."
     )
     freeze_encoder: bool = _setting(
         False, "Keep the encoder as it is: no gradients, no dropout, no running statistics."
@@ -94,8 +88,9 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
     )
     donor_learning_rate: float | None = _setting(
         None,
-        "Peak learning rate of what serves the decoder as it served the donor: all but the self-attention and the "
-        "embedding of [MASK]. A low one keeps the donor's knowledge of sounds. None: `learning_rate`.",
+        "Peak learning rate of what serves the decoder as it served the donor: with drafts, all but what drafts; on a "
+        "canvas, all but the self-attention and the embedding of [MASK]. A low one keeps what the donor knows. None: "
+        "`learning_rate`.",
     )
     max_minutes: float | None = _setting(
         None,
@@ -123,9 +118,10 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         try:
             self.make_objective()
+            self.make_draft_objective()
         except ValueError as error:
             message = str(error)
-            for name, inner in (_OBJECTIVE_FIELDS if self.window_ahead is None else _WINDOW_FIELDS).items():
+            for name, inner in (_OBJECTIVE_FIELDS | _DRAFT_FIELDS).items():
                 message = message.replace(f"`{inner}`", f"`{name}`")
             # `PositionBiasedMasking` calls its band's width so.
             raise ValueError(message.replace("`width`", "`band_width`")) from error
@@ -137,10 +133,13 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
         for name in ("encoder_learning_rate", "donor_learning_rate", "max_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}. None turns it off.")
-        if self.encoder_learning_rate is not None and self.freeze_encoder:
-            raise ValueError(
-                f"`encoder_learning_rate={self.encoder_learning_rate}` has no effect with `freeze_encoder`. Set one."
-            )
+        for name, froze in (
+            ("encoder_learning_rate", "freeze_encoder"),
+            ("encoder_learning_rate", "freeze_donor"),
+            ("donor_learning_rate", "freeze_donor"),
+        ):
+            if getattr(self, name) is not None and getattr(self, froze):
+                raise ValueError(f"`{name}={getattr(self, name)}` has no effect with `{froze}`. Set one.")
         if self.max_minutes is not None and self.lr_scheduler_type not in CLOCKED_SCHEDULES:
             raise ValueError(
                 f"`lr_scheduler_type` {str(self.lr_scheduler_type)!r} cannot follow the clock of `max_minutes`. Use "
@@ -165,18 +164,13 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
             self.data_seed = self.seed
         super().__post_init__()
 
-    def make_objective(self) -> DiffusionObjective | WindowObjective:
-        """The objective these arguments describe."""
-        if self.window_ahead is None:
-            return DiffusionObjective(**{inner: getattr(self, name) for name, inner in _OBJECTIVE_FIELDS.items()})
-        defaults = {f.name: f.default for f in fields(type(self))}
-        for name in _OBJECTIVE_FIELDS:
-            if name not in _WINDOW_FIELDS and getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)}` belongs to whole canvases and has no effect with "
-                    f"`window_ahead={self.window_ahead}`. Leave one of them out."
-                )
-        return WindowObjective(**{inner: getattr(self, name) for name, inner in _WINDOW_FIELDS.items()})
+    def make_objective(self) -> DiffusionObjective:
+        """The objective that these arguments describe, of a canvas."""
+        return DiffusionObjective(**{inner: getattr(self, name) for name, inner in _OBJECTIVE_FIELDS.items()})
+
+    def make_draft_objective(self) -> DraftObjective:
+        """The objective that these arguments describe, with drafts."""
+        return DraftObjective(**{inner: getattr(self, name) for name, inner in _DRAFT_FIELDS.items()})
 
 
 __all__ = ["CLOCKED_SCHEDULES", "MDMASRTrainingArguments"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""The trainer: masked diffusion with iterative self-correction (ISCT, arXiv 2602.18952) in a Seq2SeqTrainer."""
+"""The trainer, a Seq2SeqTrainer: of a canvas, with iterative self-correction (arXiv 2602.18952), or of drafts."""
 
 import contextlib
 import re
@@ -18,13 +18,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Seq2SeqTrainer, TrainerCallback
 from transformers.utils import logging
 
-from .alignment_mdm_asr import frame_duration_s
 from .objective_mdm_asr import DiffusionObjective
 from .scoring_mdm_asr import count_errors, normaliser
 from .training_arguments_mdm_asr import CLOCKED_SCHEDULES, MDMASRTrainingArguments
 
 logger = logging.get_logger(__name__)
 
+# What a donor lacks, by its parameters' names: what drafts; and on a canvas, what has to look ahead, and the mask.
+_DRAFTS = re.compile(r"(^|\.)drafts\.")
+_NEW_ON_A_CANVAS = re.compile(r"(^|\.)(self_attn|self_attn_layer_norm|input_only_embeddings)\.")
 # Beside the averaged weights of a checkpoint: what training goes on with.
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
@@ -183,15 +185,19 @@ class _TrainingHooks(TrainerCallback):
 
 class ISCTTrainer(Seq2SeqTrainer):
     r"""
-    Trains MDM-ASR with the objective of its [`MDMASRTrainingArguments`].
+    Trains MDM-ASR with the objective of its [`MDMASRTrainingArguments`]: on a canvas [`DiffusionObjective`], with
+    drafts [`DraftObjective`], the donor's and the drafts' cross-entropy on the labels.
 
     - All self-correction steps of a batch run in one forward of the (wrapped) model, so that DDP, gradient
-      accumulation and gradient checkpointing need no care. The loss is a mean over the canvas positions of a
-      micro-batch; micro-batches weigh alike.
-    - Logs `loss_step_1`, `accuracy_step_1`, ... (loss, and accuracy of masked tokens, of each step) beside `loss`.
+      accumulation and gradient checkpointing need no care. The loss is a mean over the tokens of a micro-batch;
+      micro-batches weigh alike.
+    - Logs `loss_step_1`, `accuracy_step_1`, ... (loss, and accuracy of masked tokens, of each step) beside `loss`;
+      with drafts `loss_donor`, `loss_drafts` and their accuracies.
     - Evaluates with the paper's masks whatever the training masks are, seeded by the texts of a batch:
       `eval_loss_step_1` can be compared between runs, and depends neither on the order of batches nor on what came
-      before. With `predict_with_generate` it transcribes by `generate()` and, with a processor, reports WER and CER.
+      before. With `predict_with_generate` it transcribes by `generate()`, without Whisper's safeguards, and, with a
+      processor, reports WER and CER.
+    - The CTC head stays as it is: neither loss is of it.
     - `train()` reports `train_rows_per_s` and `train_audio_s_per_s`, what one process worked through.
     - `max_minutes` ends training by the clock, with the learning rate following it.
     - A loss that is NaN or infinite raises a ValueError before the optimizer's step.
@@ -261,6 +267,8 @@ class ISCTTrainer(Seq2SeqTrainer):
         if args.ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`ema_decay` does not work with sharded parameters. Use DDP, or leave it out.")
         self._freeze()
+        if self.core_model.config.has_drafts:
+            self._objective = self._evaluation_objective = args.make_draft_objective()
         self.add_callback(_TrainingHooks(self))
 
     def call_model_init(self, trial=None):
@@ -279,7 +287,14 @@ class ISCTTrainer(Seq2SeqTrainer):
 
     def _freeze(self):
         core, args = self.core_model, self.args
-        decoder = core.get_decoder()
+        decoder, has_drafts = core.get_decoder(), core.config.has_drafts
+        if args.causal_anneal_steps and has_drafts:
+            raise ValueError(
+                f"`causal_anneal_steps={args.causal_anneal_steps}` opens a canvas, but a model with drafts stays "
+                "causal. Leave it out."
+            )
+        if args.freeze_donor and not has_drafts:
+            raise ValueError("`freeze_donor` leaves drafts to train, but this model has a canvas. Leave it out.")
         if args.freeze_lower_layers > len(decoder.layers):
             raise ValueError(
                 f"`freeze_lower_layers={args.freeze_lower_layers}`, but the decoder has {len(decoder.layers)} layers."
@@ -290,8 +305,13 @@ class ISCTTrainer(Seq2SeqTrainer):
         if args.freeze_embeddings:
             # The mask's embedding, which no donor has, is in `input_only_embeddings` and still learns.
             frozen += [decoder.embed_tokens, decoder.embed_positions]
+        if core.ctc_head is not None:
+            frozen.append(core.ctc_head)
         for module in frozen:
             module.requires_grad_(False)
+        if args.freeze_donor:
+            for name, parameter in core.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and _DRAFTS.search(name) is not None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -300,7 +320,7 @@ class ISCTTrainer(Seq2SeqTrainer):
             encoder = self.core_model.get_encoder().parameters()
             _set_learning_rate(optimizer, encoder, self.args.encoder_learning_rate)
         if is_new and self.args.donor_learning_rate is not None:
-            own = re.compile(r"(^|\.)(self_attn|self_attn_layer_norm|input_only_embeddings)\.")
+            own = _DRAFTS if self.core_model.config.has_drafts else _NEW_ON_A_CANVAS
             named = self.core_model.get_decoder().named_parameters()
             _set_learning_rate(optimizer, (p for n, p in named if not own.search(n)), self.args.donor_learning_rate)
         return optimizer
@@ -382,10 +402,14 @@ class ISCTTrainer(Seq2SeqTrainer):
             outputs = model(**inputs, objective=self._evaluation_objective, generator=generator)
             return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-        if self.args.freeze_encoder:
-            # `training_step` has just put everything into training mode; dropout and running statistics of a frozen
-            # encoder must stay off.
+        # `training_step` has just put everything into training mode; dropout and running statistics of what is frozen
+        # must stay off.
+        if self.args.freeze_encoder or self.args.freeze_donor:
             self.core_model.get_encoder().eval()
+        if self.args.freeze_donor:
+            decoder = self.core_model.get_decoder()
+            decoder.layers.eval()
+            decoder.dropout.eval()
         if self.args.spec_augment:
             inputs = self._augment(inputs)
         if (visibility := self.future_visibility()) is not None:
@@ -400,13 +424,9 @@ class ISCTTrainer(Seq2SeqTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _count_audio(self, inputs: dict[str, Any]):
-        mask, config = inputs.get("attention_mask"), self.core_model.config
-        frame_s = 1.0 / config.input_frames_per_s
-        if mask is None and inputs.get("encoder_outputs") is not None:
-            mask = inputs["encoder_outputs"].attention_mask
-            frame_s = frame_duration_s(config.encoder_config, config.input_frames_per_s)
-        if mask is not None and frame_s is not None:
-            self._num_rows, self._audio_s = self._num_rows + len(mask), self._audio_s + mask.sum() * frame_s
+        if (mask := inputs.get("attention_mask")) is not None:
+            self._num_rows += len(mask)
+            self._audio_s = self._audio_s + mask.sum() / self.core_model.config.input_frames_per_s
 
     def _augment(self, inputs: dict[str, Any]) -> dict[str, Any]:
         from .augmentation_mdm_asr import spec_augment
@@ -441,11 +461,20 @@ class ISCTTrainer(Seq2SeqTrainer):
         if "loss" in logs and self._num_summed:
             sums = torch.cat([self._step_sums.flatten(), self._step_sums.new_tensor([float(self._num_summed)])])
             sums = self.accelerator.reduce(sums, "sum").tolist()
-            logs |= _step_metrics([total / sums[-1] for total in sums[:-1]])
+            logs |= self._step_metrics([total / sums[-1] for total in sums[:-1]])
             self._step_sums, self._num_summed = None, 0
             if (visibility := self.future_visibility()) is not None:
                 logs["future_visibility"] = visibility
         super().log(logs, start_time)
+
+    def _step_metrics(self, values: list[float]) -> dict[str, float]:
+        """Names for the S losses and S accuracies of the steps, or of donor and drafts."""
+        num_steps = len(values) // 2
+        steps = [f"step_{i + 1}" for i in range(num_steps)]
+        if self.core_model.config.has_drafts:
+            steps = ["donor", "drafts"]
+        names = [f"{kind}_{step}" for kind in ("loss", "accuracy") for step in steps]
+        return dict(zip(names, values, strict=True))
 
     # ---- Evaluation ----
 
@@ -472,6 +501,10 @@ class ISCTTrainer(Seq2SeqTrainer):
     def _generate(self, inputs: dict[str, Any], gen_kwargs: dict[str, Any]) -> torch.LongTensor:
         gen_kwargs = {k: v for k, v in (gen_kwargs or getattr(self, "_gen_kwargs", {})).items() if v is not None}
         gen_kwargs.setdefault("synced_gpus", self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self.core_model.config.has_drafts:
+            # Early in a training nearly every text would be refused, and decoded six times over.
+            thresholds = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold")
+            gen_kwargs = {"temperature": 0.0, **dict.fromkeys(thresholds), **gen_kwargs}
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         if "prompt_ids" in inputs:
             inputs["decoder_input_ids"] = inputs.pop("prompt_ids")
@@ -489,7 +522,7 @@ class ISCTTrainer(Seq2SeqTrainer):
             )
         if self._evaluated_steps:
             means = torch.cat(self._evaluated_steps).mean(dim=0).tolist()
-            output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in _step_metrics(means).items()})
+            output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._step_metrics(means).items()})
             self._evaluated_steps = []
         return output
 
@@ -544,13 +577,6 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
         moved = [p for p in group["params"] if id(p) in own]
         group["params"] = [p for p in group["params"] if id(p) not in own]
         optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
-
-
-def _step_metrics(values: list[float]) -> dict[str, float]:
-    """Names for the S losses and S accuracies of the steps."""
-    num_steps = len(values) // 2
-    named = {f"loss_step_{i + 1}": values[i] for i in range(num_steps)}
-    return named | {f"accuracy_step_{i + 1}": values[num_steps + i] for i in range(num_steps)}
 
 
 def _texts_checksum(labels: torch.LongTensor) -> int:

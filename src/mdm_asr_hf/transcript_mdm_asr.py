@@ -60,7 +60,7 @@ class Transcript:
         duration_s (`float`): of the recording.
         segments (`list[Segment]`): in the order of time.
         language (`str`, *optional*): as given or detected.
-        warnings (`list[str]`): what a reader should know, such as a canvas that was too short.
+        warnings (`list[str]`): what a reader should know, such as a text without an end.
     """
 
     text: str
@@ -99,6 +99,19 @@ class Transcript:
             Segment(**{**one, "words": [Word(**word) for word in one["words"]]}) for one in kept.get("segments", [])
         ]
         return cls(**kept)
+
+
+def text_length(
+    token_ids: Sequence[int], confidences: Sequence[float], commit_steps: Sequence[int], eos_token_id: int
+) -> tuple[int, bool]:
+    """
+    How many tokens of a row that `generate` gave stand before the end of its text, and whether there is one. Padding,
+    which may have the same id, was committed in no step, as was the end given to a row without any signal.
+    """
+    for place, (token, step) in enumerate(zip(token_ids, commit_steps, strict=True)):
+        if token == eos_token_id and step > 0:
+            return place, True
+    return sum(confidence > 0 for confidence in confidences), False
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
@@ -178,4 +191,4 @@ def _word_places(text: str, owners: Sequence[tuple[int, ...]] | None) -> list[ra
     return parts
 
 
-__all__ = ["UNSPACED", "Segment", "Transcript", "Word", "group_words", "token_texts"]
+__all__ = ["UNSPACED", "Segment", "Transcript", "Word", "group_words", "text_length", "token_texts"]

@@ -16,8 +16,8 @@ from .audio_mdm_asr import AudioStream
 from .confidence_mdm_asr import utterance_confidence
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .joining_mdm_asr import DecodedWindow, join_windows
-from .prompt_mdm_asr import build_prompt_ids
-from .transcript_mdm_asr import Transcript, token_texts
+from .prompt_mdm_asr import prompt_values
+from .transcript_mdm_asr import Transcript, text_length, token_texts
 from .voice_activity_mdm_asr import make_vad
 from .windows_mdm_asr import Window, cut_windows
 
@@ -50,6 +50,9 @@ class Transcriber:
             that there is, or "none": everything is decoded, in windows that overlap.
         timestamps (`bool`): give words their times. Costs one more decoder evaluation per batch.
         hotwords (`list[str]`, *optional*): words to expect.
+        previous_text (`str`, *optional*): what a Whisper donor takes as the text before each window, to spell names
+            and to write in its manner. Windows do not get their predecessors' texts: one that loops would make all
+            behind it loop.
         prompt_slots: of the model's prompt, such as `language`, for all recordings.
 
     Raises:
@@ -67,6 +70,7 @@ class Transcriber:
         vad: str = "auto",
         timestamps: bool = False,
         hotwords: list[str] | None = None,
+        previous_text: str | None = None,
         **prompt_slots: Any,
     ):
         self.model, self.processor = model, processor
@@ -81,12 +85,12 @@ class Transcriber:
         self.max_window_s = longest_window_s(max_window_s, self.settings, extractor)
         self.vad = make_vad(vad, self.rate_hz)
         self.arguments = {name: value for name, value in prompt_slots.items() if value is not None}
-        if self.arguments.get("language") != "auto":
-            # A wrong language should not show after the first recording is read.
-            template = self.settings.prompt_template or {"tokens": [model.config.decoder_start_token_id]}
-            build_prompt_ids(template, **self.arguments)
+        # A wrong language should not show after the first recording is read.
+        prompt_values(self.settings.prompt_template or {"tokens": [0]}, **self.arguments)
         if hotwords:
             self.arguments["hotword_ids"] = processor.hotword_ids(hotwords)
+        if previous_text:
+            self.arguments["previous_ids"] = processor.previous_ids(previous_text)
 
     def transcribe(self, audio: Any, **load_audio_kwargs: Any) -> Transcript:
         """
@@ -200,7 +204,7 @@ class Transcriber:
     def _generate(self, windows: Sequence[Window]) -> list[DecodedWindow]:
         with_times = self.timestamps or any(window.needs_times for window in windows)
         inputs = self.processor([window.samples for window in windows], sampling_rate=self.rate_hz)
-        # The random and DFM samplers draw: a generator per row gives a window the same text in every batch.
+        # Temperatures and some samplers draw: a generator per row gives a window the same text in every batch.
         generators = [torch.Generator().manual_seed(0) for _ in windows]
         output = self.model.generate(
             **inputs.to(self.model.device),
@@ -316,15 +320,13 @@ def read_output(output: Any, windows: Sequence[Any], tokenizer: Any, eos_token_i
         row = i * num_samples
         ids, steps = output.sequences[row].tolist(), output.commit_steps[row].tolist()
         token_confidences, nfe = output.confidence[row].tolist(), int(output.nfe[row])
-        # Padding may have the id of the end of text, and a row without speech is given one that no step committed.
-        ended = eos_token_id in ids
-        length = ids.index(eos_token_id) if ended else sum(step > 0 for step in steps)
+        length, ended = text_length(ids, token_confidences, steps, eos_token_id)
         kept = [k for k in range(length) if ids[k] not in special]
         its_times = None
         if times_s is not None:
             its_times = [
-                (min(window.start_s + start, window.end_s), min(window.start_s + end, window.end_s))
-                for start, end in times_s[row].tolist()
+                tuple(round(min(window.start_s + time_s, window.end_s), 3) for time_s in times)
+                for times in times_s[row].tolist()
             ]
         decoded.append(
             DecodedWindow.of(
