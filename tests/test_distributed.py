@@ -8,13 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
-from tiny_models import tiny_inputs, tiny_model
+from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model
 
 from mdm_asr_hf import decoder_mdm_asr, objective_mdm_asr
-from mdm_asr_hf.decoder_mdm_asr import MDMASRDecoderLayer
-from mdm_asr_hf.objective_mdm_asr import DiffusionObjective
+from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
 from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
 
 HERE = Path(__file__).parent
@@ -186,58 +184,68 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
     assert first["drawn"] != second["drawn"]
 
 
+MODELS = {"canvas": tiny_model, "drafts": functools.partial(tiny_drafts_model, dtype=torch.float32)}
+
+
 def shard(folder):
-    """The gradients of a sharded model, and what it generates."""
+    """The gradients of sharded models, and what they generate."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     torch.distributed.init_process_group("gloo")
-    model = tiny_model("parakeet").train()
-    model.model.encoder.requires_grad_(False)
-    mesh = init_device_mesh("cpu", (2,))
-    for module in reversed(list(model.modules())):
-        if type(module).__name__ in ("MDMASRDecoderLayer", "ParakeetEncoderBlock"):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    trainer = ISCTTrainer(
-        model, MDMASRTrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], freeze_encoder=True)
-    )
-    trainer.is_fsdp_enabled = True
-    trainer._shard_methods()
-    trainer._shard_methods()
-    assert isinstance(model.model.decoder.layers[0], FSDPModule)
-    gradients, tokens = forward_and_backward(model)
-    gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-    if torch.distributed.get_rank() == 0:
-        torch.save((gradients, tokens), folder / "sharded.pt")
+    rank, results = torch.distributed.get_rank(), {}
+    for kind, make in MODELS.items():
+        model = make("parakeet").train()
+        model.model.encoder.requires_grad_(False)
+        mesh = init_device_mesh("cpu", (2,))
+        for module in reversed(list(model.modules())):
+            if type(module).__name__ in ("MDMASRDecoderLayer", "MDMASRDraftLayer", "ParakeetEncoderBlock"):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        trainer = ISCTTrainer(
+            model, MDMASRTrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], freeze_encoder=True)
+        )
+        trainer.is_fsdp_enabled = True
+        trainer._shard_methods()
+        trainer._shard_methods()
+        assert isinstance(model.model.decoder.layers[0], FSDPModule)
+        # The second process has fewer rows, and is done earlier.
+        gradients, tokens = forward_and_backward(model, slice(rank, 2 if rank else 3))
+        results[kind] = {name: gradient.full_tensor() for name, gradient in gradients.items()}, tokens
+    torch.save(results, folder / f"sharded{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def forward_and_backward(model):
+def forward_and_backward(model, rows=slice(None)):
     features, mask = tiny_inputs("parakeet")
     labels = torch.tensor([[5, 6, EOS], [7, EOS, -100], [8, 9, EOS]])
     inputs = {"input_features": features, "attention_mask": mask, "labels": labels}
-    objective, generator = DiffusionObjective(num_steps=2), torch.Generator().manual_seed(0)
+    has_drafts = model.config.has_drafts
+    objective = DraftObjective(num_frontiers=4) if has_drafts else DiffusionObjective(num_steps=2)
+    generator = torch.Generator().manual_seed(0)
     model.model.encoder.eval()
     model(**inputs, objective=objective, generator=generator).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
-    return gradients, model.eval().generate(features, attention_mask=mask, max_new_tokens=8)
+    settings = dict(max_new_tokens=16 if has_drafts else 8, synced_gpus=True)
+    return gradients, model.eval().generate(features[rows], attention_mask=mask[rows], **settings)
 
 
-@pytest.mark.skipif(
-    not hasattr(MDMASRDecoderLayer, "cross_key_value"), reason="the layers project the frames outside their methods"
-)
 def test_sharded_layers_have_the_gradients_of_the_whole_model(tmp_path):
     launch(*LAUNCHERS["torchrun"].split(), __file__, "shard", tmp_path)
-    sharded, tokens = torch.load(tmp_path / "sharded.pt")
-    model = tiny_model("parakeet").train()
-    model.model.encoder.requires_grad_(False)
-    whole, expected = forward_and_backward(model)
-    assert set(sharded) == set(whole) and any("cross_attn.k_proj" in name for name in whole)
-    for name, gradient in whole.items():
-        torch.testing.assert_close(sharded[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
-    assert torch.equal(tokens, expected)
+    sharded, second = (torch.load(tmp_path / f"sharded{rank}.pt") for rank in (0, 1))
+    for kind, make in MODELS.items():
+        model = make("parakeet").train()
+        model.model.encoder.requires_grad_(False)
+        whole, expected = forward_and_backward(model)
+        gradients, tokens = sharded[kind]
+        assert set(gradients) == set(whole) and any("cross_attn.k_proj" in name for name in whole)
+        assert any("drafts" in name for name in whole) == (kind == "drafts")
+        for name, gradient in whole.items():
+            torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+        assert torch.equal(tokens, expected)
+        own = second[kind][1]
+        assert torch.equal(own[0], expected[1, : own.shape[1]])
 
 
 def fsdp_plugin(monkeypatch, config):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainers import EOS, Clips, trainable_model
-from tiny_models import VOCAB_SIZE, tiny_inputs, tiny_model, tiny_processor
+from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import EvalPrediction, HfArgumentParser, TrainerCallback
 
-from mdm_asr_hf.objective_mdm_asr import DiffusionObjective
+from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
 from mdm_asr_hf.training_mdm_asr import (
     TRAINING_WEIGHTS_NAME,
     ISCTTrainer,
@@ -160,6 +160,11 @@ def test_the_objective_gets_the_arguments(tmp_path):
         ({"freeze_lower_layers": -2}, "`freeze_lower_layers`.*-2"),
         ({"max_seconds_per_batch": 0.0}, "`max_seconds_per_batch`.*0.0"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
+        ({"draft_frontiers": 0}, "`draft_frontiers`.* 0"),
+        ({"draft_place_decay": 2.0}, "`draft_place_decay`.*2.0"),
+        ({"draft_weight": -1.0}, "`draft_weight`.*-1.0"),
+        ({"freeze_donor": True, "donor_learning_rate": 1e-4}, "`donor_learning_rate=0.0001`.*`freeze_donor`"),
+        ({"freeze_donor": True, "encoder_learning_rate": 1e-4}, "`encoder_learning_rate=0.0001`.*`freeze_donor`"),
     ],
 )
 def test_nonsense_in_the_arguments_raises_at_once(tmp_path, settings, message):
@@ -170,6 +175,10 @@ def test_nonsense_in_the_arguments_raises_at_once(tmp_path, settings, message):
 def test_nonsense_for_the_trainer_raises(tmp_path):
     with pytest.raises(ValueError, match="`freeze_lower_layers=3`.* 2 layers"):
         make_trainer(tmp_path, freeze_lower_layers=3)
+    with pytest.raises(ValueError, match="`freeze_donor`.* this model has a canvas"):
+        make_trainer(tmp_path, freeze_donor=True)
+    with pytest.raises(ValueError, match="`causal_anneal_steps=4`.* stays causal"):
+        make_trainer(tmp_path, tiny_drafts_model(), causal_anneal_steps=4)
     with pytest.raises(ValueError, match="MDMASRTrainingArguments, got NoneType"):
         ISCTTrainer(trainable_model())
     with pytest.raises(ValueError, match="`compute_loss_func`"):
@@ -362,6 +371,67 @@ def test_without_freezing_everything_learns(tmp_path):
     ISCTTrainer(model, arguments(tmp_path), train_dataset=Walker()).train()
     same = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])]
     assert same == []
+
+
+# ---- Drafts ----
+
+
+def test_donor_and_drafts_learn_the_labels(tmp_path):
+    model, data = tiny_drafts_model(dtype=torch.float32), Clips()
+    trainer = make_trainer(tmp_path, model, max_steps=60, logging_steps=20, predict_with_generate=True)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for name in ("loss_donor", "loss_drafts"):
+        assert len(logged(trainer, name)) == 3 and after[f"eval_{name}"] < before[f"eval_{name}"] / 4
+        assert before[f"eval_{name}"] == trainer_of(tmp_path).evaluate()[f"eval_{name}"]
+    assert after["eval_loss"] == pytest.approx(after["eval_loss_donor"] + after["eval_loss_drafts"])
+    assert after["eval_accuracy_donor"] == 1.0 and after["eval_accuracy_drafts"] > 0.9
+    assert "loss_step_1" not in trainer.state.log_history[0]
+    output = model.generate(data.features, attention_mask=data.mask, return_dict_in_generate=True)
+    assert [[i for i in row if i > 2] for row in output.sequences.tolist()] == Clips.texts
+    # The longest text and its end, in two evaluations: a token of the donor's own, then three drafts and one more.
+    assert output.nfe[0] == 2 and output.accepted_drafts[0, 0] == 3
+
+
+def trainer_of(tmp_path):
+    """A trainer of the model as it was, whose evaluation is seeded by the texts."""
+    return make_trainer(tmp_path, tiny_drafts_model(dtype=torch.float32))
+
+
+def test_drafts_learn_alone_and_the_texts_stay(tmp_path):
+    model, data = tiny_drafts_model(ctc=True, dtype=torch.float32, decoder_config=dict(dropout=0.3)), Clips()
+    before, text = weights(model), model.generate(data.features, data.mask)
+    trainer = make_trainer(
+        tmp_path, model, freeze_donor=True, draft_frontiers=4, draft_weight=2.0, max_steps=40, weight_decay=0.1
+    )
+    assert trainer._objective == DraftObjective(num_frontiers=4, draft_weight=2.0)
+    start = trainer.evaluate()
+    trainer.train()
+    end = trainer.evaluate()
+    changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".drafts." in name}
+    assert end["eval_loss_donor"] == start["eval_loss_donor"]
+    assert end["eval_loss_drafts"] < 0.7 * start["eval_loss_drafts"]
+    assert torch.equal(model.generate(data.features, data.mask), text)
+    # The donor's dropout is off meanwhile, and the drafts' on.
+    decoder = model.get_decoder()
+    model.train()
+    trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
+    assert not decoder.layers.training and not decoder.dropout.training and not model.get_encoder().training
+    assert decoder.drafts.training
+
+
+def test_the_ctc_head_stays_and_the_donor_may_learn_slowly(tmp_path):
+    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    trainer = make_trainer(tmp_path, model, donor_learning_rate=1e-5)
+    assert not any(p.requires_grad for p in model.ctc_head.parameters())
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    slow = {name for name, rate in named.items() if rate == 1e-5}
+    assert "model.decoder.layers.0.self_attn.q_proj.weight" in slow and "model.decoder.embed_tokens.weight" in slow
+    assert not any("drafts" in name or "encoder." in name for name in slow)
+    assert set(named.values()) == {1e-5, 3e-3}
 
 
 # ---- Averaged weights, checkpoints ----

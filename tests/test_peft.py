@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_trainers import Clips, trainable_model
+from tiny_models import tiny_drafts_model
 from transformers import Trainer, TrainingArguments
 
 from mdm_asr_hf import MDMASRForConditionalGeneration
@@ -72,6 +73,24 @@ def test_lora_trains_generates_and_merges_back(tmp_path, cls):
     merged.save_pretrained(tmp_path / "merged")
     loaded = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(canvas_logits(loaded, data), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("freeze_donor", [False, True])
+def test_lora_trains_donor_and_drafts_or_drafts_alone(tmp_path, freeze_donor):
+    plain, data = tiny_drafts_model(dtype=torch.float32), Clips()
+    text = plain.generate(data.features, attention_mask=data.mask)
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"]))
+    trainer = make_trainer(ISCTTrainer, tmp_path, model, max_steps=20, freeze_donor=freeze_donor)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in name and (not freeze_donor or ".drafts." in name) for name in names)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss_drafts"] < before["eval_loss_drafts"]
+    assert (after["eval_loss_donor"] == before["eval_loss_donor"]) == freeze_donor
+    merged = model.eval().merge_and_unload()
+    tokens = merged.generate(data.features, attention_mask=data.mask)
+    assert torch.equal(tokens, text) == freeze_donor
 
 
 def test_adapter_checkpoints_resume_with_an_average_and_the_mask_can_learn_in_full(tmp_path):

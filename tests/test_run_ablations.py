@@ -13,7 +13,7 @@ import soundfile
 import torch
 from canary_donors import randomize
 from test_convert_whisper import save_tokenizer
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from mdm_asr_hf.evaluation_mdm_asr import evaluate_model
@@ -433,14 +433,21 @@ def test_what_cannot_be_run_is_told(setting, tmp_path, capsys):
         assert message in (str(error.value.code) + capsys.readouterr().err)
 
     data = ("--data", setting / "few", "--output", tmp_path)
-    refused("--data and --output are needed", "samplers")
-    refused("--steps is one number", "front", *data, "--steps", 4, 8)
-    refused("--steps is one number", "all", *data, "--steps", 4)
-    refused("--limit must be at least 1", "nfe", *data, "--limit", 0)
-    refused("must rise", "speed", *data, "--length-edges", 8, 4)
+    refused("--data, --output and --model or --models are needed", "samplers")
+    its = (*data, "--model", setting / "isct")
+    refused("--steps is one number", "front", *its, "--steps", 4, 8)
+    refused("--steps is one number", "all", *its, "--steps", 4)
+    refused("--limit must be at least 1", "nfe", *its, "--limit", 0)
+    refused("must rise", "speed", *its, "--length-edges", 8, 4)
+    tiny_drafts_model().save_pretrained(tmp_path / "drafts")
+    tiny_processor().save_pretrained(tmp_path / "drafts")
+    refused(
+        "decodes by drafts, but the paper's ablations are of a canvas", "nfe", *data, "--model", tmp_path / "drafts"
+    )
     refused("exclude each other", "nfe", *data, "--model", "x", "--models", "a=x")
     refused("each name once", "nfe", *data, "--models", "a=x", "a=y")
-    refused("two sets called 'few'", "nfe", "--data", setting / "few", setting / "few", "--output", tmp_path)
+    both = ("--data", setting / "few", setting / "few", "--output", tmp_path)
+    refused("two sets called 'few'", "nfe", *both, "--model", setting / "isct")
     refused("holds no <part>/raw.jsonl", "--redraw", tmp_path)
     (tmp_path / "nfe").mkdir()
     (tmp_path / "nfe" / "raw.jsonl").write_text('{"kind": "run"}\n{"kind" unit}\n{}\n')

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_inputs, tiny_model, tiny_processor
+from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 EOS = 1
@@ -57,6 +57,15 @@ def test_the_stock_trainer_learns_and_generate_reads_it_back(tmp_path):
     sequences = model.generate(data.features, attention_mask=data.mask)
     texts = [[i for i in row if i > 2] for row in sequences.tolist()]
     assert texts == Clips.texts
+
+
+def test_the_stock_trainer_lowers_the_losses_of_donor_and_drafts(tmp_path):
+    model, data = tiny_drafts_model(dtype=torch.float32), Clips()
+    batch = torch.utils.data.default_collate([data[i] for i in range(4)])
+    before = model(**batch).step_losses
+    settings = dict(max_steps=20, save_strategy="no", lr_scheduler_type="constant")
+    Trainer(model, arguments(TrainingArguments, tmp_path, **settings), train_dataset=data).train()
+    assert (model.eval()(**batch).step_losses < 0.7 * before).all()
 
 
 def test_gradient_accumulation_gives_the_same_gradients_as_one_batch(tmp_path):

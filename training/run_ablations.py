@@ -3,14 +3,15 @@
 """
 The paper's ablations (arXiv 2602.18952) in kind: each encodes a data set once and decodes it many times.
 
-    python training/run_ablations.py samplers --data DIR DIR2 --output OUT        # five samplers at the same bound
+    python training/run_ablations.py samplers --model M --data DIR DIR2 --output OUT    # five samplers, the same bound
     python training/run_ablations.py nfe --data DIR --output OUT --models isct=FOLDER plain=FOLDER
-    python training/run_ablations.py speed --data DIR --output OUT --donor WHISPER_FOLDER
-    python training/run_ablations.py front --data DIR --output OUT --limit 100    # gamma x lambda: WER against NFE
-    python training/run_ablations.py all --data DIR --output OUT
-    python training/run_ablations.py --redraw OUT                                 # from OUT/*/raw.jsonl alone
+    python training/run_ablations.py speed --model M --data DIR --output OUT --donor WHISPER_FOLDER
+    python training/run_ablations.py front --model M --data DIR --output OUT --limit 100    # gamma x lambda: WER, NFE
+    python training/run_ablations.py all --model M --data DIR --output OUT
+    python training/run_ablations.py --redraw OUT                                       # from OUT/*/raw.jsonl alone
 
-DIR is whatever `mdm-asr evaluate --data` takes. Each part writes
+M is a checkpoint with a canvas, trained from a donor that was converted with `draft_layers=0`. DIR is whatever
+`mdm-asr evaluate --data` takes. Each part writes
     OUT/<part>/raw.jsonl     a line per utterance and setting: texts, NFE, times; the runs, and what is complete
     OUT/<part>/table.csv, table.md, figure.png, summary.json
 A part that is started again goes on behind the last complete setting. `speed` times batches of one, features, encoder
@@ -42,7 +43,6 @@ from plot_ablations import PARTS, RAW_NAME, read_raw, write_part
 from rich.console import Console
 from rich.progress import track
 
-from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME, default_checkpoint
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.cli import load_model, quiet_libraries
 from mdm_asr_hf.evaluation_data_mdm_asr import EvaluationData, load_data
@@ -78,7 +78,13 @@ class Model:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         with Console(stderr=True).status(f"loading {self.name}"):
-            return load_model(self.path, self.device)
+            model, processor = load_model(self.path, self.device)
+        if model.config.has_drafts:
+            raise ValueError(
+                f"`--model` {self.path!r} decodes by drafts, but the paper's ablations are of a canvas. Train one, "
+                "from a donor that was converted with `draft_layers=0`."
+            )
+        return model, processor
 
     @cached_property
     def sha256(self) -> str | None:
@@ -97,9 +103,7 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         settings = describe_settings(self.loaded[0].generation_config)
-        # The package's own is known by its name, wherever it is installed.
-        path = self.name if self.path == str(default_checkpoint()) else self.path
-        return {"path": path, "sha256": self.sha256, "num_parameters": self.num_parameters, "settings": settings}
+        return {"path": self.path, "sha256": self.sha256, "num_parameters": self.num_parameters, "settings": settings}
 
     def fingerprint(self) -> dict[str, Any]:
         settings = describe_settings(self.loaded[0].generation_config)
@@ -491,8 +495,7 @@ def read_data(paths: list[str], limit: int | None, seed: int, language: str | No
 
 def read_models(args: argparse.Namespace) -> list[Model]:
     if not args.models:
-        path = args.model or str(default_checkpoint())
-        return [Model(Path(path).name if args.model else DEFAULT_CHECKPOINT_NAME, path, args.device)]
+        return [Model(Path(args.model).name, args.model, args.device)]
     pairs = [one.partition("=") for one in args.models]
     names = [name for name, _, _ in pairs]
     if not all(name and path for name, _, path in pairs) or len(set(names)) < len(names):
@@ -515,7 +518,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", help="folders, manifests or names")
     add("--output", type=Path, help="folder to write")
     add("--redraw", type=Path, metavar="OUT", help="only make tables and figures of OUT/<part>/raw.jsonl again")
-    add("--model", help=f"folder or id; default: {DEFAULT_CHECKPOINT_NAME}, which comes with the package")
+    add("--model", help="folder or id of a checkpoint with a canvas")
     add("--models", nargs="+", metavar="NAME=FOLDER", help="nfe: several; the other parts take the first")
     add("--limit", type=int, help="utterances of each data set, drawn with --seed; default: all")
     add("--language", help="of the speech, where no column of the data tells; default: en")
@@ -538,8 +541,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, parts: list[str]) -> None:
-    if not (args.data and args.output):
-        parser.error("--data and --output are needed, or --redraw")
+    if not (args.data and args.output and (args.model or args.models)):
+        parser.error("--data, --output and --model or --models are needed, or --redraw")
     if args.model and args.models:
         parser.error("--model and --models exclude each other")
     if args.steps and (args.part == "all" or (args.part not in SEVERAL_STEPS and len(args.steps) > 1)):

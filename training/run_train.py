@@ -35,16 +35,27 @@ class ModelArguments:
         default=None, metadata={"help": "Start from a Whisper or Canary checkpoint (folder, id or .nemo) instead."}
     )
     donor_kind: str = field(default="whisper", metadata={"help": "'whisper' or 'canary'."})
-    vocab_size: int | None = field(default=None, metadata={"help": "Shrink a Whisper donor's vocabulary to N ids."})
+    draft_layers: int | None = field(
+        default=None,
+        metadata={"help": "Of a donor's drafts: by default as many as it has; 0 is the paper's canvas."},
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Shrink a Whisper donor's vocabulary to N ids, for a canvas."}
+    )
     vocab_text: str | None = field(
         default=None, metadata={"help": "A file of sentences: keep the ids that they use most, not the first ones."}
     )
     encoder_trailing_silence_s: float | None = field(
         default=None, metadata={"help": "Seconds of silence behind the audio, for Whisper encoders."}
     )
+    encoder_min_duration_s: float | None = field(
+        default=None, metadata={"help": "Seconds of audio and silence together, at least, for Whisper encoders."}
+    )
     shift_logits: bool | None = field(
         default=None,
-        metadata={"help": "Read logits one position earlier, as the donor predicts. Default: yes for donors."},
+        metadata={
+            "help": "Read a canvas's logits one position earlier, as the donor predicts. Default: yes for donors."
+        },
     )
 
 
@@ -70,18 +81,15 @@ class DataArguments:
     )
 
 
-def read_arguments(argv: list[str], kinds: tuple[type, ...] = (ModelArguments, DataArguments)) -> tuple:
-    """
-    YAML settings, if the first argument is such a file, overridden by those of the command line: one instance of each
-    of `kinds`, and the training arguments.
-    """
+def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MDMASRTrainingArguments]:
+    """YAML settings, if the first argument is such a file, overridden by those of the command line."""
     settings = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         for name, value in (yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}).items():
             values = value if isinstance(value, list) else [value]
             settings += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
         argv = argv[1:]
-    parser = HfArgumentParser((*kinds, MDMASRTrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, MDMASRTrainingArguments))
     return parser.parse_args_into_dataclasses(args=[*settings, *argv])
 
 
@@ -102,14 +110,14 @@ def load_model(arguments: ModelArguments):
             raise ValueError(f"`donor_kind` must be 'whisper' or 'canary', got {arguments.donor_kind!r}.")
         options = {name: getattr(arguments, name) for name in ("vocab_size", "vocab_text")}
         options = {name: value for name, value in options.items() if value is not None}
-        model = getattr(MDMASRForConditionalGeneration, f"from_{arguments.donor_kind}")(arguments.donor, **options)
         processor = getattr(MDMASRProcessor, f"from_{arguments.donor_kind}")(arguments.donor, **options)
-        model = model.float()
+        make = getattr(MDMASRForConditionalGeneration, f"from_{arguments.donor_kind}")
+        model = make(arguments.donor, draft_layers=arguments.draft_layers, **options).float()
     else:
         source = str(default_checkpoint()) if arguments.model == "default" else arguments.model
         model = AutoModelForSpeechSeq2Seq.from_pretrained(source, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(source)
-    for name in ("encoder_trailing_silence_s", "shift_logits"):
+    for name in ("encoder_trailing_silence_s", "encoder_min_duration_s", "shift_logits"):
         if getattr(arguments, name) is not None:
             setattr(model.config, name, getattr(arguments, name))
     model.config.validate_architecture()
@@ -143,7 +151,7 @@ def main(argv: list[str]) -> dict:
     takes_language = "language" in ((processor.prompt_template or {}).get("slots") or {})
     # Each row's own, if the data tell.
     language_column = "language" if takes_language else None
-    prompt_length = processor.get_prompt_ids(**slots).shape[-1]
+    prompt_length = len((processor.prompt_template or {"tokens": [0]})["tokens"])
     limits = {"on_bad_row": data_arguments.on_bad_row, "max_duration_s": processor.feature_extractor.max_duration_s}
     join = None
     if data_arguments.join_utterances:
