@@ -20,7 +20,14 @@ import numpy as np
 
 SAMPLING_RATE = 16_000
 INSTALL_PEERS = "pip install -r benchmarks/requirements.txt"
-# Names of `--ours gamma=0.05,steps=32`, as the flags of `mdm-asr transcribe` are called, and their types.
+
+
+def read_branches(text: str) -> list[str]:
+    """Of "masks+first_draft"; "none" is plain autoregressive decoding."""
+    return [] if text == "none" else text.split("+")
+
+
+# Names of `--ours gamma=0.05,draft-length=4`, as the flags of `mdm-asr transcribe` are called, and their types.
 OUR_SETTINGS = {
     "sampler": ("sampler", str),
     "gamma": ("gamma", float),
@@ -28,18 +35,10 @@ OUR_SETTINGS = {
     "k": ("k", int),
     "steps": ("max_denoising_steps", int),
     "canvas-length": ("canvas_length", int),
+    "branches": ("draft_branches", read_branches),
+    "blocks": ("draft_blocks", str),
+    "draft-length": ("draft_length", int),
 }
-# Those that have no flag, as generation_config.json calls them, and which of them may be "none".
-OTHER_SETTINGS = {
-    "active_ahead": int,
-    "active_behind": int,
-    "commit_ahead": int,
-    "repair_rounds": int,
-    "revise_above": float,
-    "revise_steps": int,
-}
-OPTIONAL_SETTINGS = ("active_ahead", "commit_ahead", "revise_above")
-NONE = "none"
 WINDOW = "window-s"
 OUR_DTYPES = ("float32", "float16", "bfloat16", "int8")
 PROCESSOR_NAMES = ("processor_config.json", "preprocessor_config.json")
@@ -55,7 +54,7 @@ class Peer:
         source (`str`): folder or id of the checkpoint; for faster-whisper the converted folder.
         name (`str`): what tables call the checkpoint.
         dtype (`str`): of torch, or the compute type of CTranslate2; the name of the exported folder for ONNX Runtime.
-        settings (`str`): of ours, as in "gamma=0.05,steps=32"; empty for the checkpoint's own.
+        settings (`str`): of ours, as in "gamma=3,draft-length=4"; empty for the checkpoint's own.
         onnx (`str`): the exported folder, for ONNX Runtime; `source` then is where the processor comes from.
     """
 
@@ -120,7 +119,7 @@ def read_ours(text: str) -> tuple[str, str, str]:
 
 def parse_settings(text: str) -> dict[str, Any]:
     """
-    The keyword arguments of `generation_settings` that "gamma=0.05,steps=32" stands for.
+    The keyword arguments of `generation_settings` that "gamma=3,draft-length=4" stands for.
 
     Raises:
         ValueError: a name that is no setting, or a value that does not fit it.
@@ -128,19 +127,13 @@ def parse_settings(text: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for pair in filter(None, text.split(",")):
         name, _, value = (part.strip() for part in pair.partition("="))
-        other = name.replace("-", "_")
-        if not value or (name not in OUR_SETTINGS and other not in OTHER_SETTINGS):
-            known = ", ".join((*OUR_SETTINGS, *(one.replace("_", "-") for one in OTHER_SETTINGS)))
-            raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, NAME one of {known}.")
-        argument, kind = OUR_SETTINGS[name] if name in OUR_SETTINGS else (other, OTHER_SETTINGS[other])
+        if not value or name not in OUR_SETTINGS:
+            raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, NAME one of {', '.join(OUR_SETTINGS)}.")
+        argument, kind = OUR_SETTINGS[name]
         try:
-            number = None if value == NONE and argument in OPTIONAL_SETTINGS else kind(value)
+            settings[argument] = kind(value)
         except ValueError as error:
             raise ValueError(f"`--ours` {text!r}: {value!r} is not of type {kind.__name__}.") from error
-        if argument in OTHER_SETTINGS:
-            settings.setdefault("others", []).append(f"{argument}={json.dumps(number)}")
-        else:
-            settings[argument] = number
     return settings
 
 

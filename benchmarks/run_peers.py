@@ -3,7 +3,7 @@
 """
 Puts MDM-ASR beside what one would use instead, on the same audio and machine, in one process, round by round.
 
-    python benchmarks/run_peers.py --donor WHISPER_FOLDER --data DIR --output OUT [--ours gamma=0.2,steps=128 ...]
+    python benchmarks/run_peers.py --donor WHISPER_FOLDER --data DIR --output OUT [--ours branches=none ...]
     python benchmarks/run_peers.py --rescore OUT
 
 WHISPER_FOLDER is the checkpoint that ours was made of, as transformers has it. DIR is an audiofolder: audio files and
@@ -42,8 +42,8 @@ TOLERANCE = 0.15
 # torch's and CTranslate2's idle threads spin for up to 0.2 s, which the next system must not pay for.
 SETTLE_S = 0.3
 OURS_HELP = (
-    "such as gamma=0.2,steps=128, dtype=int8,gamma=0.2, window-s=7 for windows of at most 7 s cut at pauses, or "
-    "onnx=FOLDER,gamma=0.2 for an export in ONNX Runtime; repeatable"
+    "such as branches=masks,draft-length=4, dtype=int8,gamma=1, window-s=7 for windows of at most 7 s cut at pauses, "
+    "or onnx=FOLDER,gamma=1 for an export in ONNX Runtime; repeatable"
 )
 
 

@@ -1,21 +1,17 @@
 #!/usr/bin/env python3
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Where the time of ours goes, and what settings of the sampler and of the active window cost and gain.
+Where the time of ours goes.
 
-    python benchmarks/run_speed.py stages --data DIR --output OUT --ours near:active-ahead=8 [--ours ...]
-    python benchmarks/run_speed.py front --data DIR [DIR ...] --output OUT --gammas 0.05 0.2 --aheads none 8
-    python benchmarks/run_speed.py stages --rescore OUT     # and the same of front: from OUT/raw.jsonl alone
+    python benchmarks/run_speed.py --data DIR --output OUT --ours own: --ours plain:branches=none
+    python benchmarks/run_speed.py --rescore OUT     # from OUT/raw.jsonl alone
 
 DIR is an audiofolder: audio files and a metadata.jsonl with `file_name` and `text` per line. Writes
-    OUT/raw.jsonl      the run; of `stages` a row per system, length, batch size and round with the seconds of each
-                       stage; of `front` a row per utterance and setting
-    OUT/results.json   medians and sums, from raw.jsonl alone
+    OUT/raw.jsonl      the run; a row per system, length, batch size and round with the seconds of each stage
+    OUT/results.json   medians, from raw.jsonl alone
     OUT/results.md     the same as tables
-    OUT/results.png    seconds by stage, or WER against evaluations, where matplotlib is installed
-    OUT/profiles/*.txt of `stages`: PyTorch's table of operations of one transcription each
-
-`front` that is started again with the same --output goes on behind the last complete setting.
+    OUT/results.png    seconds by stage, where matplotlib is installed
+    OUT/profiles/*.txt PyTorch's table of operations of one transcription each
 """
 
 import argparse
@@ -25,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +30,7 @@ from speed_tables import to_markdown, write_results
 
 RATE_HZ = 16_000
 OWN_SETTINGS = "its own settings"
-
-
-# Stages
+DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 def cut_clips(folder: Path, lengths_s: list[float], num_clips: int) -> dict[float, list[Any]]:
@@ -102,9 +96,84 @@ class StageClock:
 
 
 @contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Puts `make(what was there)` in the place of an object's or module's attribute for a while."""
+    was_own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, make(before))
+    try:
+        yield
+    finally:
+        if was_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def watch_stages(
+    model: Any,
+    around: Callable[[str], AbstractContextManager],
+    on_evaluation: Callable[[int], None] = lambda num_positions: None,
+) -> Iterator[None]:
+    """
+    Enters `around(stage)` about every call of one of the `STAGES` of `generate`, and tells `on_evaluation` of every
+    decoder evaluation how many positions (rows times width, masks and padding included) it computes. A stage that is
+    called within another belongs to that one. Of an export in ONNX Runtime the encoder has the cross keys in it, and
+    the decoder the output layer.
+    """
+    targets = [("encoder", model, "encode"), ("cross keys", model, "prepare_cross_attention")]
+    if hasattr(model, "proj_out"):
+        targets += [("decoder", model.get_decoder(), "forward"), ("output layer", model.proj_out, "forward")]
+    else:
+        # Python looks a call up in the class.
+        targets.append(("decoder", type(model.get_decoder()), "__call__"))
+    # Not imported by name: a checkpoint that brings its code has modules of its own.
+    generation = sys.modules[type(model)._decode_canvas.__module__]
+    decoding, canvas = (sys.modules[one.__module__] for one in (generation.VerifiedDecoder, generation.denoise))
+    if model.config.has_drafts:
+        targets += [("first draft", model, "write_first_drafts"), ("draft head", model, "draft_logits")]
+        drafting = sys.modules[decoding.propose_drafts.__module__]
+        targets += [("sampler", decoding, "choose_tokens"), ("sampler", drafting, "propose_tokens")]
+    else:
+        targets.append(("sampler", canvas, "sampler_step"))
+    active: list[str] = []
+
+    def wrap(stage: str) -> Callable[[Any], Any]:
+        def make(call: Any) -> Any:
+            def watched(*args, **kwargs):
+                if active:
+                    return call(*args, **kwargs)
+                if stage == "decoder":
+                    on_evaluation(_num_positions(model, args, kwargs))
+                active.append(stage)
+                try:
+                    with around(stage):
+                        return call(*args, **kwargs)
+                finally:
+                    active.pop()
+
+            return watched
+
+        return make
+
+    with ExitStack() as stack:
+        for stage, owner, name in targets:
+            stack.enter_context(replaced(owner, name, wrap(stage)))
+        yield
+
+
+def _num_positions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Of a call of the decoder, with ids by name or as the first of the tensors."""
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else next(one for one in args if hasattr(one, "numel"))
+    frontiers = kwargs.get("frontiers")
+    num_masks = 0 if frontiers is None else frontiers.numel() * model.config.decoder_config.draft_length
+    return ids.numel() + num_masks
+
+
+@contextmanager
 def watch_system(system: Any, around: Any, on_evaluation: Any = lambda num_positions: None) -> Iterator[None]:
     """As `watch_stages`, with the features of an `OurModel` and, around what is in it, "generate"."""
-    from work import replaced, watch_stages
 
     def wrap(stage: str) -> Any:
         def make(call: Any) -> Any:
@@ -121,16 +190,6 @@ def watch_system(system: Any, around: Any, on_evaluation: Any = lambda num_posit
         stack.enter_context(replaced(system.model, "generate", wrap("generate")))
         stack.enter_context(watch_stages(system.model, around, on_evaluation))
         yield
-
-
-def count_cell(system: Any, batches: list[list[Any]]) -> dict[str, Any]:
-    """What is computed for the batches, per utterance."""
-    from work import count_work
-
-    with count_work(system.model) as work:
-        for clips in batches:
-            system.transcribe(clips)
-    return work.per_utterance(sum(map(len, batches)))
 
 
 def profile_cell(system: Any, clips: list[Any], path: Path, device: str) -> None:
@@ -185,7 +244,7 @@ def run_stages(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]
     label = Path(args.model).name if args.model else DEFAULT_CHECKPOINT_NAME
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     # At least as many clips as the largest batch; smaller batches take the first of them.
-    clips = cut_clips(args.data[0], args.lengths, max(args.clips, *args.batch_sizes))
+    clips = cut_clips(args.data, args.lengths, max(args.clips, *args.batch_sizes))
     systems = []
     with quiet_libraries():
         for backend in args.backend:
@@ -212,10 +271,7 @@ def run_stages(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]
                 write(row)
                 continue
             # The warm-up, whose time does not count.
-            if common["backend"] == "torch":
-                write({"kind": "work", **common, **count_cell(system, batches)})
-            else:
-                system.transcribe(batches[0])
+            system.transcribe(batches[0])
             if not args.no_profile:
                 folder = args.output / "profiles"
                 folder.mkdir(exist_ok=True)
@@ -223,219 +279,42 @@ def run_stages(args: argparse.Namespace, write: Callable[[dict[str, Any]], None]
                 profile_cell(system, batches[0], folder / name.replace("/", "_").replace(" ", "_"), args.device)
 
 
-# Front
-
-
-def grid(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The settings to decode with, without those that only repeat others."""
-    found = []
-    for steps, revise, ahead, behind, commit, lambda_, gamma in itertools.product(
-        args.steps, args.revises, args.aheads, args.behinds, args.commits, args.lambdas, args.gammas
-    ):
-        # Nothing is behind a window that is the whole canvas.
-        one = {"gamma": gamma, "lambda": lambda_, "ahead": ahead, "behind": None if ahead is None else behind}
-        one |= {"commit": commit, "revise": revise, "steps": steps}
-        if one not in found:
-            found.append(one)
-    return found
-
-
-def jsonable(setting: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity."""
-    return {name: "inf" if value == float("inf") else value for name, value in setting.items()}
-
-
-def decode_batches(model: Any, processor: Any, data: Any, batches: list[Any], settings: Any) -> list[dict[str, Any]]:
-    """A row per utterance of encoded batches; a batch's positions and seconds are shared out evenly."""
-    import torch
-    from work import watch_stages
-
-    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    clock = StageClock(synchronize)
-    rows = []
-    for encoded in batches:
-        batch = encoded.to(model.device)
-        clock.start()
-        synchronize()
-        start = time.perf_counter()
-        with watch_stages(model, lambda stage: ExitStack(), clock.on_evaluation):
-            output = model.generate(
-                input_features=batch.features,
-                attention_mask=batch.mask,
-                encoder_outputs=batch.encoder_outputs,
-                generation_config=settings,
-            )
-        synchronize()
-        share = 1 / len(batch.indices)
-        common = {"decoder_s": round(share * (time.perf_counter() - start), 6)}
-        common |= {"positions": round(share * clock.positions, 3)}
-        texts = processor.batch_decode(output.sequences)
-        for i, text, nfe, duration_s in zip(batch.indices, texts, output.nfe.tolist(), batch.durations_s, strict=True):
-            entry = data.rows[i]
-            row = {"dataset": data.name, "id": entry["id"], "reference": entry["text"], "hypothesis": text}
-            rows.append(row | {"duration_s": round(duration_s, 3), "nfe": nfe} | common)
-    return rows
-
-
-def kept_rows(path: Path, same: dict[str, Any]) -> list[dict[str, Any]]:
-    """
-    The rows of an earlier run that need not be made again: those of complete settings.
-
-    Raises:
-        ValueError: it was of another checkpoint, other data or other settings than `same`.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            # Cut off where the run was.
-            break
-    before = next((row["same"] for row in rows if row["kind"] == "run"), None)
-    if before != json.loads(json.dumps(same)):
-        raise ValueError(f"`--output`: {str(path)!r} is of another run: {before}, now {same}. Choose another folder.")
-    done = [(row["dataset"], row["setting"]) for row in rows if row["kind"] == "done"]
-    return [row for row in rows if row["kind"] == "run" or (row["dataset"], row["setting"]) in done]
-
-
-def run_front(args: argparse.Namespace, description: dict[str, Any]) -> None:
-    """Encodes each data set once, decodes it with every setting, and writes the rows."""
-    import torch
-    from rich.console import Console
-
-    from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME, default_checkpoint
-    from mdm_asr_hf.cli import generation_settings, load_model, quiet_libraries
-    from mdm_asr_hf.evaluation_data_mdm_asr import load_data
-    from mdm_asr_hf.evaluation_mdm_asr import encode_dataset, model_sha256
-
-    torch.set_num_threads(args.threads)
-    source = args.model or str(default_checkpoint())
-    jobs = grid(args)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with quiet_libraries():
-        model, processor = load_model(source, args.device)
-        settings = [
-            generation_settings(
-                model,
-                sampler="pbeb_conf",
-                gamma=job["gamma"],
-                lambda_=job["lambda"],
-                max_denoising_steps=job["steps"],
-                others=[
-                    f"active_ahead={json.dumps(job['ahead'])}",
-                    f"commit_ahead={json.dumps(job['commit'])}",
-                    f"revise_above={json.dumps(job['revise'])}",
-                    *([] if job["behind"] is None else [f"active_behind={job['behind']}"]),
-                    *args.set,
-                ],
-            )
-            for job in jobs
-        ]
-        sets = [load_data(str(folder)) for folder in args.data]
-        if len({data.name for data in sets}) < len(sets):
-            raise ValueError(f"`--data`: {[str(folder) for folder in args.data]} have the same name.")
-        if args.limit:
-            # Spread evenly over the rows, the same ones in every run.
-            kept = [range(0, len(one), -(-len(one) // args.limit)) if len(one) else () for one in sets]
-            sets = [one.select(rows) for one, rows in zip(sets, kept, strict=True)]
-        name = Path(args.model).name if args.model else DEFAULT_CHECKPOINT_NAME
-        same = {"model": name, "sha256": model_sha256(source), "set": args.set, "batch_size": args.batch_size}
-        same |= {"data": [[data.name, data.sha256, len(data)] for data in sets], "threads": args.threads}
-        path = args.output / "raw.jsonl"
-        rows = kept_rows(path, same)
-        done = [(row["dataset"], row["setting"]) for row in rows if row["kind"] == "done"]
-        # The first says what the settings are, the others with what and when the rest was made.
-        rows.append(description | {"same": same})
-        # Whole, then moved: what was measured must outlive an end in between.
-        scratch = path.with_suffix(".part")
-        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        scratch.replace(path)
-        with path.open("a", encoding="utf-8") as file:
-            for data in sets:
-                left = [(job, one) for job, one in zip(jobs, settings, strict=True)]
-                left = [(job, one) for job, one in left if (data.name, jsonable(job)) not in done]
-                if not left:
-                    continue
-                encoded = encode_dataset(model, processor, data, batch_size=args.batch_size, progress=True)
-                # First calls set up kernels and memory.
-                decode_batches(model, processor, data, encoded.batches[-1:], left[0][1])
-                for number, (job, one) in enumerate(left, 1):
-                    start = time.perf_counter()
-                    found = decode_batches(model, processor, data, encoded.batches, one)
-                    common = {"setting": jsonable(job)}
-                    lines = [{"kind": "utterance", **common, **row} for row in found]
-                    lines.append({"kind": "done", **common, "dataset": data.name})
-                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
-                    file.flush()
-                    took_s = time.perf_counter() - start
-                    console.print(f"{data.name} {number}/{len(left)}: {json.dumps(jsonable(job))}, {took_s:.0f} s")
-
-
 # Command line
-
-
-def int_or_none(text: str) -> int | None:
-    return None if text == "none" else int(text)
-
-
-def float_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(dest="part", required=True)
-    stages = parts.add_parser("stages", help="seconds of features, encoder, decoder, ... by length and batch size")
-    front = parts.add_parser("front", help="WER, evaluations and positions for a grid of settings")
-    for part in (stages, front):
-        part.add_argument("--data", type=Path, nargs="+", help="folders with metadata.jsonl; `stages` takes one")
-        part.add_argument("--output", type=Path, help="folder to write")
-        part.add_argument("--rescore", type=Path, metavar="OUT", help="only make the tables of OUT/raw.jsonl again")
-        part.add_argument("--model", help="folder or id; default: the checkpoint of the package")
-        part.add_argument("--threads", type=int, default=2)
-        part.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    stages.add_argument(
-        "--ours", action="append", metavar="NAME:SETTINGS", help="such as near:active-ahead=8,steps=128; repeatable"
+    parser.add_argument("--data", type=Path, help="folder with metadata.jsonl")
+    parser.add_argument("--output", type=Path, help="folder to write")
+    parser.add_argument("--rescore", type=Path, metavar="OUT", help="only make the tables of OUT/raw.jsonl again")
+    parser.add_argument("--model", help="folder or id; default: the checkpoint of the package")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--ours", action="append", metavar="NAME:SETTINGS", help="such as plain:branches=none,gamma=3; repeatable"
     )
-    stages.add_argument("--backend", nargs="+", choices=("torch", "onnx"), default=["torch"])
-    stages.add_argument("--onnx", type=Path, metavar="FOLDER", help="the exported checkpoint, for --backend onnx")
-    stages.add_argument("--lengths", type=float, nargs="+", default=[1, 2, 5, 10, 20, 30], help="of the clips, in s")
-    stages.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    stages.add_argument("--clips", type=int, default=4, help="per length; more where a batch is larger")
-    stages.add_argument("--rounds", type=int, default=3)
-    stages.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of PyTorch")
-    stages.add_argument("--no-profile", action="store_true", help="write no tables of operations")
-    front.add_argument("--gammas", type=float, nargs="+", default=[0.05, 0.2, 0.5, 1.0])
-    front.add_argument("--lambdas", type=float, nargs="+", default=[0.2])
-    front.add_argument("--aheads", type=int_or_none, nargs="+", default=[None, 8], help='"none": the whole canvas')
-    front.add_argument("--behinds", type=int, nargs="+", default=[2])
-    front.add_argument("--commits", type=int_or_none, nargs="+", default=[None], help='"none": the whole window')
-    front.add_argument("--revises", type=float_or_none, nargs="+", default=[None], help='"none": revise nothing')
-    front.add_argument("--steps", type=int, nargs="+", default=[128], help="bounds of denoising steps")
-    front.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of generation_config.json")
-    front.add_argument("--limit", type=int, help="at most so many utterances of each data set, spread evenly")
-    front.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--backend", nargs="+", choices=("torch", "onnx"), default=["torch"])
+    parser.add_argument("--onnx", type=Path, metavar="FOLDER", help="the exported checkpoint, for --backend onnx")
+    parser.add_argument("--lengths", type=float, nargs="+", default=[1, 2, 5, 10, 20, 30], help="of the clips, in s")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--clips", type=int, default=4, help="per length; more where a batch is larger")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of PyTorch")
+    parser.add_argument("--no-profile", action="store_true", help="write no tables of operations")
     return parser
 
 
 def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """A whole part. Returns the content of results.json."""
+    """A whole run. Returns the content of results.json."""
     # Before NumPy and torch are imported, which read it once.
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(args.threads)))
     # Not a line for every profile.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     args.output.mkdir(parents=True, exist_ok=True)
     names = ("threads", "rounds", "clips", "lengths", "batch_sizes", "dtype")
-    if args.part == "front":
-        names = ("threads", "batch_size", "limit", "set")
-    description = {**describe_run(args, arguments, "run_speed.py", names), "part": args.part}
+    description = describe_run(args, arguments, "run_speed.py", names)
     if (load := description["machine"]["load_before"]) > 0.5:
         print(f"warning: the machine is busy (load {load}), so the times will be wrong.", file=sys.stderr)
-    if args.part == "front":
-        run_front(args, description)
-        return write_results(args.output)
     with (args.output / "raw.jsonl").open("w", encoding="utf-8") as file:
 
         def write(row: dict[str, Any]) -> None:
@@ -451,19 +330,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if args.part == "stages":
-        args.ours = list(dict.fromkeys(args.ours or [""]))
-        args.backend, args.lengths, args.batch_sizes = (
-            list(dict.fromkeys(one)) for one in (args.backend, args.lengths, args.batch_sizes)
-        )
-        if min(args.clips, args.rounds, args.threads, *args.batch_sizes) < 1 or min(args.lengths) <= 0:
-            parser.error("--clips, --rounds, --threads, --batch-sizes and --lengths must be above 0")
-        if "onnx" in args.backend and not args.onnx:
-            parser.error("--backend onnx needs --onnx FOLDER")
-        if "onnx" in args.backend and args.device != "cpu":
-            parser.error("--backend onnx is for --device cpu")
-        if args.data and len(args.data) > 1:
-            parser.error("stages takes one folder as --data")
+    args.ours = list(dict.fromkeys(args.ours or [""]))
+    args.backend, args.lengths, args.batch_sizes = (
+        list(dict.fromkeys(one)) for one in (args.backend, args.lengths, args.batch_sizes)
+    )
+    if min(args.clips, args.rounds, args.threads, *args.batch_sizes) < 1 or min(args.lengths) <= 0:
+        parser.error("--clips, --rounds, --threads, --batch-sizes and --lengths must be above 0")
+    if "onnx" in args.backend and not args.onnx:
+        parser.error("--backend onnx needs --onnx FOLDER")
+    if "onnx" in args.backend and args.device != "cpu":
+        parser.error("--backend onnx is for --device cpu")
     return run_or_rescore(parser, args, lambda: run(args, arguments), write_results, to_markdown)
 
 

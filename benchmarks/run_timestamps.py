@@ -14,7 +14,7 @@ DATA are English data sets, as `mdm-asr evaluate` takes them. Needs `pip install
               that this reference is easier for them than for Whisper
 Only words that a system recognised count, found by aligning its text with the transcript.
 
-Writes to OUT (benchmarks/results/timestamps):
+Writes to OUT:
     words.jsonl     per clip, reference and system: words with their times, and the known times
     results.json    errors in ms by data set, reference and system; how the aligner's outermost words agree with the
                     energy; the cost of timestamps; arguments and versions

@@ -1,8 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Sounds without speech for `run_no_speech.py`. They are made in other ways than those of training/non_speech.py, which
-the decision was fitted on: by difference equations, physical models and event processes in the time domain, not by
-shaping spectra.
+Sounds without speech for `run_safeguards.py`, made by difference equations, physical models and event processes in the
+time domain.
 """
 
 import numpy as np

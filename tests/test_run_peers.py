@@ -16,8 +16,6 @@ from test_convert_whisper import save_tokenizer
 from tiny_models import tiny_model, tiny_processor
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from mdm_asr_hf.cli import generation_settings
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -104,20 +102,6 @@ def test_settings_of_ours():
         peers.parse_settings("beams=5")
     with pytest.raises(ValueError, match="'many' is not of type int"):
         peers.parse_settings("steps=many")
-
-
-def test_settings_of_the_active_window():
-    # As generation_config.json or as flags call them; "none" is the whole canvas, and only of the first a value.
-    parsed = peers.parse_settings("active_ahead=8,active-behind=3,gamma=0.2")
-    assert parsed == {"others": ["active_ahead=8", "active_behind=3"], "gamma": 0.2}
-    assert peers.parse_settings("active-ahead=none") == {"others": ["active_ahead=null"]}
-    assert peers.parse_settings("revise-above=0.5") == {"others": ["revise_above=0.5"]}
-    assert peers.parse_settings("revise-above=none") == {"others": ["revise_above=null"]}
-    settings = generation_settings(tiny_model(), **parsed)
-    assert (settings.active_ahead, settings.active_behind, settings.sampler["gamma"]) == (8, 3, 0.2)
-    assert generation_settings(tiny_model(), **peers.parse_settings("active-ahead=none")).active_ahead is None
-    with pytest.raises(ValueError, match="'none' is not of type int"):
-        peers.parse_settings("steps=none")
 
 
 def test_the_exported_folder_of_ours():
@@ -360,8 +344,10 @@ class Exported:
     """What an exported model looks like from outside, with PyTorch inside."""
 
     def __init__(self, model):
-        self.model, self.generation_config = model, model.generation_config
-        self.generate, self.encode = model.generate, model.encode
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
 
     @classmethod
     def from_pretrained(cls, folder, num_threads=0):
