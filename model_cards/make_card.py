@@ -4,13 +4,11 @@
 Writes a model card from a file of facts and the metrics.json files of evaluations. No number in a card is typed.
 
     python model_cards/make_card.py model_cards/NAME.yaml [--results DIR ...] [--output CARD.md ...] [--check]
-    python model_cards/make_card.py model_cards/NAME.yaml --readme README.md [--check]
 
 NAME.yaml holds what no evaluation knows: description, training data and licences, limits. Each DIR is a folder as
 `mdm-asr evaluate` writes it; by default all of results/NAME beside the facts. The card goes to NAME.md beside the
-facts and, where the facts name a checkpoint's folder, to its README.md. `--readme` writes only the tables of results,
-between the lines `<!-- results:begin -->` and `<!-- results:end -->` of a Markdown file. `--check` writes nothing,
-shows what would change, and exits with 1 if anything would.
+facts and, where the facts name a checkpoint's folder, to its README.md. `--check` writes nothing, shows what would
+change, and exits with 1 if anything would.
 """
 
 import argparse
@@ -30,9 +28,6 @@ from safetensors import safe_open
 
 HERE = Path(__file__).parent
 TASK = "automatic-speech-recognition"
-# Of a setting that is off, in tables of results of which some have it.
-NOTHING = "nothing"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 NEEDED_FACTS = ("name", "metadata", "load_from", "summary", "intended_use", "weights", "training", "limits")
 OTHER_FACTS = ("checkpoint", "datasets", "results_notes")
@@ -56,7 +51,9 @@ class Result:
     num_skipped: int = 0
 
     def number(self, name: str, digits: int = 2) -> str:
-        """A metric as the tables show it, with its 95 % interval if there is one."""
+        """A metric as the tables show it, with its 95 % interval if there is one; empty if it was not measured."""
+        if self.metrics.get(name) is None:
+            return ""
         text = f"{self.metrics[name]:.{digits}f}"
         if interval := self.intervals.get(name):
             text += f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
@@ -86,19 +83,16 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def decoding_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What changes a text, under the names of the tables; not what should not, such as the batch size."""
+    """What changes a text or its evaluations, under the names of the tables; not the batch size."""
+    if settings.get("decoding") == "drafts":
+        shown = {"drafts": " and ".join(settings["draft_branches"]).replace("_", " ") or "none"}
+        return shown | {"gamma": settings["gamma"]} | ({"dtype": settings["dtype"]} if settings.get("dtype") else {})
     sampler = dict(settings["sampler"])
     shown = {"sampler": sampler.pop("name")}
     shown |= {name.rstrip("_"): value for name, value in sampler.items() if value is not None}
     shown["steps"] = settings["max_denoising_steps"]
     length = settings.get("canvas", {}).get("canvas_length")
     shown["canvas"] = "adaptive" if length is None else f"{length} tokens"
-    if "active_window" in settings:
-        ahead = settings["active_window"]["active_ahead"]
-        shown["window"] = "whole canvas" if ahead is None else ahead
-    if "revision" in settings:
-        above = settings["revision"]["revise_above"]
-        shown["revises above"] = NOTHING if above is None else above
     if settings.get("temperature"):
         shown["temperature"] = settings["temperature"]
     if settings.get("dtype"):
@@ -177,8 +171,6 @@ def split_settings(results: list[Result]) -> tuple[dict[str, Any], list[str]]:
 def render_results(name: str, results: list[Result]) -> str:
     """The tables of results, in Markdown."""
     shared, varying = split_settings(results)
-    # Of results that all do without a thing, it need not be said.
-    shared = {name: value for name, value in shared.items() if value != NOTHING}
     heads, by_duration = duration_table(results)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((HERE / "results_template.md").read_text(encoding="utf-8"))
@@ -281,25 +273,11 @@ def make_card(facts: dict[str, Any], results: list[Result], checkpoint: Path | N
     return str(card).rstrip() + "\n"
 
 
-def replace_between_markers(text: str, replacement: str, where: str) -> str:
-    """
-    `text` with `replacement` between the two marker lines.
-
-    Raises:
-        ValueError: not exactly one of each, in their order.
-    """
-    begin, end = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < begin:
-        raise ValueError(f"{where} must have one line {BEGIN} and, after it, one line {END}. Add them.")
-    return f"{text[: begin + len(BEGIN)]}\n{replacement}\n{text[end:]}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("facts", type=Path, metavar="FACTS.yaml")
     parser.add_argument("--results", type=Path, nargs="+", metavar="DIR", help="folders with a metrics.json")
     parser.add_argument("--output", type=Path, nargs="+", metavar="CARD.md", help="the card, and copies of it")
-    parser.add_argument("--readme", type=Path, help="write the tables of results into this file, and no card")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
     args = parser.parse_args(arguments)
     try:
@@ -312,13 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
         results = sort_results([read_result(folder, facts) for folder in folders], facts)
         card = make_card(facts, results, checkpoint)
         cards = args.output or []
-        if not args.output and not args.readme:
+        if not args.output:
             cards = [args.facts.with_suffix(".md"), *([checkpoint / "README.md"] if checkpoint else [])]
         outputs = dict.fromkeys(cards, card)
-        if args.readme:
-            tables = render_results(facts["name"], results)
-            text = args.readme.read_text(encoding="utf-8")
-            outputs[args.readme] = replace_between_markers(text, tables, str(args.readme))
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
 
