@@ -209,8 +209,11 @@ class VerifiedDecoder:
         accepted = tree.accept(chosen)
         # 3. Commit, and keep the keys of what was committed.
         new, num_new = self._commit(lengths, chosen, unbiased, accepted, [*drafts])
-        for place, branch in enumerate(drafts):
-            self._count(branch, drafts[branch], accepted.of_branch[place], lengths)
+        of_branch = dict(zip(drafts, accepted.of_branch, strict=True))
+        for branch in range(len(BRANCHES)):
+            # A branch that no row asked for is counted, too: after some evaluations it is tried again.
+            nothing = self._nothing()
+            self._count(branch, drafts.get(branch, nothing), of_branch.get(branch, nothing[1]), lengths)
         self._keep(lengths, accepted)
         self.num_cached[rows] = lengths + accepted.num_accepted
         for row, ids, number in zip(rows.tolist(), new.tolist(), num_new.tolist(), strict=True):
