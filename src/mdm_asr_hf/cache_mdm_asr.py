@@ -10,7 +10,7 @@ class DraftingCache:
     """
     Keys and values of the decoder's self-attention for R rows of text, by slot. Committed token p stands at slot p;
     drafts to be verified stand behind the committed ones, branch by branch. It is used as transformers' caches are
-    (`update`, `get_seq_length`, `batch_select_indices`), which share one length among the rows and so cannot hold it.
+    (`update`, `batch_select_indices`), which share one length among the rows and so cannot hold it.
 
     Attributes:
         keys, values (`torch.Tensor` of shape (layers, R, S + 1, key-value heads, head_dim)): the last slot takes what
@@ -53,9 +53,6 @@ class DraftingCache:
         """A layer's keys and values (R, heads, K, head_dim) of all slots looked at."""
         keys, values = (states[layer_idx, :, : self.num_keys].transpose(1, 2) for states in (self.keys, self.values))
         return keys.to(dtype), values.to(dtype)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.num_keys
 
     def move(self, source: torch.LongTensor, target: torch.LongTensor) -> None:
         """Copies slots (R, N) to others (R, N) in all layers."""

@@ -102,16 +102,23 @@ def _best_first(output: MDMASRGenerateOutput, num_samples: int) -> MDMASRGenerat
 
 
 @dataclass
-class _Audio:
-    """What the encoder was given, for B rows, each of which is decoded `num_samples` times."""
+class _Batch:
+    """What is to be decoded: features (B, ...) and durations, and of the B * `num_samples` rows the encoder's outputs,
+    prompts, and which of them hold a signal."""
 
     input_features: torch.Tensor | None
     attention_mask: torch.Tensor | None
     duration_s: torch.Tensor | None
     num_samples: int
+    encoder_outputs: MDMASREncoderOutput
+    prompt_ids: torch.LongTensor
+    has_speech: torch.BoolTensor
+    generator: torch.Generator | list[torch.Generator] | None
+    streamer: Any
+    synced_gpus: bool
 
-    def take(self, rows: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features and mask of some of the B * num_samples rows."""
+    def features(self, rows: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features and mask of some rows."""
         rows = (rows // self.num_samples).to(self.input_features.device)
         mask = self.attention_mask
         return self.input_features[rows], None if mask is None else mask[rows.to(mask.device)]
@@ -234,24 +241,22 @@ class MDMASRGenerationMixin:
             streamer.put(prompt_ids.cpu())
 
         # 4. Decode.
-        audio = _Audio(input_features, attention_mask, duration_s, num_samples)
+        batch = _Batch(
+            input_features,
+            attention_mask,
+            duration_s,
+            num_samples,
+            encoder_outputs,
+            prompt_ids,
+            has_speech,
+            generator,
+            streamer,
+            synced_gpus,
+        )
         if self.config.has_drafts:
-            output, read = self._decode_verified(
-                audio,
-                encoder_outputs,
-                prompt_ids,
-                has_speech,
-                settings,
-                generator,
-                hotwords,
-                streamer,
-                synced_gpus,
-                own,
-            )
+            output, read = self._decode_verified(batch, settings, hotwords, **own)
         else:
-            output, read = self._decode_canvas(
-                audio, encoder_outputs, prompt_ids, has_speech, settings, generator, streamer, synced_gpus
-            )
+            output, read = self._decode_canvas(batch, settings)
 
         # 5. Finalise.
         output.languages = languages
@@ -276,31 +281,24 @@ class MDMASRGenerationMixin:
         return output if settings.return_dict_in_generate else output.sequences
 
     def _decode_canvas(
-        self,
-        audio: _Audio,
-        encoder_outputs: MDMASREncoderOutput,
-        prompt_ids: torch.LongTensor,
-        has_speech: torch.BoolTensor,
-        settings: MDMASRGenerationConfig,
-        generator: torch.Generator | list[torch.Generator] | None,
-        streamer: Any,
-        synced_gpus: bool,
+        self, batch: _Batch, settings: MDMASRGenerationConfig
     ) -> tuple[MDMASRGenerateOutput, tuple[torch.Tensor, ...]]:
         """The paper's decoding. Returns the output, and what `token_timestamps` needs to read."""
-        batch_size = len(has_speech) // audio.num_samples
-        lengths = self.canvas_lengths(audio.duration_s, batch_size, prompt_ids.shape[1], settings)
-        lengths = [length for length in lengths for _ in range(audio.num_samples)]
+        prompt_ids, generator, num_samples = batch.prompt_ids, batch.generator, batch.num_samples
+        batch_size = len(prompt_ids) // num_samples
+        lengths = self.canvas_lengths(batch.duration_s, batch_size, prompt_ids.shape[1], settings)
+        lengths = [length for length in lengths for _ in range(num_samples)]
         if isinstance(generator, list):
-            generator = [one for one in generator for _ in range(audio.num_samples)]
+            generator = [one for one in generator for _ in range(num_samples)]
         canvas = Canvas.lay(
             lengths,
             prompt_ids.device,
             mask_token_id=self.config.mask_token_id,
             eos_token_id=self.config.eos_token_id,
-            has_speech=has_speech,
+            has_speech=batch.has_speech,
         )
-        open_rows = OpenRows(prompt_ids, encoder_outputs)
-        denoise(self, canvas, open_rows, settings, lengths, generator, streamer, synced_gpus)
+        open_rows = OpenRows(prompt_ids, batch.encoder_outputs)
+        denoise(self, canvas, open_rows, settings, lengths, generator, batch.streamer, batch.synced_gpus)
         if num_full := canvas.num_full():
             logger.warning(
                 f"{num_full} of {len(canvas.tokens)} canvases of up to {canvas.tokens.shape[1]} tokens filled up "
@@ -315,26 +313,22 @@ class MDMASRGenerationMixin:
 
     def _decode_verified(
         self,
-        audio: _Audio,
-        encoder_outputs: MDMASREncoderOutput,
-        prompt_ids: torch.LongTensor,
-        has_speech: torch.BoolTensor,
+        batch: _Batch,
         settings: MDMASRGenerationConfig,
-        generator: torch.Generator | list[torch.Generator] | None,
         hotwords: HotwordAutomaton | None,
-        streamer: Any,
-        synced_gpus: bool,
-        own: dict[str, list[list[int]] | None],
+        previous_ids: list[list[int]] | None,
+        prefix_ids: list[list[int]] | None,
+        draft_ids: list[list[int]] | None,
     ) -> tuple[MDMASRGenerateOutput, tuple[torch.Tensor, ...]]:
         """The donor's own text, and anew what Whisper's thresholds refuse: once with the silence that its encoder was
         trained with, then, where it still repeats itself, at rising temperatures. Of texts that are all refused, one
         that does not repeat itself stays, of these the most probable.
         Returns the output, and what `token_timestamps` needs to read."""
-        prompts = self._with_previous(prompt_ids.tolist(), own["previous_ids"], settings)
-        prefixes = own["prefix_ids"] or [[] for _ in prompts]
+        prompts = self._with_previous(batch.prompt_ids.tolist(), previous_ids, settings)
+        prefixes = prefix_ids or [[] for _ in prompts]
         limits = self._text_limits(prompts, prefixes, settings)
         temperatures = settings.temperatures
-        seeds = self._draw_seeds(generator, len(prompts), audio.num_samples, temperatures, prompt_ids.device)
+        seeds = self._draw_seeds(batch, temperatures)
 
         def write(rows: torch.LongTensor, outputs: MDMASREncoderOutput, is_open: torch.BoolTensor, t: float):
             places = rows.tolist()
@@ -343,9 +337,7 @@ class MDMASRGenerationMixin:
                 [prompts[row] for row in places], [prefixes[row] for row in places], max(limits), rows.device
             )
             drafts = self._first_drafts(
-                self._heard(audio, outputs, rows),
-                own["draft_ids"] and [own["draft_ids"][row] for row in places],
-                settings,
+                batch, rows, outputs, draft_ids and [draft_ids[row] for row in places], settings
             )
             decoder = VerifiedDecoder(
                 self,
@@ -354,37 +346,37 @@ class MDMASRGenerationMixin:
                 settings,
                 limits=its_limits,
                 is_open=is_open,
-                prompt_length=prompt_ids.shape[1],
+                prompt_length=batch.prompt_ids.shape[1],
                 first_drafts=drafts,
                 temperature=t,
                 seeds=seeds[rows],
                 hotwords=hotwords and hotwords.take_rows(places),
-                synced_gpus=synced_gpus,
+                synced_gpus=batch.synced_gpus,
             )
             # What is decoded anew is not shown: it may be a part of the batch.
-            decoder.run(streamer if len(places) == len(prompts) else None)
+            decoder.run(batch.streamer if len(places) == len(prompts) else None)
             return text
 
-        every = torch.arange(len(prompts), device=prompt_ids.device)
-        text = write(every, encoder_outputs, has_speech, temperatures[0])
-        has_stock = audio.input_features is not None and self.config.encoder_config.model_type == "whisper"
-        refused = self._refused(text, has_speech, settings, is_own=has_stock)
+        every = torch.arange(len(prompts), device=batch.prompt_ids.device)
+        text = write(every, batch.encoder_outputs, batch.has_speech, temperatures[0])
+        has_stock = batch.input_features is not None and self.config.encoder_config.model_type == "whisper"
+        refused = self._refused(text, batch.has_speech, settings, is_own=has_stock)
         # What is only improbable is no better drawn than it is: the temperature rises for what repeats itself.
         attempts = temperatures if has_stock else temperatures[1:]
         if not has_stock:
             refused = refused & self._repeating(text, settings)
         stock = None
         # Where processes wait for each other, one cannot take more steps than the others know of.
-        for t in attempts if not synced_gpus else ():
+        for t in attempts if not batch.synced_gpus else ():
             rows = refused.nonzero().flatten()
             if not len(rows):
                 break
             if not has_stock:
-                stock, at = encoder_outputs, rows
+                stock, at = batch.encoder_outputs, rows
             else:
                 if stock is None:
                     stock_rows = rows
-                    stock = self.encode(*audio.take(rows), trailing_silence_s=STOCK_DURATION_S)
+                    stock = self.encode(*batch.features(rows), trailing_silence_s=STOCK_DURATION_S)
                     stock = self.prepare_cross_attention(stock)
                 at = (stock_rows[:, None] == rows).int().argmax(dim=0)
             again = write(rows, take_rows(stock, at), torch.ones_like(rows, dtype=torch.bool), t)
@@ -397,7 +389,7 @@ class MDMASRGenerationMixin:
             still = self._refused(again, torch.ones_like(rows, dtype=torch.bool), settings)
             text.replace(rows, again, better.to(rows.device) | ~still)
             refused[rows] = still & self._repeating(again, settings)
-        output = self._text_output(text, has_speech & ~self._silent(text, settings), settings)
+        output = self._text_output(text, batch.has_speech & ~self._silent(text, settings), settings)
         return output, (text.tokens[:, : int(text.lengths.max())], None, text.starts)
 
     def _with_previous(
@@ -430,26 +422,32 @@ class MDMASRGenerationMixin:
         return limits
 
     def _first_drafts(
-        self, outputs: MDMASREncoderOutput, draft_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
+        self,
+        batch: _Batch,
+        rows: torch.LongTensor,
+        outputs: MDMASREncoderOutput,
+        draft_ids: list[list[int]] | None,
+        settings: MDMASRGenerationConfig,
     ) -> list[FirstDraft | None]:
-        """What is known of each text beforehand: by the caller, or by the CTC head."""
-        eos, num_rows = self.config.eos_token_id, len(outputs.last_hidden_state)
+        """What is known of some rows' texts beforehand: by the caller, or by the CTC head."""
+        eos = self.config.eos_token_id
         if "first_draft" not in settings.draft_branches:
-            return [None] * num_rows
+            return [None] * len(rows)
         if draft_ids is not None:
             return [FirstDraft([i for i in ids if i != eos], None, eos) for ids in draft_ids]
         if self.config.ctc_characters is None:
-            return [None] * num_rows
-        return [FirstDraft.of_text(text, self.spelling, eos) for text in self.write_first_drafts(outputs)]
+            return [None] * len(rows)
+        texts = self.write_first_drafts(self._heard(batch, rows, outputs))
+        return [FirstDraft.of_text(text, self.spelling, eos) for text in texts]
 
-    def _heard(self, audio: _Audio, outputs: MDMASREncoderOutput, rows: torch.LongTensor) -> MDMASREncoderOutput:
-        """Frames of some rows of the batch without the silence that was added, but for `HEARD_SILENCE_S` of it: there
-        is nothing to write of, and a first draft of all frames would take as long as some evaluations."""
+    def _heard(self, batch: _Batch, rows: torch.LongTensor, outputs: MDMASREncoderOutput) -> MDMASREncoderOutput:
+        """Frames of some rows without the silence that was added, but for `HEARD_SILENCE_S` of it: there is nothing to
+        write of, and a first draft of all frames would take as long as some evaluations."""
         frame_s = frame_duration_s(self.config.encoder_config, self.config.input_frames_per_s)
-        if audio.duration_s is None or frame_s is None:
+        if batch.duration_s is None or frame_s is None:
             return outputs
         frames, mask = outputs.last_hidden_state, outputs.attention_mask
-        heard_s = audio.duration_s.to(rows.device)[rows // audio.num_samples] + HEARD_SILENCE_S
+        heard_s = batch.duration_s.to(rows.device)[rows // batch.num_samples] + HEARD_SILENCE_S
         numbers = (heard_s / frame_s).ceil().long().clamp(max=frames.shape[1])
         longest = int(numbers.max())
         inside = torch.arange(longest, device=frames.device) < numbers[:, None]
@@ -457,20 +455,14 @@ class MDMASRGenerationMixin:
             inside = inside & mask[:, :longest].bool()
         return MDMASREncoderOutput(last_hidden_state=frames[:, :longest], attention_mask=inside)
 
-    def _draw_seeds(
-        self,
-        generator: torch.Generator | list[torch.Generator] | None,
-        num_rows: int,
-        num_samples: int,
-        temperatures: list[float],
-        device: torch.device,
-    ) -> torch.LongTensor:
+    def _draw_seeds(self, batch: _Batch, temperatures: list[float]) -> torch.LongTensor:
         """A seed for each row (B * n,). Texts that fall back to a temperature are drawn alike in every batch, unless
         there are generators."""
+        generator, device, num_rows = batch.generator, batch.prompt_ids.device, len(batch.prompt_ids)
         if generator is None and temperatures[0] == 0:
             return torch.zeros(num_rows, dtype=torch.long, device=device)
         if isinstance(generator, list):
-            drawn = [torch.randint(2**31, (num_samples,), generator=g, device=g.device).cpu() for g in generator]
+            drawn = [torch.randint(2**31, (batch.num_samples,), generator=g, device=g.device).cpu() for g in generator]
             return torch.cat(drawn).to(device)
         where = "cpu" if generator is None else generator.device
         return torch.randint(2**31, (num_rows,), generator=generator, device=where).to(device)
@@ -533,10 +525,9 @@ class MDMASRGenerationMixin:
         def pad(name: str, value: float) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(kept[name], batch_first=True, padding_value=value)
 
-        confidence = pad("log_probs", -torch.inf).exp()
+        log_probs = pad("log_probs", -torch.inf)
         # Of improbable draws, too, there is something left.
-        spoken = torch.isfinite(pad("log_probs", -torch.inf))
-        confidence = torch.where(spoken, confidence.clamp(min=1e-30), 0.0)
+        confidence = torch.where(torch.isfinite(log_probs), log_probs.exp().clamp(min=1e-30), 0.0)
         output = self._make_output(
             pad("tokens", self._pad_token_id(settings)), confidence, pad("commit_steps", 0), text.nfe, settings
         )

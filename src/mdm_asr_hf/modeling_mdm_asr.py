@@ -234,7 +234,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted; to be made once a text."""
         ids, bias = self.draft_token_ids, getattr(self.proj_out, "bias", None)
         # The weights are those of the embeddings, also where the output layer was quantised.
-        return self.get_input_embeddings().weight[ids], bias[ids] if isinstance(bias, torch.Tensor) else None
+        return self.get_input_embeddings().weight.index_select(0, ids), bias[ids] if isinstance(
+            bias, torch.Tensor
+        ) else None
 
     @property
     def draft_token_ids(self) -> torch.LongTensor:

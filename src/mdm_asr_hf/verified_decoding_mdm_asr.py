@@ -80,14 +80,15 @@ class VerifiedText:
 
     def decoded_ids(self, row: int) -> list[int]:
         """The tokens of a row that were decoded: its text behind its prefix."""
-        return self.tokens[row, : int(self.lengths[row])][
-            self.commit_steps[row, : int(self.lengths[row])] > 0
-        ].tolist()
+        return self.tokens[row][self._is_decoded(row)].tolist()
 
     def row_log_probs(self, row: int) -> list[float]:
         """The log-probabilities of a row's decoded tokens."""
-        length = int(self.lengths[row])
-        return self.log_probs[row, :length][self.commit_steps[row, :length] > 0].tolist()
+        return self.log_probs[row][self._is_decoded(row)].tolist()
+
+    def _is_decoded(self, row: int) -> torch.BoolTensor:
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (places < self.lengths[row]) & (self.commit_steps[row] > 0)
 
     def replace(self, rows: torch.LongTensor, other: "VerifiedText", which: torch.BoolTensor) -> None:
         """Puts texts of another decoding of some rows (N,) in their place, where `which` (N,) says so. The evaluations
