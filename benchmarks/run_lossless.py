@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from run_peers import table
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 import mdm_asr_hf
@@ -155,8 +156,7 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         "nfe": "evaluations",
         "tokens_per_evaluation": "tokens an evaluation",
     }
-    table = [list(head.values()), ["---"] * len(head), *([str(line[name]) for name in head] for line in lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n"
+    return table(list(head.values()), [[str(line[name]) for name in head] for line in lines]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
         "sets": lines,
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    table = to_markdown(lines)
-    (args.output / "results.md").write_text(table, encoding="utf-8")
-    print(table)
+    markdown = to_markdown(lines)
+    (args.output / "results.md").write_text(markdown, encoding="utf-8")
+    print(markdown)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from run_peers import table
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import mdm_asr_hf
@@ -119,9 +120,8 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
         "bares": "with a text, without safeguards",
         "bare_loops": "with a loop, without",
     }
-    rows = [list(head.values()), ["---"] * len(head)]
-    rows += [["" if line[name] is None else str(line[name]) for name in head] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    cells = [["" if line[name] is None else str(line[name]) for name in head] for line in lines]
+    return table(list(head.values()), cells) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     (args.output / "rows.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
     results = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "groups": summarise(rows)}
     (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    table = to_markdown(results["groups"])
-    (args.output / "results.md").write_text(table, encoding="utf-8")
-    print(table)
+    markdown = to_markdown(results["groups"])
+    (args.output / "results.md").write_text(markdown, encoding="utf-8")
+    print(markdown)
 
 
 if __name__ == "__main__":
