@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import cli_evaluation, cli_export, cli_streaming, cli_transcribe
+from . import cli_evaluation, cli_export, cli_streaming, cli_training, cli_transcribe
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -267,20 +267,12 @@ def convert(
 
 
 def _guess_kind(donor: str) -> DonorKind:
-    from transformers import PretrainedConfig
+    from .convert_common import donor_kind
 
-    if donor.endswith(".nemo") or (Path(donor).is_dir() and any(Path(donor).glob("*.nemo"))):
-        return DonorKind.canary
-    model_type = PretrainedConfig.get_config_dict(donor)[0].get("model_type")
-    if model_type is None:
-        raise ValueError(
-            "no config.json says what it is. Check the path; for a .nemo checkpoint, pass `--kind canary`."
-        )
-    if model_type not in DonorKind.__members__:
-        raise ValueError(
-            f"its config.json says {model_type!r}, but only Whisper and Canary checkpoints can be donors."
-        )
-    return DonorKind(model_type)
+    kind = donor_kind(donor)
+    if kind not in DonorKind.__members__:
+        raise ValueError("it is a model of this package already, not a Whisper or Canary checkpoint.")
+    return DonorKind(kind)
 
 
 @contextmanager
@@ -313,6 +305,7 @@ def saving_code(enabled: bool) -> Iterator[None]:
 cli_export.register(app)
 cli_evaluation.register(app)
 cli_streaming.register(app)
+cli_training.register(app)
 
 
 def _print_version(value: bool) -> None:

@@ -46,6 +46,28 @@ def read_json(path_or_id: str | Path, name: str, hub_kwargs: dict[str, Any]) -> 
     return {} if file is None else json.loads(file.read_text(encoding="utf-8"))
 
 
+def donor_kind(path_or_id: str | Path) -> str:
+    """
+    What a checkpoint is: "whisper" or "canary", which can be donors, or "mdm_asr".
+
+    Raises:
+        ValueError: anything else.
+    """
+    path = Path(path_or_id)
+    if path.suffix == ".nemo" or (path.is_dir() and any(path.glob("*.nemo"))):
+        return "canary"
+    model_type = PreTrainedConfig.get_config_dict(str(path_or_id))[0].get("model_type")
+    if model_type is None:
+        raise ValueError(
+            "no config.json says what it is. Check the path; for a .nemo checkpoint, pass `--kind canary`."
+        )
+    if model_type not in ("whisper", "canary", "mdm_asr"):
+        raise ValueError(
+            f"its config.json says {model_type!r}, but only Whisper and Canary checkpoints can be donors."
+        )
+    return model_type
+
+
 def read_safetensors(path_or_id: str | Path, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """
     All tensors of a folder or Hub id in transformers' format, from one file or several.
@@ -251,6 +273,7 @@ __all__ = [
     "OUTPUT",
     "add_drafts",
     "build_model",
+    "donor_kind",
     "draft_settings",
     "encoder_settings",
     "expected_shapes",

@@ -23,10 +23,14 @@ from .generation_mdm_asr import MDMASRGenerationMixin
 from .objective_mdm_asr import (
     DiffusionObjective,
     DraftObjective,
+    TeacherOutput,
     block_targets,
     diffusion_objective,
     draft_loss,
     draw_frontiers,
+    frame_loss,
+    letter_loss,
+    logit_loss,
 )
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
@@ -272,6 +276,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         generator: torch.Generator | None = None,
         logits_to_keep: int | torch.BoolTensor | torch.LongTensor = 0,
         input_values: torch.Tensor | None = None,
+        teacher: TeacherOutput | None = None,
         **kwargs,
     ) -> MDMASROutput:
         """
@@ -303,6 +308,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 V).
             input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
                 them.
+            teacher ([`TeacherOutput`], *optional*): what objectives with weights for frames, logits or CTC learn.
             kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility`, `past_key_values` and
                 `frontiers` of [`MDMASRDecoder`].
 
@@ -313,7 +319,15 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         input_features = input_values if input_features is None else input_features
         if labels is not None and self.config.has_drafts:
             return self._drafting_forward(
-                input_features, attention_mask, encoder_outputs, labels, prompt_ids, objective, generator, kwargs
+                input_features,
+                attention_mask,
+                encoder_outputs,
+                labels,
+                prompt_ids,
+                objective,
+                teacher,
+                generator,
+                kwargs,
             )
         if labels is not None and decoder_input_ids is None:
             return self._training_forward(
@@ -453,9 +467,18 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         )
 
     def _drafting_forward(
-        self, input_features, attention_mask, encoder_outputs, labels, prompt_ids, objective, generator, kwargs
+        self,
+        input_features,
+        attention_mask,
+        encoder_outputs,
+        labels,
+        prompt_ids,
+        objective,
+        teacher,
+        generator,
+        kwargs,
     ) -> "MDMASROutput":
-        """The donor's cross-entropy on labels (B, L), and the drafts', in one pass of the decoder."""
+        """What the objective asks for, on labels (B, L), in one pass of the encoder and one of the decoder."""
         objective = DraftObjective() if objective is None else objective
         if not isinstance(objective, DraftObjective):
             raise ValueError(
@@ -468,39 +491,63 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         prompt_ids = prompt_ids.to(labels.device).expand(len(labels), -1)
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
-        encoder_outputs = self.prepare_cross_attention(encoder_outputs)
-        # Causal rows never see what stands behind them, so that padding needs no mask.
-        tokens = labels.masked_fill(labels == -100, self.config.eos_token_id)
-        num_prompt, decoder = prompt_ids.shape[1], self.model.decoder
-        text_lengths = (labels != -100).sum(dim=-1).clamp(min=1)
-        frontiers = draw_frontiers(text_lengths, num_prompt - 1, objective.num_frontiers, generator)
-        outputs = self.model(
-            decoder_input_ids=torch.cat([prompt_ids, tokens[:, :-1]], dim=-1),
-            encoder_outputs=encoder_outputs,
-            frontiers=frontiers,
-            **kwargs,
+        frames, frame_mask = encoder_outputs.last_hidden_state, encoder_outputs.attention_mask
+        parts, num_prompt = objective.parts, prompt_ids.shape[1]
+        losses, shares, logits, states = {}, {}, None, None
+        if parts.keys() & {"donor", "drafts", "logits"}:
+            encoder_outputs = self.prepare_cross_attention(encoder_outputs)
+            is_text = labels != -100
+            frontiers = None
+            if "drafts" in parts:
+                lengths = is_text.sum(dim=-1).clamp(min=1)
+                frontiers = draw_frontiers(lengths, num_prompt - 1, objective.num_frontiers, generator)
+            # Causal rows never see what stands behind them, so that padding needs no mask.
+            tokens = labels.masked_fill(~is_text, self.config.eos_token_id)
+            outputs = self.model(
+                decoder_input_ids=torch.cat([prompt_ids, tokens[:, :-1]], dim=-1),
+                encoder_outputs=encoder_outputs,
+                frontiers=frontiers,
+                **kwargs,
+            )
+            if parts.keys() & {"donor", "logits"}:
+                logits = self.proj_out(outputs.last_hidden_state[:, num_prompt - 1 :])
+                is_right = (logits.detach().argmax(dim=-1) == labels).sum() / is_text.sum().clamp(min=1)
+                shares = {"donor": is_right, "logits": is_right}
+            if "donor" in parts:
+                losses["donor"] = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+            if "logits" in parts:
+                losses["logits"] = logit_loss(logits, teacher.token_ids, teacher.log_probs, is_text)
+            if "drafts" in parts:
+                states = outputs.draft_hidden_states
+                sequences = torch.cat([prompt_ids, labels], dim=-1)
+                losses["drafts"], shares["drafts"] = self._draft_loss(states, sequences, frontiers, objective)
+        if "frames" in parts:
+            losses["frames"] = frame_loss(frames, teacher.frames, teacher.num_frames)
+        if "ctc" in parts:
+            losses["ctc"] = letter_loss(self.ctc_head(frames, frame_mask), frame_mask, teacher.characters)
+        return MDMASROutput(
+            loss=sum(weight * losses[part] for part, weight in parts.items()),
+            logits=logits,
+            draft_hidden_states=states,
+            step_losses=torch.stack([losses[part].detach() for part in parts]),
+            step_accuracies=torch.stack([shares[part] for part in parts if part in shares] or [frames.new_zeros([])]),
+            encoder_last_hidden_state=frames,
         )
-        logits = self.proj_out(outputs.last_hidden_state[:, num_prompt - 1 :])
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    def _draft_loss(
+        self, states: torch.Tensor, sequences: torch.LongTensor, frontiers: torch.LongTensor, objective: DraftObjective
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of what masks (B, F, K, D) draft behind frontiers (B, F) of sequences (B, S), and how much of it is
+        right."""
+        decoder = self.model.decoder
         # A frontier's own token, the donor's next one, and the K that are drafted.
-        targets = block_targets(torch.cat([prompt_ids, labels], dim=-1), frontiers, decoder.config.draft_length, -100)
+        targets = block_targets(sequences, frontiers, decoder.config.draft_length, -100)
         known = decoder.embed_ids(targets.clamp(min=0))
-        states = outputs.draft_hidden_states
         mixed = decoder.drafts.head(states, known[:, :, 1:-1].to(states.dtype), known[:, :, :-2].to(states.dtype))
         weight, bias = self.short_list_output()
         drafted = nn.functional.linear(mixed, weight.to(mixed.dtype), bias)
-        token_ids = decoder.drafts.head.token_ids
-        drafts_loss, share = draft_loss(
-            drafted, targets[..., 2:], token_ids, self.config.vocab_size, objective.place_decay
-        )
-        is_right = (logits.detach().argmax(dim=-1) == labels).sum() / (labels != -100).sum().clamp(min=1)
-        return MDMASROutput(
-            loss=loss + objective.draft_weight * drafts_loss,
-            logits=logits,
-            draft_hidden_states=states,
-            step_losses=torch.stack([loss.detach(), drafts_loss.detach()]),
-            step_accuracies=torch.stack([is_right, share]),
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+        return draft_loss(
+            drafted, targets[..., 2:], self.draft_token_ids, self.config.vocab_size, objective.place_decay
         )
 
     def _default_prompt(self, batch_size: int) -> torch.LongTensor:

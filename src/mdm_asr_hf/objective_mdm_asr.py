@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_outputs import ModelOutput
 
 from .diffusion_mdm_asr import (
     NoiseSchedule,
@@ -188,27 +189,111 @@ def diffusion_objective(
 @dataclass(frozen=True)
 class DraftObjective:
     """
-    What training minimises where there are drafts: the donor's cross-entropy, and that of what the masks draft behind
-    some positions of each text.
+    What training minimises where there are drafts: the weighted sum of the losses below; those of weight 0 are not
+    computed. By default the donor's cross-entropy and that of what the masks draft behind some positions of each text.
 
     Args:
         num_frontiers (`int`): F, positions of each text, drawn at random, that blocks of masks stand behind.
         place_decay (`float`): the weight of a draft by its place in the block, decay^k: it only counts if those before
             it are right.
-        draft_weight (`float`): of the drafts' cross-entropy beside the donor's.
+        donor_weight (`float`): of the donor's cross-entropy on the labels.
+        draft_weight (`float`): of the drafts'.
+        frame_weight (`float`): of the mean squared distance of the encoder's frames to the teacher's, see
+            [`TeacherOutput`].
+        logit_weight (`float`): of the Kullback-Leibler divergence of the donor's next token from the teacher's.
+        ctc_weight (`float`): of the CTC head's loss per letter (Graves et al., 2006).
     """
 
     num_frontiers: int = 12
     place_decay: float = 0.9
+    donor_weight: float = 1.0
     draft_weight: float = 1.0
+    frame_weight: float = 0.0
+    logit_weight: float = 0.0
+    ctc_weight: float = 0.0
 
     def __post_init__(self):
         if type(self.num_frontiers) is not int or self.num_frontiers < 1:
             raise ValueError(f"`num_frontiers` must be an integer of at least 1, got {self.num_frontiers!r}.")
         if not 0 < self.place_decay <= 1:
             raise ValueError(f"`place_decay` must be above 0 and at most 1, got {self.place_decay!r}.")
-        if not self.draft_weight >= 0:
-            raise ValueError(f"`draft_weight` must be >= 0, got {self.draft_weight!r}.")
+        for name in _WEIGHTS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)!r}.")
+        if not self.parts:
+            raise ValueError("Of a `DraftObjective` one weight at least must be above 0.")
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The weights of what is learnt, by name: "donor", "drafts", "frames", "logits", "ctc"."""
+        weights = {part: getattr(self, name) for name, part in _WEIGHTS.items()}
+        return {part: weight for part, weight in weights.items() if weight}
+
+
+_WEIGHTS = {
+    "donor_weight": "donor",
+    "draft_weight": "drafts",
+    "frame_weight": "frames",
+    "logit_weight": "logits",
+    "ctc_weight": "ctc",
+}
+
+
+@dataclass
+class TeacherOutput(ModelOutput):
+    """
+    What a donor that heard the audio with all the silence it wants made of a batch, for an encoder that is to hear
+    less, and the letters for a CTC head.
+
+    Args:
+        frames (`torch.FloatTensor` of shape (B, T, D)): of its encoder.
+        num_frames (`torch.LongTensor` of shape (B,)): those of the audio itself, without the silence behind it.
+        token_ids (`torch.LongTensor` of shape (B, L, N)): the most probable ones at each of the labels.
+        log_probs (`torch.FloatTensor` of shape (B, L, N)): their log-probabilities; any other token has what is left.
+        characters (`torch.LongTensor` of shape (B, C)): the classes of the text, -1 behind its end.
+    """
+
+    frames: torch.FloatTensor | None = None
+    num_frames: torch.LongTensor | None = None
+    token_ids: torch.LongTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+    characters: torch.LongTensor | None = None
+
+
+def frame_loss(frames: torch.Tensor, teacher: torch.Tensor, num_frames: torch.LongTensor) -> torch.Tensor:
+    """The mean squared distance, over the values of each row's first `num_frames` (B,), of frames (B, T, D) to (B, T',
+    D)."""
+    length = min(frames.shape[1], teacher.shape[1])
+    is_own = torch.arange(length, device=frames.device) < num_frames[:, None]
+    distances = (frames[:, :length].float() - teacher[:, :length].float()).square().mean(dim=-1)
+    return (distances * is_own).sum() / is_own.sum().clamp(min=1)
+
+
+def logit_loss(
+    logits: torch.Tensor, token_ids: torch.LongTensor, log_probs: torch.Tensor, is_text: torch.BoolTensor
+) -> torch.Tensor:
+    """
+    The mean over tokens (B, L) of sum p (log p - log q), over N ids and all others as one: p the teacher's, q the
+    softmax of logits (B, L, V).
+    """
+    own = logits.float().log_softmax(dim=-1).gather(-1, token_ids)
+    rest, own_rest = ((1 - one.exp().sum(dim=-1)).clamp(min=1e-6) for one in (log_probs, own))
+    divergence = (log_probs.exp() * (log_probs - own)).sum(dim=-1) + rest * (rest.log() - own_rest.log())
+    return (divergence * is_text).sum() / is_text.sum().clamp(min=1)
+
+
+def letter_loss(logits: torch.Tensor, frame_mask: torch.Tensor | None, characters: torch.LongTensor) -> torch.Tensor:
+    """The CTC loss per letter, a mean over rows, of logits (B, T, classes), the first class being the blank; texts
+    that are longer than their frames count nothing."""
+    log_probs = logits.float().log_softmax(dim=-1).transpose(0, 1)
+    num_letters = (characters >= 0).sum(dim=-1)
+    num_frames = torch.full_like(num_letters, logits.shape[1])
+    if frame_mask is not None:
+        num_frames = frame_mask.long().sum(dim=-1)
+    losses = torch.nn.functional.ctc_loss(
+        log_probs, characters.clamp(min=0), num_frames, num_letters, reduction="none", zero_infinity=True
+    )
+    return (losses / num_letters.clamp(min=1)).mean()
 
 
 def draw_frontiers(
@@ -259,8 +344,12 @@ __all__ = [
     "DiffusionObjective",
     "DraftObjective",
     "ObjectiveOutput",
+    "TeacherOutput",
     "block_targets",
     "diffusion_objective",
     "draft_loss",
     "draw_frontiers",
+    "frame_loss",
+    "letter_loss",
+    "logit_loss",
 ]

@@ -81,7 +81,8 @@ class Source:
             sources have one or none, which means every row once per epoch.
         name, split: configuration and split of a data set of `datasets`; the split is "train" by default.
         audio_column, text_column, language_column, speaker_column, duration_column (`str`, *optional*): by default
-            the text is in "text", and the others are looked for under their usual names.
+            the text is in "text", and the others are looked for under their usual names. Without a `text_column`
+            (None) rows have an empty text, and a folder need hold nothing but audio files.
         language (`str`, *optional*): of all rows, if no column tells.
         lowercase (`bool`): for transcripts in capitals.
         streaming (`bool`): read a data set of `datasets` as it is downloaded.
@@ -93,7 +94,7 @@ class Source:
     name: str | None = None
     split: str | None = None
     audio_column: str | None = None
-    text_column: str = "text"
+    text_column: str | None = "text"
     language_column: str | None = None
     speaker_column: str | None = None
     duration_column: str | None = None
@@ -143,7 +144,7 @@ class Source:
 
         return Columns(
             audio=find("audio_column", AUDIO_COLUMNS, needed=True),
-            text=find("text_column", (), needed=True),
+            text=find("text_column", (), needed=True) if self.text_column else None,
             language=find("language_column", LANGUAGE_COLUMNS if self.language is None else ()),
             speaker=find("speaker_column", SPEAKER_COLUMNS),
             duration=find("duration_column", DURATION_COLUMNS),
@@ -155,7 +156,7 @@ class Columns:
     """Names of a source's columns."""
 
     audio: str
-    text: str
+    text: str | None = None
     language: str | None = None
     speaker: str | None = None
     duration: str | None = None
@@ -169,18 +170,26 @@ class Utterances(Dataset):
         rows: dicts with at least "audio", "text" and "duration_s".
         audio (*optional*): what to take the audio of row i from instead, by `audio[i]`, such as a `datasets` column.
         skipped (`dict`, *optional*): how many rows were left out on the way, per reason.
+        causes (`list[str]`): what was wrong with the first of them.
     """
 
     def __init__(
-        self, rows: Sequence[dict[str, Any]], audio: Any = None, skipped: dict[str, int] | None = None, path: str = ""
+        self,
+        rows: Sequence[dict[str, Any]],
+        audio: Any = None,
+        skipped: dict[str, int] | None = None,
+        path: str = "",
+        causes: Sequence[str] = (),
     ):
         if not len(rows):
-            raise ValueError(f"{path or 'The data set'!r} has no rows to train on.")
+            why = f" The first were left out: {'; '.join(causes)}" if causes else ""
+            raise ValueError(f"{path or 'The data set'!r} has no rows to train on.{why}")
         for i, row in enumerate(rows):
             missing = sorted({"text", "duration_s"} - set(row) | ({"audio"} - set(row) if audio is None else set()))
             if missing:
                 raise ValueError(f"Row {i} has no {missing[0]!r}, but {sorted(row)}. Use `load_sources` to make rows.")
         self.rows, self.audio, self.path, self.skipped = rows, audio, path, dict(skipped or {})
+        self.causes = list(causes)
 
     @property
     def durations_s(self) -> np.ndarray:
@@ -208,21 +217,23 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
     audio = None
     if source.is_local and (manifests := find_manifests(source)):
         raw = (entry for manifest in manifests for entry in read_manifest(manifest))
+    elif source.text_column is None and (files := find_audio_files(source)):
+        raw = ((str(file), {"audio": file.name}, file.parent) for file in files)
     else:
         data = load_undecoded(source, streaming=False)
         audio_name = source.columns(data.column_names).audio
         audio, texts = data[audio_name], data.remove_columns(audio_name)
         raw = ((f"{source.path} row {i}", dict(row, **{audio_name: i}), None) for i, row in enumerate(texts))
 
-    rows, skipped, columns = [], Counter(), None
+    rows, skipped, causes, columns = [], Counter(), [], None
     for row_name, values, folder in raw:
-        if columns is None or not {columns.audio, columns.text} <= values.keys():
+        if columns is None or not {columns.audio, columns.text} - {None} <= values.keys():
             columns = source.columns(list(values))
         try:
             row = make_row(source, columns, row_name, values, folder)
             if audio is not None:
                 row["index"] = row.pop("audio")
-            if not row["text"].strip():
+            if columns.text and not row["text"].strip():
                 raise BadRowError.of(row_name, EMPTY_TEXT, "Write what is said, or leave the row out.")
             if row["duration_s"] is None:
                 its_audio = row["audio"] if audio is None else audio[row["index"]]
@@ -235,13 +246,14 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
                 raise
             skipped[error.reason] += 1
             if skipped[error.reason] <= 3:
+                causes.append(str(error))
                 logger.warning(f"Skipped: {error}")
             continue
         rows.append(row)
     if skipped:
         num_rows = len(rows) + skipped.total()
         logger.warning(f"{source.path!r}: {skipped.total()} of {num_rows} rows skipped: {describe_skipped(skipped)}.")
-    return Utterances(rows, audio, skipped, source.path)
+    return Utterances(rows, audio, skipped, source.path, causes)
 
 
 def shared_integer() -> torch.Tensor:
@@ -262,6 +274,8 @@ def find_manifests(source: Source) -> list[Path]:
     """The manifests of a local source; empty if `datasets` should read the folder."""
     path = Path(source.path)
     if path.is_file():
+        if path.suffix not in MANIFESTS and source.text_column is None and find_audio_files(source):
+            return []
         if path.suffix not in MANIFESTS:
             raise ValueError(f"{source.path!r} is not a manifest. Use one of {', '.join(MANIFESTS)}.")
         if source.split is not None:
@@ -277,6 +291,14 @@ def find_manifests(source: Source) -> list[Path]:
         if shards := sorted(folder.glob("shard-*/metadata.jsonl")):
             return shards
     return []
+
+
+def find_audio_files(source: Source) -> list[Path]:
+    """The audio files of a folder and of those in it, by their suffixes; of a file, itself."""
+    suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus", ".oga"}
+    path = Path(source.path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in files if file.suffix.lower() in suffixes - {".raw"} and file.is_file()]
 
 
 def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
@@ -306,7 +328,7 @@ def _parse_line(line: str | bytes, name: str) -> dict[str, Any]:
 
 
 def make_row(source: Source, columns: Columns, row_name: str, values: dict[str, Any], folder: Path | None) -> dict:
-    text, audio = values[columns.text], values[columns.audio]
+    text, audio = values[columns.text] if columns.text else "", values[columns.audio]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{row_name}: `text_column` {columns.text!r} holds {text!r:.60}, not text. Name another.")
     if folder is not None:

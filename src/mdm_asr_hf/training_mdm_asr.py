@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Seq2SeqTrainer, TrainerCallback
 from transformers.utils import logging
 
-from .objective_mdm_asr import DiffusionObjective
+from .alignment_mdm_asr import frame_duration_s
+from .objective_mdm_asr import DiffusionObjective, DraftObjective
 from .scoring_mdm_asr import count_errors, normaliser
 from .training_arguments_mdm_asr import CLOCKED_SCHEDULES, MDMASRTrainingArguments
 
@@ -197,7 +198,7 @@ class ISCTTrainer(Seq2SeqTrainer):
       `eval_loss_step_1` can be compared between runs, and depends neither on the order of batches nor on what came
       before. With `predict_with_generate` it transcribes by `generate()`, without Whisper's safeguards, and, with a
       processor, reports WER and CER.
-    - The CTC head stays as it is: neither loss is of it.
+    - The CTC head stays as it is, unless the objective has a `ctc_weight`.
     - `train()` reports `train_rows_per_s` and `train_audio_s_per_s`, what one process worked through.
     - `max_minutes` ends training by the clock, with the learning rate following it.
     - A loss that is NaN or infinite raises a ValueError before the optimizer's step.
@@ -209,6 +210,8 @@ class ISCTTrainer(Seq2SeqTrainer):
         args ([`MDMASRTrainingArguments`]).
         processing_class (*optional*): the processor; saved with the checkpoints, and decodes for WER.
         compute_metrics (*optional*): default with `predict_with_generate`: [`make_wer_metric`].
+        objective ([`DraftObjective`], *optional*): with drafts, instead of the one that `args` describe. What is
+            frozen already stays so.
         kwargs: further arguments of `Seq2SeqTrainer`.
     """
 
@@ -224,6 +227,7 @@ class ISCTTrainer(Seq2SeqTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        objective: DraftObjective | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, MDMASRTrainingArguments):
@@ -245,6 +249,7 @@ class ISCTTrainer(Seq2SeqTrainer):
         self._evaluation_objective = DiffusionObjective(
             num_steps=args.isct_steps, low_discrepancy=args.low_discrepancy_timesteps
         )
+        self._learns_letters = objective is not None and "ctc" in objective.parts
         self._batch_sampler: Any = None
         self._step_sums: torch.Tensor | None = None
         self._num_summed = 0
@@ -268,7 +273,7 @@ class ISCTTrainer(Seq2SeqTrainer):
             raise ValueError("`ema_decay` does not work with sharded parameters. Use DDP, or leave it out.")
         self._freeze()
         if self.core_model.config.has_drafts:
-            self._objective = self._evaluation_objective = args.make_draft_objective()
+            self._objective = self._evaluation_objective = objective or args.make_draft_objective()
         self.add_callback(_TrainingHooks(self))
 
     def call_model_init(self, trial=None):
@@ -305,7 +310,7 @@ class ISCTTrainer(Seq2SeqTrainer):
         if args.freeze_embeddings:
             # The mask's embedding, which no donor has, is in `input_only_embeddings` and still learns.
             frozen += [decoder.embed_tokens, decoder.embed_positions]
-        if core.ctc_head is not None:
+        if core.ctc_head is not None and not self._learns_letters:
             frozen.append(core.ctc_head)
         for module in frozen:
             module.requires_grad_(False)
@@ -404,19 +409,18 @@ class ISCTTrainer(Seq2SeqTrainer):
 
         # `training_step` has just put everything into training mode; dropout and running statistics of what is frozen
         # must stay off.
-        if self.args.freeze_encoder or self.args.freeze_donor:
-            self.core_model.get_encoder().eval()
-        if self.args.freeze_donor:
-            decoder = self.core_model.get_decoder()
-            decoder.layers.eval()
-            decoder.dropout.eval()
+        encoder, decoder = self.core_model.get_encoder(), self.core_model.get_decoder()
+        for learning, modules in ((encoder, [encoder]), (decoder.layers, [decoder.layers, decoder.dropout])):
+            if not any(parameter.requires_grad for parameter in learning.parameters()):
+                for module in modules:
+                    module.eval()
         if self.args.spec_augment:
             inputs = self._augment(inputs)
         if (visibility := self.future_visibility()) is not None:
             inputs["future_visibility"] = visibility
         outputs = model(**inputs, objective=self._objective)
         loss = outputs["loss"]
-        steps = torch.stack([outputs["step_losses"].float(), outputs["step_accuracies"].float()]).detach()
+        steps = torch.cat([outputs["step_losses"].float(), outputs["step_accuracies"].float()]).detach()
         self._step_sums = steps if self._step_sums is None else self._step_sums + steps
         self._num_summed += 1
         self._count_audio(inputs)
@@ -424,9 +428,14 @@ class ISCTTrainer(Seq2SeqTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _count_audio(self, inputs: dict[str, Any]):
-        if (mask := inputs.get("attention_mask")) is not None:
+        rate, mask = self.core_model.config.input_frames_per_s, inputs.get("attention_mask")
+        if mask is None and inputs.get("encoder_outputs") is not None:
+            # Frames that were encoded before.
+            config, mask = self.core_model.config, inputs["encoder_outputs"].attention_mask
+            rate = 1.0 / frame_duration_s(config.encoder_config, config.input_frames_per_s)
+        if mask is not None:
             self._num_rows += len(mask)
-            self._audio_s = self._audio_s + mask.sum() / self.core_model.config.input_frames_per_s
+            self._audio_s = self._audio_s + mask.sum() / rate
 
     def _augment(self, inputs: dict[str, Any]) -> dict[str, Any]:
         from .augmentation_mdm_asr import spec_augment
@@ -459,7 +468,7 @@ class ISCTTrainer(Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._num_summed:
-            sums = torch.cat([self._step_sums.flatten(), self._step_sums.new_tensor([float(self._num_summed)])])
+            sums = torch.cat([self._step_sums, self._step_sums.new_tensor([float(self._num_summed)])])
             sums = self.accelerator.reduce(sums, "sum").tolist()
             logs |= self._step_metrics([total / sums[-1] for total in sums[:-1]])
             self._step_sums, self._num_summed = None, 0
@@ -468,13 +477,15 @@ class ISCTTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def _step_metrics(self, values: list[float]) -> dict[str, float]:
-        """Names for the S losses and S accuracies of the steps, or of donor and drafts."""
-        num_steps = len(values) // 2
-        steps = [f"step_{i + 1}" for i in range(num_steps)]
+        """Names for the losses and the accuracies of the S steps, or of the parts that are learnt with drafts."""
         if self.core_model.config.has_drafts:
-            steps = ["donor", "drafts"]
-        names = [f"{kind}_{step}" for kind in ("loss", "accuracy") for step in steps]
-        return dict(zip(names, values, strict=True))
+            losses = list(self._objective.parts)
+            right = [part for part in losses if part in ("donor", "drafts", "logits")]
+        else:
+            losses = right = [f"step_{i + 1}" for i in range(len(values) // 2)]
+        names = [f"loss_{one}" for one in losses] + [f"accuracy_{one}" for one in right]
+        # Without a share to tell there is one of 0.
+        return dict(zip(names, values, strict=False))
 
     # ---- Evaluation ----
 

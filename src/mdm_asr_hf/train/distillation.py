@@ -1,0 +1,463 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The stages that make a donor fast, of its own text alone: an encoder that does with little silence behind the audio, a
+first draft, and drafts by masks.
+"""
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..first_draft_mdm_asr import MDMASRCTCHead
+from ..mixing_mdm_asr import Mixture
+from ..objective_mdm_asr import DraftObjective
+from ..scoring_mdm_asr import count_errors
+from ..sources_mdm_asr import Source
+from ..training_arguments_mdm_asr import MDMASRTrainingArguments
+from ..training_mdm_asr import ISCTTrainer
+from .clips import SpeechClips
+from .donor_cache import CachedSpeech, DistillationCollator, recode_cache, write_cache
+
+# Letters of a first draft: those that make up this share of the texts, as many as a byte counts.
+LETTERS_SHARE, MOST_LETTERS = 0.9995, 200
+# Texts that letters and the short list are counted on.
+NUM_COUNTED = 20_000
+# Held-out clips that progress is measured on, and how often.
+NUM_MEASURED, MEASURE_EVERY_S = 48, 300.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    What is learnt together.
+
+    Args:
+        objective ([`DraftObjective`])
+        trained (`str`): a pattern of the names of the parameters that learn.
+        part (`str`): what it reads of the cache, see [`DistillationCollator`].
+        learning_rate (`float`): its peak.
+        more_silence (`float`): see [`DistillationCollator`].
+    """
+
+    objective: DraftObjective
+    trained: str
+    part: str
+    learning_rate: float
+    more_silence: float = 0.0
+
+
+_NOTHING = {"donor_weight": 0.0, "draft_weight": 0.0}
+STAGES = {
+    "encoder": Stage(
+        DraftObjective(**_NOTHING, frame_weight=1.0, logit_weight=1.0, ctc_weight=0.3),
+        r"^(model\.encoder\.(?!embed_positions)|ctc_head\.)",
+        "encoder",
+        2e-4,
+        more_silence=0.15,
+    ),
+    "first_draft": Stage(DraftObjective(**_NOTHING, ctc_weight=1.0), r"^ctc_head\.", "decoder", 1e-3),
+    "drafts": Stage(
+        DraftObjective(donor_weight=0.0), r"^model\.decoder\.(drafts\.|input_only_embeddings)", "decoder", 4e-4
+    ),
+}
+
+
+def add_first_draft(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> None:
+    """Gives a model the CTC head that it lacks, with the letters of these texts (ids of tokens)."""
+    written = [tokenizer.decode(text, skip_special_tokens=True) for text in texts]
+    counts = Counter("".join(written))
+    letters, seen = [], 0
+    for letter, count in counts.most_common(MOST_LETTERS):
+        if seen > LETTERS_SHARE * counts.total():
+            break
+        letters.append(letter)
+        seen += count
+    model.config.ctc_characters = "".join(sorted({" ", *letters}))
+    model.ctc_head = MDMASRCTCHead(model.config, model.get_encoder().config.hidden_size).to(model.device)
+    special = set(tokenizer.all_special_ids)
+    model.ctc_head.set_tokens(
+        [None if i in special else tokenizer.decode([i]) for i in range(model.config.vocab_size)]
+    )
+
+
+def set_short_list(model: Any, texts: Sequence[Sequence[int]]) -> None:
+    """Lets untrained drafts have the ids that these texts use most, and the end of text."""
+    counts = Counter(token for text in texts for token in text)
+    buffer = model.draft_token_ids
+    others = (i for i in range(model.config.vocab_size) if i not in counts)
+    ids = [model.config.eos_token_id, *(i for i, _ in counts.most_common() if i != model.config.eos_token_id)]
+    while len(ids) < len(buffer):
+        ids.append(next(others))
+    buffer.copy_(torch.tensor(sorted(ids[: len(buffer)])))
+
+
+def speller(model: Any) -> Callable[[Sequence[int]], list[int]]:
+    """What turns a text (ids of tokens) into the CTC head's classes."""
+    texts = model.spelling.texts
+    number = {letter: i for i, letter in enumerate(model.ctc_head.characters, start=1)}
+
+    def spell(ids: Sequence[int]) -> list[int]:
+        return [number[letter] for letter in "".join(texts[i] for i in ids).strip()]
+
+    return spell
+
+
+@torch.no_grad()
+def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int = 16) -> dict[str, float]:
+    """
+    What decoding gives on cached clips with features, as a user would decode them: tokens an evaluation, the share of
+    the teacher's tokens that the donor writes on this encoder's frames, and the CTC head's errors per letter.
+    """
+    tokens = evaluations = 0
+    errors, letters = [0, 0], [0, 0]
+    rows = sorted(rows, key=lambda row: float(row["seconds"]))
+    thresholds = ("logprob_threshold", "compression_ratio_threshold", "no_speech_threshold")
+    kept = {name: getattr(model.generation_config, name) for name in thresholds}
+    vars(model.generation_config).update(dict.fromkeys(thresholds))
+    try:
+        for first in range(0, len(rows), batch_size):
+            batch = DistillationCollator("encoder")(rows[first : first + batch_size])
+            features, mask = (batch[name].to(model.device) for name in ("input_features", "attention_mask"))
+            encoded = model.encode(features, mask)
+            found = model.generate(
+                input_features=features,
+                attention_mask=mask,
+                encoder_outputs=encoded,
+                decoder_input_ids=batch["prompt_ids"].to(model.device),
+                temperature=0.0,
+                return_dict_in_generate=True,
+            )
+            lengths = (found.commit_steps > 0).sum(dim=-1)
+            tokens, evaluations = tokens + int(lengths.sum()), evaluations + int(found.nfe.sum())
+            taught = [_words(row[row != -100]) for row in batch["labels"]]
+            said = [_words(row[:n]) for row, n in zip(found.sequences, lengths, strict=True)]
+            errors = _add(errors, count_errors(taught, said))
+            if model.ctc_head is not None:
+                texts = model.spelling.texts
+                spelt = ["".join(texts[i] for i in row[row != -100].tolist()).strip() for row in batch["labels"]]
+                letters = _add(letters, count_errors(spelt, model.write_first_drafts(encoded), characters=True))
+    finally:
+        vars(model.generation_config).update(kept)
+    found = {
+        "tokens_per_evaluation": tokens / max(evaluations, 1),
+        "token_agreement": 1.0 - errors[0] / max(errors[1], 1),
+    }
+    if model.ctc_head is not None:
+        found["letter_error_rate"] = letters[0] / max(letters[1], 1)
+    return found
+
+
+def _words(ids: torch.Tensor) -> str:
+    return " ".join(map(str, ids.tolist()))
+
+
+def _add(sums: list[int], counts: Any) -> list[int]:
+    *wrong, said = counts.sum(axis=0).tolist()
+    return [sums[0] + sum(wrong), sums[1] + said]
+
+
+class Progress(TrainerCallback):
+    """Measures held-out speech every five minutes and at the end, and says it in one line."""
+
+    def __init__(self, trainer: ISCTTrainer, rows: Sequence[dict], report: Callable[[str], None], name: str):
+        self.trainer, self.rows, self.report, self.name = trainer, rows, report, name
+        self.measured: list[dict[str, float]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.began_at, self.looked = time.monotonic(), state.global_step, 0.0
+        if state.global_step == 0:
+            self._measure(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.looked > MEASURE_EVERY_S:
+            self._measure(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._measure(state)
+
+    def _measure(self, state):
+        if not state.is_world_process_zero:
+            return
+        model = self.trainer.core_model
+        was_training = model.training
+        model.eval()
+        with self.trainer._averaged_weights(), self.trainer.accelerator.autocast():
+            found = measure(model, self.rows)
+        model.train(was_training)
+        elapsed_s, done = time.monotonic() - self.began, state.global_step - self.began_at
+        per_step_s = elapsed_s / done if done else 0.0
+        clips_per_s = self.trainer._num_rows / elapsed_s if done else 0.0
+        self.measured.append({"step": state.global_step, "seconds": elapsed_s, **found})
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
+        left = f"{clips_per_s:.1f} clips/s, {(state.max_steps - state.global_step) * per_step_s / 60:.0f} min left"
+        self.report(f"{self.name} {state.global_step} of {state.max_steps}: {shown}" + (f"; {left}" if done else ""))
+        self.looked = time.monotonic()
+
+
+def train_stage(
+    name: str,
+    model: Any,
+    caches: Sequence[CachedSpeech],
+    held_out: Sequence[dict],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    report: Callable[[str], None] = print,
+    objective: DraftObjective | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """
+    Runs one of the `STAGES` by [`ISCTTrainer`]; where it was begun before, from its last checkpoint on.
+
+    Args:
+        model ([`MDMASRForConditionalGeneration`]): is trained, in place.
+        caches: what the donor made of each source; of "drafts" and "first_draft", with the frames that `model` hears.
+        held_out: rows of a cache with features, to measure on.
+        output (`str` or `Path`): for checkpoints.
+        weights (*optional*): the share of each source, relative to the others'.
+        report (`Callable`): is told of the progress, in lines.
+        objective ([`DraftObjective`], *optional*): instead of the stage's own.
+        arguments: of [`MDMASRTrainingArguments`].
+
+    Returns:
+        `dict`: the settings, the log, and what was measured on the way.
+    """
+    stage = STAGES[name]
+    settings = {
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "max_seconds_per_batch": 120.0,
+        "warmup_steps": 50,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "bf16": True,
+        "logging_steps": 50,
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+        **arguments,
+    }
+    if settings["lr_scheduler_type"] == "warmup_stable_decay":
+        # A quarter of the gain comes while the learning rate falls.
+        decay = {"num_decay_steps": max(1, settings["max_steps"] // 5), "min_lr_ratio": 0.0}
+        settings.setdefault("lr_scheduler_kwargs", decay)
+    arguments = MDMASRTrainingArguments(str(output), **settings)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(stage.trained, parameter_name) is not None)
+    objective = objective or stage.objective
+    spell = speller(model) if "ctc" in objective.parts else None
+    data = Mixture(list(caches), weights, seed=arguments.seed)
+    trainer = ISCTTrainer(
+        model,
+        arguments,
+        data_collator=DistillationCollator(stage.part, spell, stage.more_silence),
+        train_dataset=data,
+        objective=objective,
+    )
+    progress = Progress(trainer, held_out, report, name)
+    trainer.add_callback(progress)
+    resume = get_last_checkpoint(str(output)) if Path(output).is_dir() else None
+    trained = trainer.train(resume_from_checkpoint=resume)
+    model.eval()
+    return {
+        "objective": asdict(objective),
+        "hours": float(data.durations_s.sum() / 3600),
+        "train": trained.metrics,
+        "log": trainer.state.log_history,
+        "held_out": progress.measured,
+    }
+
+
+@dataclass(frozen=True)
+class AudioSource:
+    """
+    Speech without transcripts.
+
+    Args:
+        source: a path or name, or a dict of the settings of [`Source`] and of these two.
+        weight (`float`, *optional*): its share of the clips, relative to the other sources'.
+        passes (`int`): how often its audio is cut and changed anew, see [`SpeechClips`].
+    """
+
+    source: Source
+    weight: float | None = None
+    passes: int = 1
+
+    @classmethod
+    def of(cls, spec: Any) -> "AudioSource":
+        settings = dict(spec) if isinstance(spec, dict) else {"path": spec}
+        passes = settings.pop("passes", 1)
+        source = Source.of({"text_column": None, **settings})
+        return cls(source, source.weight, passes)
+
+
+def train_drafts(
+    donor: str,
+    sources: Sequence[Any],
+    output: str | Path,
+    *,
+    cache: str | Path | None = None,
+    silence_s: float = 1.0,
+    encoder_steps: int = 3000,
+    first_draft_steps: int = 3000,
+    draft_steps: int = 6000,
+    language: str | None = None,
+    report: Callable[[str], None] = print,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """
+    Makes a model of a donor that writes its text in few evaluations, from audio alone. What was done when it stopped
+    is not done again.
+
+    Args:
+        donor (`str`): a Whisper or Canary checkpoint, or a model of this package with drafts, which go on to learn.
+        sources: audio; each a path, the name of a data set, or a dict, see [`AudioSource`].
+        output (`str` or `Path`): the folder for the model; its folder `training` keeps caches and checkpoints.
+        cache (`str` or `Path`, *optional*): where what the donor makes of the audio is kept; the default is in
+            `output`.
+        silence_s (`float`): behind the audio, that a Whisper encoder learns to do with.
+        encoder_steps, first_draft_steps, draft_steps (`int`): of each stage; 0 leaves it out.
+        language (`str`, *optional*): of the speech, where the sources do not tell and the donor should not guess.
+        report (`Callable`): is told of the progress, in lines.
+        arguments: of [`MDMASRTrainingArguments`], for all stages.
+
+    Returns:
+        `dict`: what each stage was like, also in `output`/results.json.
+
+    Raises:
+        ValueError: no audio, audio that cannot be read or in which nobody speaks, a cache of another donor, a donor
+            without drafts, or a disk that is full.
+    """
+    output, state = Path(output), PartialState()
+    work, cache = output / "training", Path(cache or output / "training" / "cache")
+    audio = [AudioSource.of(source) for source in sources]
+    if not audio:
+        raise ValueError("`sources` is empty. Name at least one folder, manifest or data set of audio.")
+    steps = {"encoder": encoder_steps, "first_draft": first_draft_steps, "drafts": draft_steps}
+    if not any(steps.values()):
+        raise ValueError("`encoder_steps`, `first_draft_steps` and `draft_steps` are all 0. Nothing would be trained.")
+    model, processor = _load(donor)
+    if encoder_steps and model.config.encoder_config.model_type != "whisper":
+        raise ValueError(
+            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder to do with less silence; "
+            f"{model.config.encoder_config.model_type!r} needs none. Set it to 0."
+        )
+    arguments = {"bf16": computes_bf16(), "use_cpu": not torch.cuda.is_available(), **arguments}
+    slots = {} if language is None else {"language": language}
+    shares = {"process_index": state.process_index, "num_processes": state.num_processes, "report": report}
+
+    def caches(name: str, fill: Callable[..., None]) -> list[CachedSpeech]:
+        for index, source in enumerate(audio):
+            fill(index, source, cache / name / str(index))
+        state.wait_for_everyone()
+        return [CachedSpeech(cache / name / str(index)) for index in range(len(audio))]
+
+    def transcribe(index: int, source: AudioSource, folder: Path, held_out: bool = False) -> None:
+        limit = processor.feature_extractor.max_duration_s
+        passes = 1 if held_out else source.passes
+        clips = SpeechClips(
+            source.source, held_out=held_out, passes=passes, **({} if limit is None else {"max_duration_s": limit})
+        )
+        teacher = model.to(state.device, torch.bfloat16 if arguments["bf16"] else torch.float32)
+        write_cache(teacher, processor, clips, folder, **shares, **slots)
+
+    donor_caches = caches("donor", transcribe)
+    held_out = [
+        row
+        for one in caches("held-out", lambda i, s, folder: transcribe(i, s, folder, held_out=True))
+        for row in _spread(one, -(-NUM_MEASURED // len(audio)))
+    ]
+    # As it was loaded: bf16 keeps three digits.
+    model, processor = _load(donor)
+    texts = [one[i]["text"].tolist() for one in donor_caches for i in _places(one, NUM_COUNTED // len(audio))]
+    if not model.get_decoder().drafts.offset_embeddings.weight.any():
+        set_short_list(model, texts)
+    if model.ctc_head is None and (encoder_steps or first_draft_steps):
+        add_first_draft(model, processor.tokenizer, texts)
+    results, weights = {"donor": str(donor), "stages": {}}, [one.weight for one in audio]
+    weights = None if None in weights else weights
+    learnt = donor_caches
+    for name, number in steps.items():
+        if not number:
+            continue
+        if name == "encoder":
+            model.config.encoder_trailing_silence_s, model.config.encoder_min_duration_s = silence_s, 0.0
+        elif encoder_steps and learnt is donor_caches:
+            model.to(state.device)
+            learnt = caches("frames", lambda i, s, folder: recode_cache(model, donor_caches[i], folder, **shares))
+        folder, done = work / name, work / name / "results.json"
+        if done.exists():
+            model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+            model.tie_weights()
+            results["stages"][name] = json.loads(done.read_text(encoding="utf-8"))
+            continue
+        results["stages"][name] = train_stage(
+            name,
+            model,
+            learnt,
+            held_out,
+            folder,
+            weights=weights,
+            report=report,
+            max_steps=number,
+            **arguments,
+        )
+        if state.is_main_process:
+            model.save_pretrained(folder)
+            done.write_text(json.dumps(results["stages"][name], indent=2) + "\n", encoding="utf-8")
+        state.wait_for_everyone()
+    if state.is_main_process:
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def _load(donor: str) -> tuple[Any, Any]:
+    """A donor as a model with drafts, in fp32, and its processor."""
+    from ..convert_common import donor_kind
+    from ..modeling_mdm_asr import MDMASRForConditionalGeneration
+    from ..processing_mdm_asr import MDMASRProcessor
+
+    kind = donor_kind(donor)
+    if kind != "mdm_asr":
+        make = f"from_{kind}"
+        return getattr(MDMASRForConditionalGeneration, make)(donor).eval(), getattr(MDMASRProcessor, make)(donor)
+    model = MDMASRForConditionalGeneration.from_pretrained(donor, dtype=torch.float32)
+    if not model.config.has_drafts:
+        raise ValueError(f"`donor` {str(donor)!r} is a canvas, which has no drafts. Pass a Whisper or a Canary.")
+    return model.eval(), MDMASRProcessor.from_pretrained(donor)
+
+
+def computes_bf16() -> bool:
+    """Whether bf16 is fast here: on a GPU that has it, or a CPU with AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _places(cache: CachedSpeech, number: int) -> list[int]:
+    """So many places of a cache, evenly spread over it."""
+    number = min(number, len(cache))
+    return [i * len(cache) // number for i in range(number)]
+
+
+def _spread(cache: CachedSpeech, number: int) -> list[dict]:
+    return [cache[i] for i in _places(cache, number)]
+
+
+__all__ = ["STAGES", "Stage", "measure", "train_drafts", "train_stage"]

@@ -1,0 +1,436 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a donor makes of clips, kept on disk: features, frames, its own greedy text, its probabilities."""
+
+import errno
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from ..encoder_mdm_asr import WHISPER_DYNAMIC_RANGE, WHISPER_FLOOR, WHISPER_FRAMES_PER_S, MDMASREncoderOutput
+from ..objective_mdm_asr import TeacherOutput
+from ..safeguards_mdm_asr import is_suspicious
+from .clips import SpeechClips, check_readable
+
+logger = logging.get_logger(__name__)
+
+VERSION = 1
+# Padded seconds of audio that the donor works through at once, and what a clip counts at least.
+BATCH_S, LEAST_S = 240.0, 15.0
+# Probabilities that are kept of each token; the others count as one.
+NUM_PROBABILITIES = 32
+# A text of more tokens than this by its seconds is no speech.
+TOKENS_PER_S, TOKENS_BESIDE = 7.0, 12
+# Silence that is laid behind some clips, and the frames of features that Whisper takes.
+MORE_SILENCE_S, LONGEST = 10.0, 2900
+UNREADABLE, NO_SPEECH, LOOPS = "unreadable", "without speech", "whose text loops"
+# So many clips are tried before a source is given up.
+FEWEST_READ = 20
+
+
+def write_cache(
+    model: Any,
+    processor: Any,
+    clips: SpeechClips,
+    folder: str | Path,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    report: Callable[[str], None] = logger.info,
+    **prompt_slots: Any,
+) -> None:
+    """
+    Lets the donor transcribe all blocks of clips that are not in the folder yet. A block that was begun when the work
+    stopped is done anew.
+
+    Args:
+        model ([`MDMASRForConditionalGeneration`]): of which the donor decodes alone, with the silence behind the audio
+            that its configuration says.
+        processor ([`MDMASRProcessor`])
+        clips ([`SpeechClips`])
+        folder (`str` or `Path`): is made.
+        process_index, num_processes (`int`): does this share of the blocks.
+        report (`Callable`): is told about each block, in one line.
+        prompt_slots: of the prompt, such as `language`.
+
+    Raises:
+        ValueError: the folder holds what another donor or another source made, more than 5 % of the clips cannot be
+            read (their first causes are told), nobody speaks in any of them, or the disk is full.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _settle_description(folder, {"version": VERSION, **describe_donor(model), "source": _describe(clips)})
+    num_clips, causes = 0, []
+    for block in range(process_index, len(clips), num_processes):
+        path = folder / f"block-{block:05d}.safetensors"
+        if path.exists():
+            continue
+        rows, left_out = [], Counter()
+        for batch in _batches(clips.plan(block), lambda clip: clip.duration_s):
+            samples = []
+            for clip in batch:
+                try:
+                    samples.append(clips.read(clip, processor.feature_extractor.sampling_rate))
+                except ValueError as error:
+                    left_out[UNREADABLE] += 1
+                    causes.append(str(error))
+            if samples:
+                languages = [clips.utterances.rows[clip.spans[0].row].get("language") for clip in batch]
+                slots = dict(prompt_slots)
+                if "language" not in slots and all(languages) and len(languages) == len(samples):
+                    slots["language"] = languages
+                rows += list(_transcribe(model, processor, samples, slots, left_out))
+            num_clips += len(batch)
+            if num_clips >= FEWEST_READ:
+                check_readable(causes, len(causes), num_clips, clips.source.path)
+        check_readable(causes, len(causes), num_clips, clips.source.path)
+        _write(path, rows, left_out)
+        report(_said(block, len(clips), rows, left_out))
+
+
+def describe_donor(model: Any) -> dict[str, Any]:
+    """What a cache belongs to: the donor's weights, by a checksum, its vocabulary and its silence."""
+    config, digest = model.config, hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not name.startswith(("ctc_head.", "model.decoder.drafts.")) and "input_only" not in name:
+            # In the precision that every donor is run in, whichever it was loaded in.
+            total = parameter.detach().bfloat16().double().sum().item()
+            digest.update(f"{name} {tuple(parameter.shape)} {total:.6g}".encode())
+    return {
+        "donor": digest.hexdigest()[:16],
+        "vocab_size": config.vocab_size,
+        "width": model.get_encoder().config.hidden_size,
+        "silence_s": [config.encoder_trailing_silence_s, config.encoder_min_duration_s],
+    }
+
+
+def _describe(clips: SpeechClips) -> dict[str, Any]:
+    # Not the number of recordings, since a source may grow.
+    return {"seed": clips.seed, "held_out": clips.held_out, "max_s": clips.max_s}
+
+
+def _settle_description(folder: Path, description: dict[str, Any]) -> None:
+    path = folder / "cache.json"
+    if not path.exists():
+        path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name in description if there.get(name) != description[name]]
+    if different:
+        raise ValueError(
+            f"The cache {str(folder)!r} was made otherwise ({different[0]}: {there.get(different[0])}, now "
+            f"{description[different[0]]}). Name another folder, or remove it."
+        )
+
+
+def _batches(items: Sequence[Any], duration_s: Callable[[Any], float]) -> Iterator[list[Any]]:
+    """Items of about the same duration together, as many as fit."""
+    batch: list[Any] = []
+    for item in sorted(items, key=duration_s, reverse=True):
+        if batch and (len(batch) + 1) * max(duration_s(batch[0]), LEAST_S) > BATCH_S:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _transcribe(
+    model: Any, processor: Any, samples: list[np.ndarray], prompt_slots: dict[str, Any], left_out: Counter
+) -> Iterator[dict[str, Any]]:
+    """A cache's rows of clips (N,), with all that a teacher knows."""
+    extract = processor.feature_extractor
+    features = extract(
+        samples, sampling_rate=extract.sampling_rate, padding=True, return_attention_mask=True, return_tensors="pt"
+    ).to(model.device)
+    mask = features["attention_mask"]
+    features = features["input_values" if extract.is_waveform else "input_features"]
+    encoded = model.prepare_cross_attention(model.encode(features, mask))
+    written = _greedy_texts(model, features, mask, encoded, **prompt_slots)
+    slots = dict(prompt_slots) if written.languages is None else {**prompt_slots, "language": written.languages}
+    prompts = torch.as_tensor(processor.get_prompt_ids(batch_size=len(samples), **slots)).to(model.device)
+    outputs = model.model(
+        decoder_input_ids=torch.cat([prompts, written.sequences[:, :-1]], dim=-1), encoder_outputs=encoded
+    )
+    logits = model.proj_out(outputs.last_hidden_state[:, prompts.shape[1] - 1 :])
+    log_probs, token_ids = logits.float().log_softmax(dim=-1).topk(min(NUM_PROBABILITIES, logits.shape[-1]), dim=-1)
+    seconds = [len(one) / extract.sampling_rate for one in samples]
+    for row, kept in enumerate(_rows(model, written, encoded, seconds, prompts, left_out)):
+        if kept is not None:
+            length = len(kept["text"])
+            yield {
+                **kept,
+                "features": features[row, : int(mask[row].sum())].half().cpu(),
+                "token_ids": token_ids[row, :length].int().cpu(),
+                "log_probs": log_probs[row, :length].half().cpu(),
+            }
+
+
+def _greedy_texts(
+    model: Any, features: torch.Tensor, mask: torch.Tensor, encoded: MDMASREncoderOutput, **inputs: Any
+) -> Any:
+    """The donor's own, without drafts; those that loop are left out afterwards, with no second attempt."""
+    thresholds = {"logprob_threshold": None, "compression_ratio_threshold": None}
+    kept = {name: getattr(model.generation_config, name) for name in thresholds}
+    vars(model.generation_config).update(thresholds)
+    try:
+        return model.generate(
+            input_features=features,
+            attention_mask=mask,
+            encoder_outputs=encoded,
+            temperature=0.0,
+            draft_branches=[],
+            return_dict_in_generate=True,
+            **inputs,
+        )
+    finally:
+        vars(model.generation_config).update(kept)
+
+
+def _rows(
+    model: Any,
+    written: Any,
+    encoded: MDMASREncoderOutput,
+    seconds: list[float],
+    prompts: torch.LongTensor,
+    left_out: Counter,
+) -> Iterator[dict[str, Any] | None]:
+    """The rows of a cache with what every stage needs; None for those that nothing can be learnt from."""
+    num_frames = [encoded.last_hidden_state.shape[1]] * len(seconds)
+    if encoded.attention_mask is not None:
+        num_frames = encoded.attention_mask.long().sum(dim=-1).tolist()
+    for row, length in enumerate((written.commit_steps > 0).sum(dim=-1).tolist()):
+        text = written.sequences[row, :length].int().cpu()
+        if why := _why_not(text, seconds[row], model.config.eos_token_id):
+            left_out[why] += 1
+            yield None
+            continue
+        frames = encoded.last_hidden_state[row, : num_frames[row]].half().cpu()
+        yield {"seconds": seconds[row], "frames": frames, "text": text, "prompt": prompts[row].int().cpu()}
+
+
+@torch.no_grad()
+def recode_cache(
+    model: Any,
+    cache: "CachedSpeech",
+    folder: str | Path,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    report: Callable[[str], None] = logger.info,
+) -> None:
+    """
+    The same clips as another encoder hears them: its frames, and what the donor writes on these. Block by block, as
+    [`write_cache`].
+
+    Args:
+        model ([`MDMASRForConditionalGeneration`]): whose encoder has learnt.
+        cache ([`CachedSpeech`]): with features.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _settle_description(folder, {"version": VERSION, **describe_donor(model), "source": str(cache.folder)})
+    for block in range(process_index, cache.num_blocks, num_processes):
+        path = folder / cache.block_name(block)
+        if path.exists():
+            continue
+        rows, left_out = [], Counter()
+        for indices in _batches(cache.block_rows(block), lambda index: float(cache.durations_s[index])):
+            batch = [cache[index] for index in indices]
+            features = _pad([row["features"].float() for row in batch], 0.0).to(model.device)
+            mask = _lengths_mask([row["features"] for row in batch]).to(model.device)
+            prompts = torch.stack([row["prompt"].long() for row in batch]).to(model.device)
+            encoded = model.prepare_cross_attention(model.encode(features, mask))
+            written = _greedy_texts(model, features, mask, encoded, decoder_input_ids=prompts)
+            seconds = [float(row["seconds"]) for row in batch]
+            rows += [row for row in _rows(model, written, encoded, seconds, prompts, left_out) if row is not None]
+        _write(path, rows, left_out)
+        report(_said(block, cache.num_blocks, rows, left_out))
+
+
+def _said(block: int, number: int, rows: list[dict[str, Any]], left_out: Counter) -> str:
+    causes = ", ".join(f"{count} {why}" for why, count in left_out.items()) or "none"
+    minutes = sum(row["seconds"] for row in rows) / 60
+    return f"block {block + 1} of {number}: {len(rows)} clips, {minutes:.0f} minutes; left out: {causes}"
+
+
+def _why_not(text: torch.Tensor, seconds: float, eos_token_id: int) -> str | None:
+    ids = text.tolist()
+    if len(ids) < 2:
+        return NO_SPEECH
+    if ids[-1] != eos_token_id or len(ids) > TOKENS_PER_S * seconds + TOKENS_BESIDE or is_suspicious(ids):
+        return LOOPS
+    return None
+
+
+def _write(path: Path, rows: list[dict[str, Any]], left_out: Counter) -> None:
+    tensors = {"seconds": torch.tensor([row["seconds"] for row in rows], dtype=torch.float32)}
+    for name in ("features", "frames", "text", "prompt", "token_ids", "log_probs"):
+        parts = [row[name] for row in rows if name in row]
+        if parts:
+            tensors[name] = torch.cat(parts)
+            tensors[f"{name}_ends"] = torch.tensor([len(part) for part in parts]).cumsum(0)
+    # What is not whole does not bear the block's name.
+    temporary = path.with_suffix(".part")
+    try:
+        save_file(tensors, temporary, {"left_out": json.dumps(left_out)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        remedy = "Free some space and start again: the blocks before it are kept." if is_full else str(error)
+        raise ValueError(f"{str(path)!r} cannot be written. {remedy}") from error
+
+
+class CachedSpeech(Dataset):
+    """
+    The clips of a cache.
+
+    Args:
+        folder (`str` or `Path`): what [`write_cache`] wrote.
+
+    Attributes:
+        durations_s (`np.ndarray` of shape (N,)): of the clips, in s.
+        left_out (`dict[str, int]`): how many clips were left out, by the cause.
+
+    Rows: {"seconds", "frames" (T, D), "text" (L,), "prompt" (P,), and where they were kept "features" (T', M),
+    "token_ids" (L, 32), "log_probs" (L, 32)}.
+
+    Raises:
+        ValueError: a folder without a block, or blocks without a clip.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        paths = sorted(self.folder.glob("block-*.safetensors"))
+        if not paths:
+            raise ValueError(f"{str(folder)!r} holds no cache. Let the donor transcribe speech first.")
+        self._paths, self._ends, self._files = [], [], {}
+        seconds, left_out = [], Counter()
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                left_out += Counter(json.loads(file.metadata()["left_out"]))
+                its_seconds = file.get_tensor("seconds").numpy()
+                if not len(its_seconds):
+                    continue
+                names = [name.removesuffix("_ends") for name in file.keys() if name.endswith("_ends")]
+                self._ends.append({name: file.get_tensor(f"{name}_ends").numpy() for name in names})
+            self._paths.append(path)
+            seconds.append(its_seconds)
+        self.left_out = dict(left_out)
+        if not seconds:
+            raise ValueError(
+                f"No clip in {str(folder)!r} can be learnt from: {self.left_out}. Nothing was trained; use speech."
+            )
+        self.durations_s = np.concatenate(seconds).astype(np.float64)
+        self._first = np.cumsum([0, *map(len, seconds)])
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._paths)
+
+    def block_name(self, block: int) -> str:
+        return self._paths[block].name
+
+    def block_rows(self, block: int) -> range:
+        return range(int(self._first[block]), int(self._first[block + 1]))
+
+    def __len__(self) -> int:
+        return len(self.durations_s)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        index = range(len(self))[index]
+        block = int(np.searchsorted(self._first, index, side="right")) - 1
+        row = index - int(self._first[block])
+        path = self._paths[block]
+        if path not in self._files:
+            self._files[path] = safe_open(path, "pt")
+        file, found = self._files[path], {"seconds": torch.tensor(self.durations_s[index])}
+        for name, ends in self._ends[block].items():
+            first = int(ends[row - 1]) if row else 0
+            found[name] = file.get_slice(name)[first : int(ends[row])]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers open the files anew.
+        return {**vars(self), "_files": {}}
+
+
+class DistillationCollator:
+    """
+    Batches of cached clips, for [`ISCTTrainer`].
+
+    Args:
+        part (`str`): "encoder": features and all that its teacher knows; "decoder": frames as they are.
+        spell (`Callable`, *optional*): the CTC head's classes of a text's tokens, see `MDMASRCTCHead`.
+        more_silence (`float`): the share of clips behind which silence of up to 10 s is laid, so that the encoder also
+            goes on to know what it knew. Whisper only.
+    """
+
+    def __init__(
+        self,
+        part: str,
+        spell: Callable[[Sequence[int]], list[int]] | None = None,
+        more_silence: float = 0.0,
+    ):
+        self.part, self.spell, self.more_silence = part, spell, more_silence
+
+    def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {
+            "labels": _pad([row["text"].long() for row in rows], -100),
+            "prompt_ids": torch.stack([row["prompt"].long() for row in rows]),
+        }
+        teacher: dict[str, torch.Tensor] = {}
+        if self.spell is not None:
+            spelt = [torch.tensor(self.spell(row["text"].tolist()), dtype=torch.long) for row in rows]
+            teacher["characters"] = _pad(spelt, -1)
+        if self.part == "encoder":
+            features = [row["features"].float() for row in rows]
+            # Of the audio itself: Whisper's second convolution halves its frames.
+            own = [len(one) // 2 for one in features]
+            teacher["num_frames"] = torch.tensor(own)
+            teacher["frames"] = _pad([row["frames"][:n].float() for row, n in zip(rows, own, strict=True)], 0.0)
+            features = [self._lengthen(one, row.get("augment_seed")) for one, row in zip(features, rows, strict=True)]
+            batch["input_features"], batch["attention_mask"] = _pad(features, 0.0), _lengths_mask(features)
+            teacher["token_ids"] = _pad([row["token_ids"].long() for row in rows], 0)
+            teacher["log_probs"] = _pad([row["log_probs"].float() for row in rows], 0.0)
+        else:
+            frames = [row["frames"].float() for row in rows]
+            batch["encoder_outputs"] = MDMASREncoderOutput(
+                last_hidden_state=_pad(frames, 0.0), attention_mask=_lengths_mask(frames).bool()
+            )
+        if teacher:
+            batch["teacher"] = TeacherOutput(**teacher)
+        return batch
+
+    def _lengthen(self, features: torch.Tensor, seed: int | None) -> torch.Tensor:
+        # Drawn for the row, so that a run that is resumed takes the same course.
+        share, length = np.random.default_rng([2, seed or 0]).random(2)
+        if share >= self.more_silence:
+            return features
+        num_silence = int(min(length * MORE_SILENCE_S * WHISPER_FRAMES_PER_S, LONGEST - len(features)))
+        silence = max(float(features.max()) - WHISPER_DYNAMIC_RANGE, WHISPER_FLOOR)
+        return torch.nn.functional.pad(features, (0, 0, 0, max(0, num_silence)), value=silence)
+
+
+def _pad(parts: list[torch.Tensor], value: float) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+
+
+def _lengths_mask(parts: list[torch.Tensor]) -> torch.Tensor:
+    lengths = torch.tensor([len(part) for part in parts])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+
+
+__all__ = ["CachedSpeech", "DistillationCollator", "describe_donor", "recode_cache", "write_cache"]
