@@ -75,22 +75,20 @@ def test_lora_trains_generates_and_merges_back(tmp_path, cls):
     torch.testing.assert_close(canvas_logits(loaded, data), logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("freeze_donor", [False, True])
-def test_lora_trains_donor_and_drafts_or_drafts_alone(tmp_path, freeze_donor):
+def test_lora_trains_donor_and_drafts(tmp_path):
     plain, data = tiny_drafts_model(dtype=torch.float32), Clips()
-    text = plain.generate(data.features, attention_mask=data.mask)
     model = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"]))
-    trainer = make_trainer(ISCTTrainer, tmp_path, model, max_steps=20, freeze_donor=freeze_donor)
+    trainer = make_trainer(ISCTTrainer, tmp_path, model, max_steps=20)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert names and all("lora_" in name and (not freeze_donor or ".drafts." in name) for name in names)
+    assert all("lora_" in name for name in names)
+    assert {".drafts." in name for name in names} == {False, True}
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss_drafts"] < before["eval_loss_drafts"]
-    assert (after["eval_loss_donor"] == before["eval_loss_donor"]) == freeze_donor
+    assert after["eval_loss_donor"] < before["eval_loss_donor"]
     merged = model.eval().merge_and_unload()
-    tokens = merged.generate(data.features, attention_mask=data.mask)
-    assert torch.equal(tokens, text) == freeze_donor
+    assert merged.generate(data.features, attention_mask=data.mask).shape[0] == len(data.features)
 
 
 def test_adapter_checkpoints_resume_with_an_average_and_the_mask_can_learn_in_full(tmp_path):

@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
+from tiny_models import tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 TRAINING = Path(__file__).parent.parent / "training"
@@ -65,24 +64,19 @@ def test_it_trains_evaluates_and_saves_what_loads(run_train, model_folder, data,
     assert isinstance(processor.decode(model.generate(**processor(clip)))[0], str)
 
 
-def test_drafts_train_alone_on_what_the_model_writes(run_train, run_command, data, tmp_path):
-    """The way of configs/drafts.yaml: transcribe, then train on the result."""
-    folder, own = tmp_path / "model", tmp_path / "own.jsonl"
-    model = tiny_drafts_model(dtype=torch.float32)
-    model.generation_config.max_new_tokens = 20
-    model.save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    clips = sorted((data / "train").glob("*.flac"))
-    code, *_ = run_command("transcribe", "--model", folder, "--vad", "none", "--output", own, *clips)
-    assert code == 0
-    source = json.dumps({"path": str(own), "audio_column": "file"})
-    argv = arguments(folder, data, tmp_path, "--freeze_donor", "true", "--on_bad_row", "skip")
-    argv[argv.index("--train_sources") + 1] = source
-    results = run_train.main(argv)
-    assert [entry["step"] for entry in results["log"] if "loss_drafts" in entry] == [1, 2]
-    trained = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out").state_dict()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, trained[name])}
-    assert changed and all(".drafts." in name for name in changed)
+def test_the_recipe_of_drafts_is_the_command(run_train, data, tmp_path, monkeypatch):
+    """The settings that are given reach the stages, and no others."""
+    called = {}
+    monkeypatch.setattr(run_train, "train_drafts", lambda *args, **settings: called.update(args=args, **settings))
+    recipe = str(TRAINING / "configs" / "drafts.yaml")
+    more = ["--donor", "whisper", "--train_sources", "a", '{"path": "b", "passes": 2}', "--output_dir", "out"]
+    run_train.main([recipe, *more, "--draft_steps", "5", "--learning_rate", "1e-3", "--use_cpu", "true"])
+    assert called == {
+        "args": ("whisper", ["a", {"path": "b", "passes": 2}], "out"),
+        **{"language": None, "cache": None, "silence_s": 1.0},
+        **{"encoder_steps": 3000, "first_draft_steps": 3000, "draft_steps": 5},
+        **{"max_seconds_per_batch": 120.0, "learning_rate": 1e-3, "use_cpu": True},
+    }
 
 
 def test_yaml_settings_and_the_command_line_over_them(run_train, tmp_path):
@@ -98,7 +92,7 @@ def test_yaml_settings_and_the_command_line_over_them(run_train, tmp_path):
             }
         )
     )
-    _, data_arguments, training = run_train.read_arguments([str(recipe), "--isct_steps", "1"])
+    _, data_arguments, _, training, _ = run_train.read_arguments([str(recipe), "--isct_steps", "1"])
     assert run_train.parse_sources(data_arguments.train_sources) == [
         {"path": "a", "weight": 0.5},
         {"path": "b", "weight": 0.5},
@@ -111,11 +105,12 @@ def test_the_recipes_are_valid(run_train, recipe, tmp_path):
     if recipe.stem == "fsdp":
         pytest.skip("settings of accelerate, tested elsewhere")
     more = ["--bf16", "false", "--train_sources", "a"] if "bf16" in recipe.read_text() else ["--train_sources", "a"]
-    model_arguments, _, training = run_train.read_arguments([str(recipe), "--output_dir", str(tmp_path), *more])
+    argv = [str(recipe), "--output_dir", str(tmp_path), *more]
+    model_arguments, _, distillation, training, _ = run_train.read_arguments(argv)
     assert training.isct_steps == 2
     # Those of a canvas convert a donor to one.
     assert (model_arguments.draft_layers == 0) == (recipe.stem in ("canvas", "paper"))
-    assert training.freeze_donor == (recipe.stem == "drafts")
+    assert distillation.distill == (recipe.stem == "drafts")
 
 
 def test_the_papers_columns_on_local_folders(run_train, model_folder, tmp_path):

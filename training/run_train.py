@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Trains MDM-ASR with iterative self-correction. Settings come from a YAML file, from the command line, or from both:
+Trains MDM-ASR: a canvas with iterative self-correction, a donor with its drafts, or drafts alone. Settings come from
+a YAML file, from the command line, or from both:
 
     python training/run_train.py training/configs/finetune.yaml --train_sources DIR --output_dir OUT
+    python training/run_train.py training/configs/drafts.yaml --donor DONOR --train_sources AUDIO --output_dir OUT
     accelerate launch --num_processes 8 training/run_train.py training/configs/paper.yaml --output_dir OUT
 
 Writes the model with its processor, checkpoints, and `results.json` with the command, versions, settings and the log.
@@ -12,7 +14,7 @@ Writes the model with its processor, checkpoints, and `results.json` with the co
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor, __versio
 from mdm_asr_hf.augmentation_mdm_asr import Augmenter
 from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR, load_sources, max_label_tokens
 from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
+from mdm_asr_hf.train.distillation import train_drafts
 from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
 
 
@@ -81,16 +84,32 @@ class DataArguments:
     )
 
 
-def read_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MDMASRTrainingArguments]:
-    """YAML settings, if the first argument is such a file, overridden by those of the command line."""
+@dataclass
+class DistillationArguments:
+    """Of drafts that learn by the donor's own text, from audio without transcripts: see `train_drafts`."""
+
+    distill: bool = field(default=False, metadata={"help": "Learn what the donor says itself; no transcripts."})
+    cache: str | None = field(default=None, metadata={"help": "For what the donor makes of the audio."})
+    silence_s: float = field(default=1.0, metadata={"help": "Behind the audio, that the encoder learns to do with."})
+    encoder_steps: int = field(default=3000, metadata={"help": "Of the encoder's stage; 0 leaves it out."})
+    first_draft_steps: int = field(default=3000, metadata={"help": "Of the CTC head's stage."})
+    draft_steps: int = field(default=6000, metadata={"help": "Of the masks' stage."})
+
+
+def read_arguments(
+    argv: list[str],
+) -> tuple[ModelArguments, DataArguments, DistillationArguments, MDMASRTrainingArguments, set[str]]:
+    """YAML settings, if the first argument is such a file, overridden by those of the command line; and the names of
+    what was given."""
     settings = []
     if argv and argv[0].endswith((".yaml", ".yml")):
         for name, value in (yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}).items():
             values = value if isinstance(value, list) else [value]
             settings += [f"--{name}", *(v if isinstance(v, str) else json.dumps(v) for v in values)]
         argv = argv[1:]
-    parser = HfArgumentParser((ModelArguments, DataArguments, MDMASRTrainingArguments))
-    return parser.parse_args_into_dataclasses(args=[*settings, *argv])
+    parser = HfArgumentParser((ModelArguments, DataArguments, DistillationArguments, MDMASRTrainingArguments))
+    given = {one[2:].partition("=")[0] for one in [*settings, *argv] if one.startswith("--")}
+    return *parser.parse_args_into_dataclasses(args=[*settings, *argv]), given
 
 
 def parse_sources(sources: list[str]) -> list:
@@ -137,10 +156,32 @@ def benchmark_input(trainer: ISCTTrainer, num_batches: int) -> dict[str, float]:
     return {"input_rows_per_s": num_rows / elapsed_s, "input_audio_s_per_s": audio_s / elapsed_s}
 
 
+def distill(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    distillation: DistillationArguments,
+    arguments: MDMASRTrainingArguments,
+    given: set[str],
+) -> dict:
+    """Drafts of a donor, by its own text, with the training settings that were given."""
+    own = {f.name for f in fields(MDMASRTrainingArguments)} - {"output_dir"}
+    settings = {name: value for name, value in asdict(distillation).items() if name != "distill"}
+    return train_drafts(
+        model_arguments.donor or str(default_checkpoint()),
+        parse_sources(data_arguments.train_sources),
+        arguments.output_dir,
+        language=data_arguments.language,
+        **settings,
+        **{name: getattr(arguments, name) for name in sorted(given & own)},
+    )
+
+
 def main(argv: list[str]) -> dict:
-    model_arguments, data_arguments, arguments = read_arguments(argv)
+    model_arguments, data_arguments, distillation, arguments, given = read_arguments(argv)
     if not data_arguments.train_sources:
         raise ValueError("`train_sources` is empty. Name at least one folder, manifest or data set.")
+    if distillation.distill:
+        return distill(model_arguments, data_arguments, distillation, arguments, given)
     set_seed(arguments.seed)
     model, processor = load_model(model_arguments)
     slots = {} if data_arguments.language is None else {"language": data_arguments.language}

@@ -71,9 +71,6 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
         "Optimizer steps over which the decoder's view of later positions opens from none, as the autoregressive "
         "donor had it, to all. 0: all from the start.",
     )
-    freeze_donor: bool = _setting(
-        False, "With drafts: train them alone. The donor, and with it every text, stays as it is."
-    )
     freeze_encoder: bool = _setting(
         False, "Keep the encoder as it is: no gradients, no dropout, no running statistics."
     )
@@ -133,13 +130,10 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
         for name in ("encoder_learning_rate", "donor_learning_rate", "max_minutes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}. None turns it off.")
-        for name, froze in (
-            ("encoder_learning_rate", "freeze_encoder"),
-            ("encoder_learning_rate", "freeze_donor"),
-            ("donor_learning_rate", "freeze_donor"),
-        ):
-            if getattr(self, name) is not None and getattr(self, froze):
-                raise ValueError(f"`{name}={getattr(self, name)}` has no effect with `{froze}`. Set one.")
+        if self.encoder_learning_rate is not None and self.freeze_encoder:
+            raise ValueError(
+                f"`encoder_learning_rate={self.encoder_learning_rate}` has no effect with `freeze_encoder`. Set one."
+            )
         if self.max_minutes is not None and self.lr_scheduler_type not in CLOCKED_SCHEDULES:
             raise ValueError(
                 f"`lr_scheduler_type` {str(self.lr_scheduler_type)!r} cannot follow the clock of `max_minutes`. Use "

@@ -298,8 +298,6 @@ class ISCTTrainer(Seq2SeqTrainer):
                 f"`causal_anneal_steps={args.causal_anneal_steps}` opens a canvas, but a model with drafts stays "
                 "causal. Leave it out."
             )
-        if args.freeze_donor and not has_drafts:
-            raise ValueError("`freeze_donor` leaves drafts to train, but this model has a canvas. Leave it out.")
         if args.freeze_lower_layers > len(decoder.layers):
             raise ValueError(
                 f"`freeze_lower_layers={args.freeze_lower_layers}`, but the decoder has {len(decoder.layers)} layers."
@@ -314,9 +312,6 @@ class ISCTTrainer(Seq2SeqTrainer):
             frozen.append(core.ctc_head)
         for module in frozen:
             module.requires_grad_(False)
-        if args.freeze_donor:
-            for name, parameter in core.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and _DRAFTS.search(name) is not None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
