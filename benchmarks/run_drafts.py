@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What each part of the drafts adds, by real decoding; and how much silence the encoder needs.
+
+    python benchmarks/run_drafts.py decoding --model FOLDER --data DIR [DIR ...] --output OUT
+    python benchmarks/run_drafts.py silence --model FOLDER --data DIR [DIR ...] --output OUT
+
+decoding: every way of drafting on the same frames: branches, blocks, the number of masks, the sequential head, and the
+    rule of how many drafts are proposed: PBEB-Conf's budget of entropy, a fixed number, a fixed confidence, at random.
+    The text is the same in all, which is checked.
+silence: WER and the encoder's time by the seconds of silence behind the audio.
+Writes OUT/results.json and OUT/results.md, for each set and condition.
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from run_lossless import LOOP, PACKAGES, PLAIN
+from run_peers import table
+
+import mdm_asr_hf
+from mdm_asr_hf import verified_decoding_mdm_asr
+from mdm_asr_hf.evaluation_mdm_asr import decode_encoded, encode_dataset
+from mdm_asr_hf.sampling_mdm_asr import propose_tokens
+from mdm_asr_hf.scoring_mdm_asr import count_errors, most_in_a_row, normaliser
+
+MASKS, FIRST = ["masks"], ["first_draft"]
+# Silence behind the audio, at least, and audio and silence together, at least.
+SILENCES_S = ((0.5, 0.0), (1.0, 0.0), (1.0, 3.0), (2.0, 0.0), (3.0, 0.0), (5.0, 0.0), (5.0, 15.0))
+
+
+def decoding_conditions(length: int) -> dict[str, dict[str, Any]]:
+    """
+    Conditions by name: settings of generation; "head": False leaves the sequential head out; "rule" replaces
+    PBEB-Conf's, as (name, number).
+
+    Args:
+        length (`int`): K, the masks of a block.
+    """
+    budgets = [0.25, 0.5, 1.0, 2.0, 4.0]
+    return {
+        "none: the donor's loop": {"draft_branches": []},
+        "masks and first draft": {},
+        "masks": {"draft_branches": MASKS},
+        "first draft": {"draft_branches": FIRST},
+        "masks and first draft, quadratic": {"draft_blocks": "quadratic"},
+        "masks, quadratic": {"draft_branches": MASKS, "draft_blocks": "quadratic"},
+        "masks, one block behind the last row": {"draft_branches": MASKS, "draft_blocks": "one"},
+        "masks without the sequential head": {"draft_branches": MASKS, "head": False},
+        **{f"masks, K = {k}": {"draft_branches": MASKS, "draft_length": k} for k in (1, 2, 4, 6) if k < length},
+        **{f"masks, entropy of {b:g} nats": {"draft_branches": MASKS, "gamma": b} for b in budgets},
+        **{f"masks, {n} drafts": {"draft_branches": MASKS, "rule": ("number", n)} for n in (1, 2, 3, 4, 6)},
+        **{
+            f"masks, confidence {c}": {"draft_branches": MASKS, "rule": ("confidence", c)}
+            for c in (0.2, 0.4, 0.6, 0.8)
+        },
+        "masks, a number at random": {"draft_branches": MASKS, "rule": ("random", length)},
+    }
+
+
+@contextmanager
+def proposing_by(rule: tuple[str, float] | None) -> Iterator[None]:
+    """Inside, drafts are proposed by another rule than PBEB-Conf's: "number" n, "confidence" c (the longest prefix
+    whose probabilities have a product of at least c), or "random", uniform from 1 to n."""
+    if rule is None:
+        yield
+        return
+    name, value = rule
+    generator = torch.Generator().manual_seed(0)
+
+    def propose(draft_logits: Callable, token_ids, last_tokens, limits, gamma, eos_token_id):
+        before_that, before = last_tokens.unbind(dim=1)
+        ids, log_probs = [], []
+        for k in range(int(limits.max())):
+            tokens, log_prob, _ = propose_tokens(draft_logits(k, before, before_that))
+            ids.append(token_ids[tokens])
+            log_probs.append(log_prob)
+            before_that, before = before, ids[-1]
+        drafts, product = torch.stack(ids, dim=1), torch.stack(log_probs, dim=1).cumsum(dim=1)
+        number = torch.full_like(limits, int(value))
+        if name == "confidence":
+            number = (product >= math.log(value)).long().cumprod(dim=1).sum(dim=1).clamp(min=1)
+        elif name == "random":
+            number = torch.randint(1, int(value) + 1, limits.shape, generator=generator)
+        is_eos = drafts == eos_token_id
+        until_eos = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, drafts.shape[1])
+        return drafts, number.minimum(limits).minimum(until_eos)
+
+    own = verified_decoding_mdm_asr.propose_drafts
+    verified_decoding_mdm_asr.propose_drafts = propose
+    try:
+        yield
+    finally:
+        verified_decoding_mdm_asr.propose_drafts = own
+
+
+def run_decoding(model: Any, processor: Any, data: list[Path], batch_size: int) -> Iterator[dict[str, Any]]:
+    out = model.get_decoder().drafts.head.out
+    kept = {name: tensor.clone() for name, tensor in out.state_dict().items()}
+    for folder in data:
+        encoded = encode_dataset(model, processor, str(folder), batch_size=batch_size)
+        texts = None
+        for name, condition in decoding_conditions(model.config.decoder_config.draft_length).items():
+            if "first_draft" in condition.get("draft_branches", FIRST) and model.ctc_head is None:
+                continue
+            settings = copy.deepcopy(model.generation_config)
+            others = {k: v for k, v in condition.items() if k not in ("head", "rule", "gamma")}
+            vars(settings).update({**PLAIN, **others})
+            if "gamma" in condition:
+                settings.sampler = {**settings.sampler, "gamma": condition["gamma"]}
+            with torch.no_grad():
+                for its_name, tensor in out.named_parameters():
+                    tensor.copy_(kept[its_name] if condition.get("head", True) else torch.zeros_like(tensor))
+            with proposing_by(condition.get("rule")):
+                rows = decode_encoded(model, processor, encoded, settings)
+            texts = texts or [row["hypothesis"] for row in rows]
+            yield {
+                "set": folder.name,
+                "condition": name,
+                "same_texts": sum(row["hypothesis"] == text for row, text in zip(rows, texts, strict=True)),
+                **count(rows),
+            }
+            out.load_state_dict(kept)
+
+
+def run_silence(model: Any, processor: Any, data: list[Path], batch_size: int) -> Iterator[dict[str, Any]]:
+    for folder in data:
+        for trailing_s, least_s in SILENCES_S:
+            model.config.encoder_trailing_silence_s, model.config.encoder_min_duration_s = trailing_s, least_s
+            encoded = encode_dataset(model, processor, str(folder), batch_size=batch_size)
+            rows = decode_encoded(model, processor, encoded)
+            name = f"{trailing_s:g} s" + (f", {least_s:g} s in all" if least_s else "")
+            encoder_ms = 1000 * sum(row["encoder_s"] for row in rows) / len(rows)
+            yield {"set": folder.name, "condition": name, "encoder_ms": round(encoder_ms, 1), **count(rows)}
+
+
+def count(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    normalise = normaliser("en")
+    pairs = [(normalise(row["reference"]), normalise(row["hypothesis"])) for row in rows]
+    errors = count_errors(*map(list, zip(*pairs, strict=True)))
+    evaluations = sum(row["nfe"] for row in rows)
+    drafts = [sum(sum(row[kind].values()) for row in rows) for kind in ("accepted_drafts", "rejected_drafts")]
+    return {
+        "utterances": len(rows),
+        "wer": round(float(100 * errors[:, :3].sum() / errors[:, 3].sum()), 2),
+        "loops": sum(most_in_a_row(row["hypothesis"]) >= LOOP for row in rows),
+        "nfe": round(evaluations / len(rows), 2),
+        # With the end of each text.
+        "tokens_per_evaluation": round(sum(len(row["tokens"]) + bool(row["end"]) for row in rows) / evaluations, 3),
+        "drafts_per_evaluation": round(sum(drafts) / evaluations, 2),
+        "accepted": round(drafts[0] / max(sum(drafts), 1), 3),
+        "decoder_ms": round(1000 * sum(row["decoder_s"] for row in rows) / len(rows), 1),
+    }
+
+
+HEADS = {
+    "set": "recordings",
+    "condition": "",
+    "utterances": "utterances",
+    "same_texts": "same texts",
+    "wer": "WER %",
+    "loops": "loops",
+    "encoder_ms": "encoder, ms",
+    "nfe": "evaluations",
+    "tokens_per_evaluation": "tokens an evaluation",
+    "drafts_per_evaluation": "drafts an evaluation",
+    "accepted": "of them accepted",
+    "decoder_ms": "decoder, ms",
+}
+
+
+def to_markdown(lines: list[dict[str, Any]]) -> str:
+    names = [name for name in HEADS if name in lines[0]]
+    return table([HEADS[name] for name in names], [[str(line[name]) for name in names] for line in lines]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("decoding", "silence"))
+    parser.add_argument("--model", default=str(mdm_asr_hf.default_checkpoint()), help="folder with drafts")
+    parser.add_argument("--data", nargs="+", required=True, type=Path)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", required=True, type=Path)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    model = mdm_asr_hf.MDMASRForConditionalGeneration.from_pretrained(args.model, dtype="float32").eval()
+    processor = mdm_asr_hf.MDMASRProcessor.from_pretrained(args.model)
+    run, lines = {"decoding": run_decoding, "silence": run_silence}[args.what], []
+    for line in run(model, processor, args.data, args.batch_size):
+        print(json.dumps(line), file=sys.stderr, flush=True)
+        lines.append(line)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "lines": lines,
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    markdown = to_markdown(lines)
+    (args.output / "results.md").write_text(markdown, encoding="utf-8")
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main()
