@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
-from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model
+from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 
-from mdm_asr_hf import decoder_mdm_asr, objective_mdm_asr
+from mdm_asr_hf import MDMASRForConditionalGeneration, decoder_mdm_asr, objective_mdm_asr
 from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
 from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
 
@@ -248,6 +250,54 @@ def test_sharded_layers_have_the_gradients_of_the_whole_model(tmp_path):
         assert torch.equal(own[0], expected[1, : own.shape[1]])
 
 
+def distil(folder):
+    """All stages on a random donor; what each process ends with."""
+    from mdm_asr_hf.train import clips, distillation, donor_cache
+
+    # Random models loop, as no donor that has learnt does.
+    donor_cache.is_suspicious, donor_cache.TOKENS_PER_S, clips.ALONE_SHARE = lambda ids: False, 40.0, 1.0
+    steps = {f"{stage}_steps": 3 for stage in ("encoder", "first_draft", "draft")}
+    settings = {"silence_s": 0.1, "max_seconds_per_batch": 6.0, "use_cpu": True, "bf16": False, "logging_steps": 1}
+    rank = int(os.environ.get("RANK", 0))
+    seen, own = [], distillation.DistillationCollator.__call__
+
+    def collate(collator, rows):
+        seen.append([float(row["seconds"]) for row in rows])
+        return own(collator, rows)
+
+    distillation.DistillationCollator.__call__ = collate
+    output = folder / os.environ.get("WORLD_SIZE", "1")
+    results = distillation.train_drafts(str(folder / "donor"), [folder / "speech"], output, **steps, **settings)
+    losses = {name: [e["loss"] for e in one["log"] if "loss" in e] for name, one in results["stages"].items()}
+    torch.save((losses, seen, rank), folder / f"distilled-{output.name}-{rank}.pt")
+
+
+def test_two_processes_train_drafts_as_one(tmp_path):
+    (tmp_path / "speech").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        soundfile.write(tmp_path / "speech" / f"{i:02d}.wav", 0.1 * rng.standard_normal(16_000 + 400 * i), 16_000)
+    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    model.generation_config.max_new_tokens = 30
+    model.save_pretrained(tmp_path / "donor")
+    tiny_processor().save_pretrained(tmp_path / "donor")
+    launch(__file__, "distil", tmp_path)
+    launch(*LAUNCHERS["torchrun"].split(), __file__, "distil", tmp_path)
+    alone, first, second = (torch.load(tmp_path / f"distilled-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    # What the donor made is the same; the frames are of encoders that learnt otherwise.
+    caches = [tmp_path / number / "training" / "cache" for number in ("1", "2")]
+    cached = [[*sorted(one.glob("donor/0/block-*")), *sorted(one.glob("held-out/0/block-*"))] for one in caches]
+    assert len(cached[0]) == 2 and [path.read_bytes() for path in cached[0]] == [
+        path.read_bytes() for path in cached[1]
+    ]
+    # They share the steps' losses and work on different clips.
+    assert first[0] == second[0] and first[1][-1] != second[1][-1] and list(first[0]) == list(alone[0])
+    # The model of two has learnt, and what is saved is whole.
+    trained = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "2").state_dict()
+    assert not torch.equal(trained["model.encoder.conv1.weight"], model.state_dict()["model.encoder.conv1.weight"])
+    assert all(bool(tensor.isfinite().all()) for tensor in trained.values() if tensor.is_floating_point())
+
+
 def fsdp_plugin(monkeypatch, config):
     """The plugin that `accelerate launch --config_file` brings about, without a launch."""
     from accelerate import FullyShardedDataParallelPlugin
@@ -282,6 +332,8 @@ def test_the_fsdp_configuration_wraps_the_layers(monkeypatch):
 if __name__ == "__main__":
     if sys.argv[1] == "train":
         train(Path(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1] == "distil":
+        distil(Path(sys.argv[2]))
     else:
         shard(Path(sys.argv[2]))
     # All is written: threads of the group that are left may abort an interpreter that ends in the ordinary way.

@@ -271,7 +271,7 @@ def _guess_kind(donor: str) -> DonorKind:
 
     kind = donor_kind(donor)
     if kind not in DonorKind.__members__:
-        raise ValueError("it is a model of this package already, not a Whisper or Canary checkpoint.")
+        raise ValueError(f"its config.json says {kind!r}: it is a model of this package already, no donor.")
     return DonorKind(kind)
 
 

@@ -43,7 +43,7 @@ def train_drafts(
     ] = 3000,
     first_draft_steps: Annotated[int, typer.Option(min=0, help="Of the CTC head alone.")] = 3000,
     draft_steps: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 6000,
-    batch_seconds: Annotated[float, typer.Option(min=1.0, help="Of audio in a step, padding included.")] = 120.0,
+    batch_seconds: Annotated[float, typer.Option(min=30.0, help="Of audio in a step, padding included.")] = 120.0,
     language: Annotated[str | None, typer.Option(help="Of the speech. Default: what the donor hears.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
 ) -> None:
