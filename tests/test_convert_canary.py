@@ -1,7 +1,9 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Canary donors in transformers' format: a tiny one, saved and converted."""
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from canary_donors import (
     MASK_EMBEDDING,
@@ -29,6 +31,8 @@ from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.generation_configuration_mdm_asr import MDMASRGenerationConfig
 from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
+from mdm_asr_hf.train import clips, donor_cache
+from mdm_asr_hf.train.distillation import train_drafts
 
 pytestmark = needs_parakeet_features
 
@@ -155,6 +159,29 @@ def test_drafts_start_as_the_donors_last_layers(native, draft_layers):
     check_drafts(model, draft_layers or 2, donor.model.decoder.embed_tokens.weight, donor.model.decoder.norm.weight)
     with pytest.raises(ValueError, match="`draft_layers` .3. must be an integer from 0"):
         from_canary(MDMASRForConditionalGeneration, folder, draft_layers=3)
+
+
+def test_drafts_learn_from_audio_alone(native, tmp_path, monkeypatch):
+    folder, donor = native
+    # Random models loop, as no donor that has learnt does.
+    monkeypatch.setattr(donor_cache, "_why_not", lambda *text: None)
+    monkeypatch.setattr(clips, "ALONE_SHARE", 1.0)
+    rng = np.random.default_rng(0)
+    for i in range(50):
+        soundfile.write(tmp_path / f"{i:02d}.wav", 0.1 * rng.standard_normal(16_000), 16_000)
+    settings = {"first_draft_steps": 2, "draft_steps": 40, "use_cpu": True, "bf16": False, "learning_rate": 1e-3}
+    found = train_drafts(str(folder), [tmp_path], tmp_path / "out", language="de", logging_steps=10, **settings)
+    assert list(found["stages"]) == ["first_draft", "drafts"]
+    losses = [entry["loss"] for entry in found["stages"]["drafts"]["log"] if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    # The donor is the donor's still, and writes the same.
+    model = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "out")
+    languages = {"language": "de", "punctuation": True}
+    prompts = build_prompt_ids(model.generation_config.prompt_template, 8, **languages)
+    expected = donor.generate(encoder_outputs=frames(), decoder_input_ids=prompts, max_length=64, do_sample=False)
+    assert torch.equal(model.generate(encoder_outputs=frames(), **languages), expected[:, prompts.shape[1] :])
+    with pytest.raises(ValueError, match="`encoder_steps=1` teaches a Whisper encoder"):
+        train_drafts(str(folder), [tmp_path], tmp_path / "other", encoder_steps=1)
 
 
 def test_mask_embedding_is_a_canvas_only_new_parameter(native):

@@ -39,8 +39,11 @@ def train_drafts(
         float, typer.Option("--silence", min=0.0, help="Seconds behind the audio that the encoder learns to do with.")
     ] = 1.0,
     encoder_steps: Annotated[
-        int, typer.Option(min=0, help="Of the encoder, and the CTC head with it. 0 leaves it as it is.")
-    ] = 3000,
+        int | None,
+        typer.Option(
+            min=0, help="Of the encoder, and the CTC head with it. Default: 3000 for a Whisper; 0 leaves it as it is."
+        ),
+    ] = None,
     first_draft_steps: Annotated[int, typer.Option(min=0, help="Of the CTC head alone.")] = 3000,
     draft_steps: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 6000,
     batch_seconds: Annotated[float, typer.Option(min=30.0, help="Of audio in a step, padding included.")] = 120.0,

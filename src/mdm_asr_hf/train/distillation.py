@@ -312,7 +312,7 @@ def train_drafts(
     *,
     cache: str | Path | None = None,
     silence_s: float = 1.0,
-    encoder_steps: int = 3000,
+    encoder_steps: int | None = None,
     first_draft_steps: int = 3000,
     draft_steps: int = 6000,
     language: str | None = None,
@@ -330,7 +330,8 @@ def train_drafts(
         cache (`str` or `Path`, *optional*): where what the donor makes of the audio is kept; the default is in
             `output`.
         silence_s (`float`): behind the audio, that a Whisper encoder learns to do with.
-        encoder_steps, first_draft_steps, draft_steps (`int`): of each stage; 0 leaves it out.
+        encoder_steps, first_draft_steps, draft_steps (`int`): of each stage; 0 leaves it out. `encoder_steps` are 3000
+            by default with a Whisper encoder, and 0 with any other, which needs no silence.
         language (`str`, *optional*): of the speech, where the sources do not tell and the donor should not guess.
         report (`Callable`): is told of the progress, in lines.
         arguments: of [`MDMASRTrainingArguments`], for all stages.
@@ -347,10 +348,12 @@ def train_drafts(
     audio = [AudioSource.of(source) for source in sources]
     if not audio:
         raise ValueError("`sources` is empty. Name at least one folder, manifest or data set of audio.")
+    model, processor = _load(donor)
+    if encoder_steps is None:
+        encoder_steps = 3000 if model.config.encoder_config.model_type == "whisper" else 0
     steps = {"encoder": encoder_steps, "first_draft": first_draft_steps, "drafts": draft_steps}
     if not any(steps.values()):
         raise ValueError("`encoder_steps`, `first_draft_steps` and `draft_steps` are all 0. Nothing would be trained.")
-    model, processor = _load(donor)
     if encoder_steps and model.config.encoder_config.model_type != "whisper":
         raise ValueError(
             f"`encoder_steps={encoder_steps}` teaches a Whisper encoder to do with less silence; "
