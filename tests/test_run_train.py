@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 TRAINING = Path(__file__).parent.parent / "training"
@@ -62,6 +63,23 @@ def test_it_trains_evaluates_and_saves_what_loads(run_train, model_folder, data,
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     clip = next((data / "eval").glob("*.flac"))
     assert isinstance(processor.decode(model.generate(**processor(clip)))[0], str)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_donor_and_its_drafts_learn_transcripts(run_train, data, tmp_path, lora_rank):
+    folder = tmp_path / "model"
+    model = tiny_drafts_model(dtype=torch.float32)
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    more = ["--lora_rank", str(lora_rank), "--freeze_encoder", "true", "--learning_rate", "1e-3"]
+    results = run_train.main(arguments(folder, data, tmp_path, *more, "--eval_sources", str(data / "eval")))
+    assert results["after"]["eval_loss_donor"] < results["before"]["eval_loss_donor"]
+    trained = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out").eval()
+    before = model.state_dict()
+    changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(".drafts." in name for name in changed) and any("decoder.layers" in name for name in changed)
+    assert ("proj_out.weight" in changed) == (lora_rank == 0)
+    assert not any("encoder." in name for name in changed - {n for n in changed if "decoder." in n})
 
 
 def test_the_recipe_of_drafts_is_the_command(run_train, data, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -29,6 +30,9 @@ from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR, load_sources, max_lab
 from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
 from mdm_asr_hf.train.distillation import train_drafts
 from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -53,6 +57,10 @@ class ModelArguments:
     )
     encoder_min_duration_s: float | None = field(
         default=None, metadata={"help": "Seconds of audio and silence together, at least, for Whisper encoders."}
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Train adapters of this rank in the decoder's projections instead of all its weights."},
     )
     shift_logits: bool | None = field(
         default=None,
@@ -145,6 +153,14 @@ def load_model(arguments: ModelArguments):
     return model, processor
 
 
+def with_adapters(model: MDMASRForConditionalGeneration, rank: int) -> "PeftModel":
+    """The model with low-rank adapters (LoRA, arXiv 2106.09685) in all projections of the decoder and its drafts."""
+    from peft import LoraConfig, get_peft_model
+
+    projections = r"model\.decoder\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections))
+
+
 def benchmark_input(trainer: ISCTTrainer, num_batches: int) -> dict[str, float]:
     """Rows and seconds of audio per second that the input pipeline alone delivers."""
     batches = iter(trainer.get_train_dataloader())
@@ -186,6 +202,9 @@ def main(argv: list[str]) -> dict:
         return distill(model_arguments, data_arguments, distillation, arguments, given)
     set_seed(arguments.seed)
     model, processor = load_model(model_arguments)
+    config = model.config
+    if model_arguments.lora_rank:
+        model = with_adapters(model, model_arguments.lora_rank)
     slots = {} if data_arguments.language is None else {"language": data_arguments.language}
     if slots:
         # What is saved transcribes this language without being told.
@@ -215,7 +234,7 @@ def main(argv: list[str]) -> dict:
         language_column=language_column,
         augment=Augmenter(seed=arguments.seed) if data_arguments.augment else None,
         on_bad_row=data_arguments.on_bad_row,
-        max_label_tokens=max_label_tokens(model.config, prompt_length),
+        max_label_tokens=max_label_tokens(config, prompt_length),
         seed=arguments.seed,
         **slots,
     )
@@ -223,7 +242,7 @@ def main(argv: list[str]) -> dict:
         processor,
         language_column=language_column,
         on_bad_row=data_arguments.on_bad_row,
-        max_label_tokens=max_label_tokens(model.config, prompt_length),
+        max_label_tokens=max_label_tokens(config, prompt_length),
         **slots,
     )
     trainer = TrainerWithPlainEvaluation(
@@ -257,7 +276,12 @@ def main(argv: list[str]) -> dict:
     results["train"] = trained.metrics
     if evaluation is not None:
         results["after"] = trainer.evaluate()
-    trainer.save_model(arguments.output_dir)
+    if model_arguments.lora_rank and trainer.is_world_process_zero():
+        # Merged, so that the result loads as any other.
+        model.merge_and_unload().save_pretrained(arguments.output_dir)
+        processor.save_pretrained(arguments.output_dir)
+    elif not model_arguments.lora_rank:
+        trainer.save_model(arguments.output_dir)
     results["log"] = trainer.state.log_history
     results["skipped"] = collator.report()
     if trainer.is_world_process_zero():
