@@ -34,8 +34,7 @@ def speech(tmp_path):
 @pytest.fixture
 def cache(speech, tmp_path, monkeypatch):
     """Random models loop, as no donor that has learnt does."""
-    monkeypatch.setattr(donor_cache, "is_suspicious", lambda ids: False)
-    monkeypatch.setattr(donor_cache, "TOKENS_PER_S", 40.0)
+    monkeypatch.setattr(donor_cache, "_why_not", lambda *text: None)
     write_cache(short_model(), tiny_processor(), SpeechClips(speech), tmp_path / "cache")
     return CachedSpeech(tmp_path / "cache")
 
@@ -96,7 +95,7 @@ def test_a_cache_holds_what_the_donor_makes_of_each_clip(cache, speech):
 
 def test_a_cache_goes_on_where_it_stopped_and_grows_with_its_source(speech, tmp_path, monkeypatch):
     monkeypatch.setattr("mdm_asr_hf.train.clips.BLOCK_S", 4.0)
-    monkeypatch.setattr(donor_cache, "is_suspicious", lambda ids: False)
+    monkeypatch.setattr(donor_cache, "_why_not", lambda *text: None)
     model, said, folder = short_model(), [], tmp_path / "cache"
     write_cache(model, tiny_processor(), SpeechClips(speech), folder, report=said.append)
     blocks = {path.name: path.read_bytes() for path in folder.glob("block-*")}
@@ -174,6 +173,17 @@ def test_another_encoder_gives_its_own_frames_and_texts(cache, tmp_path):
         expected = model.encode(row["features"].float()[None]).last_hidden_state[0]
     same = [one for one in map(frames.__getitem__, range(len(frames))) if len(one["frames"]) == len(expected)]
     assert any(torch.allclose(one["frames"].float(), expected, atol=2e-2) for one in same)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "seconds", "why"),
+    [(1, 3.0, "without speech"), (12, 3.0, None), (60, 3.0, "whose text loops"), (9, 10.0, "whose text has gaps")],
+)
+def test_why_a_clip_is_left_out(num_tokens, seconds, why):
+    text = torch.tensor([*range(2, num_tokens + 1), EOS])
+    assert donor_cache._why_not(text, seconds, EOS) == why
+    # Without its end a text has no end.
+    assert donor_cache._why_not(torch.tensor([5, 6, 7]), 3.0, EOS) == "whose text loops"
 
 
 # ---- Batches ----
@@ -315,8 +325,7 @@ def test_what_is_measured_is_what_decoding_gives(tmp_path):
 
 @pytest.fixture
 def donor(tmp_path, monkeypatch):
-    monkeypatch.setattr(donor_cache, "is_suspicious", lambda ids: False)
-    monkeypatch.setattr(donor_cache, "TOKENS_PER_S", 40.0)
+    monkeypatch.setattr(donor_cache, "_why_not", lambda *text: None)
     model = short_model()
     model.save_pretrained(tmp_path / "donor")
     tiny_processor().save_pretrained(tmp_path / "donor")

@@ -60,7 +60,7 @@ class Stage:
 _NOTHING = {"donor_weight": 0.0, "draft_weight": 0.0}
 STAGES = {
     "encoder": Stage(
-        DraftObjective(**_NOTHING, frame_weight=1.0, logit_weight=1.0, ctc_weight=0.3),
+        DraftObjective(**_NOTHING, frame_weight=1.0, logit_weight=1.0, ctc_weight=0.05),
         r"^(model\.encoder\.(?!embed_positions)|ctc_head\.)",
         "encoder",
         2e-4,

@@ -33,7 +33,9 @@ NUM_PROBABILITIES = 32
 TOKENS_PER_S, TOKENS_BESIDE = 7.0, 12
 # Silence that is laid behind some clips, and the frames of features that Whisper takes.
 MORE_SILENCE_S, LONGEST = 10.0, 2900
-UNREADABLE, NO_SPEECH, LOOPS = "unreadable", "without speech", "whose text loops"
+# A longer clip with fewer tokens than that is one of which the donor left a part out.
+SPARSE_TOKENS_PER_S, SPARSE_S = 1.0, 4.0
+UNREADABLE, NO_SPEECH, LOOPS, GAPS = "unreadable", "without speech", "whose text loops", "whose text has gaps"
 # So many clips are tried before a source is given up.
 FEWEST_READ = 20
 
@@ -271,6 +273,8 @@ def _why_not(text: torch.Tensor, seconds: float, eos_token_id: int) -> str | Non
         return NO_SPEECH
     if ids[-1] != eos_token_id or len(ids) > TOKENS_PER_S * seconds + TOKENS_BESIDE or is_suspicious(ids):
         return LOOPS
+    if seconds > SPARSE_S and len(ids) < SPARSE_TOKENS_PER_S * seconds:
+        return GAPS
     return None
 
 
