@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import ENCODERS, VOCAB_SIZE, tiny_inputs, tiny_model
+from tiny_models import ENCODERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 
 from mdm_asr_hf import DiffusionObjective
 from mdm_asr_hf.objective_mdm_asr import (
@@ -11,6 +11,10 @@ from mdm_asr_hf.objective_mdm_asr import (
     diffusion_objective,
     draft_loss,
     draw_frontiers,
+    frame_loss,
+    hints_of,
+    letter_loss,
+    logit_loss,
 )
 
 EOS, START, MASK = 1, VOCAB_SIZE, VOCAB_SIZE + 1
@@ -199,6 +203,67 @@ def test_targets_of_blocks_by_hand():
     assert targets.tolist() == [[[60, 5, 6, 1], [1, -100, -100, -100]], [[7, 1, -100, -100]] * 2]
 
 
+def test_hints_by_hand():
+    drafts = torch.tensor([[[11, 12, 13], [21, 22, 23]]])
+    # A block that stands one token on sees the second and the third; three tokens on there is nothing left.
+    assert hints_of(drafts, torch.tensor([[1, 0]])).tolist() == [[[12, 13, -1], [21, 22, 23]]]
+    assert hints_of(drafts, torch.tensor([[2, 3]])).tolist() == [[[13, -1, -1], [-1, -1, -1]]]
+
+
+def test_distances_of_frames_by_hand():
+    frames = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [5.0, 5.0], [9.0, 9.0]]])
+    teacher = torch.tensor([[[1.0, 0.0], [3.0, 1.0]], [[2.0, 0.0], [7.0, 7.0]]])
+    # Of the first row both frames, of the second one: (0 + 4 + 0 + 9 + 4 + 0) / 6.
+    assert frame_loss(frames, teacher, torch.tensor([2, 1])).item() == pytest.approx(17 / 6)
+
+
+def test_divergence_of_tokens_by_hand():
+    logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]]]).log()
+    token_ids = torch.tensor([[[1, 0], [3, 2]]])
+    log_probs = torch.tensor([[[0.6, 0.3], [0.4, 0.3]]]).log()
+    first = 0.6 * math.log(0.6 / 0.25) + 0.3 * math.log(0.3 / 0.5) + 0.1 * math.log(0.1 / 0.25)
+    is_text = torch.tensor([[True, False]])
+    assert logit_loss(logits, token_ids, log_probs, is_text).item() == pytest.approx(first, rel=1e-5)
+    # The second token is as the teacher has it.
+    both = logit_loss(logits, token_ids, log_probs, torch.ones_like(is_text))
+    assert both.item() == pytest.approx(first / 2, rel=1e-5)
+
+
+def test_the_loss_of_letters_by_hand():
+    # Two frames, one letter: it may stand in either, or in both.
+    probs = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.1, 0.9], [0.5, 0.5]]])
+    characters = torch.tensor([[1, -1], [1, 1]])
+    ways = 0.5 * 0.75 + 0.5 * 0.25 + 0.5 * 0.75
+    # The second text, twice the same letter, does not fit into two frames, and counts nothing.
+    loss = letter_loss(probs.log(), None, characters)
+    assert loss.item() == pytest.approx(-math.log(ways) / 2, rel=1e-5)
+    # Padding is no frame.
+    loss = letter_loss(probs[:1].log(), torch.tensor([[1, 0]]), characters[:1])
+    assert loss.item() == pytest.approx(-math.log(0.5), rel=1e-5)
+
+
+def test_two_steps_of_drafts_show_the_second_what_the_first_drafted():
+    model = tiny_drafts_model(dtype=torch.float32)
+    features, mask = tiny_inputs()
+    labels = torch.tensor([[5, 6, 7, 8, 9, 10, 1], [11, 12, 1, -100, -100, -100, -100], [14, 1, *[-100] * 5]])
+    seen, own = [], model.get_decoder().embed_masks
+    model.get_decoder().embed_masks = lambda f, hints=None: (seen.append((f, hints)), own(f, hints))[1]
+    inputs = dict(input_features=features, attention_mask=mask, labels=labels)
+    losses = {}
+    for num_steps in (1, 2):
+        objective = DraftObjective(num_frontiers=6, num_steps=num_steps, donor_weight=0.0)
+        losses[num_steps] = model(**inputs, objective=objective).loss
+    losses[2].backward()
+    assert model.get_decoder().drafts.offset_embeddings.weight.grad.abs().sum() > 0
+    (first, nothing), (again, _), (behind, hints) = seen
+    assert nothing is None and torch.equal(first, again) and losses[2] > 1.5 * losses[1]
+    moved = behind - first
+    assert moved.min() >= 0 and moved.max() == 2 and (behind <= torch.tensor([[6], [2], [1]])).all()
+    # Some blocks see what was drafted, as much as is left of it, and some nothing.
+    counts = (hints >= 0).sum(dim=-1)
+    assert ((counts == 0) | (counts == 3 - moved)).all() and 0 < (counts > 0).float().mean() < 1
+
+
 def test_nonsense_of_drafts_raises():
     for settings, message in [
         (dict(num_frontiers=0), "`num_frontiers`"),
@@ -207,6 +272,8 @@ def test_nonsense_of_drafts_raises():
         (dict(place_decay=1.1), "`place_decay`"),
         (dict(draft_weight=-1), "`draft_weight`"),
         (dict(draft_weight=float("nan")), "`draft_weight`"),
+        (dict(num_steps=3), "`num_steps`"),
+        (dict(donor_weight=0, draft_weight=0), "one weight at least"),
     ]:
         with pytest.raises(ValueError, match=message):
             DraftObjective(**settings)

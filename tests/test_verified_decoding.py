@@ -234,6 +234,51 @@ def test_struck_drafts_stand_where_they_were_wrong():
     assert output.token_branches[0, :3].tolist() == [2, 2, 0]
 
 
+@settings(max_examples=15)
+@given(options=SETTINGS, rows=ROWS)
+def test_masks_that_see_rejected_drafts_give_the_same_text(options, rows):
+    model, *_ = encoded("whisper")
+    decoder, seen = model.get_decoder(), []
+    own = decoder.embed_masks
+    decoder.embed_masks = lambda frontiers, hints=None: (seen.append(hints), own(frontiers, hints))[1]
+    model.config.decoder_config.draft_hints = True
+    try:
+        output = decode("whisper", rows, **options)
+    finally:
+        model.config.decoder_config.draft_hints = False
+        del decoder.embed_masks
+    assert texts(output) == [loop_text("whisper", row) for row in rows]
+    if options["draft_blocks"] != "accepted" or "masks" not in options["draft_branches"]:
+        assert not any(hints is not None for hints in seen)
+    elif options["draft_length"] == 3 and options["gamma"] == math.inf and options["draft_branches"] == ["masks"]:
+        # Two of three drafts are left, where the first was wrong.
+        assert any(int((hints >= 0).sum()) for hints in seen)
+
+
+def test_hints_are_the_rejected_drafts_at_their_places():
+    model, features, mask, _ = encoded("whisper")
+    decoder, seen = model.get_decoder(), []
+    own = decoder.embed_masks
+    decoder.embed_masks = lambda frontiers, hints=None: (seen.append((frontiers, hints)), own(frontiers, hints))[1]
+    model.config.decoder_config.draft_hints = True
+    try:
+        output = decode("whisper", [0], draft_branches=["masks"], gamma=math.inf)
+    finally:
+        model.config.decoder_config.draft_hints = False
+        del decoder.embed_masks
+    expected = {}
+    for place, _, ids in output.struck_drafts[0]:
+        # The first stands where the donor's own token does; the place in the text is that of its prompt's end on.
+        for i, token_id in enumerate(ids[1:], start=1):
+            expected[place + i + 1] = token_id
+    found = {}
+    for frontiers, hints in seen:
+        for k, token_id in enumerate(hints[0, 0].tolist()):
+            if token_id >= 0:
+                found[int(frontiers[0, 0]) + 2 + k] = token_id
+    assert found and found.items() <= expected.items()
+
+
 def test_limits_are_kept():
     whole = loop_text("whisper", 0)
     for limit in (1, 2, 5):

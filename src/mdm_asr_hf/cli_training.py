@@ -46,6 +46,9 @@ def train_drafts(
     ] = None,
     first_draft_steps: Annotated[int, typer.Option(min=0, help="Of the CTC head alone.")] = 3000,
     draft_steps: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 6000,
+    isct_steps: Annotated[
+        int, typer.Option(min=1, max=2, help="2: the masks also learn to see drafts that were not accepted.")
+    ] = 1,
     batch_seconds: Annotated[float, typer.Option(min=30.0, help="Of audio in a step, padding included.")] = 120.0,
     language: Annotated[str | None, typer.Option(help="Of the speech. Default: what the donor hears.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
@@ -71,6 +74,7 @@ def train_drafts(
                 encoder_steps=encoder_steps,
                 first_draft_steps=first_draft_steps,
                 draft_steps=draft_steps,
+                isct_steps=isct_steps,
                 language=language,
                 max_seconds_per_batch=batch_seconds,
                 seed=seed,

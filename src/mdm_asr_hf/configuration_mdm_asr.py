@@ -31,6 +31,8 @@ class MDMASRDecoderConfig(PreTrainedConfig):
         draft_length (`int`): K, the masks of a block: so many tokens are drafted at once, at most.
         draft_vocab_size (`int`, *optional*): N, the ids that can be drafted, a short list that the checkpoint holds.
             None: all V.
+        draft_hints (`bool`): the masks were trained, in two steps (ISCT), to see at their places what was drafted
+            there in the evaluation before and not accepted.
         draft_state_scale (`float`), draft_embedding_scale (`float`): bring the masks' final states and the donor's
             embeddings to unit scale for the sequential head.
     """
@@ -61,6 +63,7 @@ class MDMASRDecoderConfig(PreTrainedConfig):
     draft_layers: int = 0
     draft_length: int = 8
     draft_vocab_size: int | None = None
+    draft_hints: bool = False
     draft_state_scale: float = 1.0
     draft_embedding_scale: float = 1.0
     tie_word_embeddings: bool = True

@@ -303,12 +303,15 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             embeds = self.embedding_layernorm(embeds)
         return self.dropout(embeds)
 
-    def embed_masks(self, frontiers: torch.LongTensor) -> torch.Tensor:
-        """What the first layer of masks sees (B, F K, D), for blocks behind frontiers (B, F)."""
+    def embed_masks(self, frontiers: torch.LongTensor, hints: torch.LongTensor | None = None) -> torch.Tensor:
+        """What the first layer of masks sees (B, F K, D), for blocks behind frontiers (B, F), and with the tokens that
+        were drafted at some of their places before (B, F, K), -1 at the others."""
         places = torch.arange(self.config.draft_length, device=frontiers.device)
         positions = (frontiers[..., None] + 1 + places).clamp(max=self.config.max_position_embeddings - 1)
         mask = self.input_only_embeddings.weight[-1]
         embeds = mask + self.drafts.offset_embeddings.weight + self.embed_positions(positions).to(mask.dtype)
+        if hints is not None:
+            embeds = embeds + self.embed_ids(hints.clamp(min=0).flatten(1)).view_as(embeds) * (hints >= 0)[..., None]
         if self.embedding_layernorm is not None:
             embeds = self.embedding_layernorm(embeds)
         return self.dropout(embeds.flatten(1, 2))
@@ -363,6 +366,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         past_key_values: DraftingCache | None = None,
         frontiers: torch.LongTensor | None = None,
         frontier_mask: torch.BoolTensor | None = None,
+        hints: torch.LongTensor | None = None,
         **kwargs,
     ) -> MDMASRDecoderOutput:
         """
@@ -383,6 +387,8 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             frontiers (`torch.LongTensor` of shape (B, F), *optional*): positions behind which blocks of K masks stand.
             frontier_mask (`torch.BoolTensor` of shape (B, F, S), *optional*): the slots that each frontier sees.
                 Default, without a cache: those up to it.
+            hints (`torch.LongTensor` of shape (B, F, K), *optional*): tokens drafted before at the masks' places, or
+                -1.
         """
         hidden_states = self.embed(self.embed_ids(input_ids) if token_embeds is None else token_embeds, position_ids)
         if cross_attention_states is None:
@@ -396,7 +402,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         cross_mask = key_mask(self, one, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states)
         cache, behind, masks = past_key_values or WholeSequence(), None, None
         if frontiers is not None:
-            behind, masks = BehindDonor(), self.embed_masks(frontiers)
+            behind, masks = BehindDonor(), self.embed_masks(frontiers, hints)
             if frontier_mask is None:
                 frontier_mask = torch.arange(input_ids.shape[1], device=frontiers.device) <= frontiers[..., None]
             mask_mask = self._pair_mask(self._block_mask(frontier_mask), masks.dtype)

@@ -29,6 +29,7 @@ from .objective_mdm_asr import (
     draft_loss,
     draw_frontiers,
     frame_loss,
+    hints_of,
     letter_loss,
     logit_loss,
 )
@@ -520,7 +521,11 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             if "drafts" in parts:
                 states = outputs.draft_hidden_states
                 sequences = torch.cat([prompt_ids, labels], dim=-1)
-                losses["drafts"], shares["drafts"] = self._draft_loss(states, sequences, frontiers, objective)
+                losses["drafts"], shares["drafts"], drafted = self._draft_loss(states, sequences, frontiers, objective)
+                if objective.num_steps == 2:
+                    losses["drafts"] = losses["drafts"] + self._hinted_loss(
+                        drafted, sequences, frontiers, lengths, encoder_outputs, objective, generator, kwargs
+                    )
         if "frames" in parts:
             losses["frames"] = frame_loss(frames, teacher.frames, teacher.num_frames)
         if "ctc" in parts:
@@ -536,9 +541,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def _draft_loss(
         self, states: torch.Tensor, sequences: torch.LongTensor, frontiers: torch.LongTensor, objective: DraftObjective
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of what masks (B, F, K, D) draft behind frontiers (B, F) of sequences (B, S), and how much of it is
-        right."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+        """The loss of what masks (B, F, K, D) draft behind frontiers (B, F) of sequences (B, S), how much of it is
+        right, and the drafts (B, F, K)."""
         decoder = self.model.decoder
         # A frontier's own token, the donor's next one, and the K that are drafted.
         targets = block_targets(sequences, frontiers, decoder.config.draft_length, -100)
@@ -546,9 +551,27 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         mixed = decoder.drafts.head(states, known[:, :, 1:-1].to(states.dtype), known[:, :, :-2].to(states.dtype))
         weight, bias = self.short_list_output()
         drafted = nn.functional.linear(mixed, weight.to(mixed.dtype), bias)
-        return draft_loss(
+        loss, share = draft_loss(
             drafted, targets[..., 2:], self.draft_token_ids, self.config.vocab_size, objective.place_decay
         )
+        return loss, share, self.draft_token_ids[drafted.detach().argmax(dim=-1)]
+
+    def _hinted_loss(
+        self, drafted, sequences, frontiers, lengths, encoder_outputs, objective, generator, kwargs
+    ) -> torch.Tensor:
+        """The loss behind frontiers 1 to K - 1 tokens on, of masks that see what was drafted at their places; every
+        other one sees nothing, as where all drafts were accepted."""
+        num_blocks, length = drafted.shape[1:]
+        drawn = draw_frontiers(torch.full_like(lengths, max(length - 1, 1)), 1, 2 * num_blocks, generator)
+        moved, is_hinted = drawn[:, :num_blocks], drawn[:, num_blocks:] * 2 > length
+        last = (sequences != -100).sum(dim=-1, keepdim=True) - 2
+        behind = (frontiers + moved).minimum(last).maximum(frontiers)
+        hints = hints_of(drafted, behind - frontiers).masked_fill(~is_hinted[..., None], -1)
+        tokens = sequences.masked_fill(sequences == -100, self.config.eos_token_id)
+        outputs = self.model(
+            decoder_input_ids=tokens[:, :-1], encoder_outputs=encoder_outputs, frontiers=behind, hints=hints, **kwargs
+        )
+        return self._draft_loss(outputs.draft_hidden_states, sequences, behind, objective)[0]
 
     def _default_prompt(self, batch_size: int) -> torch.LongTensor:
         return self._prepare_prompt(None, batch_size, self.generation_config, {})

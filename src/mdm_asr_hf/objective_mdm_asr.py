@@ -194,6 +194,8 @@ class DraftObjective:
 
     Args:
         num_frontiers (`int`): F, positions of each text, drawn at random, that blocks of masks stand behind.
+        num_steps (`int`): 2 is ISCT in kind: the blocks' loss, and that of blocks some tokens behind them which see
+            what the first drafted at their places. Decoding then shows the masks drafts that were not accepted.
         place_decay (`float`): the weight of a draft by its place in the block, decay^k: it only counts if those before
             it are right.
         donor_weight (`float`): of the donor's cross-entropy on the labels.
@@ -205,6 +207,7 @@ class DraftObjective:
     """
 
     num_frontiers: int = 12
+    num_steps: int = 1
     place_decay: float = 0.9
     donor_weight: float = 1.0
     draft_weight: float = 1.0
@@ -215,6 +218,8 @@ class DraftObjective:
     def __post_init__(self):
         if type(self.num_frontiers) is not int or self.num_frontiers < 1:
             raise ValueError(f"`num_frontiers` must be an integer of at least 1, got {self.num_frontiers!r}.")
+        if self.num_steps not in (1, 2):
+            raise ValueError(f"`num_steps` of drafts must be 1 or 2, got {self.num_steps!r}.")
         if not 0 < self.place_decay <= 1:
             raise ValueError(f"`place_decay` must be above 0 and at most 1, got {self.place_decay!r}.")
         for name in _WEIGHTS:
@@ -258,6 +263,14 @@ class TeacherOutput(ModelOutput):
     token_ids: torch.LongTensor | None = None
     log_probs: torch.FloatTensor | None = None
     characters: torch.LongTensor | None = None
+
+
+def hints_of(drafts: torch.LongTensor, moved: torch.LongTensor) -> torch.LongTensor:
+    """What blocks see of drafts (B, F, K) of blocks that stand `moved` (B, F) tokens before them: -1 where nothing was
+    drafted."""
+    places = moved[..., None] + torch.arange(drafts.shape[-1], device=drafts.device)
+    drafted = drafts.gather(-1, places.clamp(max=drafts.shape[-1] - 1))
+    return drafted.where(places < drafts.shape[-1], -1)
 
 
 def frame_loss(frames: torch.Tensor, teacher: torch.Tensor, num_frames: torch.LongTensor) -> torch.Tensor:
@@ -350,6 +363,7 @@ __all__ = [
     "draft_loss",
     "draw_frontiers",
     "frame_loss",
+    "hints_of",
     "letter_loss",
     "logit_loss",
 ]

@@ -76,6 +76,7 @@ class OnnxDecoder:
         past_key_values: DraftingCache | None = None,
         frontiers: torch.LongTensor | None = None,
         frontier_mask: torch.BoolTensor | None = None,
+        hints: torch.LongTensor | None = None,
         columns: torch.LongTensor | None = None,
         output_cross_queries: bool = False,
     ) -> dict[str, Any]:
@@ -85,6 +86,7 @@ class OnnxDecoder:
             encoder_hidden_states: not needed; the keys and values of the cross-attention are.
             attention_mask (`torch.BoolTensor` of shape (R, Q, S), *optional*), position_ids, past_key_values,
                 frontiers, frontier_mask: as in [`MDMASRDecoder`]; frontiers need a cache.
+            hints: not used, since the graphs have no place for them.
             columns (`torch.LongTensor` of shape (R, N), *optional*): those whose logits are needed. Default: none.
 
         Returns:

@@ -150,7 +150,8 @@ class VerifiedDecoder:
         self.temperature, self.seeds, self.hotwords = temperature, seeds, hotwords
         # Where processes wait for each other, each step is one call, whatever was accepted.
         self.blocks = "one" if synced_gpus else settings.draft_blocks
-        self.most_drafts = min(settings.draft_length or config.draft_length, config.draft_length)
+        self.block_length = config.draft_length
+        self.most_drafts = min(settings.draft_length or self.block_length, self.block_length)
         self.most_first_drafts = settings.draft_length or FIRST_DRAFT_LENGTH
         self.allowance = DraftAllowance(len(limits), len(BRANCHES))
         self.uses_masks = "masks" in settings.draft_branches
@@ -229,14 +230,15 @@ class VerifiedDecoder:
             has_ended = has_ended | (text.no_speech[rows] > self.settings.no_speech_threshold)
         left = (~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero().flatten()
         states, is_known = self._block_states(blocks, tree, accepted)
+        hints = self._hints(accepted)
         if len(left) < len(rows):
             self.rows = rows[left]
             if len(left):
                 self.encoder_outputs = take_rows(self.encoder_outputs, left)
                 cache.batch_select_indices(left)
             states = None if states is None else states[left]
-            is_known = is_known[left]
-        self.mask_drafts = self._draft(states, is_known)
+            is_known, hints = is_known[left], hints[left]
+        self.mask_drafts = self._draft(states, is_known, hints)
 
     def _nothing(self) -> tuple[torch.LongTensor, torch.LongTensor]:
         ids = self.text.tokens.new_zeros((len(self.rows), 0))
@@ -399,7 +401,18 @@ class VerifiedDecoder:
         last = accepted.path.gather(1, accepted.num_accepted[:, None])
         return blocks[torch.arange(len(blocks), device=last.device), last[:, 0]], every
 
-    def _draft(self, states: torch.Tensor | None, is_known: torch.BoolTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _hints(self, accepted: Acceptance) -> torch.LongTensor:
+        """The masks' drafts that were not accepted, at the places of the next block (R, K), -1 where there are none:
+        those behind the first one, in whose place the donor's own token stands."""
+        ids, counts = self.mask_drafts
+        places = accepted.num_accepted[:, None] + 1 + torch.arange(self.block_length, device=ids.device)
+        if not ids.shape[1]:
+            return torch.full_like(places, -1)
+        return ids.gather(1, places.clamp(max=ids.shape[1] - 1)).where(places < counts[:, None], -1)
+
+    def _draft(
+        self, states: torch.Tensor | None, is_known: torch.BoolTensor, hints: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The masks' drafts (R, M) for the next evaluation, and how many each row has."""
         text, rows, model = self.text, self.rows, self.model
         if not self.uses_masks or not len(rows):
@@ -418,6 +431,7 @@ class VerifiedDecoder:
                 past_key_values=self.cache,
                 frontiers=lengths[:, None] - 2,
                 frontier_mask=torch.arange(num_keys, device=rows.device) < lengths[:, None, None] - 1,
+                **({"hints": hints[:, None]} if model.config.decoder_config.draft_hints else {}),
                 logits_to_keep=text.tokens.new_zeros((len(rows), 0)),
             )
             states = outputs.draft_hidden_states[:, 0]

@@ -9,7 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,7 @@ def train_drafts(
     encoder_steps: int | None = None,
     first_draft_steps: int = 3000,
     draft_steps: int = 6000,
+    isct_steps: int = 1,
     language: str | None = None,
     report: Callable[[str], None] = print,
     **arguments: Any,
@@ -332,6 +333,7 @@ def train_drafts(
         silence_s (`float`): behind the audio, that a Whisper encoder learns to do with.
         encoder_steps, first_draft_steps, draft_steps (`int`): of each stage; 0 leaves it out. `encoder_steps` are 3000
             by default with a Whisper encoder, and 0 with any other, which needs no silence.
+        isct_steps (`int`): 2 trains the masks in two steps, see `num_steps` of [`DraftObjective`].
         language (`str`, *optional*): of the speech, where the sources do not tell and the donor should not guess.
         report (`Callable`): is told of the progress, in lines.
         arguments: of [`MDMASRTrainingArguments`], for all stages.
@@ -393,6 +395,10 @@ def train_drafts(
         add_first_draft(model, processor.tokenizer, texts)
     results, weights = {"donor": str(donor), "stages": {}}, [one.weight for one in audio]
     weights = None if None in weights else weights
+    objectives = {name: stage.objective for name, stage in STAGES.items()}
+    if draft_steps:
+        objectives["drafts"] = replace(objectives["drafts"], num_steps=isct_steps)
+        model.config.decoder_config.draft_hints = isct_steps == 2
     learnt = donor_caches
     for name, number in steps.items():
         if not number:
@@ -416,6 +422,7 @@ def train_drafts(
             folder,
             weights=weights,
             report=report,
+            objective=objectives[name],
             max_steps=number,
             **arguments,
         )
