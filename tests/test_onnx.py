@@ -259,27 +259,6 @@ def test_transcriber_pipeline_and_stream(golden):
     assert output == expected and len(output) > 3
 
 
-def test_scales_of_positions_change_nothing_but_the_rounding(pair):
-    import numpy as np
-    import onnx
-    import onnxruntime
-
-    file = pair[2] / "encoder.onnx"
-    graph = onnx.load(file)
-    before = [node.op_type for node in graph.graph.node]
-    onnx_export_mdm_asr._scale_positions(graph)
-    after = [node.op_type for node in graph.graph.node]
-    # The second feed-forward layer of each of the two blocks.
-    assert after.count("ReduceMax") - before.count("ReduceMax") == after.count("Abs") - before.count("Abs") == 2
-    features, mask = tiny_inputs(seconds=(1.0, 0.4))
-    inputs = {"input_features": features.numpy(), "attention_mask": mask.numpy(), "trailing_silence": np.array(30)}
-    expected, output = (
-        onnxruntime.InferenceSession(one).run(None, inputs) for one in (str(file), graph.SerializeToString())
-    )
-    for one, other in zip(output, expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(one), torch.from_numpy(other), rtol=1e-4, atol=1e-5)
-
-
 def test_large_sums_of_int8_are_not_cut_off(tmp_path):
     import numpy as np
     import onnx
@@ -309,7 +288,7 @@ def test_int8(golden, tmp_path, monkeypatch, run_command):
         )
     folder = tmp_path / "int8"
     code, out, _ = run_command("export", "--format", "onnx", "--int8", "--output", folder)
-    assert code == 0 and out.startswith(f"wrote {folder}: ctc_head.onnx 1.8 MB, decoder.onnx 29.4 MB")
+    assert code == 0 and out.startswith(f"wrote {folder}: ctc_head.onnx 1.8 MB, decoder.onnx 30.8 MB")
     # A quarter, and the embeddings as they are.
     for file in exported.glob("*.onnx"):
         assert (folder / file.name).stat().st_size < 0.4 * file.stat().st_size

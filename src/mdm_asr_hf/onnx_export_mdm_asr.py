@@ -15,13 +15,14 @@ from torch import nn
 
 from .cache_mdm_asr import BehindDonor, KeyValue
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S
-from .int8_mdm_asr import needs_position_scales
 
 ENCODER_FILE, CTC_FILE, DECODER_FILE = "encoder.onnx", "ctc_head.onnx", "decoder.onnx"
 DRAFTS_FILE, HEAD_FILE, TOKENS_FILE = "drafts.onnx", "draft_head.onnx", "tokens.safetensors"
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
 DYNAMIC = torch.export.Dim.DYNAMIC
+# Weights that share a scale; and ONNX Runtime's level at which it multiplies integers, not floats.
+INT8_BLOCK, INT8_ARITHMETIC = 64, 4
 
 
 def layer_names(kind: str, layers: range) -> list[str]:
@@ -198,7 +199,7 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     Args:
         model ([`MDMASRForConditionalGeneration`], folder or id).
         output: a folder that does not exist yet, or is empty.
-        int8 (`bool`): quantise the matrix products: weights per output channel, inputs as they come.
+        int8 (`bool`): quantise the matrix products: weights by blocks of 64, each position's inputs by its own.
         processor ([`MDMASRProcessor`], *optional*): of a model that was not loaded from a folder.
 
     Raises:
@@ -477,60 +478,22 @@ def _round(value: Any, ndigits: None = None) -> Any:
 
 def _quantize(path: Path) -> None:
     """
-    Quantises, in place, the matrix products of a graph with weights, one scale per output channel, inputs as
-    `int8_mdm_asr` does. Embeddings stay as they are: the tied table would be made floats again as a whole in every
-    step.
+    Quantises, in place, the matrix products of a graph with weights, in blocks of a channel's inputs. Activations get
+    a scale for each block of each position, so that what one position gives does not depend on the others of the call.
+    Embeddings stay as they are: the tied table would be made floats again as a whole in every step.
     """
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     graph = onnx.load(path)
-    _scale_positions(graph)
     is_large = graph.ByteSize() > MAX_EMBEDDED_BYTES
+    quantizer = MatMulNBitsQuantizer(
+        graph, bits=8, block_size=INT8_BLOCK, is_symmetric=True, accuracy_level=INT8_ARITHMETIC
+    )
+    quantizer.process()
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
-    quantize_dynamic(
-        graph,
-        path,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=is_large,
-    )
-
-
-def _scale_positions(model: Any) -> None:
-    """
-    Divides the inputs of the narrowing products by each position's largest value, and multiplies their results by it:
-    the quantiser's one scale per call then suits all positions, see `int8_mdm_asr`.
-    """
-    import numpy as np
-    from onnx import helper, numpy_helper
-
-    graph = model.graph
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    constants = {"int8.axis": np.array([-1]), "int8.least": np.array(torch.finfo(torch.float32).tiny, np.float32)}
-    for place, node in reversed(list(enumerate(graph.node))):
-        if (
-            node.op_type != "MatMul"
-            or node.input[1] not in shapes
-            or not needs_position_scales(*shapes[node.input[1]])
-        ):
-            continue
-        source, result = node.input[0], node.output[0]
-        size, most, largest, small, product = (
-            f"{result}.{name}" for name in ("abs", "max", "largest", "scaled", "unscaled")
-        )
-        node.input[0], node.output[0] = small, product
-        graph.node.insert(place + 1, helper.make_node("Mul", [product, largest], [result], name=f"{result}.scale"))
-        for one in (
-            helper.make_node("Div", [source, largest], [small], name=small),
-            helper.make_node("Max", [most, "int8.least"], [largest], name=largest),
-            helper.make_node("ReduceMax", [size, "int8.axis"], [most], name=most),
-            helper.make_node("Abs", [source], [size], name=size),
-        ):
-            graph.node.insert(place, one)
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    quantizer.model.save_model_to_file(str(path), use_external_data_format=is_large)
 
 
 __all__ = [

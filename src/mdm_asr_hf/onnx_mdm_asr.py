@@ -30,7 +30,6 @@ from .onnx_export_mdm_asr import (
 )
 
 SPINNING_STOP = "session.force_spinning_stop"
-EXACT_SUMS = "session.x64quantprecision"
 
 
 def is_onnx_folder(folder: str | Path) -> bool:
@@ -369,9 +368,6 @@ def session_options(num_threads: int | None = None) -> Any:
     # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
     # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.
     options.add_session_config_entry(SPINNING_STOP, "1")
-    # Without VNNI, the fastest kernels for int8 cut off sums that do not fit into 16 bits (see `int8_mdm_asr`):
-    # others, a tenth slower, take their place there, and only there.
-    options.add_session_config_entry(EXACT_SUMS, "1")
     if num_threads is not None:
         if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
             raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
