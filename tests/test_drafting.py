@@ -142,20 +142,26 @@ def test_drafts_come_from_the_short_list():
 
 
 def test_an_allowance_falls_to_none_and_comes_back():
-    allowance, row = DraftAllowance(2, 1), torch.tensor([0])
+    allowance, row = DraftAllowance(2, [0.6]), torch.tensor([0])
     assert allowance.limits(0, 8).tolist() == [8, 8] and allowance.limits(0, 3).tolist() == [3, 3]
-    asked = []
-    for _ in range(16):
-        limit = allowance.limits(0, 8)[:1]
+    asked, foreseen = [], True
+    for _ in range(31):
+        limit, may_ask = allowance.limits(0, 8)[:1], bool(allowance.may_ask_next(0)[0])
+        # Whoever may not be asked next is not.
+        assert foreseen or limit == 0
+        foreseen = may_ask
         asked.append(int(limit))
         allowance.note(row, 0, limit, torch.tensor([0]))
-    # Means 0.6, 0.42, 0.29, 0.21: useless by the fourth, two are tried once more after 8 evaluations.
-    assert asked == [8] * 3 + [0] * 8 + [2] + [0] * 4
-    # Four evaluations lowered the mean; two drafts that are right bring all back.
-    assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**4)
+    # Means 0.6, 0.42, 0.29, 0.21: useless by the fourth, two are tried once more after 8 evaluations, and after 16.
+    assert asked == [8] * 3 + [0] * 8 + [2] + [0] * 16 + [2] + [0] * 2
+    # Five evaluations lowered the mean; two drafts that are right bring all back.
+    assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**5)
     allowance.note(row, 0, torch.tensor([2]), torch.tensor([2]))
-    assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**5 + 0.3 * 2)
+    assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**6 + 0.3 * 2)
     assert allowance.limits(0, 8).tolist() == [8, 8]
+    # What nobody trained is asked late.
+    allowance = DraftAllowance(1, [0.0, 0.6])
+    assert allowance.limits(0, 8).tolist() == [0] and allowance.limits(1, 8).tolist() == [8]
 
 
 def test_noise_is_a_function_of_seed_position_and_token():

@@ -17,7 +17,8 @@ from .sampling_mdm_asr import arg_max, propose_tokens
 
 # A branch's running mean of accepted drafts: its value at the start, and how much of it each evaluation replaces.
 START_MEAN, MEAN_RATE = 0.6, 0.3
-# Under this mean none are asked for, since they cost more than they spare, but for so many after so many evaluations.
+# Under this mean none are asked for, since they cost more than they spare, but for so many after so many evaluations,
+# and after twice as many where these were of no use either.
 LEAST_MEAN, RETRY_AFTER, NUM_RETRIED = 0.25, 8, 2
 
 
@@ -203,16 +204,27 @@ class DraftAllowance:
 
     Attributes:
         mean (`torch.Tensor` of shape (R, branches)): of the drafts accepted in an evaluation.
+
+    Args:
+        num_rows (`int`): R.
+        start_means (`list[float]`): of each branch, what its mean begins with.
     """
 
-    def __init__(self, num_rows: int, num_branches: int):
-        self.mean = torch.full((num_rows, num_branches), START_MEAN)
-        self._unasked = torch.zeros((num_rows, num_branches), dtype=torch.long)
+    def __init__(self, num_rows: int, start_means: Sequence[float]):
+        self.mean = torch.tensor(start_means).repeat(num_rows, 1)
+        self._unasked = torch.zeros((num_rows, len(start_means)), dtype=torch.long)
+        self._patience = torch.full_like(self._unasked, RETRY_AFTER)
 
     def limits(self, branch: int, most: int) -> torch.LongTensor:
         """The most drafts (R,) to ask a branch for."""
-        retried = torch.where(self._unasked[:, branch] >= RETRY_AFTER, min(NUM_RETRIED, most), 0)
+        is_time = self._unasked[:, branch] >= self._patience[:, branch]
+        retried = torch.where(is_time, min(NUM_RETRIED, most), 0)
         return torch.where(self.mean[:, branch] >= LEAST_MEAN, most, retried)
+
+    def may_ask_next(self, branch: int) -> torch.BoolTensor:
+        """Whether a branch of each row (R,) may be asked behind the evaluation that is about to be made."""
+        is_time = self._unasked[:, branch] + 1 >= self._patience[:, branch]
+        return is_time | (self.mean[:, branch] >= LEAST_MEAN)
 
     def note(self, rows: torch.LongTensor, branch: int, num_asked: torch.LongTensor, accepted: torch.LongTensor):
         """Takes note of how many drafts some rows had and how many were accepted (N,)."""
@@ -220,6 +232,9 @@ class DraftAllowance:
         mean = self.mean[rows, branch]
         self.mean[rows, branch] = torch.where(was_asked, mean + MEAN_RATE * (accepted - mean), mean)
         self._unasked[rows, branch] = torch.where(was_asked, 0, self._unasked[rows, branch] + 1)
+        was_retried = was_asked & (mean < LEAST_MEAN)
+        patience = torch.where(was_retried & (accepted == 0), 2 * self._patience[rows, branch], RETRY_AFTER)
+        self._patience[rows, branch] = torch.where(was_asked, patience, self._patience[rows, branch])
 
 
 def gumbel_noise(seeds: torch.LongTensor, positions: torch.LongTensor, vocab_size: int) -> torch.Tensor:

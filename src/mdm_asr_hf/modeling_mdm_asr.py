@@ -244,6 +244,11 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         ) else None
 
     @property
+    def has_trained_drafts(self) -> bool:
+        """Whether the masks of a block differ, which they do not before they are trained."""
+        return bool(self.model.decoder.drafts.offset_embeddings.weight.any())
+
+    @property
     def draft_token_ids(self) -> torch.LongTensor:
         """The N ids that can be drafted."""
         return self.model.decoder.drafts.head.token_ids

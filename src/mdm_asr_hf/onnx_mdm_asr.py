@@ -173,6 +173,8 @@ class OnnxMDMASR(MDMASRGenerationMixin):
     """
 
     generation_config_class = MDMASRGenerationConfig
+    # What is exported is worth exporting.
+    has_trained_drafts = True
     main_input_name = "input_features"
     # What goes in and comes out; quantised graphs, too, convert by themselves.
     device, dtype = torch.device("cpu"), torch.float32

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .cache_mdm_asr import DraftingCache
-from .drafting_mdm_asr import Acceptance, DraftAllowance, DraftTree, choose_tokens, propose_drafts
+from .drafting_mdm_asr import START_MEAN, Acceptance, DraftAllowance, DraftTree, choose_tokens, propose_drafts
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
 from .first_draft_mdm_asr import FirstDraft
 from .generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
@@ -153,7 +153,8 @@ class VerifiedDecoder:
         self.block_length = config.draft_length
         self.most_drafts = min(settings.draft_length or self.block_length, self.block_length)
         self.most_first_drafts = settings.draft_length or FIRST_DRAFT_LENGTH
-        self.allowance = DraftAllowance(len(limits), len(BRANCHES))
+        # Masks that nobody trained yet are not asked at once.
+        self.allowance = DraftAllowance(len(limits), [START_MEAN if model.has_trained_drafts else 0.0, START_MEAN])
         self.uses_masks = "masks" in settings.draft_branches
         self.draft_output = model.short_list_output() if self.uses_masks else None
         self.rows = is_open.nonzero().flatten()
@@ -268,9 +269,12 @@ class VerifiedDecoder:
         visible, first = tree.visible, tree.read_from
         cache.place(tree.slots, visible.shape[-1])
         frontiers = frontier_mask = None
-        if self.uses_masks and self.blocks == "quadratic":
+        wants_blocks = self.uses_masks and (
+            self.synced_gpus or bool(self.allowance.may_ask_next(0)[self.rows.cpu()].any())
+        )
+        if wants_blocks and self.blocks == "quadratic":
             frontiers, frontier_mask = tree.positions[:, first:], visible[:, first:]
-        elif self.uses_masks and self.blocks == "one":
+        elif wants_blocks and self.blocks == "one":
             # Behind the masks' own drafts, or where there are none behind the last committed token.
             last = first + self.mask_drafts[1][:, None]
             frontiers = tree.positions.gather(1, last)

@@ -389,7 +389,7 @@ def train_drafts(
     # As it was loaded: bf16 keeps three digits.
     model, processor = _load(donor)
     texts = [one[i]["text"].tolist() for one in donor_caches for i in _places(one, NUM_COUNTED // len(audio))]
-    if not model.get_decoder().drafts.offset_embeddings.weight.any():
+    if not model.has_trained_drafts:
         set_short_list(model, texts)
     if model.ctc_head is None and (encoder_steps or first_draft_steps):
         add_first_draft(model, processor.tokenizer, texts)
