@@ -27,7 +27,7 @@ from ..sources_mdm_asr import Source
 from ..training_arguments_mdm_asr import MDMASRTrainingArguments
 from ..training_mdm_asr import ISCTTrainer
 from .clips import SpeechClips
-from .donor_cache import CachedSpeech, DistillationCollator, recode_cache, write_cache
+from .donor_cache import CachedSpeech, DistillationCollator, plain_decoding, recode_cache, write_cache
 
 # Letters of a first draft: those that make up this share of the texts, as many as a byte counts.
 LETTERS_SHARE, MOST_LETTERS = 0.9995, 200
@@ -122,10 +122,7 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
     tokens = evaluations = 0
     errors, letters = [0, 0], [0, 0]
     rows = sorted(rows, key=lambda row: float(row["seconds"]))
-    thresholds = ("logprob_threshold", "compression_ratio_threshold", "no_speech_threshold")
-    kept = {name: getattr(model.generation_config, name) for name in thresholds}
-    vars(model.generation_config).update(dict.fromkeys(thresholds))
-    try:
+    with plain_decoding(model, "logprob_threshold", "compression_ratio_threshold", "no_speech_threshold"):
         for first in range(0, len(rows), batch_size):
             batch = DistillationCollator("encoder")(rows[first : first + batch_size])
             features, mask = (batch[name].to(model.device) for name in ("input_features", "attention_mask"))
@@ -147,8 +144,6 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
                 texts = model.spelling.texts
                 spelt = ["".join(texts[i] for i in row[row != -100].tolist()).strip() for row in batch["labels"]]
                 letters = _add(letters, count_errors(spelt, model.write_first_drafts(encoded), characters=True))
-    finally:
-        vars(model.generation_config).update(kept)
     found = {
         "tokens_per_evaluation": tokens / max(evaluations, 1),
         "token_agreement": 1.0 - errors[0] / max(errors[1], 1),

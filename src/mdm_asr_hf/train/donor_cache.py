@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +180,25 @@ def _transcribe(
             }
 
 
+@contextmanager
+def plain_decoding(model: Any, *thresholds: str) -> Iterator[None]:
+    """Inside, `generate` has no such thresholds, so that no text gets a second attempt, and nothing to remark."""
+    settings, log = model.generation_config, logging.get_logger("mdm_asr_hf.generation_mdm_asr")
+    kept, level = {name: getattr(settings, name) for name in thresholds}, log.level
+    vars(settings).update(dict.fromkeys(thresholds))
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        vars(settings).update(kept)
+        log.setLevel(level)
+
+
 def _greedy_texts(
     model: Any, features: torch.Tensor, mask: torch.Tensor, encoded: MDMASREncoderOutput, **inputs: Any
 ) -> Any:
-    """The donor's own, without drafts; those that loop are left out afterwards, with no second attempt."""
-    thresholds = {"logprob_threshold": None, "compression_ratio_threshold": None}
-    kept = {name: getattr(model.generation_config, name) for name in thresholds}
-    vars(model.generation_config).update(thresholds)
-    try:
+    """The donor's own, without drafts; those that loop are left out afterwards."""
+    with plain_decoding(model, "logprob_threshold", "compression_ratio_threshold"):
         return model.generate(
             input_features=features,
             attention_mask=mask,
@@ -196,8 +208,6 @@ def _greedy_texts(
             return_dict_in_generate=True,
             **inputs,
         )
-    finally:
-        vars(model.generation_config).update(kept)
 
 
 def _rows(
@@ -437,4 +447,4 @@ def _lengths_mask(parts: list[torch.Tensor]) -> torch.Tensor:
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
-__all__ = ["CachedSpeech", "DistillationCollator", "describe_donor", "recode_cache", "write_cache"]
+__all__ = ["CachedSpeech", "DistillationCollator", "describe_donor", "plain_decoding", "recode_cache", "write_cache"]
