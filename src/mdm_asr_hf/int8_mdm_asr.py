@@ -3,8 +3,9 @@
 8-bit integers on a CPU: linear layers with int8 weights, one scale per output channel, and activations quantised as
 they come. Everything else stays in fp32.
 
-Each position's activations have a scale of their own (as in arXiv 2206.01861), so that what one position gives does
-not depend on the others of the call: a text is the same in every batch, and whatever drafts are verified beside it.
+Each position's activations have a scale of their own (as in arXiv 2206.01861), so that what a layer gives for one
+position does not depend on the others of the call. The attention, in fp32, sums in an order that depends on their
+number, which 8 bits can enlarge to another token where two are nearly as probable.
 Nor do the few positions that hold values tens of times as large as all others' round those away.
 
 CPUs without VNNI add products in pairs, in 16 bits, where two of an 8-bit activation and an 8-bit weight do not fit:
