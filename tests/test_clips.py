@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
@@ -68,6 +70,19 @@ def test_what_is_read_is_what_the_plan_says(speech):
     assert not samples[: round(0.1 * RATE)].any() and not samples[-round(0.2 * RATE) :].any()
     assert samples[round(0.1 * RATE)] == pytest.approx((clip.spans[0].row + 1) / 100)
     assert len(samples) == pytest.approx(clip.duration_s * RATE, abs=3)
+
+
+def test_a_data_set_of_datasets_is_read_as_its_files_are(speech, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    paths = [str(path) for path in sorted(speech.glob("*.wav"))]
+    rows = [{"path": None, "bytes": Path(path).read_bytes()} for path in paths]
+    data = datasets.Dataset.from_dict({"audio": rows})
+    data.save_to_disk(tmp_path / "saved")
+    saved, files = SpeechClips(tmp_path / "saved"), SpeechClips(speech)
+    plan = files.plan(0)
+    assert saved.plan(0) == plan
+    for clip in [plan[0], max(plan, key=lambda clip: clip.spans[0].row)]:
+        np.testing.assert_allclose(saved.read(clip, RATE), files.read(clip, RATE), atol=1e-4)
 
 
 def test_nonsense_raises(speech, tmp_path):

@@ -223,6 +223,9 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
         data = load_undecoded(source, streaming=False)
         audio_name = source.columns(data.column_names).audio
         audio, texts = data[audio_name], data.remove_columns(audio_name)
+        if not texts.column_names:
+            # Without a column a data set has no rows either.
+            texts = ({} for _ in range(len(data)))
         raw = ((f"{source.path} row {i}", dict(row, **{audio_name: i}), None) for i, row in enumerate(texts))
 
     rows, skipped, causes, columns = [], Counter(), [], None

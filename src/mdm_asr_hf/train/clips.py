@@ -96,6 +96,7 @@ class SpeechClips:
         self.held_out, self.passes, self.seed = held_out, passes, seed
         self.max_s, self.min_s = min(max_duration_s, MAX_S), MIN_S
         self.augment = Augmenter(noises=("white", "pink"))
+        self._last: tuple[int, float, np.ndarray] | None = None
         durations_s = self.utterances.durations_s
         rows = np.arange(len(durations_s))
         is_held_out = rows % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
@@ -208,7 +209,10 @@ class SpeechClips:
             except (soundfile.SoundFileError, OSError) as error:
                 raise ValueError(f"{audio} cannot be read: {error}") from error
             return load_audio(audio, target_sampling_rate=sampling_rate)
-        samples = load_audio(audio, target_sampling_rate=sampling_rate)
+        if self._last is None or self._last[:2] != (span.row, sampling_rate):
+            # Of a long one that is no file the next piece may follow.
+            self._last = (span.row, sampling_rate, load_audio(audio, target_sampling_rate=sampling_rate))
+        samples = self._last[2]
         return samples[round(span.start_s * sampling_rate) : round(span.stop_s * sampling_rate)]
 
 
