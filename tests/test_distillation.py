@@ -357,6 +357,8 @@ def test_train_drafts_makes_a_model_of_audio_alone(run_command, donor, speech, t
     assert changed and not any(name.startswith(donors) for name in changed)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["stages"]) == list(STAGES)
+    assert results["sources"][0]["clips"] > 0 and results["sources"][0]["left_out"] == {}
+    assert any(line.startswith(f"{folder}: {results['sources'][0]['clips']} clips, 0.0 hours") for line in said)
     # What is done is not done again, and gives the same model.
     code, out, _ = run_training(run_command, donor, source, tmp_path / "out")
     assert code == 0 and not any("of 2:" in line for line in out.splitlines())

@@ -388,7 +388,12 @@ def train_drafts(
         set_short_list(model, texts)
     if model.ctc_head is None and (encoder_steps or first_draft_steps):
         add_first_draft(model, processor.tokenizer, texts)
-    results, weights = {"donor": str(donor), "stages": {}}, [one.weight for one in audio]
+    weights = [one.weight for one in audio]
+    results = {"donor": str(donor), "sources": [_describe(one) for one in donor_caches], "stages": {}}
+    for source, found in zip(audio, results["sources"], strict=True):
+        report(
+            f"{source.source.path}: {found['clips']} clips, {found['hours']:.1f} hours; left out: {found['left_out']}"
+        )
     weights = None if None in weights else weights
     objectives = {name: stage.objective for name, stage in STAGES.items()}
     if draft_steps:
@@ -453,6 +458,10 @@ def computes_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _describe(cache: CachedSpeech) -> dict[str, Any]:
+    return {"clips": len(cache), "hours": float(cache.durations_s.sum() / 3600), "left_out": cache.left_out}
 
 
 def _places(cache: CachedSpeech, number: int) -> list[int]:
