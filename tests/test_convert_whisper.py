@@ -438,6 +438,16 @@ def test_the_donor_comes_back(donor, tmp_path, dtype):
     assert embedding.data_ptr() != model.get_input_embeddings().weight.data_ptr()
 
 
+def test_the_donor_comes_back_without_the_silence_that_was_learnt(english):
+    model = from_whisper(english[0])
+    model.get_encoder().silence_embeddings = torch.nn.Parameter(torch.ones(5, model.get_encoder().config.d_model))
+    model.get_encoder().config.silence_frames = 5
+    expected, found = from_whisper(english[0]).to_whisper(), model.to_whisper()
+    assert found.config.to_dict() == expected.config.to_dict()
+    expected, found = expected.state_dict(), found.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_what_no_whisper_comes_back_of(english):
     with pytest.raises(ValueError, match="`to_whisper` needs a model with drafts"):
         from_whisper(english[0], draft_layers=0).to_whisper()

@@ -294,7 +294,7 @@ def test_two_processes_train_drafts_as_one(tmp_path):
     assert first[0] == second[0] and first[1][-1] != second[1][-1] and list(first[0]) == list(alone[0])
     # The model of two has learnt, and what is saved is whole.
     trained = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "2").state_dict()
-    assert not torch.equal(trained["model.encoder.conv1.weight"], model.state_dict()["model.encoder.conv1.weight"])
+    assert trained["model.encoder.silence_embeddings"].abs().sum() > 0
     assert all(bool(tensor.isfinite().all()) for tensor in trained.values() if tensor.is_floating_point())
 
 

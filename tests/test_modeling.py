@@ -85,6 +85,41 @@ def test_whisper_encoder_takes_the_own_length_and_a_trailing_silence(num_frames,
     assert out.last_hidden_state.shape[1] == positions == int(out.attention_mask.sum())
 
 
+def learn_silence(model, num_frames):
+    """Gives a model frames of silence as if they were learnt."""
+    encoder = model.get_encoder()
+    encoder.config.silence_frames = num_frames
+    learnt = torch.randn(num_frames, encoder.config.d_model, generator=torch.Generator().manual_seed(1))
+    encoder.silence_embeddings = torch.nn.Parameter(learnt)
+
+
+def test_learnt_frames_stand_for_a_short_silence_and_no_other(tmp_path):
+    model = tiny_model("whisper", encoder_trailing_silence_s=0.2)
+    features, mask = tiny_inputs(seconds=(1.0, 0.6, 0.35))
+    with torch.no_grad():
+        plain = model.encode(features, mask)
+        longer = model.encode(features, mask, trailing_silence_s=0.5)
+        # An odd frame of audio belongs to the silence: ten frames, and eleven.
+        learn_silence(model, 11)
+        learnt = model.encode(features, mask)
+        # Whisper's own, exactly.
+        assert torch.equal(model.encode(features, mask, trailing_silence_s=0.5)[0], longer[0])
+        difference = (learnt[0] - plain[0]).abs().amax(dim=-1)
+        assert torch.equal(learnt.attention_mask, plain.attention_mask)
+        assert (difference[plain.attention_mask] > 1e-3).all()
+        for row, num_frames in enumerate((100, 60, 35)):
+            alone = model.encode(features[row : row + 1, :num_frames], mask[row : row + 1, :num_frames])
+            count = alone[0].shape[1]
+            torch.testing.assert_close(alone[0][0], learnt[0][row, :count], atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = MDMASRForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.encode(features, mask)[0], learnt[0])
+    # They are zero before they are learnt.
+    fresh = MDMASRForConditionalGeneration(model.config)
+    assert not fresh.get_encoder().silence_embeddings.any()
+
+
 def test_trailing_silence_is_what_silence_looks_like_in_the_features():
     # Two seconds of audio, then silence as the stock extractor writes it: the loudest value - 2, but not below -1.5.
     model = tiny_model("whisper", encoder_trailing_silence_s=1.0)

@@ -98,9 +98,9 @@ class DistillationArguments:
 
     distill: bool = field(default=False, metadata={"help": "Learn what the donor says itself; no transcripts."})
     cache: str | None = field(default=None, metadata={"help": "For what the donor makes of the audio."})
-    silence_s: float = field(default=1.0, metadata={"help": "Behind the audio, that the encoder learns to do with."})
+    silence_s: float = field(default=1.0, metadata={"help": "Behind the audio, taken for more."})
     encoder_steps: int | None = field(
-        default=None, metadata={"help": "Of the encoder's stage; default: 3000 for a Whisper; 0 leaves it out."}
+        default=None, metadata={"help": "Of the encoder's stage; default: 500 for a Whisper; 0 leaves it out."}
     )
     first_draft_steps: int = field(default=3000, metadata={"help": "Of the CTC head's stage."})
     draft_steps: int = field(default=6000, metadata={"help": "Of the masks' stage."})

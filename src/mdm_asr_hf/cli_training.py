@@ -36,13 +36,14 @@ def train_drafts(
         ),
     ] = None,
     silence_s: Annotated[
-        float, typer.Option("--silence", min=0.0, help="Seconds behind the audio that the encoder learns to do with.")
+        float,
+        typer.Option(
+            "--silence", min=0.0, help="Seconds behind the audio, which a Whisper encoder learns to take for more."
+        ),
     ] = 1.0,
     encoder_steps: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Of the encoder, and the CTC head with it. Default: 3000 for a Whisper; 0 leaves it as it is."
-        ),
+        typer.Option(min=0, help="Of the silence behind the audio. Default: 500 for a Whisper; 0 leaves it as it is."),
     ] = None,
     first_draft_steps: Annotated[int, typer.Option(min=0, help="Of the CTC head alone.")] = 3000,
     draft_steps: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 6000,
@@ -56,7 +57,7 @@ def train_drafts(
     """
     Make a donor fast: train its drafts on audio without transcripts.
 
-    The donor transcribes the audio once; then the encoder learns to do with little silence, the CTC head the first
+    The donor transcribes the audio once; then a short silence learns to stand for a long one, the CTC head the first
     draft, and the masks to draft, each by what the donor said. Started again it goes on where it was stopped.
     """
     from . import cli

@@ -218,13 +218,17 @@ def to_whisper(model: nn.Module) -> WhisperForConditionalGeneration:
     state = model.state_dict()
     kept = {name: tensor for name, tensor in state.items() if not name.startswith((DRAFTS, "ctc_head."))}
     kept.pop(INPUT_ONLY_EMBEDDINGS)
+    # What was learnt for a short silence: behind 30 seconds the encoder is Whisper's.
+    kept.pop("model.encoder.silence_embeddings", None)
     weights = {}
     for name, tensor in kept.items():
         for pattern, replacement in WHISPER_NAMES:
             name = re.sub(pattern, replacement, name)
         weights[name] = tensor.clone()
     with no_init_weights():
-        donor = WhisperForConditionalGeneration(WhisperConfig(**encoder_settings(config.encoder_config)))
+        stated = encoder_settings(config.encoder_config)
+        stated.pop("silence_frames", None)
+        donor = WhisperForConditionalGeneration(WhisperConfig(**stated))
     donor.load_state_dict(weights, strict=True, assign=True)
     donor.tie_weights()
     template = settings.prompt_template

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModel
+from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
@@ -59,7 +60,22 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
 
     Rows of a batch keep their own length: what lies behind a row is masked in the attention and zeroed before each
     convolution, so that a row's frames do not depend on the batch it is in.
+
+    With `silence_frames` S in the configuration, the frames of a silence that is no longer than that are learnt: what
+    `silence_embeddings` (S, D) hold is added to them. A few such frames stand for the long silence that Whisper wants,
+    and no weight of its own changes. Behind a longer silence it is Whisper's, exactly.
     """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        num_learnt = getattr(config, "silence_frames", 0)
+        self.silence_embeddings = nn.Parameter(torch.zeros(num_learnt, config.d_model)) if num_learnt else None
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, OwnLengthWhisperEncoder) and module.silence_embeddings is not None:
+            init.zeros_(module.silence_embeddings)
 
     @capture_outputs
     def forward(
@@ -86,7 +102,7 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
                 "this model's own "
                 "feature extractor returns them. Transpose what the stock Whisper one returns."
             )
-        features, num_frames = self._with_trailing_silence(
+        features, num_speech, num_frames = self._with_trailing_silence(
             input_features.transpose(1, 2), attention_mask, trailing_silence_s, min_duration_s
         )
         hidden_states = nn.functional.gelu(self.conv1(features))
@@ -95,6 +111,8 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         hidden_states = hidden_states.permute(0, 2, 1)
         num_positions = hidden_states.shape[1]
         hidden_states = hidden_states + self.embed_positions.weight[:num_positions]
+        if self.silence_embeddings is not None:
+            hidden_states = hidden_states + self._learnt_silence(num_positions, num_speech // 2, num_frames // 2)
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
         frame_mask = torch.arange(num_positions, device=features.device) < (num_frames // 2)[:, None]
@@ -105,16 +123,26 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
             hidden_states = layer(hidden_states, attention_bias, **kwargs)
         return MDMASREncoderOutput(last_hidden_state=self.layer_norm(hidden_states), attention_mask=frame_mask)
 
+    def _learnt_silence(
+        self, num_positions: int, num_speech: torch.LongTensor, num_frames: torch.LongTensor
+    ) -> torch.Tensor:
+        """What is added to frames (B, T, D) of which `num_speech` (B,) are audio and `num_frames` count."""
+        embeddings = self.silence_embeddings
+        places = torch.arange(num_positions, device=embeddings.device) - num_speech[:, None]
+        is_learnt = (places >= 0) & ((num_frames - num_speech) <= len(embeddings))[:, None]
+        learnt = embeddings[places.clamp(min=0, max=len(embeddings) - 1)]
+        return learnt * is_learnt[..., None].to(learnt.dtype)
+
     def _with_trailing_silence(
         self,
         features: torch.Tensor,
         attention_mask: torch.Tensor | None,
         trailing_silence_s: float,
         min_duration_s: float,
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
         """
         Lays silence behind every row of features (B, mel bins, T), and zeros behind that. Returns features (B, mel
-        bins, T') and frames per row (B,).
+        bins, T'), and of each row (B,) the frames of audio, and with the silence.
         """
         batch_size, _, width = features.shape
         capacity = 2 * self.max_source_positions
@@ -145,7 +173,7 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         loudest = features.masked_fill(~speech, -torch.inf).amax(dim=(1, 2), keepdim=True)
         silence = (loudest - WHISPER_DYNAMIC_RANGE).clamp(min=WHISPER_FLOOR)
         features = torch.where(speech, features, silence)
-        return features * (positions < num_frames[:, None])[:, None], num_frames
+        return features * (positions < num_frames[:, None])[:, None], num_speech, num_frames
 
 
 def key_mask(

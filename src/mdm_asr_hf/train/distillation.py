@@ -1,10 +1,11 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The stages that make a donor fast, of its own text alone: an encoder that does with little silence behind the audio, a
-first draft, and drafts by masks.
+The stages that make a donor fast, of its own text alone: a silence that the encoder needs less of, a first draft, and
+drafts by masks.
 """
 
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from ..first_draft_mdm_asr import MDMASRCTCHead
 from ..mixing_mdm_asr import Mixture
 from ..objective_mdm_asr import DraftObjective
@@ -47,30 +50,38 @@ class Stage:
         trained (`str`): a pattern of the names of the parameters that learn.
         part (`str`): what it reads of the cache, see [`DistillationCollator`].
         learning_rate (`float`): its peak.
-        more_silence (`float`): see [`DistillationCollator`].
     """
 
     objective: DraftObjective
     trained: str
     part: str
     learning_rate: float
-    more_silence: float = 0.0
 
 
 _NOTHING = {"donor_weight": 0.0, "draft_weight": 0.0}
 STAGES = {
+    # Two thousandths of the encoder: none of the donor's weights, so that nothing it knows is lost.
     "encoder": Stage(
-        DraftObjective(**_NOTHING, frame_weight=1.0, logit_weight=1.0, ctc_weight=0.05),
-        r"^(model\.encoder\.(?!embed_positions)|ctc_head\.)",
+        DraftObjective(**_NOTHING, frame_weight=1.0, logit_weight=1.0),
+        r"^model\.encoder\.silence_embeddings$",
         "encoder",
-        2e-4,
-        more_silence=0.15,
+        1e-2,
     ),
     "first_draft": Stage(DraftObjective(**_NOTHING, ctc_weight=1.0), r"^ctc_head\.", "decoder", 1e-3),
     "drafts": Stage(
         DraftObjective(donor_weight=0.0), r"^model\.decoder\.(drafts\.|input_only_embeddings)", "decoder", 4e-4
     ),
 }
+
+
+def add_silence(model: Any, silence_s: float) -> None:
+    """Lets a Whisper encoder learn the frames of so many seconds of silence, and hear no more behind the audio."""
+    encoder = model.get_encoder()
+    # An odd frame of audio more.
+    encoder.config.silence_frames = math.ceil(silence_s * WHISPER_FRAMES_PER_S / 2) + 1
+    learnt = torch.zeros(encoder.config.silence_frames, encoder.config.d_model, device=model.device)
+    encoder.silence_embeddings = nn.Parameter(learnt)
+    model.config.encoder_trailing_silence_s, model.config.encoder_min_duration_s = silence_s, 0.0
 
 
 def add_first_draft(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> None:
@@ -259,7 +270,7 @@ def train_stage(
     trainer = ISCTTrainer(
         model,
         arguments,
-        data_collator=DistillationCollator(stage.part, spell, stage.more_silence),
+        data_collator=DistillationCollator(stage.part, spell),
         train_dataset=data,
         objective=objective,
     )
@@ -325,8 +336,8 @@ def train_drafts(
         output (`str` or `Path`): the folder for the model; its folder `training` keeps caches and checkpoints.
         cache (`str` or `Path`, *optional*): where what the donor makes of the audio is kept; the default is in
             `output`.
-        silence_s (`float`): behind the audio, that a Whisper encoder learns to do with.
-        encoder_steps, first_draft_steps, draft_steps (`int`): of each stage; 0 leaves it out. `encoder_steps` are 3000
+        silence_s (`float`): behind the audio, which a Whisper encoder learns to take for more.
+        encoder_steps, first_draft_steps, draft_steps (`int`): of each stage; 0 leaves it out. `encoder_steps` are 500
             by default with a Whisper encoder, and 0 with any other, which needs no silence.
         isct_steps (`int`): 2 trains the masks in two steps, see `num_steps` of [`DraftObjective`].
         language (`str`, *optional*): of the speech, where the sources do not tell and the donor should not guess.
@@ -347,13 +358,13 @@ def train_drafts(
         raise ValueError("`sources` is empty. Name at least one folder, manifest or data set of audio.")
     model, processor = _load(donor)
     if encoder_steps is None:
-        encoder_steps = 3000 if model.config.encoder_config.model_type == "whisper" else 0
+        encoder_steps = 500 if model.config.encoder_config.model_type == "whisper" else 0
     steps = {"encoder": encoder_steps, "first_draft": first_draft_steps, "drafts": draft_steps}
     if not any(steps.values()):
         raise ValueError("`encoder_steps`, `first_draft_steps` and `draft_steps` are all 0. Nothing would be trained.")
     if encoder_steps and model.config.encoder_config.model_type != "whisper":
         raise ValueError(
-            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder to do with less silence; "
+            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder a silence; "
             f"{model.config.encoder_config.model_type!r} needs none. Set it to 0."
         )
     arguments = {"bf16": computes_bf16(), "use_cpu": not torch.cuda.is_available(), **arguments}
@@ -404,7 +415,7 @@ def train_drafts(
         if not number:
             continue
         if name == "encoder":
-            model.config.encoder_trailing_silence_s, model.config.encoder_min_duration_s = silence_s, 0.0
+            add_silence(model, silence_s)
         elif encoder_steps and learnt is donor_caches:
             model.to(state.device)
             learnt = caches("frames", lambda i, s, folder: recode_cache(model, donor_caches[i], folder, **shares))

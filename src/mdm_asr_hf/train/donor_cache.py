@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..encoder_mdm_asr import WHISPER_DYNAMIC_RANGE, WHISPER_FLOOR, WHISPER_FRAMES_PER_S, MDMASREncoderOutput
+from ..encoder_mdm_asr import MDMASREncoderOutput
 from ..objective_mdm_asr import TeacherOutput
 from ..safeguards_mdm_asr import is_suspicious
 from .clips import SpeechClips, check_readable
@@ -32,8 +32,6 @@ BATCH_S, LEAST_S = 240.0, 15.0
 NUM_PROBABILITIES = 32
 # A text of more tokens than this by its seconds is no speech.
 TOKENS_PER_S, TOKENS_BESIDE = 7.0, 12
-# Silence that is laid behind some clips, and the frames of features that Whisper takes.
-MORE_SILENCE_S, LONGEST = 10.0, 2900
 # A longer clip with fewer tokens than that is one of which the donor left a part out.
 SPARSE_TOKENS_PER_S, SPARSE_S = 1.0, 4.0
 UNREADABLE, NO_SPEECH, LOOPS, GAPS = "unreadable", "without speech", "whose text loops", "whose text has gaps"
@@ -388,17 +386,14 @@ class DistillationCollator:
     Args:
         part (`str`): "encoder": features and all that its teacher knows; "decoder": frames as they are.
         spell (`Callable`, *optional*): the CTC head's classes of a text's tokens, see `MDMASRCTCHead`.
-        more_silence (`float`): the share of clips behind which silence of up to 10 s is laid, so that the encoder also
-            goes on to know what it knew. Whisper only.
     """
 
     def __init__(
         self,
         part: str,
         spell: Callable[[Sequence[int]], list[int]] | None = None,
-        more_silence: float = 0.0,
     ):
-        self.part, self.spell, self.more_silence = part, spell, more_silence
+        self.part, self.spell = part, spell
 
     def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -415,7 +410,6 @@ class DistillationCollator:
             own = [len(one) // 2 for one in features]
             teacher["num_frames"] = torch.tensor(own)
             teacher["frames"] = _pad([row["frames"][:n].float() for row, n in zip(rows, own, strict=True)], 0.0)
-            features = [self._lengthen(one, row.get("augment_seed")) for one, row in zip(features, rows, strict=True)]
             batch["input_features"], batch["attention_mask"] = _pad(features, 0.0), _lengths_mask(features)
             teacher["token_ids"] = _pad([row["token_ids"].long() for row in rows], 0)
             teacher["log_probs"] = _pad([row["log_probs"].float() for row in rows], 0.0)
@@ -427,15 +421,6 @@ class DistillationCollator:
         if teacher:
             batch["teacher"] = TeacherOutput(**teacher)
         return batch
-
-    def _lengthen(self, features: torch.Tensor, seed: int | None) -> torch.Tensor:
-        # Drawn for the row, so that a run that is resumed takes the same course.
-        share, length = np.random.default_rng([2, seed or 0]).random(2)
-        if share >= self.more_silence:
-            return features
-        num_silence = int(min(length * MORE_SILENCE_S * WHISPER_FRAMES_PER_S, LONGEST - len(features)))
-        silence = max(float(features.max()) - WHISPER_DYNAMIC_RANGE, WHISPER_FLOOR)
-        return torch.nn.functional.pad(features, (0, 0, 0, max(0, num_silence)), value=silence)
 
 
 def _pad(parts: list[torch.Tensor], value: float) -> torch.Tensor:
