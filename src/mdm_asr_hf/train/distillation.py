@@ -144,6 +144,8 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
                 encoder_outputs=encoded,
                 decoder_input_ids=batch["prompt_ids"].to(model.device),
                 temperature=0.0,
+                # Before there is a silence that ends a text, none would come to its end.
+                max_new_tokens=batch["labels"].shape[1] + 10,
                 return_dict_in_generate=True,
             )
             lengths = (found.commit_steps > 0).sum(dim=-1)
