@@ -526,8 +526,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             if "drafts" in parts:
                 states = outputs.draft_hidden_states
                 sequences = torch.cat([prompt_ids, labels], dim=-1)
-                losses["drafts"], shares["drafts"], drafted = self._draft_loss(states, sequences, frontiers, objective)
+                losses["drafts"], shares["drafts"], scores = self._draft_loss(states, sequences, frontiers, objective)
                 if objective.num_steps == 2:
+                    drafted = self.draft_token_ids[scores.argmax(dim=-1)]
                     losses["drafts"] = losses["drafts"] + self._hinted_loss(
                         drafted, sequences, frontiers, lengths, encoder_outputs, objective, generator, kwargs
                     )
@@ -546,9 +547,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def _draft_loss(
         self, states: torch.Tensor, sequences: torch.LongTensor, frontiers: torch.LongTensor, objective: DraftObjective
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss of what masks (B, F, K, D) draft behind frontiers (B, F) of sequences (B, S), how much of it is
-        right, and the drafts (B, F, K)."""
+        right, and the logits (B, F, K, N) of the short list."""
         decoder = self.model.decoder
         # A frontier's own token, the donor's next one, and the K that are drafted.
         targets = block_targets(sequences, frontiers, decoder.config.draft_length, -100)
@@ -559,7 +560,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         loss, share = draft_loss(
             drafted, targets[..., 2:], self.draft_token_ids, self.config.vocab_size, objective.place_decay
         )
-        return loss, share, self.draft_token_ids[drafted.detach().argmax(dim=-1)]
+        return loss, share, drafted.detach()
 
     def _hinted_loss(
         self, drafted, sequences, frontiers, lengths, encoder_outputs, objective, generator, kwargs

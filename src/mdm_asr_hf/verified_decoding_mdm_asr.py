@@ -156,6 +156,7 @@ class VerifiedDecoder:
         # Masks that nobody trained yet are not asked at once.
         self.allowance = DraftAllowance(len(limits), [START_MEAN if model.has_trained_drafts else 0.0, START_MEAN])
         self.uses_masks = "masks" in settings.draft_branches
+        self.uses_hints = self.uses_masks and config.draft_hints
         self.draft_output = model.short_list_output() if self.uses_masks else None
         self.rows = is_open.nonzero().flatten()
         if len(self.rows) in (0, len(limits)):
@@ -231,14 +232,14 @@ class VerifiedDecoder:
             has_ended = has_ended | (text.no_speech[rows] > self.settings.no_speech_threshold)
         left = (~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero().flatten()
         states, is_known = self._block_states(blocks, tree, accepted)
-        hints = self._hints(accepted)
+        hints = self._hints(accepted) if self.uses_hints else None
         if len(left) < len(rows):
             self.rows = rows[left]
             if len(left):
                 self.encoder_outputs = take_rows(self.encoder_outputs, left)
                 cache.batch_select_indices(left)
             states = None if states is None else states[left]
-            is_known, hints = is_known[left], hints[left]
+            is_known, hints = is_known[left], None if hints is None else hints[left]
         self.mask_drafts = self._draft(states, is_known, hints)
 
     def _nothing(self) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -415,7 +416,7 @@ class VerifiedDecoder:
         return ids.gather(1, places.clamp(max=ids.shape[1] - 1)).where(places < counts[:, None], -1)
 
     def _draft(
-        self, states: torch.Tensor | None, is_known: torch.BoolTensor, hints: torch.LongTensor
+        self, states: torch.Tensor | None, is_known: torch.BoolTensor, hints: torch.LongTensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The masks' drafts (R, M) for the next evaluation, and how many each row has."""
         text, rows, model = self.text, self.rows, self.model
@@ -435,7 +436,7 @@ class VerifiedDecoder:
                 past_key_values=self.cache,
                 frontiers=lengths[:, None] - 2,
                 frontier_mask=torch.arange(num_keys, device=rows.device) < lengths[:, None, None] - 1,
-                **({"hints": hints[:, None]} if model.config.decoder_config.draft_hints else {}),
+                hints=None if hints is None else hints[:, None],
                 logits_to_keep=text.tokens.new_zeros((len(rows), 0)),
             )
             states = outputs.draft_hidden_states[:, 0]
