@@ -17,22 +17,20 @@ import argparse
 import copy
 import json
 import math
-import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from run_lossless import LOOP, PACKAGES, PLAIN
+from run_lossless import LOOP, write_results
 from run_peers import table
 
 import mdm_asr_hf
 from mdm_asr_hf import verified_decoding_mdm_asr
 from mdm_asr_hf.evaluation_mdm_asr import decode_encoded, encode_dataset
+from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS
 from mdm_asr_hf.sampling_mdm_asr import propose_tokens
 from mdm_asr_hf.scoring_mdm_asr import count_errors, most_in_a_row, normaliser
 
@@ -117,7 +115,7 @@ def run_decoding(model: Any, processor: Any, data: list[Path], batch_size: int) 
                 continue
             settings = copy.deepcopy(model.generation_config)
             others = {k: v for k, v in condition.items() if k not in ("head", "rule", "gamma")}
-            vars(settings).update({**PLAIN, **others})
+            vars(settings).update({**NO_SAFEGUARDS, **others})
             if "gamma" in condition:
                 settings.sampler = {**settings.sampler, "gamma": condition["gamma"]}
             with torch.no_grad():
@@ -202,17 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in run(model, processor, args.data, args.batch_size):
         print(json.dumps(line), file=sys.stderr, flush=True)
         lines.append(line)
-    args.output.mkdir(parents=True, exist_ok=True)
-    results = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "lines": lines,
-    }
-    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    markdown = to_markdown(lines)
-    (args.output / "results.md").write_text(markdown, encoding="utf-8")
-    print(markdown)
+    write_results(args.output, {"lines": lines}, to_markdown(lines))
 
 
 if __name__ == "__main__":

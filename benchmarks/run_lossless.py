@@ -33,17 +33,10 @@ import mdm_asr_hf
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.evaluation_mdm_asr import load_data
-from mdm_asr_hf.safeguards_mdm_asr import compression_ratio
+from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS, compression_ratio
 from mdm_asr_hf.scoring_mdm_asr import count_errors, most_in_a_row, normaliser
 
 PACKAGES = ("mdm_asr_hf", "transformers", "torch", "tokenizers")
-# The donor's own greedy text, as transformers' `generate` gives it by default.
-PLAIN = {
-    "temperature": 0.0,
-    "no_speech_threshold": None,
-    "logprob_threshold": None,
-    "compression_ratio_threshold": None,
-}
 # A phrase so many times in a row is a loop.
 LOOP = 3
 
@@ -72,7 +65,7 @@ class Comparison:
         stock = self.donor.generate(features, encoder_outputs=frames, **self.donor_prompt)
         stock = [self._text_ids(row) for row in stock.tolist()]
         frames = MDMASREncoderOutput(last_hidden_state=frames.last_hidden_state)
-        same = self.model.generate(encoder_outputs=frames, **PLAIN, **self.prompt)
+        same = self.model.generate(encoder_outputs=frames, **NO_SAFEGUARDS, **self.prompt)
         inputs = self.processor(clips, sampling_rate=rate)
         outputs = self.model.prepare_cross_attention(self.model.encode(**inputs))
         own, loop = (
@@ -159,6 +152,19 @@ def to_markdown(lines: list[dict[str, Any]]) -> str:
     return table(list(head.values()), [[str(line[name]) for name in head] for line in lines]) + "\n"
 
 
+def write_results(output: Path, results: dict[str, Any], markdown: str) -> None:
+    """Writes results.json, with the command, the machine and the versions, and results.md, and shows this."""
+    run = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(run | results, indent=2) + "\n", encoding="utf-8")
+    (output / "results.md").write_text(markdown, encoding="utf-8")
+    print(markdown)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--donor", required=True, help="folder or id of WhisperForConditionalGeneration")
@@ -174,16 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = (json.dumps(row, ensure_ascii=False) for row in rows)
     (args.output / "rows.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
     lines = summarise(rows)
-    results = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "sets": lines,
-    }
-    (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    markdown = to_markdown(lines)
-    (args.output / "results.md").write_text(markdown, encoding="utf-8")
-    print(markdown)
+    write_results(args.output, {"sets": lines}, to_markdown(lines))
 
 
 if __name__ == "__main__":

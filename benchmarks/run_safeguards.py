@@ -29,19 +29,13 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 import mdm_asr_hf
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.evaluation_mdm_asr import load_data
+from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS
 from mdm_asr_hf.scoring_mdm_asr import most_in_a_row
 
 RATE_HZ = 16_000
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 LONGEST_S, SHORTEST_S = 12.0, 0.3
 LOOP = 3
-# What switches the safeguards off.
-BARE = {
-    "temperature": 0.0,
-    "no_speech_threshold": None,
-    "logprob_threshold": None,
-    "compression_ratio_threshold": None,
-}
 Clip = tuple[str, str, np.ndarray]
 
 
@@ -92,7 +86,7 @@ def decode(model: Any, processor: Any, clips: list[Clip], fast: bool) -> list[di
         for i, (group, name, samples) in enumerate(clips)
     ]
     if not fast:
-        for row, ids in zip(rows, model.generate(**inputs, **BARE), strict=True):
+        for row, ids in zip(rows, model.generate(**inputs, **NO_SAFEGUARDS), strict=True):
             row["bare"] = processor.decode(ids)
     return rows
 

@@ -113,6 +113,10 @@ class Spelling:
             if text:
                 self.ids.setdefault(text, token_id)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens; those that cannot be written in characters count as nothing."""
+        return "".join(self.texts[token_id] for token_id in ids)
+
     def encode(self, text: str, limit: int) -> list[int]:
         """The first `limit` tokens of a text: in each word, the pair is joined whose token has the lowest id, which is
         the order of merges of a byte-level BPE. Characters without a token end it."""
@@ -186,7 +190,7 @@ class FirstDraft:
         if self._spelling is None:
             self._remainder.advance(token_ids)
         else:
-            self._remainder.advance("".join(self._spelling.texts[token_id] for token_id in token_ids))
+            self._remainder.advance(self._spelling.decode(token_ids))
 
     def propose(self, limit: int) -> list[int]:
         """The next tokens, `limit` of them at most; behind the last of all comes the end of text."""
@@ -194,7 +198,7 @@ class FirstDraft:
         if self._spelling is None:
             return [*rest[:limit], self._eos_token_id][:limit]
         ids = self._spelling.encode(rest, limit)
-        if len(ids) < limit and sum(len(self._spelling.texts[i]) for i in ids) == len(rest):
+        if len(ids) < limit and len(self._spelling.decode(ids)) == len(rest):
             ids.append(self._eos_token_id)
         return ids
 

@@ -11,6 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+# Settings of `generate` that leave all of them out: the donor's own greedy text, in one attempt.
+NO_SAFEGUARDS = {
+    "temperature": 0.0,
+    "no_speech_threshold": None,
+    "logprob_threshold": None,
+    "compression_ratio_threshold": None,
+}
+
 
 def compression_ratio(token_ids: Sequence[int], vocab_size: int) -> float:
     """Bytes of the tokens over their bytes compressed by zlib, as transformers' Whisper counts them: above 1.35 or so
@@ -76,6 +84,7 @@ def no_speech_probability(logits: torch.Tensor, no_speech_token_id: int) -> torc
 
 
 __all__ = [
+    "NO_SAFEGUARDS",
     "compression_ratio",
     "is_loop",
     "is_refused",

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .alignment_mdm_asr import frame_duration_s
 from .objective_mdm_asr import DiffusionObjective, DraftObjective
+from .safeguards_mdm_asr import NO_SAFEGUARDS
 from .scoring_mdm_asr import count_errors, normaliser
 from .training_arguments_mdm_asr import CLOCKED_SCHEDULES, MDMASRTrainingArguments
 
@@ -509,8 +510,7 @@ class ISCTTrainer(Seq2SeqTrainer):
         gen_kwargs.setdefault("synced_gpus", self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self.core_model.config.has_drafts:
             # Early in a training nearly every text would be refused, and decoded six times over.
-            thresholds = ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold")
-            gen_kwargs = {"temperature": 0.0, **dict.fromkeys(thresholds), **gen_kwargs}
+            gen_kwargs = {**NO_SAFEGUARDS, **gen_kwargs}
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         if "prompt_ids" in inputs:
             inputs["decoder_input_ids"] = inputs.pop("prompt_ids")

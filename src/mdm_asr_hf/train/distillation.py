@@ -25,12 +25,13 @@ from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from ..first_draft_mdm_asr import MDMASRCTCHead
 from ..mixing_mdm_asr import Mixture
 from ..objective_mdm_asr import DraftObjective
+from ..safeguards_mdm_asr import NO_SAFEGUARDS
 from ..scoring_mdm_asr import count_errors
-from ..sources_mdm_asr import Source
+from ..sources_mdm_asr import Source, describe_skipped
 from ..training_arguments_mdm_asr import MDMASRTrainingArguments
 from ..training_mdm_asr import ISCTTrainer
 from .clips import SpeechClips
-from .donor_cache import CachedSpeech, DistillationCollator, plain_decoding, recode_cache, write_cache
+from .donor_cache import CachedSpeech, DistillationCollator, recode_cache, without_remarks, write_cache
 
 # Letters of a first draft: those that make up this share of the texts, as many as a byte counts.
 LETTERS_SHARE, MOST_LETTERS = 0.9995, 200
@@ -115,11 +116,11 @@ def set_short_list(model: Any, texts: Sequence[Sequence[int]]) -> None:
 
 def speller(model: Any) -> Callable[[Sequence[int]], list[int]]:
     """What turns a text (ids of tokens) into the CTC head's classes."""
-    texts = model.spelling.texts
+    decode = model.spelling.decode
     number = {letter: i for i, letter in enumerate(model.ctc_head.characters, start=1)}
 
     def spell(ids: Sequence[int]) -> list[int]:
-        return [number[letter] for letter in "".join(texts[i] for i in ids).strip()]
+        return [number[letter] for letter in decode(ids).strip()]
 
     return spell
 
@@ -133,7 +134,7 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
     tokens = evaluations = 0
     errors, letters = [0, 0], [0, 0]
     rows = sorted(rows, key=lambda row: float(row["seconds"]))
-    with plain_decoding(model, "logprob_threshold", "compression_ratio_threshold", "no_speech_threshold"):
+    with without_remarks():
         for first in range(0, len(rows), batch_size):
             batch = DistillationCollator("encoder")(rows[first : first + batch_size])
             features, mask = (batch[name].to(model.device) for name in ("input_features", "attention_mask"))
@@ -143,7 +144,7 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
                 attention_mask=mask,
                 encoder_outputs=encoded,
                 decoder_input_ids=batch["prompt_ids"].to(model.device),
-                temperature=0.0,
+                **NO_SAFEGUARDS,
                 # Before there is a silence that ends a text, none would come to its end.
                 max_new_tokens=batch["labels"].shape[1] + 10,
                 return_dict_in_generate=True,
@@ -154,8 +155,7 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
             said = [_words(row[:n]) for row, n in zip(found.sequences, lengths, strict=True)]
             errors = _add(errors, count_errors(taught, said))
             if model.ctc_head is not None:
-                texts = model.spelling.texts
-                spelt = ["".join(texts[i] for i in row[row != -100].tolist()).strip() for row in batch["labels"]]
+                spelt = [model.spelling.decode(row[row != -100].tolist()).strip() for row in batch["labels"]]
                 letters = _add(letters, count_errors(spelt, model.write_first_drafts(encoded), characters=True))
     found = {
         "tokens_per_evaluation": tokens / max(evaluations, 1),
@@ -296,21 +296,19 @@ class AudioSource:
     Speech without transcripts.
 
     Args:
-        source: a path or name, or a dict of the settings of [`Source`] and of these two.
-        weight (`float`, *optional*): its share of the clips, relative to the other sources'.
+        source ([`Source`]): its `weight` is its share of the clips, relative to the other sources'.
         passes (`int`): how often its audio is cut and changed anew, see [`SpeechClips`].
     """
 
     source: Source
-    weight: float | None = None
     passes: int = 1
 
     @classmethod
     def of(cls, spec: Any) -> "AudioSource":
+        """A source of a path or name, or of a dict of the settings of [`Source`] and `passes`."""
         settings = dict(spec) if isinstance(spec, dict) else {"path": spec}
         passes = settings.pop("passes", 1)
-        source = Source.of({"text_column": None, **settings})
-        return cls(source, source.weight, passes)
+        return cls(Source.of({"text_column": None, **settings}), passes)
 
 
 def train_drafts(
@@ -401,13 +399,12 @@ def train_drafts(
         set_short_list(model, texts)
     if model.ctc_head is None and (encoder_steps or first_draft_steps):
         add_first_draft(model, processor.tokenizer, texts)
-    weights = [one.weight for one in audio]
+    weights = [one.source.weight for one in audio]
+    weights = None if None in weights else weights
     results = {"donor": str(donor), "sources": [_describe(one) for one in donor_caches], "stages": {}}
     for source, found in zip(audio, results["sources"], strict=True):
-        report(
-            f"{source.source.path}: {found['clips']} clips, {found['hours']:.1f} hours; left out: {found['left_out']}"
-        )
-    weights = None if None in weights else weights
+        left_out = describe_skipped(found["left_out"])
+        report(f"{source.source.path}: {found['clips']} clips, {found['hours']:.1f} hours; left out: {left_out}")
     objectives = {name: stage.objective for name, stage in STAGES.items()}
     if draft_steps:
         objectives["drafts"] = replace(objectives["drafts"], num_steps=isct_steps)

@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from ..encoder_mdm_asr import MDMASREncoderOutput
 from ..objective_mdm_asr import TeacherOutput
-from ..safeguards_mdm_asr import is_suspicious
+from ..safeguards_mdm_asr import NO_SAFEGUARDS, is_suspicious
+from ..sources_mdm_asr import describe_skipped
 from .clips import SpeechClips, check_readable
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ def write_cache(
 
     Raises:
         ValueError: the folder holds what another donor or another source made, more than 5 % of the clips cannot be
-            read (their first causes are told), nobody speaks in any of them, or the disk is full.
+            read (their first causes are told), or the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,31 +180,30 @@ def _transcribe(
 
 
 @contextmanager
-def plain_decoding(model: Any, *thresholds: str) -> Iterator[None]:
-    """Inside, `generate` has no such thresholds, so that no text gets a second attempt, and nothing to remark."""
-    settings, log = model.generation_config, logging.get_logger("mdm_asr_hf.generation_mdm_asr")
-    kept, level = {name: getattr(settings, name) for name in thresholds}, log.level
-    vars(settings).update(dict.fromkeys(thresholds))
+def without_remarks() -> Iterator[None]:
+    """Inside, `generate` says nothing of texts that come to no end: they are left out, or measured as they are."""
+    log = logging.get_logger("mdm_asr_hf.generation_mdm_asr")
+    level = log.level
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        vars(settings).update(kept)
         log.setLevel(level)
 
 
 def _greedy_texts(
     model: Any, features: torch.Tensor, mask: torch.Tensor, encoded: MDMASREncoderOutput, **inputs: Any
 ) -> Any:
-    """The donor's own, without drafts; those that loop are left out afterwards."""
-    with plain_decoding(model, "logprob_threshold", "compression_ratio_threshold"):
+    """The donor's own, without drafts; empty where nobody speaks; those that loop are left out afterwards."""
+    settings = {**NO_SAFEGUARDS, "no_speech_threshold": model.generation_config.no_speech_threshold}
+    with without_remarks():
         return model.generate(
             input_features=features,
             attention_mask=mask,
             encoder_outputs=encoded,
-            temperature=0.0,
             draft_branches=[],
             return_dict_in_generate=True,
+            **settings,
             **inputs,
         )
 
@@ -270,9 +270,9 @@ def recode_cache(
 
 
 def _said(block: int, number: int, rows: list[dict[str, Any]], left_out: Counter) -> str:
-    causes = ", ".join(f"{count} {why}" for why, count in left_out.items()) or "none"
     minutes = sum(row["seconds"] for row in rows) / 60
-    return f"block {block + 1} of {number}: {len(rows)} clips, {minutes:.0f} minutes; left out: {causes}"
+    done = f"block {block + 1} of {number}: {len(rows)} clips, {minutes:.0f} minutes"
+    return f"{done}; left out: {describe_skipped(left_out)}"
 
 
 def _why_not(text: torch.Tensor, seconds: float, eos_token_id: int) -> str | None:
@@ -432,4 +432,4 @@ def _lengths_mask(parts: list[torch.Tensor]) -> torch.Tensor:
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
-__all__ = ["CachedSpeech", "DistillationCollator", "describe_donor", "plain_decoding", "recode_cache", "write_cache"]
+__all__ = ["CachedSpeech", "DistillationCollator", "describe_donor", "recode_cache", "without_remarks", "write_cache"]
