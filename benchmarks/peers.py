@@ -36,7 +36,6 @@ OUR_SETTINGS = {
     "steps": ("max_denoising_steps", int),
     "canvas-length": ("canvas_length", int),
     "branches": ("draft_branches", read_branches),
-    "blocks": ("draft_blocks", str),
     "draft-length": ("draft_length", int),
 }
 WINDOW = "window-s"

@@ -6,7 +6,7 @@ What each part of the drafts adds, by real decoding; and how much silence the en
     python benchmarks/run_drafts.py decoding --model FOLDER --data DIR [DIR ...] --output OUT
     python benchmarks/run_drafts.py silence --model FOLDER --data DIR [DIR ...] --output OUT
 
-decoding: every way of drafting on the same frames: branches, blocks, the number of masks, the sequential head, and the
+decoding: every way of drafting on the same frames: branches, the number of masks, the sequential head, and the
     rule of how many drafts are proposed: PBEB-Conf's budget of entropy, a fixed number, a fixed confidence, at random.
     The text is the same in all, which is checked.
 silence: WER and the encoder's time by the seconds of silence behind the audio.
@@ -53,9 +53,6 @@ def decoding_conditions(length: int) -> dict[str, dict[str, Any]]:
         "masks and first draft": {},
         "masks": {"draft_branches": MASKS},
         "first draft": {"draft_branches": FIRST},
-        "masks and first draft, quadratic": {"draft_blocks": "quadratic"},
-        "masks, quadratic": {"draft_branches": MASKS, "draft_blocks": "quadratic"},
-        "masks, one block behind the last row": {"draft_branches": MASKS, "draft_blocks": "one"},
         "masks without the sequential head": {"draft_branches": MASKS, "head": False},
         **{f"masks, K = {k}": {"draft_branches": MASKS, "draft_length": k} for k in (1, 2, 4, 6) if k < length},
         **{f"masks, entropy of {b:g} nats": {"draft_branches": MASKS, "gamma": b} for b in budgets},

@@ -170,7 +170,6 @@ def test_a_clip_that_fails_in_generate_does_not_stop_its_batch(run, silence):
         (["--steps", "5"], "canvas"),
         (["--canvas-length", "50"], "canvas"),
         (["--sampler", "eb_conf"], "drafts"),
-        (["--set", 'draft_blocks="two"'], "draft_blocks"),
         (["--language", "de"], "language"),
         (["--device", "abacus"], "device"),
         (["--model", "/no/such/folder"], "Check the path"),

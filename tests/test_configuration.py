@@ -208,7 +208,6 @@ def test_generation_defaults_are_the_papers():
         (dict(temperature=[0.0, -0.2]), "`temperature`"),
         (dict(draft_branches=["mask"]), "`draft_branches`"),
         (dict(draft_branches="masks"), "`draft_branches`"),
-        (dict(draft_blocks="all"), "`draft_blocks`"),
         (dict(draft_length=0), "`draft_length`"),
         (dict(no_speech_threshold="0.6"), "`no_speech_threshold`"),
         (dict(logprob_threshold=True), "`logprob_threshold`"),

@@ -375,7 +375,6 @@ def test_what_drafts_cannot_use_raises(drafter, arguments, message):
     "arguments",
     [
         dict(draft_branches=["masks"]),
-        dict(draft_blocks="one"),
         dict(draft_length=2),
         dict(no_speech_threshold=0.5),
         dict(compression_ratio_threshold=1.3),

@@ -11,7 +11,6 @@ from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_process
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from mdm_asr_hf import default_checkpoint
-from mdm_asr_hf.generation_configuration_mdm_asr import BLOCKS
 from mdm_asr_hf.hotwords_mdm_asr import (
     CONTINUATION_FACTOR,
     MAX_HOTWORD_TOKENS,
@@ -240,8 +239,7 @@ def test_nothing_to_build():
 # Through generate()
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
-def test_hotwords_do_not_depend_on_drafts_or_batch(blocks):
+def test_hotwords_do_not_depend_on_drafts_or_batch():
     model = tiny_drafts_model("whisper")
     features, mask = tiny_inputs("whisper")
     words = [[20, 21, 22], [7], [40, 8]]
@@ -249,7 +247,7 @@ def test_hotwords_do_not_depend_on_drafts_or_batch(blocks):
     plain = model.generate(features.double(), mask, max_new_tokens=24)
     loop = model.generate(features.double(), mask, draft_branches=[], **arguments)
     assert loop.shape != plain.shape or not torch.equal(loop, plain)
-    assert torch.equal(model.generate(features.double(), mask, draft_blocks=blocks, **arguments), loop)
+    assert torch.equal(model.generate(features.double(), mask, **arguments), loop)
     for row in range(3):
         length = int(mask[row].sum())
         alone = model.generate(features[row : row + 1, :length].double(), mask[row : row + 1, :length], **arguments)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq
 
 from mdm_asr_hf import MDMASRInt8Config, default_checkpoint, int8_mdm_asr, quantize_int8
+from mdm_asr_hf.drafting_mdm_asr import lay_blocks
 from mdm_asr_hf.int8_mdm_asr import Int8Linear
 
 
@@ -91,8 +92,8 @@ def test_the_text_is_the_same_with_any_drafts_in_any_batch(encoder):
     features, mask = tiny_inputs(encoder)
     expected = model.generate(features, mask, max_new_tokens=30, draft_branches=[])
     assert len({tuple(row) for row in expected.tolist()}) > 1
-    for blocks in ("accepted", "quadratic", "one"):
-        output = model.generate(features, mask, max_new_tokens=30, draft_blocks=blocks, return_dict_in_generate=True)
+    for length in (1, 2, 3):
+        output = model.generate(features, mask, max_new_tokens=30, draft_length=length, return_dict_in_generate=True)
         assert torch.equal(output.sequences, expected) and output.accepted_drafts.sum() > 0
     for row in range(3):
         length = int(mask[row].sum())
@@ -142,7 +143,8 @@ def test_the_default_checkpoint_in_int8_predicts_what_it_does_in_fp32():
     assert difference < 0.2
     # The prompt and a text.
     ids = torch.tensor([[50257, 50362, 679, 550, 1043, 810, 465, 9966, 373]])
-    arguments = dict(decoder_input_ids=ids, encoder_outputs=frames, frontiers=torch.tensor([[1, 4, 8]]))
+    arguments = dict(decoder_input_ids=ids, encoder_outputs=frames, frontiers=torch.tensor([[1, 4, 7]]))
+    arguments["block_ids"] = lay_blocks(ids[:, [2, 5, 8]], 8, model.config.mask_token_id)
     exact, close = (one(**arguments) for one in (model, int8))
     exact_log, close_log = (one.logits.log_softmax(dim=-1) for one in (exact, close))
     assert (exact_log.exp() * (exact_log - close_log)).sum(dim=-1).max() < 0.1

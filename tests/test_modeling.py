@@ -325,7 +325,7 @@ def text_inputs(batch_size=3, length=7, seed=0):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_blocks_of_masks_beside_the_causal_rows_are_those_behind_them(encoder, implementation):
+def test_blocks_beside_the_causal_rows_are_those_behind_them(encoder, implementation):
     model = tiny_drafts_model(encoder)
     model.model.decoder.set_attn_implementation(implementation)
     features, mask = tiny_inputs(encoder)
@@ -333,7 +333,8 @@ def test_blocks_of_masks_beside_the_causal_rows_are_those_behind_them(encoder, i
     frontiers = torch.tensor([[0, 3, 6], [2, 2, 5], [6, 1, 0]])
     with torch.no_grad():
         outputs = model.prepare_cross_attention(model.encode(features.double(), mask))
-        together = model(decoder_input_ids=ids, encoder_outputs=outputs, frontiers=frontiers)
+        block_ids = model._lay_blocks(ids, frontiers)
+        together = model(decoder_input_ids=ids, encoder_outputs=outputs, frontiers=frontiers, block_ids=block_ids)
         rows = model(decoder_input_ids=ids, encoder_outputs=outputs)
         # The causal rows do not see the masks, and are the donor's.
         torch.testing.assert_close(together.logits, rows.logits)
@@ -358,6 +359,7 @@ def test_blocks_of_masks_beside_the_causal_rows_are_those_behind_them(encoder, i
                 past_key_values=cache,
                 frontiers=own,
                 frontier_mask=torch.arange(length) <= own[..., None],
+                block_ids=block_ids[:, place : place + 1],
                 logits_to_keep=ids.new_zeros((3, 0)),
             )
             assert alone.logits.shape == (3, 0, VOCAB_SIZE)
@@ -368,20 +370,37 @@ def test_blocks_of_masks_beside_the_causal_rows_are_those_behind_them(encoder, i
         # What stands behind a frontier has no influence on its block.
         changed = ids.clone()
         changed[:, 4:] = 5
-        other = model(decoder_input_ids=changed, encoder_outputs=outputs, frontiers=frontiers)
+        other = model(decoder_input_ids=changed, encoder_outputs=outputs, frontiers=frontiers, block_ids=block_ids)
     same = (other.draft_hidden_states - together.draft_hidden_states).abs().amax(dim=(2, 3)) < 1e-5
     assert torch.equal(same, frontiers < 4)
 
 
-def test_a_block_sees_itself_in_both_directions():
+def test_masks_see_their_block_in_both_directions_and_the_token_before_them_does_not():
     model = tiny_drafts_model(decoder_config=dict(draft_length=4))
     features, mask = tiny_inputs()
     arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.full((3, 1), 3))
+    arguments["block_ids"] = model._lay_blocks(text_inputs(), arguments["frontiers"])
     with torch.no_grad():
         before = model(features, mask, **arguments).draft_hidden_states
         model.model.decoder.drafts.offset_embeddings.weight[2] *= -1.0
         after = model(features, mask, **arguments).draft_hidden_states
-    assert ((before - after).abs().amax(dim=-1) > 1e-3).all()
+    difference = (before - after).abs().amax(dim=-1)
+    assert (difference[..., 1:] > 1e-3).all() and not difference[..., 0].any()
+
+
+def test_before_training_the_first_draft_is_the_donors_own_token(encoder):
+    model = tiny_drafts_model(encoder, decoder_config=dict(draft_layers=2, num_hidden_layers=2))
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        for layer, of_donor in zip(decoder.drafts.layers, decoder.layers, strict=True):
+            layer.load_state_dict({name: of_donor.state_dict()[name] for name in layer.state_dict()})
+        decoder.drafts.layer_norm.load_state_dict(decoder.layer_norm.state_dict())
+        decoder.drafts.offset_embeddings.weight.zero_()
+        outputs = model.prepare_cross_attention(model.encode(*tiny_inputs(encoder)))
+        ids, frontiers = text_inputs(), torch.arange(6).expand(3, -1)
+        blocks = dict(frontiers=frontiers, block_ids=model._lay_blocks(ids, frontiers))
+        result = model.model(decoder_input_ids=ids, encoder_outputs=outputs, **blocks)
+    torch.testing.assert_close(result.draft_hidden_states[:, :, 0], result.last_hidden_state[:, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -392,6 +411,7 @@ def test_drafts_in_half_precision_are_close_to_single(dtype):
             parameter.mul_(0.5)
     features, mask = tiny_inputs()
     arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.tensor([[0, 4]] * 3))
+    arguments["block_ids"] = model._lay_blocks(text_inputs(), arguments["frontiers"])
     with torch.no_grad():
         single = model(features, mask, **arguments)
         half = model.to(dtype)(features, mask, **arguments)
@@ -401,14 +421,12 @@ def test_drafts_in_half_precision_are_close_to_single(dtype):
     assert difference / single.draft_hidden_states.norm() < 0.05
 
 
-@pytest.mark.parametrize("blocks", ["accepted", "quadratic", "one"])
-def test_autocast_decodes_with_weights_in_single_precision(blocks):
+def test_autocast_decodes_with_weights_in_single_precision():
     model = tiny_drafts_model(ctc=True, dtype=torch.float32)
     features, mask = tiny_inputs()
-    arguments = dict(draft_blocks=blocks, return_dict_in_generate=True)
-    plain = model.generate(features, mask, **arguments)
+    plain = model.generate(features, mask, return_dict_in_generate=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model.generate(features, mask, **arguments)
+        output = model.generate(features, mask, return_dict_in_generate=True)
     assert output.confidence.dtype == torch.float32 and output.confidence.isfinite().all()
     assert output.sequences[:, :4].tolist() == plain.sequences[:, :4].tolist()
     assert model.dtype == torch.float32
@@ -449,7 +467,10 @@ def test_the_losses_of_drafts_by_hand(encoder):
         for row, length in enumerate((5, 3, 2)):
             ids = torch.cat([torch.tensor([START]), labels[row, :length]])
             seen = model.encode(features[row : row + 1, : int(mask[row].sum())].double())
-            result = model(decoder_input_ids=ids[None, :-1], encoder_outputs=seen, frontiers=frontiers[row : row + 1])
+            own = frontiers[row : row + 1]
+            blocks = torch.full((1, 6, 3), model.config.mask_token_id)
+            blocks[0, :, 0] = ids[own[0] + 1]
+            result = model(decoder_input_ids=ids[None, :-1], encoder_outputs=seen, frontiers=own, block_ids=blocks)
             donor += (-result.logits[0].log_softmax(dim=-1)[torch.arange(length), labels[row, :length]]).tolist()
             for place, frontier in enumerate(frontiers[row].tolist()):
                 for k in range(3):

@@ -12,7 +12,6 @@ from mdm_asr_hf.objective_mdm_asr import (
     draft_loss,
     draw_frontiers,
     frame_loss,
-    hints_of,
     letter_loss,
     logit_loss,
 )
@@ -203,13 +202,6 @@ def test_targets_of_blocks_by_hand():
     assert targets.tolist() == [[[60, 5, 6, 1], [1, -100, -100, -100]], [[7, 1, -100, -100]] * 2]
 
 
-def test_hints_by_hand():
-    drafts = torch.tensor([[[11, 12, 13], [21, 22, 23]]])
-    # A block that stands one token on sees the second and the third; three tokens on there is nothing left.
-    assert hints_of(drafts, torch.tensor([[1, 0]])).tolist() == [[[12, 13, -1], [21, 22, 23]]]
-    assert hints_of(drafts, torch.tensor([[2, 3]])).tolist() == [[[13, -1, -1], [-1, -1, -1]]]
-
-
 def test_distances_of_frames_by_hand():
     frames = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [5.0, 5.0], [9.0, 9.0]]])
     teacher = torch.tensor([[[1.0, 0.0], [3.0, 1.0]], [[2.0, 0.0], [7.0, 7.0]]])
@@ -246,8 +238,10 @@ def test_two_steps_of_drafts_show_the_second_what_the_first_drafted():
     model = tiny_drafts_model(dtype=torch.float32)
     features, mask = tiny_inputs()
     labels = torch.tensor([[5, 6, 7, 8, 9, 10, 1], [11, 12, 1, -100, -100, -100, -100], [14, 1, *[-100] * 5]])
-    seen, own = [], model.get_decoder().embed_masks
-    model.get_decoder().embed_masks = lambda f, hints=None: (seen.append((f, hints)), own(f, hints))[1]
+    seen = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((kwargs["frontiers"], kwargs["block_ids"])), with_kwargs=True
+    )
     inputs = dict(input_features=features, attention_mask=mask, labels=labels)
     losses = {}
     for num_steps in (1, 2):
@@ -255,13 +249,18 @@ def test_two_steps_of_drafts_show_the_second_what_the_first_drafted():
         losses[num_steps] = model(**inputs, objective=objective).loss
     losses[2].backward()
     assert model.get_decoder().drafts.offset_embeddings.weight.grad.abs().sum() > 0
-    (first, nothing), (again, _), (behind, hints) = seen
-    assert nothing is None and torch.equal(first, again) and losses[2] > 1.5 * losses[1]
+    (first, masks), (again, _), (behind, hinted) = seen
+    assert torch.equal(first, again) and losses[2] > 1.5 * losses[1]
+    mask_id = model.config.mask_token_id
+    assert (masks[..., 0] < mask_id).all() and (masks[..., 1:] == mask_id).all()
     moved = behind - first
     assert moved.min() >= 0 and moved.max() == 2 and (behind <= torch.tensor([[6], [2], [1]])).all()
     # Some blocks see what was drafted, as much as is left of it, and some nothing.
-    counts = (hints >= 0).sum(dim=-1)
-    assert ((counts == 0) | (counts == 3 - moved)).all() and 0 < (counts > 0).float().mean() < 1
+    counts = (hinted[..., 1:] < mask_id).sum(dim=-1)
+    assert ((counts == 0) | (counts == (3 - moved).clamp(max=2))).all() and 0 < (counts > 0).float().mean() < 1
+    # What follows the frontier is known in any case.
+    sequences = torch.cat([torch.full((3, 1), START), labels], dim=1)
+    assert torch.equal(hinted[..., 0], sequences.gather(1, behind + 1))
 
 
 def test_nonsense_of_drafts_raises():

@@ -126,13 +126,23 @@ def test_a_tree_of_drafts(pair):
                     encoder_outputs=outputs,
                     position_ids=tree.positions,
                     past_key_values=cache,
-                    frontiers=tree.positions,
-                    frontier_mask=tree.visible,
                     logits_to_keep=torch.arange(tree.ids.shape[1]).expand(2, -1),
                 )
-            is_real = tree.slots != cache.padding_slot
-            logits.append(result.logits[is_real])
-            states.append(result.draft_hidden_states[is_real])
+            logits.append(result.logits[tree.slots != cache.padding_slot])
+            # Behind the last committed token.
+            frontiers, none = torch.tensor(lengths)[:, None] - 1, tokens.new_zeros((2, 0))
+            cache.place(none, 5)
+            with torch.no_grad():
+                result = one(
+                    decoder_input_ids=none,
+                    encoder_outputs=outputs,
+                    past_key_values=cache,
+                    frontiers=frontiers,
+                    frontier_mask=torch.arange(5) <= frontiers[..., None],
+                    block_ids=torch.tensor([[[30, VOCAB_SIZE + 1, 31]], [[32, VOCAB_SIZE + 1, VOCAB_SIZE + 1]]]),
+                    logits_to_keep=none,
+                )
+            states.append(result.draft_hidden_states)
     for values in (logits, states):
         for expected, output in zip(values[:2], values[2:], strict=True):
             torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
@@ -162,8 +172,7 @@ def test_graphs_name_no_place_on_this_machine(pair):
         {},
         {"gamma": 0.5},
         {"draft_branches": []},
-        {"draft_blocks": "quadratic", "draft_length": 2},
-        {"draft_blocks": "one"},
+        {"draft_length": 2},
         # What the first and the last of the texts are, wholly and in part.
         {"draft_ids": [[6, 6, 21, 6, 19, 58, 15, 54, 19, 39, 57, 25, 32], [], [6, 6, 21, 9, 19, 58]]},
         {"suppress_tokens": [57, 21], "begin_suppress_tokens": [6]},

@@ -151,7 +151,8 @@ def fit_drafts(model, encoder="whisper", num_tokens=24):
         logits = model(decoder_input_ids=ids, encoder_outputs=outputs).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=-1)
     frontiers = torch.arange(num_tokens).expand(len(ids), -1)
-    result = model.model(decoder_input_ids=ids, encoder_outputs=outputs, frontiers=frontiers)
+    blocks = model._lay_blocks(ids, frontiers)
+    result = model.model(decoder_input_ids=ids, encoder_outputs=outputs, frontiers=frontiers, block_ids=blocks)
     places = frontiers[..., None] + torch.arange(length + 2)
     rows = torch.arange(len(ids))[:, None, None]
     known, states = decoder.embed_ids(ids)[rows, places], result.draft_hidden_states

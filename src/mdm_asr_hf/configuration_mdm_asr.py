@@ -28,10 +28,10 @@ class MDMASRDecoderConfig(PreTrainedConfig):
         is_causal (`bool`): the donors' causal mask. A canvas needs `False`; with drafts it is always causal.
         draft_layers (`int`): 0 is the paper's canvas. Above, the decoder's layers are the donor's, causal and exact,
             and so many layers of mask rows stand behind the last ones of them, see [`MDMASRDrafts`].
-        draft_length (`int`): K, the masks of a block: so many tokens are drafted at once, at most.
+        draft_length (`int`): K, the rows of a block, a token and masks: so many tokens are drafted at once, at most.
         draft_vocab_size (`int`, *optional*): N, the ids that can be drafted, a short list that the checkpoint holds.
             None: all V.
-        draft_hints (`bool`): the masks were trained, in two steps (ISCT), to see at their places what was drafted
+        draft_hints (`bool`): drafts were trained, in two steps (ISCT), to see in the masks' place what was drafted
             there in the evaluation before and not accepted.
         draft_state_scale (`float`), draft_embedding_scale (`float`): bring the masks' final states and the donor's
             embeddings to unit scale for the sequential head.

@@ -30,7 +30,7 @@ class MDMASRDecoderOutput(BaseModelOutputWithCrossAttentions):
     Output of [`MDMASRDecoder`].
 
     Args:
-        draft_hidden_states (`torch.FloatTensor` of shape (B, F, K, D), *optional*): of the masks behind each frontier,
+        draft_hidden_states (`torch.FloatTensor` of shape (B, F, K, D), *optional*): of the block behind each frontier,
             normalised; the sequential head drafts from them.
     """
 
@@ -184,10 +184,10 @@ class MDMASRSequentialHead(nn.Module):
 
 class MDMASRDrafts(nn.Module):
     """
-    What drafts: layers of mask rows behind the donor's last `draft_layers` ones. A block of K masks stands behind a
-    frontier, the last position its causal rows have computed; the mask at frontier + 1 + k predicts the token at
-    frontier + 2 + k, since the donor itself says the one at frontier + 1. It sees the donor's keys and values up to
-    the frontier, and its own block in both directions.
+    What drafts: layers beside the donor's last `draft_layers` ones. A block of K rows stands behind a frontier, the
+    last position that causal rows were computed of: first the token that the donor said there, then masks. The row at
+    frontier + 1 + k predicts the token at frontier + 2 + k. It sees the donor's keys and values up to the frontier,
+    and its own block: the token itself, masks the whole of it, in both directions.
     """
 
     def __init__(self, config: MDMASRDecoderConfig):
@@ -303,18 +303,13 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             embeds = self.embedding_layernorm(embeds)
         return self.dropout(embeds)
 
-    def embed_masks(self, frontiers: torch.LongTensor, hints: torch.LongTensor | None = None) -> torch.Tensor:
-        """What the first layer of masks sees (B, F K, D), for blocks behind frontiers (B, F), and with the tokens that
-        were drafted at some of their places before (B, F, K), -1 at the others."""
-        places = torch.arange(self.config.draft_length, device=frontiers.device)
+    def embed_blocks(self, token_embeds: torch.Tensor, frontiers: torch.LongTensor) -> torch.Tensor:
+        """What the first draft layer sees (B, F K, D) of blocks of token embeddings (B, F, K, D) behind frontiers (B,
+        F)."""
+        places = torch.arange(token_embeds.shape[2], device=frontiers.device)
         positions = (frontiers[..., None] + 1 + places).clamp(max=self.config.max_position_embeddings - 1)
-        mask = self.input_only_embeddings.weight[-1]
-        embeds = mask + self.drafts.offset_embeddings.weight + self.embed_positions(positions).to(mask.dtype)
-        if hints is not None:
-            embeds = embeds + self.embed_ids(hints.clamp(min=0).flatten(1)).view_as(embeds) * (hints >= 0)[..., None]
-        if self.embedding_layernorm is not None:
-            embeds = self.embedding_layernorm(embeds)
-        return self.dropout(embeds.flatten(1, 2))
+        embeds = token_embeds + self.drafts.offset_embeddings.weight[: token_embeds.shape[2]]
+        return self.embed(embeds.flatten(1, 2), positions.flatten(1))
 
     def _self_attention_mask(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, future_visibility: float | None
@@ -344,12 +339,13 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         blank = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return blank.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
-    def _block_mask(self, visible: torch.BoolTensor) -> torch.BoolTensor:
-        """What the masks of F blocks see (B, F K, S + F K): the slots (B, F, S) that their frontier does, and their
-        own block."""
-        length, num_blocks = self.config.draft_length, visible.shape[1]
-        block = torch.arange(num_blocks, device=visible.device).repeat_interleave(length)
-        own = (block[:, None] == block).expand(visible.shape[0], -1, -1)
+    def _block_mask(self, visible: torch.BoolTensor, length: int) -> torch.BoolTensor:
+        """What the rows of F blocks of K see (B, F K, S + F K): the slots (B, F, S) that their frontier does, and
+        their own block; but the token before the masks does not see these, as in the donor."""
+        place = torch.arange(visible.shape[1] * length, device=visible.device)
+        same = (place // length)[:, None] == place // length
+        own = same & ((place % length == 0) | (place % length > 0)[:, None])
+        own = own.expand(visible.shape[0], -1, -1)
         return torch.cat([visible.repeat_interleave(length, dim=1), own], dim=-1)
 
     @capture_outputs
@@ -366,7 +362,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         past_key_values: DraftingCache | None = None,
         frontiers: torch.LongTensor | None = None,
         frontier_mask: torch.BoolTensor | None = None,
-        hints: torch.LongTensor | None = None,
+        block_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MDMASRDecoderOutput:
         """
@@ -384,11 +380,11 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
                 from the one to the other in training. None is the full attention.
             position_ids (`torch.LongTensor` of shape (B, L), *optional*): where `input_ids` stand, default 0 to L - 1.
             past_key_values ([`DraftingCache`], *optional*): the causal rows' keys and values are written to its slots.
-            frontiers (`torch.LongTensor` of shape (B, F), *optional*): positions behind which blocks of K masks stand.
+            frontiers (`torch.LongTensor` of shape (B, F), *optional*): positions behind which blocks of drafts stand.
             frontier_mask (`torch.BoolTensor` of shape (B, F, S), *optional*): the slots that each frontier sees.
                 Default, without a cache: those up to it.
-            hints (`torch.LongTensor` of shape (B, F, K), *optional*): tokens drafted before at the masks' places, or
-                -1.
+            block_ids (`torch.LongTensor` of shape (B, F, K), *optional*): of each block the token behind its
+                frontier, then masks, or tokens drafted before at their places. K is at most `draft_length`.
         """
         hidden_states = self.embed(self.embed_ids(input_ids) if token_embeds is None else token_embeds, position_ids)
         if cross_attention_states is None:
@@ -402,10 +398,11 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         cross_mask = key_mask(self, one, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states)
         cache, behind, masks = past_key_values or WholeSequence(), None, None
         if frontiers is not None:
-            behind, masks = BehindDonor(), self.embed_masks(frontiers, hints)
+            block_embeds = self.embed_ids(block_ids.flatten(1)).unflatten(1, block_ids.shape[1:])
+            behind, masks = BehindDonor(), self.embed_blocks(block_embeds, frontiers)
             if frontier_mask is None:
                 frontier_mask = torch.arange(input_ids.shape[1], device=frontiers.device) <= frontiers[..., None]
-            mask_mask = self._pair_mask(self._block_mask(frontier_mask), masks.dtype)
+            mask_mask = self._pair_mask(self._block_mask(frontier_mask, block_ids.shape[-1]), masks.dtype)
             first = self.config.num_hidden_layers - self.config.draft_layers
         for index, (layer, key_value) in enumerate(zip(self.layers, cross_attention_states, strict=True)):
             if input_ids.shape[1]:
@@ -415,7 +412,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             if frontiers is not None and index >= first:
                 masks = self.drafts.layers[index - first](masks, key_value, behind, mask_mask, cross_mask, **kwargs)
         if masks is not None:
-            masks = self.drafts.layer_norm(masks).unflatten(1, (-1, self.config.draft_length))
+            masks = self.drafts.layer_norm(masks).unflatten(1, block_ids.shape[1:])
         return MDMASRDecoderOutput(last_hidden_state=self.layer_norm(hidden_states), draft_hidden_states=masks)
 
 

@@ -145,6 +145,21 @@ class Acceptance:
     of_branch: list[torch.LongTensor]
 
 
+def lay_blocks(next_tokens: torch.LongTensor, length: int, mask_token_id: int) -> torch.LongTensor:
+    """Blocks (B, F, K) of a known token (B, F) and masks behind it, for `length` drafts."""
+    blocks = next_tokens.new_full((*next_tokens.shape, length), mask_token_id)
+    blocks[..., 0] = next_tokens
+    return blocks
+
+
+def lay_hints(blocks: torch.LongTensor, drafts: torch.LongTensor, moved: torch.LongTensor) -> torch.LongTensor:
+    """Blocks (B, F, K) whose masks are replaced by what blocks that stand `moved` (B, F) positions before them drafted
+    (B, F, M) there."""
+    places = moved[..., None] + torch.arange(blocks.shape[-1] - 1, device=blocks.device)
+    drafted = drafts.gather(-1, places.clamp(max=drafts.shape[-1] - 1))
+    return torch.cat([blocks[..., :1], drafted.where(places < drafts.shape[-1], blocks[..., 1:])], dim=-1)
+
+
 def entropy_bounded_length(entropies: torch.Tensor, gamma: float) -> torch.LongTensor:
     """
     The number (R,) of drafts to propose of K with these entropies (R, K), in nats: the longest prefix whose entropies
@@ -221,11 +236,6 @@ class DraftAllowance:
         retried = torch.where(is_time, min(NUM_RETRIED, most), 0)
         return torch.where(self.mean[:, branch] >= LEAST_MEAN, most, retried)
 
-    def may_ask_next(self, branch: int) -> torch.BoolTensor:
-        """Whether a branch of each row (R,) may be asked behind the evaluation that is about to be made."""
-        is_time = self._unasked[:, branch] + 1 >= self._patience[:, branch]
-        return is_time | (self.mean[:, branch] >= LEAST_MEAN)
-
     def note(self, rows: torch.LongTensor, branch: int, num_asked: torch.LongTensor, accepted: torch.LongTensor):
         """Takes note of how many drafts some rows had and how many were accepted (N,)."""
         was_asked = num_asked > 0
@@ -279,5 +289,7 @@ __all__ = [
     "choose_tokens",
     "entropy_bounded_length",
     "gumbel_noise",
+    "lay_blocks",
+    "lay_hints",
     "propose_drafts",
 ]

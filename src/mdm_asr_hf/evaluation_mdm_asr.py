@@ -547,7 +547,7 @@ def describe_settings(settings: MDMASRGenerationConfig, has_drafts: bool = False
     """The part of the generation settings that a measurement depends on, and which decoding it was: of checkpoints
     with drafts, or on a canvas."""
     if has_drafts:
-        names = ("draft_branches", "draft_blocks", "draft_length", "temperature")
+        names = ("draft_branches", "draft_length", "temperature")
         names += ("no_speech_threshold", "logprob_threshold", "compression_ratio_threshold")
         gamma = settings.sampler_config.gamma
         return {"decoding": "drafts", "gamma": gamma, **{name: getattr(settings, name) for name in names}}

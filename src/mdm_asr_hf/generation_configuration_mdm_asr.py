@@ -12,13 +12,12 @@ from .sampling_mdm_asr import SamplerConfig, make_sampler
 
 logger = logging.get_logger(__name__)
 
-# What drafts are made by, and how blocks of masks are laid, see `verified_decoding_mdm_asr`.
+# What drafts are made by, see `verified_decoding_mdm_asr`.
 BRANCHES = ("masks", "first_draft")
-BLOCKS = ("accepted", "quadratic", "one")
 # Settings that only one kind of checkpoint can use.
 CANVAS_SETTINGS = ("max_denoising_steps", "canvas_length", "canvas_tokens_per_s", "canvas_extra_tokens")
 DRAFT_SETTINGS = (
-    *("draft_branches", "draft_blocks", "draft_length", "begin_suppress_tokens", "no_speech_token_id"),
+    *("draft_branches", "draft_length", "begin_suppress_tokens", "no_speech_token_id"),
     *("no_speech_threshold", "logprob_threshold", "compression_ratio_threshold", "hotword_boost"),
 )
 # Of version 0.1: what its decoding had beside the paper's.
@@ -51,9 +50,6 @@ class MDMASRGenerationConfig(GenerationConfig):
             temperature). Of a list, with drafts, the later ones are for rows that Whisper's thresholds refuse.
         draft_branches (`list[str]`): what drafts, "masks" and "first_draft" (of checkpoints with a CTC head); empty:
             nothing, which is plain autoregressive decoding.
-        draft_blocks (`str`): behind which rows masks stand: "accepted", one block behind what was accepted, computed
-            once that is known; "quadratic", in the same evaluation a block behind every row; "one", a block behind the
-            last row, which is of use only if all drafts were accepted.
         draft_length (`int`, *optional*): the most drafts of a branch; by default the masks' K.
         no_speech_threshold, logprob_threshold, compression_ratio_threshold (`float`, *optional*): Whisper's, see
             `safeguards_mdm_asr`. None switches one off.
@@ -92,7 +88,6 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.sampler = kwargs.pop("sampler", "pbeb_conf")
         self.temperature: float | list[float] = kwargs.pop("temperature", 0.0)
         self.draft_branches: list[str] = kwargs.pop("draft_branches", list(BRANCHES))
-        self.draft_blocks: str = kwargs.pop("draft_blocks", "accepted")
         self.draft_length: int | None = kwargs.pop("draft_length", None)
         self.no_speech_threshold: float | None = kwargs.pop("no_speech_threshold", None)
         self.logprob_threshold: float | None = kwargs.pop("logprob_threshold", None)
@@ -122,6 +117,8 @@ class MDMASRGenerationConfig(GenerationConfig):
         self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
         self._from_model_config: bool = kwargs.pop("_from_model_config", False)
         self.transformers_version: str | None = kwargs.pop("transformers_version", None)
+        # Of folders that were saved when there were several ways to lay blocks; what was the default is the only one.
+        kwargs.pop("draft_blocks", None)
         if retired := sorted(set(kwargs) & set(_RETIRED_SETTINGS)):
             for name in retired:
                 kwargs.pop(name)
@@ -170,8 +167,6 @@ class MDMASRGenerationConfig(GenerationConfig):
         branches = self.draft_branches
         if isinstance(branches, str) or not set(branches) <= set(BRANCHES):
             raise ValueError(f"`draft_branches` must be a list of some of {list(BRANCHES)}, got {branches!r}.")
-        if self.draft_blocks not in BLOCKS:
-            raise ValueError(f"`draft_blocks` must be one of {list(BLOCKS)}, got {self.draft_blocks!r}.")
         if self.prompt_template is not None:
             validate_prompt_template(self.prompt_template)
         validate_calibration(self.confidence_temperature)

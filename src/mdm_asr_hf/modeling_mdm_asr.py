@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mdm_asr import MDMASRConfig
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import masked_diffusion_loss
+from .drafting_mdm_asr import lay_blocks, lay_hints
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .first_draft_mdm_asr import MDMASRCTCHead, Spelling
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
@@ -29,7 +30,6 @@ from .objective_mdm_asr import (
     draft_loss,
     draw_frontiers,
     frame_loss,
-    hints_of,
     letter_loss,
     logit_loss,
 )
@@ -139,7 +139,7 @@ class MDMASROutput(Seq2SeqLMOutput):
     Output of [`MDMASRForConditionalGeneration`]: [`Seq2SeqLMOutput`], and in training, for S self-correction steps:
 
     Args:
-        draft_hidden_states (`torch.FloatTensor` of shape (B, F, K, D), *optional*): of masks behind F frontiers.
+        draft_hidden_states (`torch.FloatTensor` of shape (B, F, K, D), *optional*): of blocks behind F frontiers.
         step_losses (`torch.Tensor` of shape (S,)): each step's loss, without gradient; with drafts the donor's and the
             drafts'.
         step_accuracies (`torch.Tensor` of shape (S,)): the share of masked positions predicted right; with drafts, of
@@ -245,7 +245,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     @property
     def has_trained_drafts(self) -> bool:
-        """Whether the masks of a block differ, which they do not before they are trained."""
+        """Whether the rows of a block know their places, which they do not before they are trained."""
         return bool(self.model.decoder.drafts.offset_embeddings.weight.any())
 
     @property
@@ -503,16 +503,19 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         if parts.keys() & {"donor", "drafts", "logits"}:
             encoder_outputs = self.prepare_cross_attention(encoder_outputs)
             is_text = labels != -100
-            frontiers = None
+            frontiers = block_ids = None
             if "drafts" in parts:
                 lengths = is_text.sum(dim=-1).clamp(min=1)
                 frontiers = draw_frontiers(lengths, num_prompt - 1, objective.num_frontiers, generator)
+                sequences = torch.cat([prompt_ids, labels], dim=-1)
+                block_ids = self._lay_blocks(sequences, frontiers)
             # Causal rows never see what stands behind them, so that padding needs no mask.
             tokens = labels.masked_fill(~is_text, self.config.eos_token_id)
             outputs = self.model(
                 decoder_input_ids=torch.cat([prompt_ids, tokens[:, :-1]], dim=-1),
                 encoder_outputs=encoder_outputs,
                 frontiers=frontiers,
+                block_ids=block_ids,
                 **kwargs,
             )
             if parts.keys() & {"donor", "logits"}:
@@ -525,7 +528,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 losses["logits"] = logit_loss(logits, teacher.token_ids, teacher.log_probs, is_text)
             if "drafts" in parts:
                 states = outputs.draft_hidden_states
-                sequences = torch.cat([prompt_ids, labels], dim=-1)
                 losses["drafts"], shares["drafts"], scores = self._draft_loss(states, sequences, frontiers, objective)
                 if objective.num_steps == 2:
                     drafted = self.draft_token_ids[scores.argmax(dim=-1)]
@@ -548,7 +550,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     def _draft_loss(
         self, states: torch.Tensor, sequences: torch.LongTensor, frontiers: torch.LongTensor, objective: DraftObjective
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss of what masks (B, F, K, D) draft behind frontiers (B, F) of sequences (B, S), how much of it is
+        """The loss of what blocks (B, F, K, D) draft behind frontiers (B, F) of sequences (B, S), how much of it is
         right, and the logits (B, F, K, N) of the short list."""
         decoder = self.model.decoder
         # A frontier's own token, the donor's next one, and the K that are drafted.
@@ -562,20 +564,30 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         )
         return loss, share, drafted.detach()
 
+    def _lay_blocks(self, sequences: torch.LongTensor, frontiers: torch.LongTensor) -> torch.LongTensor:
+        """Blocks (B, F, K) behind frontiers (B, F) of sequences (B, S)."""
+        known = sequences.gather(1, (frontiers + 1).clamp(max=sequences.shape[1] - 1)).clamp(min=0)
+        return lay_blocks(known, self.config.decoder_config.draft_length, self.config.mask_token_id)
+
     def _hinted_loss(
         self, drafted, sequences, frontiers, lengths, encoder_outputs, objective, generator, kwargs
     ) -> torch.Tensor:
-        """The loss behind frontiers 1 to K - 1 tokens on, of masks that see what was drafted at their places; every
-        other one sees nothing, as where all drafts were accepted."""
+        """The loss behind frontiers 1 to K - 1 tokens on, of masks in whose places stands what was drafted there;
+        every other one stays a mask, as where all drafts were accepted."""
         num_blocks, length = drafted.shape[1:]
         drawn = draw_frontiers(torch.full_like(lengths, max(length - 1, 1)), 1, 2 * num_blocks, generator)
         moved, is_hinted = drawn[:, :num_blocks], drawn[:, num_blocks:] * 2 > length
         last = (sequences != -100).sum(dim=-1, keepdim=True) - 2
         behind = (frontiers + moved).minimum(last).maximum(frontiers)
-        hints = hints_of(drafted, behind - frontiers).masked_fill(~is_hinted[..., None], -1)
+        block_ids = self._lay_blocks(sequences, behind)
+        hinted = lay_hints(block_ids, drafted, behind - frontiers)
         tokens = sequences.masked_fill(sequences == -100, self.config.eos_token_id)
         outputs = self.model(
-            decoder_input_ids=tokens[:, :-1], encoder_outputs=encoder_outputs, frontiers=behind, hints=hints, **kwargs
+            decoder_input_ids=tokens[:, :-1],
+            encoder_outputs=encoder_outputs,
+            frontiers=behind,
+            block_ids=torch.where(is_hinted[..., None], hinted, block_ids),
+            **kwargs,
         )
         return self._draft_loss(outputs.draft_hidden_states, sequences, behind, objective)[0]
 

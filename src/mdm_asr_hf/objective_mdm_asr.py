@@ -265,14 +265,6 @@ class TeacherOutput(ModelOutput):
     characters: torch.LongTensor | None = None
 
 
-def hints_of(drafts: torch.LongTensor, moved: torch.LongTensor) -> torch.LongTensor:
-    """What blocks see of drafts (B, F, K) of blocks that stand `moved` (B, F) tokens before them: -1 where nothing was
-    drafted."""
-    places = moved[..., None] + torch.arange(drafts.shape[-1], device=drafts.device)
-    drafted = drafts.gather(-1, places.clamp(max=drafts.shape[-1] - 1))
-    return drafted.where(places < drafts.shape[-1], -1)
-
-
 def frame_loss(frames: torch.Tensor, teacher: torch.Tensor, num_frames: torch.LongTensor) -> torch.Tensor:
     """The mean squared distance, over the values of each row's first `num_frames` (B,), of frames (B, T, D) to (B, T',
     D)."""
@@ -363,7 +355,6 @@ __all__ = [
     "draft_loss",
     "draw_frontiers",
     "frame_loss",
-    "hints_of",
     "letter_loss",
     "logit_loss",
 ]

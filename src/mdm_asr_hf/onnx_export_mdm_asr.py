@@ -118,7 +118,7 @@ class DecoderGraph(nn.Module):
 
 
 class DraftsGraph(nn.Module):
-    """The blocks of masks behind some frontiers."""
+    """A block behind each row's frontier: the token that the donor said there, and masks."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -126,6 +126,7 @@ class DraftsGraph(nn.Module):
 
     def forward(
         self,
+        embeds: torch.Tensor,
         frontiers: torch.LongTensor,
         visible: torch.BoolTensor,
         frame_mask: torch.BoolTensor,
@@ -136,26 +137,26 @@ class DraftsGraph(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            frontiers (`torch.LongTensor` of shape (R, F)): positions behind which blocks of K masks stand.
-            visible (`torch.BoolTensor` of shape (R, F K, S + F K)): what each mask sees of the donor's slots, and of
-                the masks.
+            embeds (`torch.Tensor` of shape (R, K, D)): of the block's tokens and masks.
+            frontiers (`torch.LongTensor` of shape (R, 1)): the position behind which the block stands.
+            visible (`torch.BoolTensor` of shape (R, K, S + K)): what each sees of the donor's slots, and of the block.
             frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
             keys, values (`torch.Tensor` of shape (draft layers, R, S, key-value heads, head_dim)): the donor's.
             cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)): of the
-                layers behind which masks stand.
+                layers beside which there are draft layers.
 
         Returns:
-            Normalised states (R, F, K, D).
+            Normalised states (R, K, D).
         """
         decoder, behind = self.decoder, BehindDonor()
         layers = decoder.drafts.layers
         of_donor = [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in zip(keys, values, strict=True)]
         behind.of_donor = [None] * layers[0].index + of_donor
-        masks = decoder.embed_masks(frontiers)
+        states = decoder.embed_blocks(embeds[:, None], frontiers)
         visible, frames = _additive(visible)[:, None], _additive(frame_mask)[:, None, None]
         for layer, *cross in zip(layers, cross_keys, cross_values, strict=True):
-            masks = layer(masks, tuple(cross), behind, visible, frames)
-        return decoder.drafts.layer_norm(masks).unflatten(1, (-1, decoder.config.draft_length))
+            states = layer(states, tuple(cross), behind, visible, frames)
+        return decoder.drafts.layer_norm(states)
 
 
 class HeadGraph(nn.Module):
@@ -190,7 +191,7 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
       `frame_mask` (B, T'), and `cross_key.0`, ..., `cross_value.0`, ... (B, key-value heads, T', head_dim);
     - ctc_head.onnx, where there is a CTC head: `frames`, `frame_mask` to `logits` (B, T', characters + 1);
     - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
-    - drafts.onnx: the masks' states, see [`DraftsGraph`];
+    - drafts.onnx: a block's states, see [`DraftsGraph`];
     - draft_head.onnx: a draft, see [`HeadGraph`];
     - tokens.safetensors: `embeddings` (V + E, D), `draft_ids` (N,), the ids of the short list, and with a CTC head
       `characters` (V, 16), see [`MDMASRCTCHead`];
@@ -352,19 +353,19 @@ def _export_drafts(model: Any, path: Path) -> None:
     config = model.config.decoder_config
     layers = range(config.num_hidden_layers - config.draft_layers, config.num_hidden_layers)
     heads, size = config.num_key_value_heads, config.head_dim
-    num_rows, num_blocks, num_slots, num_frames = 2, 3, 5, 7
-    num_masks = num_blocks * config.draft_length
+    num_rows, num_slots, num_frames, length = 2, 5, 7, config.draft_length
     past, cross = (len(layers), num_rows, num_slots, heads, size), (num_rows, heads, num_frames, size)
     arguments = (
-        torch.arange(num_blocks).repeat(num_rows, 1),
-        torch.ones(num_rows, num_masks, num_slots + num_masks, dtype=torch.bool),
+        torch.randn(num_rows, length, config.hidden_size),
+        torch.arange(num_rows)[:, None],
+        torch.ones(num_rows, length, num_slots + length, dtype=torch.bool),
         torch.ones(num_rows, num_frames, dtype=torch.bool),
         torch.randn(past),
         torch.randn(past),
         *([torch.randn(cross) for _ in layers] for _ in range(2)),
     )
-    inputs = ["frontiers", "visible", "frame_mask", "keys", "values"]
-    of_rows, of_past = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC, 2: DYNAMIC}
+    inputs = ["embeds", "frontiers", "visible", "frame_mask", "keys", "values"]
+    of_rows, of_past = {0: DYNAMIC}, {1: DYNAMIC, 2: DYNAMIC}
     _export(
         DraftsGraph(model),
         arguments,
@@ -372,7 +373,7 @@ def _export_drafts(model: Any, path: Path) -> None:
         inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
         outputs=["states"],
         dynamic_shapes=(
-            *(of_rows, {0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, of_rows, of_past, of_past),
+            *(of_rows, of_rows, {0: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}, of_past, of_past),
             *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
         ),
         about="draft layers",

@@ -75,7 +75,7 @@ class OnnxDecoder:
         past_key_values: DraftingCache | None = None,
         frontiers: torch.LongTensor | None = None,
         frontier_mask: torch.BoolTensor | None = None,
-        hints: torch.LongTensor | None = None,
+        block_ids: torch.LongTensor | None = None,
         columns: torch.LongTensor | None = None,
         output_cross_queries: bool = False,
     ) -> dict[str, Any]:
@@ -84,12 +84,11 @@ class OnnxDecoder:
             input_ids (`torch.LongTensor` of shape (R, Q)): causal rows; Q may be 0 where only masks are wanted.
             encoder_hidden_states: not needed; the keys and values of the cross-attention are.
             attention_mask (`torch.BoolTensor` of shape (R, Q, S), *optional*), position_ids, past_key_values,
-                frontiers, frontier_mask: as in [`MDMASRDecoder`]; frontiers need a cache.
-            hints: not used, since the graphs have no place for them.
+                frontiers, frontier_mask, block_ids: as in [`MDMASRDecoder`]; one block a row, which needs a cache.
             columns (`torch.LongTensor` of shape (R, N), *optional*): those whose logits are needed. Default: none.
 
         Returns:
-            `logits` (R, N, V), `draft_hidden_states` (R, F, K, D) where there are frontiers, and on request
+            `logits` (R, N, V), `draft_hidden_states` (R, 1, K, D) where there are frontiers, and on request
             `cross_queries`: of every layer (R, Q, heads * head_dim).
         """
         layers = range(self.config.num_hidden_layers)
@@ -113,10 +112,11 @@ class OnnxDecoder:
             first = len(layers) - self.config.draft_layers
             unused = {f"{kind}.{layer}" for kind in ("cross_key", "cross_value") for layer in range(first)}
             feed = {name: values for name, values in cross.items() if name not in unused}
-            feed |= {"frontiers": frontiers, "visible": self._block_mask(frontier_mask)}
+            feed |= {"embeds": self.embeddings[block_ids[:, 0]], "frontiers": frontiers}
+            feed |= {"visible": self._block_mask(frontier_mask, block_ids.shape[-1])}
             feed |= {"keys": cache.keys[first:, :, : cache.num_keys]}
             feed |= {"values": cache.values[first:, :, : cache.num_keys]}
-            result["draft_hidden_states"] = run(self.drafts, ["states"], feed)["states"]
+            result["draft_hidden_states"] = run(self.drafts, ["states"], feed)["states"][:, None]
         return result
 
     def _past(

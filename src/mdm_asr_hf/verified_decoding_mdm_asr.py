@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from .cache_mdm_asr import DraftingCache
-from .drafting_mdm_asr import START_MEAN, Acceptance, DraftAllowance, DraftTree, choose_tokens, propose_drafts
+from .drafting_mdm_asr import (
+    START_MEAN,
+    Acceptance,
+    DraftAllowance,
+    DraftTree,
+    choose_tokens,
+    lay_blocks,
+    lay_hints,
+    propose_drafts,
+)
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
 from .first_draft_mdm_asr import FirstDraft
 from .generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
@@ -148,8 +157,6 @@ class VerifiedDecoder:
         self.limits = torch.tensor(limits, device=device)
         self.prompt_length, self.first_drafts = prompt_length, first_drafts
         self.temperature, self.seeds, self.hotwords = temperature, seeds, hotwords
-        # Where processes wait for each other, each step is one call, whatever was accepted.
-        self.blocks = "one" if synced_gpus else settings.draft_blocks
         self.block_length = config.draft_length
         self.most_drafts = min(settings.draft_length or self.block_length, self.block_length)
         self.most_first_drafts = settings.draft_length or FIRST_DRAFT_LENGTH
@@ -159,10 +166,11 @@ class VerifiedDecoder:
         self.uses_hints = self.uses_masks and config.draft_hints
         self.draft_output = model.short_list_output() if self.uses_masks else None
         self.rows = is_open.nonzero().flatten()
-        if len(self.rows) in (0, len(limits)):
-            self.encoder_outputs = encoder_outputs
-        else:
-            self.encoder_outputs = take_rows(encoder_outputs, self.rows)
+        self.encoder_outputs = encoder_outputs
+        if len(self.rows) < len(limits):
+            # One at least, to step with where processes wait for each other.
+            kept = self.rows if len(self.rows) else self.rows.new_zeros(1)
+            self.encoder_outputs = take_rows(encoder_outputs, kept)
         self.cache = DraftingCache(
             config.num_hidden_layers,
             (
@@ -206,7 +214,7 @@ class VerifiedDecoder:
         drafts = {branch: its for branch, its in drafts.items() if its[0].shape[1]}
         tree = DraftTree.lay(text.tokens[rows], lengths, self.num_cached[rows], [*drafts.values()], cache.padding_slot)
         # 2. Evaluate, and accept what the donor says itself.
-        logits, blocks = self._evaluate(tree)
+        logits = self._evaluate(tree)
         unbiased = self._shape_logits(logits, tree, lengths)
         seeds = None if self.seeds is None else self.seeds[rows]
         chosen = choose_tokens(logits, self.temperature, seeds, tree.positions[:, tree.read_from :] + 1)
@@ -231,16 +239,12 @@ class VerifiedDecoder:
             # Where nobody speaks, nothing more is written.
             has_ended = has_ended | (text.no_speech[rows] > self.settings.no_speech_threshold)
         left = (~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero().flatten()
-        states, is_known = self._block_states(blocks, tree, accepted)
-        hints = self._hints(accepted) if self.uses_hints else None
         if len(left) < len(rows):
             self.rows = rows[left]
-            if len(left):
-                self.encoder_outputs = take_rows(self.encoder_outputs, left)
-                cache.batch_select_indices(left)
-            states = None if states is None else states[left]
-            is_known, hints = is_known[left], None if hints is None else hints[left]
-        self.mask_drafts = self._draft(states, is_known, hints)
+            kept = left if len(left) else left.new_zeros(1)
+            self.encoder_outputs = take_rows(self.encoder_outputs, kept)
+            cache.batch_select_indices(kept)
+        self.mask_drafts = self._draft(accepted, left)
 
     def _nothing(self) -> tuple[torch.LongTensor, torch.LongTensor]:
         ids = self.text.tokens.new_zeros((len(self.rows), 0))
@@ -263,23 +267,11 @@ class VerifiedDecoder:
             ids[row, : len(its_ids)] = ids.new_tensor(its_ids)
         return ids, ids.new_tensor([len(its_ids) for its_ids in proposed])
 
-    def _evaluate(self, tree: DraftTree) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (R, 1 + M, V) behind the last committed token and behind each draft, and the states (R, F, K, D) of
-        the blocks of masks that are evaluated with them."""
+    def _evaluate(self, tree: DraftTree) -> torch.Tensor:
+        """Logits (R, 1 + M, V) behind the last committed token and behind each draft."""
         text, rows, cache = self.text, self.rows, self.cache
         visible, first = tree.visible, tree.read_from
         cache.place(tree.slots, visible.shape[-1])
-        frontiers = frontier_mask = None
-        wants_blocks = self.uses_masks and (
-            self.synced_gpus or bool(self.allowance.may_ask_next(0)[self.rows.cpu()].any())
-        )
-        if wants_blocks and self.blocks == "quadratic":
-            frontiers, frontier_mask = tree.positions[:, first:], visible[:, first:]
-        elif wants_blocks and self.blocks == "one":
-            # Behind the masks' own drafts, or where there are none behind the last committed token.
-            last = first + self.mask_drafts[1][:, None]
-            frontiers = tree.positions.gather(1, last)
-            frontier_mask = visible.gather(1, last[..., None].expand(-1, -1, visible.shape[-1]))
         columns = torch.arange(first, tree.ids.shape[1], device=tree.ids.device).expand(len(rows), -1)
         asks_no_speech = self.settings.no_speech_token_id is not None and bool((text.nfe[rows] == 0).all())
         if asks_no_speech:
@@ -292,8 +284,6 @@ class VerifiedDecoder:
             encoder_outputs=self.encoder_outputs,
             position_ids=tree.positions,
             past_key_values=cache,
-            frontiers=frontiers,
-            frontier_mask=frontier_mask,
             logits_to_keep=columns,
         )
         logits = outputs.logits
@@ -302,7 +292,7 @@ class VerifiedDecoder:
         if asks_no_speech:
             text.no_speech[rows] = no_speech_probability(logits[:, 0], self.settings.no_speech_token_id)
             logits = logits[:, 1:]
-        return logits, outputs.draft_hidden_states
+        return logits
 
     def _shape_logits(self, logits: torch.Tensor, tree: DraftTree, lengths: torch.LongTensor) -> torch.Tensor:
         """Suppresses tokens and raises hotwords in logits (R, 1 + M, V), in place. Returns the logits that confidences
@@ -392,62 +382,50 @@ class VerifiedDecoder:
             padding = self.cache.padding_slot
             self.cache.move(source.where(is_moved, padding), target.where(is_moved, padding))
 
-    def _block_states(
-        self, blocks: torch.Tensor | None, tree: DraftTree, accepted: Acceptance
-    ) -> tuple[torch.Tensor | None, torch.BoolTensor]:
-        """Of the blocks evaluated with the tree, the states (R, K, D) of the one behind what was accepted, and which
-        rows (R,) have one."""
-        every = torch.ones_like(accepted.num_accepted, dtype=torch.bool)
-        if blocks is None:
-            return None, every
-        if self.blocks == "one":
-            is_own = (accepted.branch == 0) | (accepted.num_accepted == 0)
-            return blocks[:, 0], is_own & (accepted.num_accepted == self.mask_drafts[1])
-        last = accepted.path.gather(1, accepted.num_accepted[:, None])
-        return blocks[torch.arange(len(blocks), device=last.device), last[:, 0]], every
-
-    def _hints(self, accepted: Acceptance) -> torch.LongTensor:
-        """The masks' drafts that were not accepted, at the places of the next block (R, K), -1 where there are none:
-        those behind the first one, in whose place the donor's own token stands."""
-        ids, counts = self.mask_drafts
-        places = accepted.num_accepted[:, None] + 1 + torch.arange(self.block_length, device=ids.device)
-        if not ids.shape[1]:
-            return torch.full_like(places, -1)
-        return ids.gather(1, places.clamp(max=ids.shape[1] - 1)).where(places < counts[:, None], -1)
-
-    def _draft(
-        self, states: torch.Tensor | None, is_known: torch.BoolTensor, hints: torch.LongTensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masks' drafts (R, M) for the next evaluation, and how many each row has."""
+    def _draft(self, accepted: Acceptance, left: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks' drafts (R, M) for the next evaluation of the rows that are left (R,), and how many each has."""
         text, rows, model = self.text, self.rows, self.model
-        if not self.uses_masks or not len(rows):
+        if not self.uses_masks:
             return self._nothing()
+        if not len(rows):
+            return self._idle_block()
         asked = self.allowance.limits(0, self.most_drafts)[rows.cpu()].to(rows.device)
-        limits = torch.minimum(asked, self._room()).masked_fill(~is_known, 0)
+        limits = torch.minimum(asked, self._room())
         if not bool((limits > 0).any()):
-            return self._nothing()
+            return self._idle_block()
         lengths = text.lengths[rows]
-        if states is None:
-            num_keys = int(lengths.max()) - 1
-            self.cache.place(text.tokens.new_zeros((len(rows), 0)), num_keys)
-            outputs = model(
-                decoder_input_ids=text.tokens.new_zeros((len(rows), 0)),
-                encoder_outputs=self.encoder_outputs,
-                past_key_values=self.cache,
-                frontiers=lengths[:, None] - 2,
-                frontier_mask=torch.arange(num_keys, device=rows.device) < lengths[:, None, None] - 1,
-                hints=None if hints is None else hints[:, None],
-                logits_to_keep=text.tokens.new_zeros((len(rows), 0)),
-            )
-            states = outputs.draft_hidden_states[:, 0]
+        last_tokens = text.tokens[rows[:, None], lengths[:, None] - torch.tensor([2, 1], device=rows.device)]
+        block_ids = lay_blocks(last_tokens[:, 1:], self.block_length, model.config.mask_token_id)
+        ids, counts = (drafts[left] for drafts in self.mask_drafts)
+        if self.uses_hints and ids.shape[1]:
+            drafted = ids.where(torch.arange(ids.shape[1], device=ids.device) < counts[:, None], block_ids[:, 0, -1:])
+            # The first that was not accepted stands where the donor's own token is now.
+            block_ids = lay_hints(block_ids, drafted[:, None], accepted.num_accepted[left, None] + 1)
+        states = self._block_states(block_ids, lengths[:, None] - 2)
         return propose_drafts(
             lambda k, *before: model.draft_logits(states[:, k], *before, self.draft_output),
             model.draft_token_ids,
-            text.tokens[rows[:, None], lengths[:, None] - torch.tensor([2, 1], device=rows.device)],
+            last_tokens,
             limits,
             self.settings.sampler_config.gamma,
             model.config.eos_token_id,
         )
+
+    def _block_states(self, block_ids: torch.LongTensor, frontiers: torch.LongTensor) -> torch.Tensor:
+        """The states (R, K, D) of a block (R, 1, K) behind each row's frontier (R, 1)."""
+        none = block_ids.new_zeros((len(block_ids), 0))
+        num_keys = int(frontiers.max()) + 1
+        self.cache.place(none, num_keys)
+        outputs = self.model(
+            decoder_input_ids=none,
+            encoder_outputs=self.encoder_outputs,
+            past_key_values=self.cache,
+            frontiers=frontiers,
+            frontier_mask=torch.arange(num_keys, device=frontiers.device) <= frontiers[..., None],
+            block_ids=block_ids,
+            logits_to_keep=none,
+        )
+        return outputs.draft_hidden_states[:, 0]
 
     def _idle(self) -> None:
         """An evaluation whose result nobody needs, while other processes have rows that are open."""
@@ -455,12 +433,18 @@ class VerifiedDecoder:
         self.cache.place(zeros, 1)
         self.model(
             decoder_input_ids=zeros,
-            encoder_outputs=take_rows(self.encoder_outputs, zeros[0]),
+            encoder_outputs=self.encoder_outputs,
             position_ids=zeros,
             past_key_values=self.cache,
-            frontiers=zeros if self.uses_masks else None,
-            frontier_mask=(zeros == 0)[..., None] if self.uses_masks else None,
         )
+        self._idle_block()
+
+    def _idle_block(self) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """No drafts; where processes wait for each other, by the same calls as any."""
+        if self.synced_gpus and self.uses_masks:
+            zeros = self.text.tokens.new_zeros((len(self.encoder_outputs.last_hidden_state), 1))
+            self._block_states(lay_blocks(zeros, self.block_length, self.model.config.mask_token_id), zeros)
+        return self._nothing()
 
     def _show(self, streamer: Any) -> None:
         """Hands a streamer the committed text of all rows (B, L) with the drafts behind it, and how much is
