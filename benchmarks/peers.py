@@ -23,7 +23,7 @@ INSTALL_PEERS = "pip install -r benchmarks/requirements.txt"
 
 
 def read_branches(text: str) -> list[str]:
-    """Of "masks+first_draft"; "none" is plain autoregressive decoding."""
+    """Of "masks+hypothesis"; "none" is plain autoregressive decoding."""
     return [] if text == "none" else text.split("+")
 
 

@@ -6,7 +6,7 @@ What each part of the drafts adds, by real decoding; and how much silence the en
     python benchmarks/run_drafts.py decoding --model FOLDER --data DIR [DIR ...] --output OUT
     python benchmarks/run_drafts.py silence --model FOLDER --data DIR [DIR ...] --output OUT
 
-decoding: every way of drafting on the same frames: branches, the number of masks, the sequential head, and the
+decoding: every way of drafting on the same frames: the number of masks, the sequential head, and the
     rule of how many drafts are proposed: PBEB-Conf's budget of entropy, a fixed number, a fixed confidence, at random.
     The text is the same in all, which is checked.
 silence: WER and the encoder's time by the seconds of silence behind the audio.
@@ -34,7 +34,7 @@ from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS
 from mdm_asr_hf.sampling_mdm_asr import propose_tokens
 from mdm_asr_hf.scoring_mdm_asr import count_errors, most_in_a_row, normaliser
 
-MASKS, FIRST = ["masks"], ["first_draft"]
+MASKS = ["masks"]
 # Silence behind the audio, at least, and audio and silence together, at least.
 SILENCES_S = ((0.5, 0.0), (1.0, 0.0), (1.0, 3.0), (2.0, 0.0), (3.0, 0.0), (5.0, 0.0), (5.0, 15.0))
 
@@ -50,9 +50,7 @@ def decoding_conditions(length: int) -> dict[str, dict[str, Any]]:
     budgets = [0.25, 0.5, 1.0, 2.0, 4.0]
     return {
         "none: the donor's loop": {"draft_branches": []},
-        "masks and first draft": {},
         "masks": {"draft_branches": MASKS},
-        "first draft": {"draft_branches": FIRST},
         "masks without the sequential head": {"draft_branches": MASKS, "head": False},
         **{f"masks, K = {k}": {"draft_branches": MASKS, "draft_length": k} for k in (1, 2, 4, 6) if k < length},
         **{f"masks, entropy of {b:g} nats": {"draft_branches": MASKS, "gamma": b} for b in budgets},
@@ -108,8 +106,6 @@ def run_decoding(model: Any, processor: Any, data: list[Path], batch_size: int) 
         encoded = encode_dataset(model, processor, str(folder), batch_size=batch_size)
         texts = None
         for name, condition in decoding_conditions(model.config.decoder_config.draft_length).items():
-            if "first_draft" in condition.get("draft_branches", FIRST) and model.ctc_head is None:
-                continue
             settings = copy.deepcopy(model.generation_config)
             others = {k: v for k, v in condition.items() if k not in ("head", "rule", "gamma")}
             vars(settings).update({**NO_SAFEGUARDS, **others})

@@ -132,7 +132,7 @@ def watch_stages(
     generation = sys.modules[type(model)._decode_canvas.__module__]
     decoding, canvas = (sys.modules[one.__module__] for one in (generation.VerifiedDecoder, generation.denoise))
     if model.config.has_drafts:
-        targets += [("first draft", model, "write_first_drafts"), ("draft head", model, "draft_logits")]
+        targets.append(("draft head", model, "draft_logits"))
         drafting = sys.modules[decoding.propose_drafts.__module__]
         targets += [("sampler", decoding, "choose_tokens"), ("sampler", drafting, "propose_tokens")]
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from run_peers import table
 
 # Where `generate` spends its time, in the order of a transcription.
-STAGES = ("encoder", "cross keys", "first draft", "decoder", "output layer", "draft head", "sampler")
+STAGES = ("encoder", "cross keys", "decoder", "output layer", "draft head", "sampler")
 COLUMNS = ("features", *STAGES, "rest")
 
 

@@ -169,9 +169,9 @@ def test_drafts_learn_from_audio_alone(native, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(50):
         soundfile.write(tmp_path / f"{i:02d}.wav", 0.1 * rng.standard_normal(16_000), 16_000)
-    settings = {"first_draft_steps": 2, "draft_steps": 40, "use_cpu": True, "bf16": False, "learning_rate": 1e-3}
+    settings = {"draft_steps": 40, "use_cpu": True, "bf16": False, "learning_rate": 1e-3}
     found = train_drafts(str(folder), [tmp_path], tmp_path / "out", language="de", logging_steps=10, **settings)
-    assert list(found["stages"]) == ["first_draft", "drafts"]
+    assert list(found["stages"]) == ["drafts"]
     losses = [entry["loss"] for entry in found["stages"]["drafts"]["log"] if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
     # The donor is the donor's still, and writes the same.

@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny_models import CHARACTERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
+from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq
 
 from mdm_asr_hf.train import donor_cache
 from mdm_asr_hf.train.clips import SpeechClips
 from mdm_asr_hf.train.distillation import (
     STAGES,
-    add_first_draft,
     add_silence,
     measure,
     set_short_list,
-    speller,
     train_stage,
 )
 from mdm_asr_hf.train.donor_cache import CachedSpeech, DistillationCollator, recode_cache, write_cache
@@ -197,34 +195,25 @@ def test_why_a_clip_is_left_out(num_tokens, seconds, why):
 # ---- Batches ----
 
 
-def test_batches_hold_the_audio_its_teacher_and_its_letters(tmp_path):
-    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+def test_batches_hold_the_audio_and_its_teacher(tmp_path):
+    model = tiny_drafts_model(dtype=torch.float32)
     cache = fabricate(tmp_path / "cache", model, TEXTS, times=1)
     rows = [cache[0], cache[2]]
-    batch = DistillationCollator("encoder", speller(model))(rows)
+    batch = DistillationCollator("encoder")(rows)
     assert batch["labels"].tolist() == [[5, 6, 7, 8, 9, 10, EOS], [14, 15, EOS, -100, -100, -100, -100]]
     assert batch["attention_mask"].sum(dim=-1).tolist() == [100, 35]
     teacher = batch["teacher"]
     # Half as many frames, none of the silence behind them.
     assert teacher.num_frames.tolist() == [50, 17] and teacher.frames.shape[1] == 50
-    written = ["".join(model.spelling.texts[i] for i in row[:-1]) for row in ([*TEXTS[0], EOS], [*TEXTS[2], EOS])]
-    letters = [[CHARACTERS.index(letter) + 1 for letter in text] for text in written]
-    assert [[i for i in row if i >= 0] for row in teacher.characters.tolist()] == letters
     frames = DistillationCollator("decoder")(rows)
     assert frames["encoder_outputs"].attention_mask.sum(dim=-1).tolist() == [len(row["frames"]) for row in rows]
     assert "teacher" not in frames and "input_features" not in frames
 
 
-def test_letters_and_the_short_list_follow_the_texts():
-    model, processor = tiny_model(decoder_config={"draft_layers": 1, "draft_vocab_size": 6}), tiny_processor()
-    texts = [[5, 5, 5, 9, EOS], [9, 7, EOS]]
-    set_short_list(model, texts)
+def test_the_short_list_follows_the_texts():
+    model = tiny_model(decoder_config={"draft_layers": 1, "draft_vocab_size": 6})
+    set_short_list(model, [[5, 5, 5, 9, EOS], [9, 7, EOS]])
     assert model.draft_token_ids.tolist() == [0, 1, 2, 5, 7, 9]
-    assert model.ctc_head is None
-    add_first_draft(model, processor.tokenizer, texts)
-    said = processor.tokenizer.decode([5, 7, 9])
-    assert model.config.ctc_characters == "".join(sorted({" ", *said}))
-    assert speller(model)([5, 9, EOS]) == [model.config.ctc_characters.index(letter) + 1 for letter in said[::2]]
 
 
 # ---- The stages ----
@@ -236,7 +225,7 @@ def stage_arguments(**settings):
 
 @pytest.mark.parametrize("name", list(STAGES))
 def test_a_stage_learns_its_part_and_leaves_the_rest(name, tmp_path):
-    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    model = tiny_drafts_model(dtype=torch.float32)
     if name == "encoder":
         add_silence(model, 0.3)
     texts = TEXTS if name == "encoder" else [[5, 6, 7], [11, 12], [14]]
@@ -255,7 +244,6 @@ def test_a_stage_learns_its_part_and_leaves_the_rest(name, tmp_path):
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     mine = {
         "encoder": ("model.encoder.silence_embeddings",),
-        "first_draft": ("ctc_head.",),
         "drafts": ("model.decoder.drafts.", "model.decoder.input_only_embeddings"),
     }[name]
     assert (
@@ -264,7 +252,7 @@ def test_a_stage_learns_its_part_and_leaves_the_rest(name, tmp_path):
     losses = [entry["loss"] for entry in found["log"] if "loss" in entry]
     # A random encoder hardly hears its silence.
     assert losses[-1] < (1.0 if name == "encoder" else 0.8) * losses[0]
-    parts = {"encoder": {"frames", "logits"}, "first_draft": {"ctc"}, "drafts": {"drafts"}}[name]
+    parts = {"encoder": {"frames", "logits"}, "drafts": {"drafts"}}[name]
     assert {key for entry in found["log"] for key in entry if key.startswith("loss_")} == {f"loss_{p}" for p in parts}
     assert said[0].startswith(f"{name} 0 of 30: tokens per evaluation") and "clips/s" in said[-1]
     assert [one["step"] for one in found["held_out"]] == [0, 30]
@@ -272,7 +260,7 @@ def test_a_stage_learns_its_part_and_leaves_the_rest(name, tmp_path):
 
 def test_a_stage_that_was_killed_takes_the_same_course(tmp_path):
     def train(folder, steps=8, **settings):
-        model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+        model = tiny_drafts_model(dtype=torch.float32)
         add_silence(model, 0.3)
         folder_of_cache = tmp_path / f"cache-{folder}"
         cache = CachedSpeech(folder_of_cache) if folder_of_cache.exists() else fabricate(folder_of_cache, model, TEXTS)
@@ -310,7 +298,7 @@ def _measure_every_step(monkeypatch, request):
 
 
 def test_what_is_measured_is_what_decoding_gives(tmp_path):
-    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    model = tiny_drafts_model(dtype=torch.float32)
     features, mask = tiny_inputs()
     output = model.generate(features, attention_mask=mask, return_dict_in_generate=True)
     lengths = (output.commit_steps > 0).sum(dim=-1)
@@ -339,7 +327,7 @@ def donor(tmp_path, monkeypatch):
 
 
 def run_training(run_command, donor, speech, output, *more, steps=2):
-    numbers = ("--encoder-steps", steps, "--first-draft-steps", steps, "--draft-steps", steps)
+    numbers = ("--encoder-steps", steps, "--draft-steps", steps)
     return run_command("train-drafts", donor, speech, "--output", output, *numbers, "--silence", 0.1, *more)
 
 
@@ -357,12 +345,12 @@ def test_train_drafts_makes_a_model_of_audio_alone(run_command, donor, speech, t
     assert re.fullmatch(r"wrote .*out: \d\.\d\d tokens an evaluation on speech that was held out", said[-1])
     model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out")
     assert model.config.encoder_trailing_silence_s == 0.1 and model.config.encoder_min_duration_s == 0.0
-    before = short_model(ctc_characters=model.config.ctc_characters).state_dict()
+    before = short_model().state_dict()
     trained = model.state_dict()
     assert trained.pop("model.encoder.silence_embeddings").abs().sum() > 0
     changed = {name for name, tensor in trained.items() if not torch.equal(tensor, before[name])}
     # Of the donor's own weights none, and so every text behind a long silence stays.
-    mine = ("model.decoder.drafts.", "model.decoder.input_only_embeddings", "ctc_head.")
+    mine = ("model.decoder.drafts.", "model.decoder.input_only_embeddings")
     assert changed and all(name.startswith(mine) for name in changed)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["stages"]) == list(STAGES)
@@ -378,7 +366,7 @@ def test_train_drafts_makes_a_model_of_audio_alone(run_command, donor, speech, t
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--steps", 0), "are all 0. Nothing would be trained"),
+        (("--steps", 0), "are both 0. Nothing would be trained"),
         (("nowhere",), "nowhere"),
     ],
 )

@@ -256,7 +256,7 @@ def distil(folder):
 
     # Random models loop, as no donor that has learnt does.
     donor_cache._why_not, clips.ALONE_SHARE = lambda *text: None, 1.0
-    steps = {f"{stage}_steps": 3 for stage in ("encoder", "first_draft", "draft")}
+    steps = {f"{stage}_steps": 3 for stage in ("encoder", "draft")}
     settings = {"silence_s": 0.1, "max_seconds_per_batch": 6.0, "use_cpu": True, "bf16": False, "logging_steps": 1}
     rank = int(os.environ.get("RANK", 0))
     seen, own = [], distillation.DistillationCollator.__call__
@@ -277,7 +277,7 @@ def test_two_processes_train_drafts_as_one(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(16):
         soundfile.write(tmp_path / "speech" / f"{i:02d}.wav", 0.1 * rng.standard_normal(16_000 + 400 * i), 16_000)
-    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    model = tiny_drafts_model(dtype=torch.float32)
     model.generation_config.max_new_tokens = 30
     model.save_pretrained(tmp_path / "donor")
     tiny_processor().save_pretrained(tmp_path / "donor")

@@ -15,7 +15,7 @@ from mdm_asr_hf.drafting_mdm_asr import (
     lay_hints,
     propose_drafts,
 )
-from mdm_asr_hf.first_draft_mdm_asr import FirstDraft, Remainder, Spelling
+from mdm_asr_hf.hypothesis_mdm_asr import Hypothesis, Remainder
 
 PADDING = 99
 
@@ -203,64 +203,41 @@ def test_without_temperature_the_first_of_the_best_is_chosen():
     assert choose_tokens(torch.tensor([[[1.0, 3.0, 3.0]]]), 0.0, None, None).tolist() == [[1]]
 
 
-# The first draft.
+# The hypothesis.
 
 
 @pytest.mark.parametrize(
     ("draft", "committed", "rest"),
     [
-        (" a cat sat", "", " a cat sat"),
-        (" a cat sat", " a", " cat sat"),
-        (" a cat sat", " a cat", " sat"),
-        # A wrong letter, one too many, one missing: what follows goes on.
-        (" a kat sat", " a cat", " sat"),
-        (" a caat sat", " a cat", " sat"),
-        (" a ct sat", " a cat", " sat"),
-        (" a cat", " a cat", ""),
-        ("", " a cat", ""),
+        ([4, 5, 6, 7, 8], [], [4, 5, 6, 7, 8]),
+        ([4, 5, 6, 7, 8], [4], [5, 6, 7, 8]),
+        ([4, 5, 6, 7, 8], [4, 5, 6], [7, 8]),
+        # A wrong token, one too many, one missing: what follows goes on.
+        ([4, 9, 6, 7, 8], [4, 5, 6], [7, 8]),
+        ([4, 5, 5, 6, 7, 8], [4, 5, 6], [7, 8]),
+        ([4, 6, 7, 8], [4, 5, 6], [7, 8]),
+        ([4, 5, 6], [4, 5, 6], []),
+        ([], [4, 5, 6], []),
     ],
 )
 def test_the_rest_of_a_draft_by_hand(draft, committed, rest):
     remainder = Remainder(draft)
-    for character in committed:
-        remainder.advance(character)
+    for token_id in committed:
+        remainder.advance([token_id])
     assert remainder.rest() == rest
+    at_once = Remainder(draft)
+    at_once.advance(committed)
+    assert at_once.rest() == rest
 
 
-def test_a_draft_of_tokens_is_cut_alike():
-    draft = FirstDraft([4, 5, 6, 7], None, eos_token_id=0)
+def test_a_hypothesis_proposes_what_is_left_and_its_end():
+    draft = Hypothesis([4, 5, 6, 7], eos_token_id=0)
     assert draft.propose(3) == [4, 5, 6]
     draft.advance([4])
     draft.advance([9])
     # It may stand for 5 or before it: the longer rest is proposed.
     assert draft.propose(8) == [5, 6, 7, 0]
     draft.advance([6])
-    assert draft.propose(8) == [7, 0]
-
-
-def spelling(texts):
-    characters = " abct"
-    table = torch.zeros((len(texts), 16), dtype=torch.uint8)
-    for i, text in enumerate(texts):
-        table[i, : len(text)] = torch.tensor([characters.index(c) + 1 for c in text], dtype=torch.uint8)
-    return Spelling(characters, table)
-
-
-def test_a_text_is_spelt_by_the_order_of_merges():
-    #        0    1    2    3    4    5     6     7      8
-    words = [" ", "a", "b", "c", "t", "at", "ca", " c", " cat"]
-    known = spelling(words)
-    # "at" merges before "ca" and " c"; " c" + "at" is a token.
-    assert known.encode(" cat", 10) == [8]
-    assert known.encode(" cab ab", 10) == [0, 6, 2, 0, 1, 2]
-    assert known.encode(" cab ab", 2) == [0, 6]
-    # A character that no token has ends it.
-    assert spelling(words[1:]).encode(" tab", 10) == []
-
-
-def test_the_end_of_text_follows_the_last_token_of_a_first_draft():
-    draft = FirstDraft.of_text("cat a", spelling([" ", "a", "b", "c", "t", "at", "ca", " c", " cat", " a"]), 42)
-    assert draft.propose(10) == [8, 9, 42] and draft.propose(2) == [8, 9] and draft.propose(1) == [8]
-    draft.advance([8])
-    assert draft.propose(10) == [9, 42]
-    assert FirstDraft.of_text("", spelling([" "]), 42).propose(3) == [42]
+    assert draft.propose(8) == [7, 0] and draft.propose(2) == [7, 0] and draft.propose(1) == [7]
+    draft.advance([7])
+    assert draft.propose(3) == [0] == Hypothesis([], eos_token_id=0).propose(3)

@@ -12,7 +12,7 @@ SECONDS = (1.0, 0.6, 0.35)
 
 @pytest.fixture(scope="module")
 def drafter():
-    return tiny_drafts_model(ctc=True)
+    return tiny_drafts_model()
 
 
 def rows_of(output):
@@ -44,18 +44,18 @@ def generate_after(model, prefix):
     return model.generate(features[:1, :length], decoder_input_ids=prompt, return_dict_in_generate=True)
 
 
-def test_a_hypothesis_is_verified_instead_of_the_first_draft(drafter):
+def test_a_hypothesis_is_verified(drafter):
     plain = generate(drafter, SECONDS)
     texts = rows_of(plain)
     # The text itself with its end or without, one with a wrong and a missing token, and none at all.
     wrong = [*texts[1][:4], 55, *texts[1][6:]]
-    out = generate(drafter, SECONDS, draft_ids=[texts[0], wrong, []], draft_branches=["first_draft"])
+    out = generate(drafter, SECONDS, draft_ids=[texts[0], wrong, []], draft_branches=["hypothesis"])
     assert torch.equal(out.sequences, plain.sequences)
     assert out.nfe[0] < 10 < len(texts[0]) and out.accepted_drafts[0, 1] > 15
     assert out.rejected_drafts[0].tolist() == [0, 0] and out.rejected_drafts[1, 1] > 0
     assert set(out.token_branches.unique().tolist()) == {0, 2}
     tensor = torch.tensor([texts[0]])
-    one = generate(drafter, SECONDS[:1], draft_ids=tensor, draft_branches=["first_draft"])
+    one = generate(drafter, SECONDS[:1], draft_ids=tensor, draft_branches=["hypothesis"])
     assert torch.equal(one.nfe, out.nfe[:1])
 
 

@@ -60,7 +60,7 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_drafts_model(ctc=True, dtype=torch.float32)
+    return tiny_drafts_model(dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +237,9 @@ def test_rows_tell_what_became_of_the_drafts(folder, model, canvas, processor):
         output = model.generate(**processor(folder / row["audio"]), return_dict_in_generate=True)
         ids = output.sequences[0].tolist()
         branches = [token["branch"] for token in [*row["tokens"], row["end"]]]
-        numbers = {None: 0, "masks": 1, "first_draft": 2}
+        numbers = {None: 0, "masks": 1, "hypothesis": 2}
         assert [numbers[one] for one in branches] == output.token_branches[0].tolist()
-        for i, name in enumerate(("masks", "first_draft")):
+        for i, name in enumerate(("masks", "hypothesis")):
             assert row["accepted_drafts"][name] == int(output.accepted_drafts[0, i]) >= branches.count(name)
             struck = [(place, its_ids) for place, branch, its_ids in output.struck_drafts[0] if branch == i]
             assert row["rejected_drafts"][name] == sum(len(its_ids) for _, its_ids in struck)
@@ -284,7 +284,7 @@ def test_encoding_once_gives_the_same_rows(folder, model, processor):
     encoded = encode_dataset(model, processor, folder, batch_size=3)
     assert all(batch.encoder_outputs.last_hidden_state.device.type == "cpu" for batch in encoded.batches)
     num_evaluations = []
-    for branches in (["masks", "first_draft"], []):
+    for branches in (["masks", "hypothesis"], []):
         settings = copy.deepcopy(model.generation_config)
         settings.draft_branches = branches
         rows = decode_encoded(model, processor, encoded, settings)
@@ -401,7 +401,7 @@ def test_folder_of_results(folder, model, processor, checkpoint, tmp_path):
     assert 50 < content["metrics"]["peak_memory_mib"] < 1e5
     settings = content["settings"]
     assert (settings["decoding"], settings["gamma"], settings["dtype"]) == ("drafts", 3.0, "float32")
-    assert settings["draft_branches"] == ["masks", "first_draft"] and settings["logprob_threshold"] is None
+    assert settings["draft_branches"] == ["masks", "hypothesis"] and settings["logprob_threshold"] is None
     assert content["model"] == "some name" and len(content["model_sha256"]) == 64
     assert content["model_sha256"] != evaluation_mdm_asr.model_sha256(tmp_path)
     (described,) = content["data"]

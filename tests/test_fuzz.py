@@ -312,7 +312,7 @@ def run_cases(first, stop, folder):
     from mdm_asr_hf.transcription_mdm_asr import Transcriber
 
     torch.set_num_threads(1)
-    model, processor = tiny_drafts_model(ctc=True, dtype=torch.float32), tiny_processor()
+    model, processor = tiny_drafts_model(dtype=torch.float32), tiny_processor()
     model.generation_config.max_new_tokens = 6
     transcriber = Transcriber(model, processor, max_window_s=1.0, vad="energy")
     pipe = pipeline(

@@ -161,7 +161,7 @@ def test_tokens_per_evaluation_and_who_said_them(drafter):
     out = generate(drafter, seconds=(1.0, 0.6, 0.35))
     kept = out.commit_steps > 0
     torch.testing.assert_close(out.tokens_per_evaluation, kept.sum(dim=1) / out.nfe)
-    # No first draft here; each token is the donor's own or an accepted draft of the masks.
+    # No hypothesis here; each token is the donor's own or an accepted draft of the masks.
     assert out.token_branches.unique().tolist() == [0, 1]
     assert (out.token_branches == 1).sum(dim=1).tolist() == out.accepted_drafts[:, 0].tolist()
     for row, struck in enumerate(out.struck_drafts):
@@ -352,7 +352,7 @@ def test_unknown_and_contradictory_arguments_raise(model, arguments, message):
         (dict(sampler="dfm"), "`sampler` .*dfm.* cannot be used by a checkpoint with drafts"),
         (dict(lambda_=0.2), "`sampler` .* `lambda_` None"),
         (dict(draft_length=4), "`draft_length` .4. must be at most the checkpoint's 3"),
-        (dict(draft_branches=["ctc"]), "`draft_branches`"),
+        (dict(draft_branches=["beams"]), "`draft_branches`"),
         (dict(prefix_ids=[[5]]), "`prefix_ids` must be a list of 3 lists"),
         (dict(prefix_ids=[5, 6, 7]), "`prefix_ids` must be a list of 3 lists"),
         (dict(prefix_ids=[[5], [], [60]]), "`prefix_ids` must be token ids below 60"),

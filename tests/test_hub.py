@@ -33,7 +33,7 @@ pipeline_tag: automatic-speech-recognition
 def folder(tmp_path):
     """What a training run leaves: a checkpoint in bf16, a card, and files that are nobody's business."""
     folder = tmp_path / "run"
-    tiny_drafts_model(ctc=True, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_drafts_model(dtype=torch.bfloat16).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
     (folder / "LICENSE").write_text("Apache")

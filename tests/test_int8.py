@@ -75,11 +75,11 @@ def test_a_position_depends_on_no_other(monkeypatch, bias, engines):
 @pytest.mark.parametrize("parts", [("encoder",), ("decoder",), ("encoder", "decoder")])
 @pytest.mark.parametrize("has_drafts", [False, True])
 def test_the_named_parts_become_int8(encoder, parts, has_drafts):
-    model = tiny_drafts_model(encoder, ctc=True, dtype=torch.float32) if has_drafts else tiny_model(encoder)
+    model = tiny_drafts_model(encoder, dtype=torch.float32) if has_drafts else tiny_model(encoder)
     model = quantize_int8(model, parts)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            part = "encoder" if name.startswith(("model.encoder.", "ctc_head.")) else "decoder"
+            part = "encoder" if name.startswith("model.encoder.") else "decoder"
             assert isinstance(module, Int8Linear) == (part in parts), name
     features, mask = tiny_inputs(encoder)
     out = model.generate(features, attention_mask=mask, return_dict_in_generate=True, return_token_timestamps=True)
@@ -88,7 +88,7 @@ def test_the_named_parts_become_int8(encoder, parts, has_drafts):
 
 @pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
 def test_the_text_is_the_same_with_any_drafts_in_any_batch(encoder):
-    model = quantize_int8(tiny_drafts_model(encoder, ctc=True, dtype=torch.float32))
+    model = quantize_int8(tiny_drafts_model(encoder, dtype=torch.float32))
     features, mask = tiny_inputs(encoder)
     expected = model.generate(features, mask, max_new_tokens=30, draft_branches=[])
     assert len({tuple(row) for row in expected.tolist()}) > 1

@@ -388,7 +388,7 @@ def test_masks_see_their_block_in_both_directions_and_the_token_before_them_does
     assert (difference[..., 1:] > 1e-3).all() and not difference[..., 0].any()
 
 
-def test_before_training_the_first_draft_is_the_donors_own_token(encoder):
+def test_before_training_the_first_mask_says_the_donors_own_token(encoder):
     model = tiny_drafts_model(encoder, decoder_config=dict(draft_layers=2, num_hidden_layers=2))
     decoder = model.get_decoder()
     with torch.no_grad():
@@ -422,7 +422,7 @@ def test_drafts_in_half_precision_are_close_to_single(dtype):
 
 
 def test_autocast_decodes_with_weights_in_single_precision():
-    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    model = tiny_drafts_model(dtype=torch.float32)
     features, mask = tiny_inputs()
     plain = model.generate(features, mask, return_dict_in_generate=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -433,7 +433,7 @@ def test_autocast_decodes_with_weights_in_single_precision():
 
 
 def test_save_and_load_with_drafts(tmp_path):
-    model = tiny_drafts_model(ctc=True, decoder_config=dict(draft_vocab_size=30))
+    model = tiny_drafts_model(decoder_config=dict(draft_vocab_size=30))
     with torch.no_grad():
         model.model.decoder.drafts.head.token_ids.copy_(torch.arange(30) * 2 - 1).clamp_(min=0)
     model.save_pretrained(tmp_path)

@@ -12,7 +12,6 @@ from mdm_asr_hf.objective_mdm_asr import (
     draft_loss,
     draw_frontiers,
     frame_loss,
-    letter_loss,
     logit_loss,
 )
 
@@ -219,19 +218,6 @@ def test_divergence_of_tokens_by_hand():
     # The second token is as the teacher has it.
     both = logit_loss(logits, token_ids, log_probs, torch.ones_like(is_text))
     assert both.item() == pytest.approx(first / 2, rel=1e-5)
-
-
-def test_the_loss_of_letters_by_hand():
-    # Two frames, one letter: it may stand in either, or in both.
-    probs = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.1, 0.9], [0.5, 0.5]]])
-    characters = torch.tensor([[1, -1], [1, 1]])
-    ways = 0.5 * 0.75 + 0.5 * 0.25 + 0.5 * 0.75
-    # The second text, twice the same letter, does not fit into two frames, and counts nothing.
-    loss = letter_loss(probs.log(), None, characters)
-    assert loss.item() == pytest.approx(-math.log(ways) / 2, rel=1e-5)
-    # Padding is no frame.
-    loss = letter_loss(probs[:1].log(), torch.tensor([[1, 0]]), characters[:1])
-    assert loss.item() == pytest.approx(-math.log(0.5), rel=1e-5)
 
 
 def test_two_steps_of_drafts_show_the_second_what_the_first_drafted():

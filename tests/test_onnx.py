@@ -40,7 +40,7 @@ TEMPLATE = {
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A tiny model, and its export."""
-    model, folder = tiny_drafts_model(ctc=True, dtype=torch.float32), tmp_path_factory.mktemp("onnx") / "tiny"
+    model, folder = tiny_drafts_model(dtype=torch.float32), tmp_path_factory.mktemp("onnx") / "tiny"
     export_onnx(model, folder, processor=tiny_processor())
     return model, OnnxMDMASR.from_pretrained(folder, num_threads=1), folder
 
@@ -73,7 +73,6 @@ def test_encoder(pair, seconds, silence_s):
         features, mask = (torch.nn.functional.pad(x, (0, 0, 0, 150)[-2 * (x.dim() - 1) :]) for x in (features, mask))
     with torch.no_grad():
         expected = model.prepare_cross_attention(model.encode(features, mask, trailing_silence_s=silence_s))
-        text = model.write_first_drafts(expected)
     output = onnx.encode(features, mask, trailing_silence_s=silence_s)
     inside = expected.attention_mask
     assert torch.equal(output.attention_mask, inside)
@@ -81,7 +80,6 @@ def test_encoder(pair, seconds, silence_s):
     for ours, theirs in zip(output.cross_attention_states, expected.cross_attention_states, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert (one - other).transpose(1, 2)[inside].abs().max() < 1e-4
-    assert onnx.write_first_drafts(output) == text and len(text[0]) > 0
     assert onnx.prepare_cross_attention(output) is output
 
 
@@ -160,7 +158,7 @@ def test_a_drafts_logits_are_pytorchs(pair):
 
 def test_graphs_name_no_place_on_this_machine(pair):
     files = [file for file in pair[2].iterdir() if file.suffix in (".onnx", ".safetensors")]
-    assert len(files) == 6 and not any(str(REPOSITORY).encode() in file.read_bytes() for file in files)
+    assert len(files) == 5 and not any(str(REPOSITORY).encode() in file.read_bytes() for file in files)
 
 
 # --- generate ---
@@ -219,7 +217,7 @@ def test_canary_like_models(tmp_path, monkeypatch):
     settings = {"num_key_value_heads": 1, "draft_layers": 1}
     model = tiny_drafts_model("parakeet", dtype=torch.float32, decoder_config=settings)
     export_onnx(model, tmp_path / "out", processor=tiny_processor())
-    assert (tmp_path / "out" / "decoder.onnx.data").is_file() and not (tmp_path / "out" / "ctc_head.onnx").exists()
+    assert (tmp_path / "out" / "decoder.onnx.data").is_file()
     onnx = OnnxMDMASR.from_pretrained(tmp_path / "out", num_threads=1)
     output = assert_same(model, onnx, encoder="parakeet", return_token_timestamps=True)
     assert output.accepted_drafts[:, 0].sum() > 0
@@ -290,14 +288,14 @@ def test_large_sums_of_int8_are_not_cut_off(tmp_path):
 
 def test_int8(golden, tmp_path, monkeypatch, run_command):
     model, _, processor, exported = golden
-    for name in ("encoder", "ctc_head", "decoder", "drafts", "head"):
+    for name in ("encoder", "decoder", "drafts", "head"):
         # Quantising starts from the graphs that are there already.
         monkeypatch.setattr(
             onnx_export_mdm_asr, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path)
         )
     folder = tmp_path / "int8"
     code, out, _ = run_command("export", "--format", "onnx", "--int8", "--output", folder)
-    assert code == 0 and out.startswith(f"wrote {folder}: ctc_head.onnx 1.8 MB, decoder.onnx 30.8 MB")
+    assert code == 0 and out.startswith(f"wrote {folder}: decoder.onnx 30.8 MB")
     # A quarter, and the embeddings as they are.
     for file in exported.glob("*.onnx"):
         assert (folder / file.name).stat().st_size < 0.4 * file.stat().st_size
@@ -346,7 +344,7 @@ def test_wrong_folders(pair, tmp_path, run_command):
 
 def test_waiting_threads_leave_the_cores_to_others(pair):
     _, onnx, _ = pair
-    for session in (onnx.encoder, onnx.decoder.session, onnx.decoder.drafts, onnx.head, onnx.ctc_head.session):
+    for session in (onnx.encoder, onnx.decoder.session, onnx.decoder.drafts, onnx.head):
         assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
 
 

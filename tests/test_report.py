@@ -232,7 +232,7 @@ def test_steps_of_the_worst_only(tmp_path):
 
 
 def drafted_row():
-    """ "a b c", of which the masks drafted "b" and " x" where "c" is, and the first draft the end."""
+    """ "a b c", of which the masks drafted "b" and " x" where "c" is, and the hypothesis the end."""
 
     def token(text, step, branch, confidence=0.5):
         return {"text": text, "confidence": confidence, "step": step, "branch": branch}
@@ -243,11 +243,11 @@ def drafted_row():
         "a b c",
         nfe=9,  # of these, seven of a text that was refused
         tokens=[token(" a", 1, None), token(" b", 2, "masks"), token(" c", 2, None)],
-        end=token("<eos>", 3, "first_draft"),
-        accepted_drafts={"masks": 4, "first_draft": 1},
-        rejected_drafts={"masks": 6, "first_draft": 0},
+        end=token("<eos>", 3, "hypothesis"),
+        accepted_drafts={"masks": 4, "hypothesis": 1},
+        rejected_drafts={"masks": 6, "hypothesis": 0},
         struck_drafts=[
-            {"place": 1, "branch": "first_draft", "text": " y<eos>"},
+            {"place": 1, "branch": "hypothesis", "text": " y<eos>"},
             {"place": 2, "branch": "masks", "text": " x"},
         ],
     )
@@ -260,15 +260,15 @@ def test_drafts_stand_where_they_were_struck(tmp_path):
         "steps": 3,
         "items": [
             [" a", 1, None, 0.5],
-            [" y[END]", 2, "first_draft"],
+            [" y[END]", 2, "hypothesis"],
             [" b", 2, "masks", 0.5],
             [" x", 2, "masks"],
             [" c", 2, None, 0.5],
-            ["[END]", 3, "first_draft", 0.5],
+            ["[END]", 3, "hypothesis", 0.5],
         ],
     }
     facts = [fact.text for fact in root.all("article")[0].all(css="facts")[0].all("li")]
-    assert "masks 4 of 10 right" in facts and "first draft 1 of 1 right" in facts
+    assert "masks 4 of 10 right" in facts and "hypothesis 1 of 1 right" in facts
     summaries = [details.all("summary")[0].text for details in root.all(css="steps")]
     assert summaries == ["Drafts, 3 evaluations", "Canvas, 3 steps"]
     assert root.all(id="drafts-legend") and not parse(make_report(write(tmp_path, ROWS))).all(id="drafts-legend")
@@ -446,7 +446,7 @@ def test_contrast_of_colours():
             return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
         pairs = [("sub-text", "sub"), ("del-text", "del"), ("ins-text", "ins"), ("text", "doubt-shade")]
-        pairs += [("text", "masks"), ("text", "first"), ("masks-line", "card"), ("first-line", "card")]
+        pairs += [("text", "masks"), ("text", "hypothesis"), ("masks-line", "card"), ("hypothesis-line", "card")]
         pairs += [(text, ground) for text in ("text", "quiet", "link") for ground in ("page", "card")]
         for text, ground in pairs:
             light, dark = sorted((luminance(text), luminance(ground)), reverse=True)
@@ -526,7 +526,7 @@ def test_browser_shows_the_drafts_of_an_evaluation(tmp_path):
         ("span", " c", True),
     ]
     assert root.all(css="stepper")[0].all("output")[0].text == (
-        "evaluation 2 of 3: 1 of the donor, 1 drafted by masks, 0 by the first draft, 2 struck; 3 of 4 tokens done"
+        "evaluation 2 of 3: 1 of the donor, 1 drafted by masks, 0 by the hypothesis, 2 struck; 3 of 4 tokens done"
     )
     assert text.all("mark")[0]["title"] == '" b": accepted draft, masks, evaluation 2, confidence 0.5'
 

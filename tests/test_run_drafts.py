@@ -16,7 +16,7 @@ import run_drafts  # noqa: E402
 
 @pytest.fixture
 def folders(tmp_path):
-    model = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    model = tiny_drafts_model(dtype=torch.float32)
     model.generation_config.max_new_tokens = 20
     model.save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")

@@ -29,7 +29,7 @@ def setting(tmp_path_factory):
     root = tmp_path_factory.mktemp("speed")
     model = tiny_model()
     model.generation_config.max_denoising_steps = 6
-    drafter = tiny_drafts_model(ctc=True, dtype=torch.float32)
+    drafter = tiny_drafts_model(dtype=torch.float32)
     drafter.generation_config.max_new_tokens = 12
     for name, one in (("canvas", model), ("drafts", drafter)):
         one.save_pretrained(root / name)
@@ -92,9 +92,9 @@ COMMON = {"encoder", "cross keys", "decoder", "output layer", "sampler"}
 SYSTEMS = {
     "canvas": ({"slow": "gamma=0", "fast": "gamma=inf"}, COMMON, COMMON),
     "drafts": (
-        {"slow": "branches=none", "fast": "branches=masks+first_draft"},
+        {"slow": "branches=none", "fast": "branches=masks"},
         COMMON,
-        COMMON | {"first draft", "draft head"},
+        COMMON | {"draft head"},
     ),
 }
 
@@ -166,15 +166,11 @@ class Exported(MDMASRGenerationMixin):
     def prepare_cross_attention(self):
         return self
 
-    def write_first_drafts(self):
-        pass
-
     def draft_logits(self):
         pass
 
     def generate(self):
         self.encode().prepare_cross_attention()
-        self.write_first_drafts()
         for _ in range(3):
             self.decoder(torch.zeros((2, 5), dtype=torch.long), frontiers=torch.zeros((2, 1)))
             self.draft_logits()
@@ -187,7 +183,7 @@ def test_the_stages_of_an_export():
     call = Decoder.__call__
     with run_speed.watch_stages(exported, clock.around, clock.on_evaluation):
         exported.generate()
-    assert set(clock.seconds) == {"encoder", "cross keys", "first draft", "decoder", "draft head", "sampler"}
+    assert set(clock.seconds) == {"encoder", "cross keys", "decoder", "draft head", "sampler"}
     # Ten causal rows and eight masks.
     assert (clock.evaluations, clock.positions) == (3, 54)
     exported.generate()

@@ -92,7 +92,7 @@ def test_the_recipe_of_drafts_is_the_command(run_train, data, tmp_path, monkeypa
     assert called == {
         "args": ("whisper", ["a", {"path": "b", "passes": 2}], "out"),
         **{"language": None, "cache": None, "silence_s": 1.0},
-        **{"encoder_steps": None, "first_draft_steps": 3000, "draft_steps": 5},
+        **{"encoder_steps": None, "draft_steps": 5},
         **{"max_seconds_per_batch": 120.0, "learning_rate": 1e-3, "use_cpu": True},
     }
 

@@ -162,15 +162,15 @@ def test_tokens_per_decoder_evaluation():
 
 def test_accepted_drafts_are_of_those_each_branch_made():
     def drafts(*counts):
-        pairs = [dict(zip(("masks", "first_draft"), one, strict=True)) for one in counts]
+        pairs = [dict(zip(("masks", "hypothesis"), one, strict=True)) for one in counts]
         return dict(zip(("accepted_drafts", "rejected_drafts"), pairs, strict=True))
 
     rows = [row("a", "a", **drafts((3, 1), (1, 0))), row("b", "b", **drafts((0, 0), (4, 0)))]
     result = score(rows, num_bootstrap=10)
     metrics = result["metrics"]
-    assert (metrics["acceptance_rate_masks"], metrics["acceptance_rate_first_draft"]) == (37.5, 100.0)
-    assert metrics["num_accepted_drafts"] == {"masks": 3, "first_draft": 1}
-    assert metrics["num_rejected_drafts"] == {"masks": 5, "first_draft": 0}
+    assert (metrics["acceptance_rate_masks"], metrics["acceptance_rate_hypothesis"]) == (37.5, 100.0)
+    assert metrics["num_accepted_drafts"] == {"masks": 3, "hypothesis": 1}
+    assert metrics["num_rejected_drafts"] == {"masks": 5, "hypothesis": 0}
     low, high = result["intervals"]["acceptance_rate_masks"]
     assert 0 <= low <= 37.5 <= high <= 75
 

@@ -22,7 +22,7 @@ MAX_NEW = 32
 
 @functools.cache
 def model_of(encoder):
-    return tiny_drafts_model(encoder, ctc=True)
+    return tiny_drafts_model(encoder)
 
 
 @functools.cache
@@ -70,7 +70,7 @@ SETTINGS = st.fixed_dictionaries(
     {
         "gamma": st.one_of(st.floats(0, 20), st.just(math.inf)),
         "draft_length": st.integers(1, 3),
-        "draft_branches": st.sampled_from([["masks"], ["first_draft"], ["masks", "first_draft"]]),
+        "draft_branches": st.sampled_from([["masks"], ["hypothesis"], ["masks", "hypothesis"]]),
     }
 )
 ROWS = st.lists(st.integers(0, len(SECONDS) - 1), min_size=1, max_size=4)
@@ -104,7 +104,7 @@ def test_any_drafts_of_the_masks_give_the_donors_text(encoder, options, rows):
 
 @settings(max_examples=60, deadline=None)
 @given(encoder=ENCODER, options=SETTINGS, drafts=st.lists(DRAFTS, min_size=3, max_size=3))
-def test_a_first_draft_in_another_language_changes_nothing(encoder, options, drafts):
+def test_a_hypothesis_in_another_language_changes_nothing(encoder, options, drafts):
     assert texts(decode(encoder, draft_ids=drafts, **options)) == [loop_text(encoder, row) for row in range(3)]
 
 
@@ -186,7 +186,7 @@ def test_a_prefix_is_gone_on_with():
 
 def test_a_hypothesis_that_is_right_takes_few_evaluations():
     whole = [loop_text("whisper", row) for row in range(3)]
-    output = decode("whisper", draft_ids=whole, draft_branches=["first_draft"], draft_length=3)
+    output = decode("whisper", draft_ids=whole, draft_branches=["hypothesis"], draft_length=3)
     assert texts(output) == whole and int(output.rejected_drafts.sum()) == 0
     # Three drafts and the donor's own token in each.
     assert output.nfe.tolist() == [math.ceil(len(text) / 4) for text in whole]
@@ -210,11 +210,11 @@ def test_untrained_drafts_are_soon_asked_for_no_more():
 
 
 def test_evaluations_do_not_depend_on_the_batch():
-    # The first draft is of no use to two of the rows, and is tried again after the same number of evaluations.
+    # The hypothesis is of no use to two of the rows, and is tried again after the same number of evaluations.
     drafts = [[2] * 40, loop_text("whisper", 1), [3] * 40]
-    together = decode("whisper", draft_ids=drafts, draft_branches=["first_draft"])
+    together = decode("whisper", draft_ids=drafts, draft_branches=["hypothesis"])
     alone = [
-        decode("whisper", [row], draft_ids=[drafts[row]], draft_branches=["first_draft"]) for row in range(len(drafts))
+        decode("whisper", [row], draft_ids=[drafts[row]], draft_branches=["hypothesis"]) for row in range(len(drafts))
     ]
     assert together.nfe.tolist() == [int(one.nfe) for one in alone]
     assert together.rejected_drafts.tolist() == [one.rejected_drafts[0].tolist() for one in alone]
@@ -224,7 +224,7 @@ def test_struck_drafts_stand_where_they_were_wrong():
     whole = loop_text("whisper", 0)
     wrong = [token + 1 if token + 1 < VOCAB_SIZE else 2 for token in whole[:6]]
     output = decode(
-        "whisper", [0], draft_ids=[[*whole[:2], *wrong[2:6]]], draft_branches=["first_draft"], draft_length=3
+        "whisper", [0], draft_ids=[[*whole[:2], *wrong[2:6]]], draft_branches=["hypothesis"], draft_length=3
     )
     assert texts(output) == [whole]
     place, branch, ids = output.struck_drafts[0][0]

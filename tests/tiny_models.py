@@ -63,7 +63,6 @@ WHISPER_DECODER = dict(
 CANARY_DECODER = dict(hidden_size=24)
 # Of drafts: from left to right.
 DRAFT_SAMPLER = {"name": "pbeb_conf", "gamma": 3.0, "lambda_": None}
-CHARACTERS = " abcdefghijklmnopqrstuvwxyz'"
 # A seed, and the token of its texts that is made their end: those of the clips of `tiny_inputs` then end at different
 # lengths.
 ENDS = {"whisper": (6, 34), "parakeet": (6, 47), "wav2vec2": (5, 17)}
@@ -105,16 +104,14 @@ def tiny_model(encoder="whisper", seed=0, **settings):
     return model
 
 
-def tiny_drafts_model(encoder="whisper", ctc=False, dtype=torch.float64, **settings):
+def tiny_drafts_model(encoder="whisper", dtype=torch.float64, **settings):
     """
     A model that decodes by drafts, half of which are right: their head is fitted to the model's own texts of
     `tiny_inputs()`, which are of 24, 11 and 30 tokens with Whisper's encoder. In double precision, so that a text is
-    the same in every batch and tree. With `ctc` it has a CTC head, of random weights.
+    the same in every batch and tree.
     """
     seed, last_token = ENDS[encoder]
     settings["decoder_config"] = {"draft_layers": 2, "draft_length": 3} | settings.get("decoder_config", {})
-    if ctc:
-        settings = {"ctc_characters": CHARACTERS, "ctc_hidden_size": 16, "ctc_layers": 1} | settings
     torch.manual_seed(seed)
     model = MDMASRForConditionalGeneration(tiny_config(encoder, **settings)).eval().double()
     model.generation_config.sampler = DRAFT_SAMPLER
@@ -130,13 +127,6 @@ def tiny_drafts_model(encoder="whisper", ctc=False, dtype=torch.float64, **setti
         ends = [model.config.eos_token_id, last_token]
         embedding[ends] = embedding[ends[::-1]]
     fit_drafts(model, encoder)
-    if ctc:
-        with torch.no_grad():
-            for parameter in model.ctc_head.parameters():
-                parameter.mul_(5.0)
-        tokenizer = tiny_tokenizer()
-        specials = set(tokenizer.all_special_ids)
-        model.ctc_head.set_tokens([None if i in specials else tokenizer.decode([i]) for i in range(VOCAB_SIZE)])
     return model.to(dtype)
 
 

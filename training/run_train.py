@@ -102,7 +102,6 @@ class DistillationArguments:
     encoder_steps: int | None = field(
         default=None, metadata={"help": "Of the encoder's stage; default: 500 for a Whisper; 0 leaves it out."}
     )
-    first_draft_steps: int = field(default=3000, metadata={"help": "Of the CTC head's stage."})
     draft_steps: int = field(default=6000, metadata={"help": "Of the masks' stage."})
 
 

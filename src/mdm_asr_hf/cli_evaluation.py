@@ -348,8 +348,9 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
         "repeating %": "repetition_rate",
         "loops": "num_loops",
     }
-    if all("acceptance_rate_masks" in result["metrics"] for result in results.values()):
-        columns |= {"masks %": "acceptance_rate_masks", "first draft %": "acceptance_rate_first_draft"}
+    for heading, key in (("masks %", "acceptance_rate_masks"), ("hypothesis %", "acceptance_rate_hypothesis")):
+        if all(key in result["metrics"] for result in results.values()):
+            columns[heading] = key
     table.add_column("data")
     for heading in columns:
         table.add_column(heading, justify="right")

@@ -45,7 +45,6 @@ def train_drafts(
         int | None,
         typer.Option(min=0, help="Of the silence behind the audio. Default: 500 for a Whisper; 0 leaves it as it is."),
     ] = None,
-    first_draft_steps: Annotated[int, typer.Option(min=0, help="Of the CTC head alone.")] = 3000,
     draft_steps: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 6000,
     isct_steps: Annotated[
         int, typer.Option(min=1, max=2, help="2: the masks also learn to see drafts that were not accepted.")
@@ -57,8 +56,8 @@ def train_drafts(
     """
     Make a donor fast: train its drafts on audio without transcripts.
 
-    The donor transcribes the audio once; then a short silence learns to stand for a long one, the CTC head the first
-    draft, and the masks to draft, each by what the donor said. Started again it goes on where it was stopped.
+    The donor transcribes the audio once; then a short silence learns to stand for a long one, and the masks to
+    draft, each by what the donor said. Started again it goes on where it was stopped.
     """
     from . import cli
 
@@ -73,7 +72,6 @@ def train_drafts(
                 cache=cache,
                 silence_s=silence_s,
                 encoder_steps=encoder_steps,
-                first_draft_steps=first_draft_steps,
                 draft_steps=draft_steps,
                 isct_steps=isct_steps,
                 language=language,

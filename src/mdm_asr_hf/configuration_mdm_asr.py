@@ -5,6 +5,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 POSITION_EMBEDDING_TYPES = ("sinusoidal", "learned")
+_RETIRED_SETTINGS = ("ctc_characters", "ctc_hidden_size", "ctc_layers", "ctc_attention_heads")
 
 
 class MDMASRDecoderConfig(PreTrainedConfig):
@@ -166,9 +167,6 @@ class MDMASRConfig(PreTrainedConfig):
             for encoders that read waveforms). `generate` derives the audio's duration from it.
         shift_logits (`bool`): read the logits of canvas position i at position i - 1, the prompt's last token giving
             the first, as an autoregressive donor's weights predict (arXiv 2410.17891, 2508.15487).
-        ctc_characters (`str`, *optional*): the characters of the CTC head that writes the first draft, see
-            `first_draft_mdm_asr`. None: there is no such head.
-        ctc_hidden_size (`int`), ctc_layers (`int`), ctc_attention_heads (`int`): its size.
     """
 
     model_type = "mdm_asr"
@@ -185,15 +183,13 @@ class MDMASRConfig(PreTrainedConfig):
     encoder_min_duration_s: float | int = 0.0
     input_frames_per_s: float | int = 100.0
     shift_logits: bool = False
-    ctc_characters: str | None = None
-    ctc_hidden_size: int = 256
-    ctc_layers: int = 2
-    ctc_attention_heads: int = 4
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        # Of folders saved when there was a CTC head.
+        kwargs = {name: value for name, value in kwargs.items() if name not in _RETIRED_SETTINGS}
         if self.encoder_config is None:
             self.encoder_config = {"scale_input": False, "layerdrop": 0.0, "num_mel_bins": 128}
         if isinstance(self.encoder_config, dict):
@@ -255,28 +251,10 @@ class MDMASRConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}.")
         if self.input_frames_per_s <= 0:
             raise ValueError(f"`input_frames_per_s` must be positive, got {self.input_frames_per_s}.")
-        if self.ctc_characters is not None:
-            self._validate_ctc()
         if not self.tie_word_embeddings:
             raise ValueError("`tie_word_embeddings=False` is not supported by the decoder. Leave it True.")
         if not self.is_encoder_decoder:
             raise ValueError("`is_encoder_decoder=False` contradicts MDM-ASR, an encoder-decoder. Leave it True.")
-
-    def _validate_ctc(self):
-        if not 1 <= len(self.ctc_characters) <= 255 or len(set(self.ctc_characters)) < len(self.ctc_characters):
-            raise ValueError("`ctc_characters` must be 1 to 255 characters, each once, or None for no CTC head.")
-        for name in ("ctc_hidden_size", "ctc_layers", "ctc_attention_heads"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {getattr(self, name)!r}.")
-        if self.ctc_hidden_size % self.ctc_attention_heads:
-            raise ValueError(
-                f"`ctc_hidden_size` ({self.ctc_hidden_size}) must be a multiple of `ctc_attention_heads` "
-                f"({self.ctc_attention_heads})."
-            )
-        if not self.has_drafts:
-            raise ValueError(
-                "`ctc_characters` needs `decoder_config.draft_layers` >= 1: a canvas takes no first draft."
-            )
 
 
 __all__ = ["MDMASRConfig", "MDMASRDecoderConfig"]

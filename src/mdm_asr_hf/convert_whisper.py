@@ -216,7 +216,7 @@ def to_whisper(model: nn.Module) -> WhisperForConditionalGeneration:
             "there is, a canvas too, is no Whisper any more. Convert the donor with `from_whisper(donor)`."
         )
     state = model.state_dict()
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith((DRAFTS, "ctc_head."))}
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(DRAFTS)}
     kept.pop(INPUT_ONLY_EMBEDDINGS)
     # What was learnt for a short silence: behind 30 seconds the encoder is Whisper's.
     kept.pop("model.encoder.silence_embeddings", None)

@@ -5,7 +5,7 @@ said itself, and propose what comes next.
 
 What is committed depends on the donor alone: a draft is accepted if it is the token that the donor says there, and the
 donor's own next token follows. This is speculative decoding (arXiv 2211.17192) with greedy acceptance; the drafts are
-those of masked diffusion (arXiv 2602.18952, 2510.03929) and of a CTC head.
+those of masked diffusion (arXiv 2602.18952, 2510.03929), and of a text that the caller has.
 """
 
 from collections.abc import Callable, Sequence

@@ -13,7 +13,7 @@ from .sampling_mdm_asr import SamplerConfig, make_sampler
 logger = logging.get_logger(__name__)
 
 # What drafts are made by, see `verified_decoding_mdm_asr`.
-BRANCHES = ("masks", "first_draft")
+BRANCHES = ("masks", "hypothesis")
 # Settings that only one kind of checkpoint can use.
 CANVAS_SETTINGS = ("max_denoising_steps", "canvas_length", "canvas_tokens_per_s", "canvas_extra_tokens")
 DRAFT_SETTINGS = (
@@ -48,8 +48,8 @@ class MDMASRGenerationConfig(GenerationConfig):
             may have together.
         temperature (`float` or list of `float`): 0 takes the most probable token, above 0 draws from softmax(logits /
             temperature). Of a list, with drafts, the later ones are for rows that Whisper's thresholds refuse.
-        draft_branches (`list[str]`): what drafts, "masks" and "first_draft" (of checkpoints with a CTC head); empty:
-            nothing, which is plain autoregressive decoding.
+        draft_branches (`list[str]`): what drafts, "masks" and "hypothesis" (where `generate` is given `draft_ids`);
+            empty: nothing, which is plain autoregressive decoding.
         draft_length (`int`, *optional*): the most drafts of a branch; by default the masks' K.
         no_speech_threshold, logprob_threshold, compression_ratio_threshold (`float`, *optional*): Whisper's, see
             `safeguards_mdm_asr`. None switches one off.
@@ -117,6 +117,9 @@ class MDMASRGenerationConfig(GenerationConfig):
         self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
         self._from_model_config: bool = kwargs.pop("_from_model_config", False)
         self.transformers_version: str | None = kwargs.pop("transformers_version", None)
+        if isinstance(self.draft_branches, (list, tuple)):
+            # Of folders saved when there was a CTC head, whose drafts a hypothesis took the place of.
+            self.draft_branches = ["hypothesis" if one == "first_draft" else one for one in self.draft_branches]
         # Of folders that were saved when there were several ways to lay blocks; what was the default is the only one.
         kwargs.pop("draft_blocks", None)
         if retired := sorted(set(kwargs) & set(_RETIRED_SETTINGS)):

@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .alignment_mdm_asr import check_alignment_heads, frame_duration_s, token_timestamps
+from .alignment_mdm_asr import check_alignment_heads, token_timestamps
 from .canvas_mdm_asr import Canvas, OpenRows, denoise
 from .confidence_mdm_asr import calibrate, utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
-from .first_draft_mdm_asr import FirstDraft
 from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
+from .hypothesis_mdm_asr import Hypothesis
 from .language_mdm_asr import settle_languages
 from .prompt_mdm_asr import build_prompt_ids
 from .safeguards_mdm_asr import is_refused, is_suspicious, mean_log_prob, repeats_itself
@@ -38,8 +38,6 @@ _MEANINGFUL_NONES = (
 _PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "timestamp", "diarize", "emotion")
 # What Whisper's encoder was trained with, all in all.
 STOCK_DURATION_S = 30.0
-# Of the silence behind the audio, what the first draft is written of.
-HEARD_SILENCE_S = 0.5
 
 
 @dataclass
@@ -58,9 +56,9 @@ class MDMASRGenerateOutput(ModelOutput):
         num_steps (`int`): decoder evaluations of the whole batch, the largest of `nfe`.
         tokens_per_evaluation (`torch.FloatTensor` of shape (B,)): tokens of the text and its end, by `nfe`.
         accepted_drafts, rejected_drafts (`torch.LongTensor` of shape (B, 2), *optional*): of the masks and of the
-            first draft, how many the donor said itself and how many not. A token that both drafted counts for both.
+            hypothesis, how many the donor said itself and how many not. A token that both drafted counts for both.
         token_branches (`torch.LongTensor` of shape (B, W), *optional*): 0 for the donor's own tokens, 1 and 2 for
-            accepted drafts of the masks and of the first draft.
+            accepted drafts of the masks and of the hypothesis.
         struck_drafts (`list` of B lists of `(place, branch, ids)`, *optional*): rejected drafts, the place in the text
             where they stood, and what drafted them (0, 1).
         languages (`list[str]` of length B, *optional*): the language of each row's prompt, given or detected, by its
@@ -167,7 +165,7 @@ class MDMASRGenerationMixin:
                 takes as context, from `processor.previous_ids(text)`.
             prefix_ids (`list[list[int]]` of length B, *optional*): tokens that each text begins with.
             draft_ids (`list[list[int]]` of length B, *optional*): what each text may be, such as an earlier
-                hypothesis: the first draft, instead of the CTC head's. The donor verifies it.
+                hypothesis. The donor verifies it.
             hotword_ids (`list[list[int]]`, or B such lists, *optional*): words to expect, from
                 `processor.hotword_ids(words)`, for all rows or for each row its own. Their logits are raised where
                 they fit, by `hotword_boost`, see `hotwords_mdm_asr`.
@@ -336,9 +334,6 @@ class MDMASRGenerationMixin:
             text = VerifiedText.begin(
                 [prompts[row] for row in places], [prefixes[row] for row in places], max(limits), rows.device
             )
-            drafts = self._first_drafts(
-                batch, rows, outputs, draft_ids and [draft_ids[row] for row in places], settings
-            )
             decoder = VerifiedDecoder(
                 self,
                 text,
@@ -347,7 +342,7 @@ class MDMASRGenerationMixin:
                 limits=its_limits,
                 is_open=is_open,
                 prompt_length=batch.prompt_ids.shape[1],
-                first_drafts=drafts,
+                hypotheses=self._hypotheses(places, draft_ids, settings),
                 temperature=t,
                 seeds=seeds[rows],
                 hotwords=hotwords and hotwords.take_rows(places),
@@ -421,39 +416,14 @@ class MDMASRGenerationMixin:
                 )
         return limits
 
-    def _first_drafts(
-        self,
-        batch: _Batch,
-        rows: torch.LongTensor,
-        outputs: MDMASREncoderOutput,
-        draft_ids: list[list[int]] | None,
-        settings: MDMASRGenerationConfig,
-    ) -> list[FirstDraft | None]:
-        """What is known of some rows' texts beforehand: by the caller, or by the CTC head."""
+    def _hypotheses(
+        self, rows: list[int], draft_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
+    ) -> list[Hypothesis | None]:
+        """What the caller takes some rows' texts for; of `draft_ids` (B lists), those of these rows."""
+        if draft_ids is None or "hypothesis" not in settings.draft_branches:
+            return [None] * len(rows)
         eos = self.config.eos_token_id
-        if "first_draft" not in settings.draft_branches:
-            return [None] * len(rows)
-        if draft_ids is not None:
-            return [FirstDraft([i for i in ids if i != eos], None, eos) for ids in draft_ids]
-        if self.config.ctc_characters is None:
-            return [None] * len(rows)
-        texts = self.write_first_drafts(self._heard(batch, rows, outputs))
-        return [FirstDraft.of_text(text, self.spelling, eos) for text in texts]
-
-    def _heard(self, batch: _Batch, rows: torch.LongTensor, outputs: MDMASREncoderOutput) -> MDMASREncoderOutput:
-        """Frames of some rows without the silence that was added, but for `HEARD_SILENCE_S` of it: there is nothing to
-        write of, and a first draft of all frames would take as long as some evaluations."""
-        frame_s = frame_duration_s(self.config.encoder_config, self.config.input_frames_per_s)
-        if batch.duration_s is None or frame_s is None:
-            return outputs
-        frames, mask = outputs.last_hidden_state, outputs.attention_mask
-        heard_s = batch.duration_s.to(rows.device)[rows // batch.num_samples] + HEARD_SILENCE_S
-        numbers = (heard_s / frame_s).ceil().long().clamp(max=frames.shape[1])
-        longest = int(numbers.max())
-        inside = torch.arange(longest, device=frames.device) < numbers[:, None]
-        if mask is not None:
-            inside = inside & mask[:, :longest].bool()
-        return MDMASREncoderOutput(last_hidden_state=frames[:, :longest], attention_mask=inside)
+        return [Hypothesis([i for i in draft_ids[row] if i != eos], eos) for row in rows]
 
     def _draw_seeds(self, batch: _Batch, temperatures: list[float]) -> torch.LongTensor:
         """A seed for each row (B * n,). Texts that fall back to a temperature are drawn alike in every batch, unless

@@ -120,8 +120,8 @@ def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module
 
     Args:
         model ([`MDMASRForConditionalGeneration`]): in fp32, on the CPU.
-        parts (`tuple[str, ...]`): of "encoder" and "decoder". The CTC head belongs to the encoder, the output layer
-            and what drafts to the decoder.
+        parts (`tuple[str, ...]`): of "encoder" and "decoder". The output layer and what drafts belong to the
+            decoder.
 
     Raises:
         ValueError: unknown parts, another precision, or weights that are not on the CPU.
@@ -135,8 +135,6 @@ def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module
         raise ValueError(f"int8 needs a model in fp32, got {model.dtype}. Load it with `dtype=torch.float32`.")
     if "encoder" in parts:
         _quantize_linears(model.model.encoder)
-        if model.ctc_head is not None:
-            _quantize_linears(model.ctc_head)
     if "decoder" in parts:
         _quantize_linears(model.model.decoder)
         if model.model.encoder_projection is not None:

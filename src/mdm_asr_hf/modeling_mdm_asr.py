@@ -18,7 +18,6 @@ from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import masked_diffusion_loss
 from .drafting_mdm_asr import lay_blocks, lay_hints
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
-from .first_draft_mdm_asr import MDMASRCTCHead, Spelling
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerationMixin
 from .objective_mdm_asr import (
@@ -30,7 +29,6 @@ from .objective_mdm_asr import (
     draft_loss,
     draw_frontiers,
     frame_loss,
-    letter_loss,
     logit_loss,
 )
 
@@ -157,6 +155,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     """MDM-ASR for speech recognition: `generate` transcribes, `forward` with labels trains."""
 
     _tied_weights_keys = {"proj_out.weight": "model.decoder.embed_tokens.weight"}
+    # Of folders saved when there was a CTC head.
+    _keys_to_ignore_on_load_unexpected = [r"^ctc_head\."]
     # The loss is a mean over canvas positions, which `num_items_in_batch` (labels that are not -100) does not count:
     # the Trainer has to divide by the gradient accumulation steps itself.
     accepts_loss_kwargs = False
@@ -168,9 +168,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         self.model = MDMASRModel(config)
         decoder = config.decoder_config
         self.proj_out = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=decoder.output_bias)
-        self.ctc_head = None
-        if config.ctc_characters is not None:
-            self.ctc_head = MDMASRCTCHead(config, encoder_width(config.encoder_config))
         self.post_init()
 
     def get_encoder(self, *args, **kwargs) -> nn.Module:
@@ -225,15 +222,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             return encoder_outputs
         states = self.model.decoder.cross_attention_states(self.model.project(encoder_outputs.last_hidden_state))
         return MDMASREncoderOutput(**{**encoder_outputs, "cross_attention_states": states})
-
-    def write_first_drafts(self, encoder_outputs: MDMASREncoderOutput) -> list[str]:
-        """The text of each row, as the CTC head writes it."""
-        return self.ctc_head.write(encoder_outputs.last_hidden_state, encoder_outputs.attention_mask)
-
-    @property
-    def spelling(self) -> Spelling:
-        """The tokens in the CTC head's characters."""
-        return self.ctc_head.spelling
 
     def short_list_output(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted; to be made once a text."""
@@ -314,7 +302,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 V).
             input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
                 them.
-            teacher ([`TeacherOutput`], *optional*): what objectives with weights for frames, logits or CTC learn.
+            teacher ([`TeacherOutput`], *optional*): what objectives with weights for frames or logits learn.
             kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility`, `past_key_values` and
                 `frontiers` of [`MDMASRDecoder`].
 
@@ -497,8 +485,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         prompt_ids = prompt_ids.to(labels.device).expand(len(labels), -1)
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
-        frames, frame_mask = encoder_outputs.last_hidden_state, encoder_outputs.attention_mask
-        parts, num_prompt = objective.parts, prompt_ids.shape[1]
+        frames, parts, num_prompt = encoder_outputs.last_hidden_state, objective.parts, prompt_ids.shape[1]
         losses, shares, logits, states = {}, {}, None, None
         if parts.keys() & {"donor", "drafts", "logits"}:
             encoder_outputs = self.prepare_cross_attention(encoder_outputs)
@@ -536,8 +523,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                     )
         if "frames" in parts:
             losses["frames"] = frame_loss(frames, teacher.frames, teacher.num_frames)
-        if "ctc" in parts:
-            losses["ctc"] = letter_loss(self.ctc_head(frames, frame_mask), frame_mask, teacher.characters)
         return MDMASROutput(
             loss=sum(weight * losses[part] for part, weight in parts.items()),
             logits=logits,

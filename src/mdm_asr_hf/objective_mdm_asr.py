@@ -203,7 +203,6 @@ class DraftObjective:
         frame_weight (`float`): of the mean squared distance of the encoder's frames to the teacher's, see
             [`TeacherOutput`].
         logit_weight (`float`): of the Kullback-Leibler divergence of the donor's next token from the teacher's.
-        ctc_weight (`float`): of the CTC head's loss per letter (Graves et al., 2006).
     """
 
     num_frontiers: int = 12
@@ -213,7 +212,6 @@ class DraftObjective:
     draft_weight: float = 1.0
     frame_weight: float = 0.0
     logit_weight: float = 0.0
-    ctc_weight: float = 0.0
 
     def __post_init__(self):
         if type(self.num_frontiers) is not int or self.num_frontiers < 1:
@@ -230,7 +228,7 @@ class DraftObjective:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The weights of what is learnt, by name: "donor", "drafts", "frames", "logits", "ctc"."""
+        """The weights of what is learnt, by name: "donor", "drafts", "frames", "logits"."""
         weights = {part: getattr(self, name) for name, part in _WEIGHTS.items()}
         return {part: weight for part, weight in weights.items() if weight}
 
@@ -240,7 +238,6 @@ _WEIGHTS = {
     "draft_weight": "drafts",
     "frame_weight": "frames",
     "logit_weight": "logits",
-    "ctc_weight": "ctc",
 }
 
 
@@ -248,21 +245,19 @@ _WEIGHTS = {
 class TeacherOutput(ModelOutput):
     """
     What a donor that heard the audio with all the silence it wants made of a batch, for an encoder that is to hear
-    less, and the letters for a CTC head.
+    less.
 
     Args:
         frames (`torch.FloatTensor` of shape (B, T, D)): of its encoder.
         num_frames (`torch.LongTensor` of shape (B,)): those of the audio itself, without the silence behind it.
         token_ids (`torch.LongTensor` of shape (B, L, N)): the most probable ones at each of the labels.
         log_probs (`torch.FloatTensor` of shape (B, L, N)): their log-probabilities; any other token has what is left.
-        characters (`torch.LongTensor` of shape (B, C)): the classes of the text, -1 behind its end.
     """
 
     frames: torch.FloatTensor | None = None
     num_frames: torch.LongTensor | None = None
     token_ids: torch.LongTensor | None = None
     log_probs: torch.FloatTensor | None = None
-    characters: torch.LongTensor | None = None
 
 
 def frame_loss(frames: torch.Tensor, teacher: torch.Tensor, num_frames: torch.LongTensor) -> torch.Tensor:
@@ -285,20 +280,6 @@ def logit_loss(
     rest, own_rest = ((1 - one.exp().sum(dim=-1)).clamp(min=1e-6) for one in (log_probs, own))
     divergence = (log_probs.exp() * (log_probs - own)).sum(dim=-1) + rest * (rest.log() - own_rest.log())
     return (divergence * is_text).sum() / is_text.sum().clamp(min=1)
-
-
-def letter_loss(logits: torch.Tensor, frame_mask: torch.Tensor | None, characters: torch.LongTensor) -> torch.Tensor:
-    """The CTC loss per letter, a mean over rows, of logits (B, T, classes), the first class being the blank; texts
-    that are longer than their frames count nothing."""
-    log_probs = logits.float().log_softmax(dim=-1).transpose(0, 1)
-    num_letters = (characters >= 0).sum(dim=-1)
-    num_frames = torch.full_like(num_letters, logits.shape[1])
-    if frame_mask is not None:
-        num_frames = frame_mask.long().sum(dim=-1)
-    losses = torch.nn.functional.ctc_loss(
-        log_probs, characters.clamp(min=0), num_frames, num_letters, reduction="none", zero_infinity=True
-    )
-    return (losses / num_letters.clamp(min=1)).mean()
 
 
 def draw_frontiers(
@@ -355,6 +336,5 @@ __all__ = [
     "draft_loss",
     "draw_frontiers",
     "frame_loss",
-    "letter_loss",
     "logit_loss",
 ]

@@ -1,5 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Export to ONNX: encoder, CTC head, donor's decoder, and what drafts, as graphs for [`OnnxMDMASR`]."""
+"""Export to ONNX: encoder, donor's decoder, and what drafts, as graphs for [`OnnxMDMASR`]."""
 
 import copy
 import logging
@@ -16,7 +16,7 @@ from torch import nn
 from .cache_mdm_asr import BehindDonor, KeyValue
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S
 
-ENCODER_FILE, CTC_FILE, DECODER_FILE = "encoder.onnx", "ctc_head.onnx", "decoder.onnx"
+ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
 DRAFTS_FILE, HEAD_FILE, TOKENS_FILE = "drafts.onnx", "draft_head.onnx", "tokens.safetensors"
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
@@ -189,12 +189,10 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     - encoder.onnx: `input_features` (B, T, mel bins) in fp32, `attention_mask` (B, T), and of Whisper
       `trailing_silence`, a number of input frames; or waveforms (B, N); to `frames` (B, T', encoder width),
       `frame_mask` (B, T'), and `cross_key.0`, ..., `cross_value.0`, ... (B, key-value heads, T', head_dim);
-    - ctc_head.onnx, where there is a CTC head: `frames`, `frame_mask` to `logits` (B, T', characters + 1);
     - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
     - drafts.onnx: a block's states, see [`DraftsGraph`];
     - draft_head.onnx: a draft, see [`HeadGraph`];
-    - tokens.safetensors: `embeddings` (V + E, D), `draft_ids` (N,), the ids of the short list, and with a CTC head
-      `characters` (V, 16), see [`MDMASRCTCHead`];
+    - tokens.safetensors: `embeddings` (V + E, D), `draft_ids` (N,), the ids of the short list;
     - settings, tokenizer and processor, as `save_pretrained` writes them.
 
     Args:
@@ -239,8 +237,6 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     _save_tokens(model, output / TOKENS_FILE)
     with _quiet():
         _export_encoder(model, output / ENCODER_FILE)
-        if model.ctc_head is not None:
-            _export_ctc_head(model, output / CTC_FILE)
         _export_decoder(model, output / DECODER_FILE)
         _export_drafts(model, output / DRAFTS_FILE)
         _export_head(model, output / HEAD_FILE)
@@ -278,8 +274,6 @@ def _save_tokens(model: Any, path: Path) -> None:
         "embeddings": torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach(),
         "draft_ids": decoder.drafts.head.token_ids,
     }
-    if model.ctc_head is not None:
-        tensors["characters"] = model.ctc_head.token_characters
     save_file(tensors, path)
 
 
@@ -302,19 +296,6 @@ def _export_encoder(model: Any, path: Path) -> None:
         outputs=["frames", "frame_mask", *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
         dynamic_shapes=(dynamic, dynamic, *([DYNAMIC] if has_silence else [])),
         about=f"encoder of type {config.encoder_config.model_type!r}",
-    )
-
-
-def _export_ctc_head(model: Any, path: Path) -> None:
-    shape, dynamic = (2, 7), {0: DYNAMIC, 1: DYNAMIC}
-    _export(
-        model.ctc_head,
-        (torch.randn(*shape, model.ctc_head.input_projection.in_features), torch.ones(shape, dtype=torch.bool)),
-        path,
-        inputs=["frames", "frame_mask"],
-        outputs=["logits"],
-        dynamic_shapes=(dynamic, dynamic),
-        about="CTC head",
     )
 
 

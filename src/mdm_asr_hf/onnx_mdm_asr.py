@@ -15,11 +15,9 @@ from .cache_mdm_asr import DraftingCache, KeyValue
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .decoder_mdm_asr import MDMASRDecoder
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S, MDMASREncoderOutput
-from .first_draft_mdm_asr import MDMASRCTCHead, Spelling
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
 from .onnx_export_mdm_asr import (
-    CTC_FILE,
     DECODER_FILE,
     DRAFTS_FILE,
     ENCODER_FILE,
@@ -35,19 +33,6 @@ SPINNING_STOP = "session.force_spinning_stop"
 def is_onnx_folder(folder: str | Path) -> bool:
     """Whether a folder holds the graphs of a model."""
     return (Path(folder) / DECODER_FILE).is_file()
-
-
-class OnnxCTCHead:
-    """The CTC head's graph, which writes as [`MDMASRCTCHead`] does."""
-
-    write, spelling = MDMASRCTCHead.write, MDMASRCTCHead.spelling
-
-    def __init__(self, session: Any, characters: str, token_characters: torch.Tensor):
-        self.session, self.characters, self.token_characters = session, characters, token_characters
-        self._spelling: Spelling | None = None
-
-    def __call__(self, frames: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        return run(self.session, ["logits"], {"frames": frames, "frame_mask": frame_mask.bool()})["logits"]
 
 
 class OnnxDecoder:
@@ -191,9 +176,6 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         self.decoder = OnnxDecoder(
             sessions[DECODER_FILE], sessions[DRAFTS_FILE], tokens["embeddings"], config.decoder_config
         )
-        self.ctc_head = None
-        if config.ctc_characters is not None:
-            self.ctc_head = OnnxCTCHead(sessions[CTC_FILE], config.ctc_characters, tokens["characters"])
         self.name_or_path = ""
 
     @classmethod
@@ -221,7 +203,6 @@ class OnnxMDMASR(MDMASRGenerationMixin):
                 "--output FOLDER`."
             )
         config, options = MDMASRConfig.from_pretrained(folder), session_options(num_threads)
-        names += [] if config.ctc_characters is None else [CTC_FILE]
         providers = list(providers or ["CPUExecutionProvider"])
         try:
             tokens = load_file(folder / TOKENS_FILE)
@@ -314,15 +295,6 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             raise ValueError("`encoder_outputs` have no `cross_attention_states`. Pass what `encode` returned.")
         return encoder_outputs
 
-    def write_first_drafts(self, encoder_outputs: MDMASREncoderOutput) -> list[str]:
-        """The text of each row, as the CTC head writes it."""
-        return self.ctc_head.write(encoder_outputs.last_hidden_state, encoder_outputs.attention_mask)
-
-    @property
-    def spelling(self) -> Spelling:
-        """The tokens in the CTC head's characters."""
-        return self.ctc_head.spelling
-
     def short_list_output(self) -> None:
         """Nothing: the output layer of the short list is in the graph."""
 
@@ -402,4 +374,4 @@ def run(session: Any, names: Sequence[str], feed: dict[str, torch.Tensor | np.nd
     return {name: torch.from_numpy(array) for name, array in zip(names, session.run(names, arrays), strict=True)}
 
 
-__all__ = ["OnnxCTCHead", "OnnxDecoder", "OnnxMDMASR", "is_onnx_folder"]
+__all__ = ["OnnxDecoder", "OnnxMDMASR", "is_onnx_folder"]

@@ -47,10 +47,10 @@ _METRICS = (
     ("tokens_per_nfe", "tokens per NFE", "", "tokens committed per decoder evaluation"),
     ("acceptance_rate_masks", "masks right", "%", "drafts of the masks that were as the donor's text"),
     (
-        "acceptance_rate_first_draft",
-        "first draft right",
+        "acceptance_rate_hypothesis",
+        "hypothesis right",
         "%",
-        "tokens of the first draft that were as the donor's text",
+        "tokens of the hypothesis given beforehand that were as the donor's text",
     ),
     ("rtfx", "RTFx", "", "seconds of audio per second of features, encoder and decoder"),
     ("rtfx_encoder", "RTFx, encoder", "", "seconds of audio per second of the encoder"),

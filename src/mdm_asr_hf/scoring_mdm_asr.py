@@ -275,7 +275,7 @@ def score(
         (texts as they are), "empty_rate" (empty texts, of the utterances that hold words), "repetition_rate"
         (utterances that repeat a run of words at once more often than their reference does), "ece" (10 bins of
         words, see [`word_confidences`]), and of rows decoded by drafts "acceptance_rate_masks" and
-        "acceptance_rate_first_draft" (drafts that were as the donor's text, of those that each branch made).
+        "acceptance_rate_hypothesis" (drafts that were as the donor's text, of those that each branch made).
         "num_loops" counts utterances that say a phrase three times in a row or more, and oftener than their reference
         does. "tokens_per_nfe" is all text tokens and ends of text by all decoder evaluations. The RTFx are seconds of
         audio per second of features, encoder and decoder, summed over rows and so over processes; reading audio files

@@ -199,7 +199,6 @@ class ISCTTrainer(Seq2SeqTrainer):
       `eval_loss_step_1` can be compared between runs, and depends neither on the order of batches nor on what came
       before. With `predict_with_generate` it transcribes by `generate()`, without Whisper's safeguards, and, with a
       processor, reports WER and CER.
-    - The CTC head stays as it is, unless the objective has a `ctc_weight`.
     - `train()` reports `train_rows_per_s` and `train_audio_s_per_s`, what one process worked through.
     - `max_minutes` ends training by the clock, with the learning rate following it.
     - A loss that is NaN or infinite raises a ValueError before the optimizer's step.
@@ -250,7 +249,6 @@ class ISCTTrainer(Seq2SeqTrainer):
         self._evaluation_objective = DiffusionObjective(
             num_steps=args.isct_steps, low_discrepancy=args.low_discrepancy_timesteps
         )
-        self._learns_letters = objective is not None and "ctc" in objective.parts
         self._batch_sampler: Any = None
         self._step_sums: torch.Tensor | None = None
         self._num_summed = 0
@@ -309,8 +307,6 @@ class ISCTTrainer(Seq2SeqTrainer):
         if args.freeze_embeddings:
             # The mask's embedding, which no donor has, is in `input_only_embeddings` and still learns.
             frozen += [decoder.embed_tokens, decoder.embed_positions]
-        if core.ctc_head is not None and not self._learns_letters:
-            frozen.append(core.ctc_head)
         for module in frozen:
             module.requires_grad_(False)
 

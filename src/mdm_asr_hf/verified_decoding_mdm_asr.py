@@ -18,13 +18,13 @@ from .drafting_mdm_asr import (
     propose_drafts,
 )
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
-from .first_draft_mdm_asr import FirstDraft
 from .generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
+from .hypothesis_mdm_asr import Hypothesis
 from .safeguards_mdm_asr import no_speech_probability
 
-# Of a branch of drafts that the caller does not limit, tokens at most: more are seldom right.
-FIRST_DRAFT_LENGTH = 10
+# Of a hypothesis, tokens at most in an evaluation where the caller sets no limit: more are seldom right.
+HYPOTHESIS_LENGTH = 10
 
 
 @dataclass
@@ -38,9 +38,9 @@ class VerifiedText:
         log_probs (`torch.FloatTensor` of shape (B, L)): the donor's, of each token; 0 of what was given.
         commit_steps (`torch.LongTensor` of shape (B, L)): the evaluation, counted from 1, that committed each token.
         branches (`torch.LongTensor` of shape (B, L)): 0 for the donor's own tokens, 1 and 2 for accepted drafts of
-            the masks and of the first draft.
+            the masks and of the hypothesis.
         nfe (`torch.LongTensor` of shape (B,)): evaluations of the decoder.
-        accepted, rejected (`torch.LongTensor` of shape (B, 2)): drafts of the masks and of the first draft that were
+        accepted, rejected (`torch.LongTensor` of shape (B, 2)): drafts of the masks and of the hypothesis that were
             as the donor's text, or not.
         no_speech (`torch.FloatTensor` of shape (B,)): the donor's probability of <|nospeech|>, 0 where it has none.
         struck (`list` of B lists of `(place, branch, ids)`): the rejected drafts, and where in the text they stood.
@@ -130,7 +130,7 @@ class VerifiedDecoder:
         limits (`list[int]` of length B): the most tokens of each row, prompt included.
         is_open (`torch.BoolTensor` of shape (B,)): the rows to write.
         prompt_length (`int`): of the prompt from the start of a transcript on, behind which the text begins.
-        first_drafts (`list` of length B): what is known of each text beforehand.
+        hypotheses (`list` of length B): what each text may turn out to be, or None.
         temperature (`float`): draws the donor's tokens, by noise that each row's seed (B,) and the position give.
         hotwords ([`HotwordAutomaton`], *optional*): of B rows.
         synced_gpus (`bool`): step as long as any process has open rows, once for each step of the others.
@@ -146,7 +146,7 @@ class VerifiedDecoder:
         limits: list[int],
         is_open: torch.BoolTensor,
         prompt_length: int,
-        first_drafts: list[FirstDraft | None],
+        hypotheses: list[Hypothesis | None],
         temperature: float = 0.0,
         seeds: torch.LongTensor | None = None,
         hotwords: HotwordAutomaton | None = None,
@@ -155,11 +155,11 @@ class VerifiedDecoder:
         config, device = model.config.decoder_config, text.tokens.device
         self.model, self.text, self.settings, self.synced_gpus = model, text, settings, synced_gpus
         self.limits = torch.tensor(limits, device=device)
-        self.prompt_length, self.first_drafts = prompt_length, first_drafts
+        self.prompt_length, self.hypotheses = prompt_length, hypotheses
         self.temperature, self.seeds, self.hotwords = temperature, seeds, hotwords
         self.block_length = config.draft_length
         self.most_drafts = min(settings.draft_length or self.block_length, self.block_length)
-        self.most_first_drafts = settings.draft_length or FIRST_DRAFT_LENGTH
+        self.most_of_hypothesis = settings.draft_length or HYPOTHESIS_LENGTH
         # Masks that nobody trained yet are not asked at once.
         self.allowance = DraftAllowance(len(limits), [START_MEAN if model.has_trained_drafts else 0.0, START_MEAN])
         self.uses_masks = "masks" in settings.draft_branches
@@ -176,7 +176,7 @@ class VerifiedDecoder:
             (
                 max(len(self.rows), 1),
                 config.num_key_value_heads,
-                int(self.limits.max()) + self.most_drafts + self.most_first_drafts,
+                int(self.limits.max()) + self.most_drafts + self.most_of_hypothesis,
                 config.head_dim,
             ),
             dtype=model.dtype,
@@ -184,9 +184,9 @@ class VerifiedDecoder:
         )
         self.num_cached = torch.zeros_like(self.limits)
         self.mask_drafts = self._nothing()
-        for row, draft in enumerate(first_drafts):
-            if draft is not None:
-                draft.advance(text.text_ids(row))
+        for row, hypothesis in enumerate(hypotheses):
+            if hypothesis is not None:
+                hypothesis.advance(text.text_ids(row))
         self.states = [0] * len(limits)
         if hotwords is not None:
             for row in range(len(limits)):
@@ -210,7 +210,7 @@ class VerifiedDecoder:
         text, rows, cache = self.text, self.rows, self.cache
         lengths = text.lengths[rows]
         # 1. Lay the drafts behind the committed text.
-        drafts = {0: self.mask_drafts, 1: self._first_drafts()}
+        drafts = {0: self.mask_drafts, 1: self._hypothesis_drafts()}
         drafts = {branch: its for branch, its in drafts.items() if its[0].shape[1]}
         tree = DraftTree.lay(text.tokens[rows], lengths, self.num_cached[rows], [*drafts.values()], cache.padding_slot)
         # 2. Evaluate, and accept what the donor says itself.
@@ -229,8 +229,8 @@ class VerifiedDecoder:
         self._keep(lengths, accepted)
         self.num_cached[rows] = lengths + accepted.num_accepted
         for row, ids, number in zip(rows.tolist(), new.tolist(), num_new.tolist(), strict=True):
-            if self.first_drafts[row] is not None:
-                self.first_drafts[row].advance(ids[:number])
+            if self.hypotheses[row] is not None:
+                self.hypotheses[row].advance(ids[:number])
             if self.hotwords is not None:
                 self._advance_hotwords(row, ids[:number])
         # 4. Draft what comes next, for the rows that are left.
@@ -254,12 +254,12 @@ class VerifiedDecoder:
         """How many drafts each open row (R,) has positions for, the donor's own token behind them left out."""
         return (self.limits[self.rows] - self.text.lengths[self.rows] - 1).clamp(min=0)
 
-    def _first_drafts(self) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """What is left of the first drafts: ids (R, M), and how many each row has."""
+    def _hypothesis_drafts(self) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """What is left of the hypotheses: ids (R, M), and how many each row has."""
         room = self._room().cpu()
-        limits = torch.minimum(self.allowance.limits(1, self.most_first_drafts)[self.rows.cpu()], room).tolist()
+        limits = torch.minimum(self.allowance.limits(1, self.most_of_hypothesis)[self.rows.cpu()], room).tolist()
         proposed = [
-            self.first_drafts[row].propose(limit) if self.first_drafts[row] is not None and limit else []
+            self.hypotheses[row].propose(limit) if self.hypotheses[row] is not None and limit else []
             for row, limit in zip(self.rows.tolist(), limits, strict=True)
         ]
         ids = self.text.tokens.new_zeros((len(proposed), max(map(len, proposed))))

@@ -1,7 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The stages that make a donor fast, of its own text alone: a silence that the encoder needs less of, a first draft, and
-drafts by masks.
+The stages that make a donor fast, of its own text alone: a silence that the encoder needs less of, and drafts by
+masks.
 """
 
 import json
@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
-from ..first_draft_mdm_asr import MDMASRCTCHead
 from ..mixing_mdm_asr import Mixture
 from ..objective_mdm_asr import DraftObjective
 from ..safeguards_mdm_asr import NO_SAFEGUARDS
@@ -33,9 +32,7 @@ from ..training_mdm_asr import ISCTTrainer
 from .clips import SpeechClips
 from .donor_cache import CachedSpeech, DistillationCollator, recode_cache, without_remarks, write_cache
 
-# Letters of a first draft: those that make up this share of the texts, as many as a byte counts.
-LETTERS_SHARE, MOST_LETTERS = 0.9995, 200
-# Texts that letters and the short list are counted on.
+# Texts that the short list is counted on.
 NUM_COUNTED = 20_000
 # Held-out clips that progress is measured on, and how often.
 NUM_MEASURED, MEASURE_EVERY_S = 48, 300.0
@@ -59,16 +56,14 @@ class Stage:
     learning_rate: float
 
 
-_NOTHING = {"donor_weight": 0.0, "draft_weight": 0.0}
 STAGES = {
     # Two thousandths of the encoder: none of the donor's weights, so that nothing it knows is lost.
     "encoder": Stage(
-        DraftObjective(**_NOTHING, frame_weight=1.0, logit_weight=1.0),
+        DraftObjective(donor_weight=0.0, draft_weight=0.0, frame_weight=1.0, logit_weight=1.0),
         r"^model\.encoder\.silence_embeddings$",
         "encoder",
         1e-2,
     ),
-    "first_draft": Stage(DraftObjective(**_NOTHING, ctc_weight=1.0), r"^ctc_head\.", "decoder", 1e-3),
     "drafts": Stage(
         DraftObjective(donor_weight=0.0), r"^model\.decoder\.(drafts\.|input_only_embeddings)", "decoder", 4e-4
     ),
@@ -85,24 +80,6 @@ def add_silence(model: Any, silence_s: float) -> None:
     model.config.encoder_trailing_silence_s, model.config.encoder_min_duration_s = silence_s, 0.0
 
 
-def add_first_draft(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> None:
-    """Gives a model the CTC head that it lacks, with the letters of these texts (ids of tokens)."""
-    written = [tokenizer.decode(text, skip_special_tokens=True) for text in texts]
-    counts = Counter("".join(written))
-    letters, seen = [], 0
-    for letter, count in counts.most_common(MOST_LETTERS):
-        if seen > LETTERS_SHARE * counts.total():
-            break
-        letters.append(letter)
-        seen += count
-    model.config.ctc_characters = "".join(sorted({" ", *letters}))
-    model.ctc_head = MDMASRCTCHead(model.config, model.get_encoder().config.hidden_size).to(model.device)
-    special = set(tokenizer.all_special_ids)
-    model.ctc_head.set_tokens(
-        [None if i in special else tokenizer.decode([i]) for i in range(model.config.vocab_size)]
-    )
-
-
 def set_short_list(model: Any, texts: Sequence[Sequence[int]]) -> None:
     """Lets untrained drafts have the ids that these texts use most, and the end of text."""
     counts = Counter(token for text in texts for token in text)
@@ -114,25 +91,14 @@ def set_short_list(model: Any, texts: Sequence[Sequence[int]]) -> None:
     buffer.copy_(torch.tensor(sorted(ids[: len(buffer)])))
 
 
-def speller(model: Any) -> Callable[[Sequence[int]], list[int]]:
-    """What turns a text (ids of tokens) into the CTC head's classes."""
-    decode = model.spelling.decode
-    number = {letter: i for i, letter in enumerate(model.ctc_head.characters, start=1)}
-
-    def spell(ids: Sequence[int]) -> list[int]:
-        return [number[letter] for letter in decode(ids).strip()]
-
-    return spell
-
-
 @torch.no_grad()
 def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int = 16) -> dict[str, float]:
     """
-    What decoding gives on cached clips with features, as a user would decode them: tokens an evaluation, the share of
-    the teacher's tokens that the donor writes on this encoder's frames, and the CTC head's errors per letter.
+    What decoding gives on cached clips with features, as a user would decode them: tokens an evaluation, and the share
+    of the teacher's tokens that the donor writes on this encoder's frames.
     """
     tokens = evaluations = 0
-    errors, letters = [0, 0], [0, 0]
+    errors = [0, 0]
     rows = sorted(rows, key=lambda row: float(row["seconds"]))
     with without_remarks():
         for first in range(0, len(rows), batch_size):
@@ -154,16 +120,10 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
             taught = [_words(row[row != -100]) for row in batch["labels"]]
             said = [_words(row[:n]) for row, n in zip(found.sequences, lengths, strict=True)]
             errors = _add(errors, count_errors(taught, said))
-            if model.ctc_head is not None:
-                spelt = [model.spelling.decode(row[row != -100].tolist()).strip() for row in batch["labels"]]
-                letters = _add(letters, count_errors(spelt, model.write_first_drafts(encoded), characters=True))
-    found = {
+    return {
         "tokens_per_evaluation": tokens / max(evaluations, 1),
         "token_agreement": 1.0 - errors[0] / max(errors[1], 1),
     }
-    if model.ctc_head is not None:
-        found["letter_error_rate"] = letters[0] / max(letters[1], 1)
-    return found
 
 
 def _words(ids: torch.Tensor) -> str:
@@ -230,7 +190,7 @@ def train_stage(
 
     Args:
         model ([`MDMASRForConditionalGeneration`]): is trained, in place.
-        caches: what the donor made of each source; of "drafts" and "first_draft", with the frames that `model` hears.
+        caches: what the donor made of each source; of "drafts", with the frames that `model` hears.
         held_out: rows of a cache with features, to measure on.
         output (`str` or `Path`): for checkpoints.
         weights (*optional*): the share of each source, relative to the others'.
@@ -267,12 +227,11 @@ def train_stage(
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(stage.trained, parameter_name) is not None)
     objective = objective or stage.objective
-    spell = speller(model) if "ctc" in objective.parts else None
     data = Mixture(list(caches), weights, seed=arguments.seed)
     trainer = ISCTTrainer(
         model,
         arguments,
-        data_collator=DistillationCollator(stage.part, spell),
+        data_collator=DistillationCollator(stage.part),
         train_dataset=data,
         objective=objective,
     )
@@ -319,7 +278,6 @@ def train_drafts(
     cache: str | Path | None = None,
     silence_s: float = 1.0,
     encoder_steps: int | None = None,
-    first_draft_steps: int = 3000,
     draft_steps: int = 6000,
     isct_steps: int = 1,
     language: str | None = None,
@@ -337,8 +295,8 @@ def train_drafts(
         cache (`str` or `Path`, *optional*): where what the donor makes of the audio is kept; the default is in
             `output`.
         silence_s (`float`): behind the audio, which a Whisper encoder learns to take for more.
-        encoder_steps, first_draft_steps, draft_steps (`int`): of each stage; 0 leaves it out. `encoder_steps` are 500
-            by default with a Whisper encoder, and 0 with any other, which needs no silence.
+        encoder_steps, draft_steps (`int`): of each stage; 0 leaves it out. `encoder_steps` are 500 by default with a
+            Whisper encoder, and 0 with any other, which needs no silence.
         isct_steps (`int`): 2 trains the masks in two steps, see `num_steps` of [`DraftObjective`].
         language (`str`, *optional*): of the speech, where the sources do not tell and the donor should not guess.
         report (`Callable`): is told of the progress, in lines.
@@ -359,9 +317,9 @@ def train_drafts(
     model, processor = _load(donor)
     if encoder_steps is None:
         encoder_steps = 500 if model.config.encoder_config.model_type == "whisper" else 0
-    steps = {"encoder": encoder_steps, "first_draft": first_draft_steps, "drafts": draft_steps}
+    steps = {"encoder": encoder_steps, "drafts": draft_steps}
     if not any(steps.values()):
-        raise ValueError("`encoder_steps`, `first_draft_steps` and `draft_steps` are all 0. Nothing would be trained.")
+        raise ValueError("`encoder_steps` and `draft_steps` are both 0. Nothing would be trained.")
     if encoder_steps and model.config.encoder_config.model_type != "whisper":
         raise ValueError(
             f"`encoder_steps={encoder_steps}` teaches a Whisper encoder a silence; "
@@ -394,11 +352,9 @@ def train_drafts(
     ]
     # As it was loaded: bf16 keeps three digits.
     model, processor = _load(donor)
-    texts = [one[i]["text"].tolist() for one in donor_caches for i in _places(one, NUM_COUNTED // len(audio))]
     if not model.has_trained_drafts:
-        set_short_list(model, texts)
-    if model.ctc_head is None and (encoder_steps or first_draft_steps):
-        add_first_draft(model, processor.tokenizer, texts)
+        places = [(one, i) for one in donor_caches for i in _places(one, NUM_COUNTED // len(audio))]
+        set_short_list(model, [one[i]["text"].tolist() for one, i in places])
     weights = [one.source.weight for one in audio]
     weights = None if None in weights else weights
     results = {"donor": str(donor), "sources": [_describe(one) for one in donor_caches], "stages": {}}

@@ -104,7 +104,7 @@ def describe_donor(model: Any) -> dict[str, Any]:
     """What a cache belongs to: the donor's weights, by a checksum, its vocabulary and its silence."""
     config, digest = model.config, hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if not name.startswith(("ctc_head.", "model.decoder.drafts.")) and "input_only" not in name:
+        if not name.startswith("model.decoder.drafts.") and "input_only" not in name:
             # In the precision that every donor is run in, whichever it was loaded in.
             total = parameter.detach().bfloat16().double().sum().item()
             digest.update(f"{name} {tuple(parameter.shape)} {total:.6g}".encode())
@@ -385,41 +385,32 @@ class DistillationCollator:
 
     Args:
         part (`str`): "encoder": features and all that its teacher knows; "decoder": frames as they are.
-        spell (`Callable`, *optional*): the CTC head's classes of a text's tokens, see `MDMASRCTCHead`.
     """
 
-    def __init__(
-        self,
-        part: str,
-        spell: Callable[[Sequence[int]], list[int]] | None = None,
-    ):
-        self.part, self.spell = part, spell
+    def __init__(self, part: str):
+        self.part = part
 
     def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
             "labels": _pad([row["text"].long() for row in rows], -100),
             "prompt_ids": torch.stack([row["prompt"].long() for row in rows]),
         }
-        teacher: dict[str, torch.Tensor] = {}
-        if self.spell is not None:
-            spelt = [torch.tensor(self.spell(row["text"].tolist()), dtype=torch.long) for row in rows]
-            teacher["characters"] = _pad(spelt, -1)
         if self.part == "encoder":
             features = [row["features"].float() for row in rows]
             # Of the audio itself: Whisper's second convolution halves its frames.
             own = [len(one) // 2 for one in features]
-            teacher["num_frames"] = torch.tensor(own)
-            teacher["frames"] = _pad([row["frames"][:n].float() for row, n in zip(rows, own, strict=True)], 0.0)
             batch["input_features"], batch["attention_mask"] = _pad(features, 0.0), _lengths_mask(features)
-            teacher["token_ids"] = _pad([row["token_ids"].long() for row in rows], 0)
-            teacher["log_probs"] = _pad([row["log_probs"].float() for row in rows], 0.0)
+            batch["teacher"] = TeacherOutput(
+                frames=_pad([row["frames"][:n].float() for row, n in zip(rows, own, strict=True)], 0.0),
+                num_frames=torch.tensor(own),
+                token_ids=_pad([row["token_ids"].long() for row in rows], 0),
+                log_probs=_pad([row["log_probs"].float() for row in rows], 0.0),
+            )
         else:
             frames = [row["frames"].float() for row in rows]
             batch["encoder_outputs"] = MDMASREncoderOutput(
                 last_hidden_state=_pad(frames, 0.0), attention_mask=_lengths_mask(frames).bool()
             )
-        if teacher:
-            batch["teacher"] = TeacherOutput(**teacher)
         return batch
 
 
