@@ -26,7 +26,7 @@ INPUT_ONLY_EMBEDDINGS = "model.decoder.input_only_embeddings.weight"
 OUTPUT = "proj_out.weight"
 DRAFTS, LAYERS = "model.decoder.drafts.", "model.decoder.layers."
 # Of drafts that are yet to be trained: byte-level vocabularies have the commonest tokens first.
-DRAFT_VOCAB_SIZE = 8192
+DRAFT_VOCAB_SIZE = 16384
 # Proposed from left to right, within this budget of entropy.
 DRAFT_SAMPLER = {"name": "pbeb_conf", "gamma": 2.0, "lambda_": None}
 

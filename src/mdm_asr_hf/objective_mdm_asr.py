@@ -207,7 +207,7 @@ class DraftObjective:
 
     num_frontiers: int = 12
     num_steps: int = 1
-    place_decay: float = 0.9
+    place_decay: float = 0.75
     donor_weight: float = 1.0
     draft_weight: float = 1.0
     frame_weight: float = 0.0

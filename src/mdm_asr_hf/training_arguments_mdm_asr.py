@@ -64,7 +64,7 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
     )
     low_discrepancy_timesteps: bool = _setting(True, "Spread the times of a batch evenly over (0, 1].")
     draft_frontiers: int = _setting(12, "With drafts: positions of each text, drawn at random, to draft behind.")
-    draft_place_decay: float = _setting(0.9, "With drafts: the k-th draft of a block weighs this to the power of k.")
+    draft_place_decay: float = _setting(0.75, "With drafts: the k-th draft of a block weighs this to the power of k.")
     draft_weight: float = _setting(1.0, "With drafts: the weight of their loss beside the donor's.")
     causal_anneal_steps: int = _setting(
         0,
