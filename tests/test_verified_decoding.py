@@ -195,7 +195,7 @@ def test_a_hypothesis_that_is_right_takes_few_evaluations():
     )
 
 
-def test_untrained_drafts_are_soon_asked_for_no_more():
+def test_useless_drafts_are_soon_asked_for_no_more_and_untrained_ones_never():
     model = tiny_drafts_model("whisper")
     with torch.no_grad():
         for parameter in model.model.decoder.drafts.parameters():
@@ -207,6 +207,11 @@ def test_untrained_drafts_are_soon_asked_for_no_more():
     assert int(output.accepted_drafts.sum()) == 0 and int(output.nfe) == len(texts(output)[0]) >= 20
     # Three times at first, and after every eight evaluations once more.
     assert 4 <= len(calls) <= 3 + int(output.nfe) // 9
+    calls.clear()
+    with torch.no_grad():
+        model.model.decoder.drafts.offset_embeddings.weight.zero_()
+    untrained = model.generate(features.double(), attention_mask=mask, max_new_tokens=32)
+    assert torch.equal(untrained, output.sequences) and not calls
 
 
 def test_evaluations_do_not_depend_on_the_batch():

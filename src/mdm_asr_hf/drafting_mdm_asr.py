@@ -215,19 +215,19 @@ def propose_drafts(
 class DraftAllowance:
     """
     How many drafts are asked for: a running mean of the accepted ones of every row and branch decides, down to none
-    where a branch is of no use, so that drafts which were not trained hardly slow anything down.
+    where a branch is of no use, so that drafts which are never right hardly slow anything down.
 
     Attributes:
         mean (`torch.Tensor` of shape (R, branches)): of the drafts accepted in an evaluation.
 
     Args:
         num_rows (`int`): R.
-        start_means (`list[float]`): of each branch, what its mean begins with.
+        num_branches (`int`)
     """
 
-    def __init__(self, num_rows: int, start_means: Sequence[float]):
-        self.mean = torch.tensor(start_means).repeat(num_rows, 1)
-        self._unasked = torch.zeros((num_rows, len(start_means)), dtype=torch.long)
+    def __init__(self, num_rows: int, num_branches: int):
+        self.mean = torch.full((num_rows, num_branches), START_MEAN)
+        self._unasked = torch.zeros((num_rows, num_branches), dtype=torch.long)
         self._patience = torch.full_like(self._unasked, RETRY_AFTER)
 
     def limits(self, branch: int, most: int) -> torch.LongTensor:

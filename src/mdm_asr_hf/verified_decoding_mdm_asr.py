@@ -8,7 +8,6 @@ import torch
 
 from .cache_mdm_asr import DraftingCache
 from .drafting_mdm_asr import (
-    START_MEAN,
     Acceptance,
     DraftAllowance,
     DraftTree,
@@ -160,9 +159,9 @@ class VerifiedDecoder:
         self.block_length = config.draft_length
         self.most_drafts = min(settings.draft_length or self.block_length, self.block_length)
         self.most_of_hypothesis = settings.draft_length or HYPOTHESIS_LENGTH
-        # Masks that nobody trained yet are not asked at once.
-        self.allowance = DraftAllowance(len(limits), [START_MEAN if model.has_trained_drafts else 0.0, START_MEAN])
-        self.uses_masks = "masks" in settings.draft_branches
+        self.allowance = DraftAllowance(len(limits), len(BRANCHES))
+        # Before training only the first draft of a block is right, which costs more than it spares.
+        self.uses_masks = "masks" in settings.draft_branches and model.has_trained_drafts
         self.uses_hints = self.uses_masks and config.draft_hints
         self.draft_output = model.short_list_output() if self.uses_masks else None
         self.rows = is_open.nonzero().flatten()
