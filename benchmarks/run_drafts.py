@@ -73,12 +73,12 @@ def proposing_by(rule: tuple[str, float] | None) -> Iterator[None]:
     name, value = rule
     generator = torch.Generator().manual_seed(0)
 
-    def propose(draft_logits: Callable, token_ids, last_tokens, limits, gamma, eos_token_id):
+    def propose(draft_logits: Callable, candidates, last_tokens, limits, gamma, eos_token_id):
         before_that, before = last_tokens.unbind(dim=1)
         ids, log_probs = [], []
         for k in range(int(limits.max())):
             tokens, log_prob, _ = propose_tokens(draft_logits(k, before, before_that))
-            ids.append(token_ids[tokens])
+            ids.append(candidates[:, k].gather(1, tokens[:, None])[:, 0])
             log_probs.append(log_prob)
             before_that, before = before, ids[-1]
         drafts, product = torch.stack(ids, dim=1), torch.stack(log_probs, dim=1).cumsum(dim=1)

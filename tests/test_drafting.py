@@ -122,7 +122,7 @@ def propose(last, limits, gamma=math.inf, sharpness=50.0, token_ids=(0, 1, 2, 3,
     following = torch.roll(torch.eye(6), 1, dims=1)[:, list(token_ids)] * sharpness
     return propose_drafts(
         lambda k, before, before_that: following[before],
-        torch.tensor(token_ids),
+        torch.tensor(token_ids).expand(len(last), 4, -1),
         torch.tensor(last),
         torch.tensor(limits),
         gamma,

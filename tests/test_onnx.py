@@ -151,14 +151,20 @@ def test_a_drafts_logits_are_pytorchs(pair):
     model, onnx, _ = pair
     states, before, before_that = torch.randn(7, 16), *torch.randint(VOCAB_SIZE, (2, 7))
     with torch.no_grad():
-        expected = model.draft_logits(states, before, before_that, model.short_list_output())
-    torch.testing.assert_close(onnx.draft_logits(states, before, before_that), expected, rtol=1e-4, atol=1e-4)
+        output = model.short_list_output()
+        candidates = model.draft_candidates(states[:6].view(2, 3, 16), output)
+        expected = model.draft_logits(states, before, before_that, candidates[:1, 0].expand(7, -1), output)
+    # Of so few ids all are candidates.
+    assert candidates.sort(dim=-1).values.tolist() == [[list(range(VOCAB_SIZE))] * 3] * 2
+    assert torch.equal(onnx.draft_candidates(states[:6].view(2, 3, 16)), candidates)
+    logits = onnx.draft_logits(states, before, before_that, candidates[:1, 0].expand(7, -1))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(onnx.draft_token_ids, model.draft_token_ids)
 
 
 def test_graphs_name_no_place_on_this_machine(pair):
     files = [file for file in pair[2].iterdir() if file.suffix in (".onnx", ".safetensors")]
-    assert len(files) == 5 and not any(str(REPOSITORY).encode() in file.read_bytes() for file in files)
+    assert len(files) == 6 and not any(str(REPOSITORY).encode() in file.read_bytes() for file in files)
 
 
 # --- generate ---

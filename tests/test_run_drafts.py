@@ -54,7 +54,7 @@ def test_rules_by_hand():
     probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]])
     arguments = (
         lambda k, before, before_that: probs[k].log()[None],
-        torch.tensor([4, 7]),
+        torch.tensor([[[4, 7]] * 3]),
         torch.tensor([[3, 3]]),
         torch.tensor([3]),
         0.0,

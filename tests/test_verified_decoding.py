@@ -116,7 +116,7 @@ def test_adversarial_drafts_change_nothing(encoder, options, seed, always_eos):
     kept = {name: value.clone() for name, value in head.state_dict().items()}
     propose, generator = verified_decoding_mdm_asr.propose_drafts, torch.Generator().manual_seed(seed)
 
-    def end_at_once(draft_logits, token_ids, last_tokens, limits, gamma, eos_token_id):
+    def end_at_once(draft_logits, candidates, last_tokens, limits, gamma, eos_token_id):
         return torch.full((len(limits), 1), EOS), limits.clamp(max=1)
 
     try:

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mdm_asr import MDMASRConfig
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import masked_diffusion_loss
-from .drafting_mdm_asr import lay_blocks, lay_hints
+from .drafting_mdm_asr import NUM_CANDIDATES, lay_blocks, lay_hints
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerationMixin
@@ -35,6 +35,10 @@ from .objective_mdm_asr import (
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
 # file, so that it also runs when the file is loaded as remote code.
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("mdm_asr", "MDMASRForConditionalGeneration")
+
+
+# The output layer's weights (N, D) and bias (N,) of the short list.
+ShortListOutput = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass
@@ -223,7 +227,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         states = self.model.decoder.cross_attention_states(self.model.project(encoder_outputs.last_hidden_state))
         return MDMASREncoderOutput(**{**encoder_outputs, "cross_attention_states": states})
 
-    def short_list_output(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def short_list_output(self) -> ShortListOutput:
         """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted; to be made once a text."""
         ids, bias = self.draft_token_ids, getattr(self.proj_out, "bias", None)
         # The weights are those of the embeddings, also where the output layer was quantised.
@@ -241,19 +245,28 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         """The N ids that can be drafted."""
         return self.model.decoder.drafts.head.token_ids
 
+    def draft_candidates(self, states: torch.Tensor, output: ShortListOutput) -> torch.LongTensor:
+        """The places on the short list (R, K, C) of the ids that the rows of blocks (R, K, D) find most probable
+        without knowing each other; `output` is what `short_list_output` gave."""
+        weight, bias = output
+        logits = nn.functional.linear(states, weight.to(states.dtype), bias)
+        return logits.topk(min(NUM_CANDIDATES, len(weight)), dim=-1).indices
+
     def draft_logits(
         self,
         states: torch.Tensor,
         before: torch.LongTensor,
         before_that: torch.LongTensor,
-        output: tuple[torch.Tensor, torch.Tensor | None],
+        candidates: torch.LongTensor,
+        output: ShortListOutput,
     ) -> torch.Tensor:
-        """Logits (R, N) of the short list, from the states (R, D) of one mask of each block and the tokens one and two
-        places before it (R,); `output` is what `short_list_output` gave."""
-        decoder = self.model.decoder
+        """Logits (R, C) of some places (R, C) on the short list, from the states (R, D) of one row of each block and
+        the tokens one and two places before it (R,)."""
+        (weight, bias), decoder = output, self.model.decoder
         known = (decoder.embed_ids(ids).to(states.dtype) for ids in (before, before_that))
         mixed = decoder.drafts.head(states, *known)
-        return nn.functional.linear(mixed, output[0].to(mixed.dtype), output[1])
+        logits = (weight[candidates].to(mixed.dtype) @ mixed[..., None])[..., 0]
+        return logits if bias is None else logits + bias[candidates]
 
     @can_return_tuple
     def forward(

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .cache_mdm_asr import BehindDonor, KeyValue
+from .drafting_mdm_asr import NUM_CANDIDATES
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S
 
 ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
-DRAFTS_FILE, HEAD_FILE, TOKENS_FILE = "drafts.onnx", "draft_head.onnx", "tokens.safetensors"
+DRAFTS_FILE, CANDIDATES_FILE, HEAD_FILE = "drafts.onnx", "draft_candidates.onnx", "draft_head.onnx"
+TOKENS_FILE = "tokens.safetensors"
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -159,20 +161,33 @@ class DraftsGraph(nn.Module):
         return decoder.drafts.layer_norm(states)
 
 
-class HeadGraph(nn.Module):
-    """The sequential head: logits (R, L, N) of the short list, see [`MDMASRSequentialHead`]."""
+class CandidatesGraph(nn.Module):
+    """The places on the short list (R, K, C) of what the states of a block (R, K, D) find most probable."""
 
     def __init__(self, model: Any):
         super().__init__()
-        self.head = model.get_decoder().drafts.head
         weight, bias = model.short_list_output()
         self.output = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         self.output.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         if bias is not None:
             self.output.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 
-    def forward(self, states: torch.Tensor, before: torch.Tensor, before_that: torch.Tensor) -> torch.Tensor:
-        return self.output(self.head(states, before, before_that))
+    def forward(self, states: torch.Tensor) -> torch.LongTensor:
+        return self.output(states).topk(min(NUM_CANDIDATES, self.output.out_features), dim=-1).indices
+
+
+class HeadGraph(nn.Module):
+    """The sequential head: logits (R, 1, C) of candidates, from their embeddings (R, C, D), see
+    [`MDMASRSequentialHead`]."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.head = model.get_decoder().drafts.head
+
+    def forward(
+        self, states: torch.Tensor, before: torch.Tensor, before_that: torch.Tensor, candidates: torch.Tensor
+    ) -> torch.Tensor:
+        return self.head(states, before, before_that) @ candidates.transpose(1, 2)
 
 
 def _additive(mask: torch.BoolTensor) -> torch.Tensor:
@@ -191,8 +206,10 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
       `frame_mask` (B, T'), and `cross_key.0`, ..., `cross_value.0`, ... (B, key-value heads, T', head_dim);
     - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
     - drafts.onnx: a block's states, see [`DraftsGraph`];
+    - draft_candidates.onnx: what may stand at each place of a block, see [`CandidatesGraph`];
     - draft_head.onnx: a draft, see [`HeadGraph`];
-    - tokens.safetensors: `embeddings` (V + E, D), `draft_ids` (N,), the ids of the short list;
+    - tokens.safetensors: `embeddings` (V + E, D), `draft_ids` (N,), the ids of the short list, and where the output
+      layer has one `draft_bias` (N,);
     - settings, tokenizer and processor, as `save_pretrained` writes them.
 
     Args:
@@ -239,6 +256,7 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
         _export_encoder(model, output / ENCODER_FILE)
         _export_decoder(model, output / DECODER_FILE)
         _export_drafts(model, output / DRAFTS_FILE)
+        _export_candidates(model, output / CANDIDATES_FILE)
         _export_head(model, output / HEAD_FILE)
         if int8:
             for path in output.glob("*.onnx"):
@@ -274,6 +292,8 @@ def _save_tokens(model: Any, path: Path) -> None:
         "embeddings": torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach(),
         "draft_ids": decoder.drafts.head.token_ids,
     }
+    if (bias := model.short_list_output()[1]) is not None:
+        tensors["draft_bias"] = bias.detach().clone()
     save_file(tensors, path)
 
 
@@ -361,14 +381,28 @@ def _export_drafts(model: Any, path: Path) -> None:
     )
 
 
+def _export_candidates(model: Any, path: Path) -> None:
+    config = model.config.decoder_config
+    _export(
+        CandidatesGraph(model),
+        (torch.randn(2, config.draft_length, config.hidden_size),),
+        path,
+        inputs=["states"],
+        outputs=["candidates"],
+        dynamic_shapes=({0: DYNAMIC},),
+        about="output layer of the short list",
+    )
+
+
 def _export_head(model: Any, path: Path) -> None:
+    width, dynamic = model.config.decoder_config.hidden_size, {0: DYNAMIC}
     _export(
         HeadGraph(model),
-        tuple(torch.randn(2, 3, model.config.decoder_config.hidden_size) for _ in range(3)),
+        (*(torch.randn(2, 1, width) for _ in range(3)), torch.randn(2, 5, width)),
         path,
-        inputs=["states", "before", "before_that"],
+        inputs=["states", "before", "before_that", "candidates"],
         outputs=["logits"],
-        dynamic_shapes=({0: DYNAMIC, 1: DYNAMIC},) * 3,
+        dynamic_shapes=(*(dynamic,) * 3, {0: DYNAMIC, 1: DYNAMIC}),
         about="sequential head",
     )
 
@@ -479,6 +513,7 @@ def _quantize(path: Path) -> None:
 
 
 __all__ = [
+    "CandidatesGraph",
     "DecoderGraph",
     "DraftsGraph",
     "EncoderGraph",

@@ -18,6 +18,7 @@ from .encoder_mdm_asr import WHISPER_FRAMES_PER_S, MDMASREncoderOutput
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
 from .onnx_export_mdm_asr import (
+    CANDIDATES_FILE,
     DECODER_FILE,
     DRAFTS_FILE,
     ENCODER_FILE,
@@ -172,7 +173,8 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         generation_config: MDMASRGenerationConfig,
     ):
         self.config, self.generation_config = config, generation_config
-        self.encoder, self.head, self.draft_ids = sessions[ENCODER_FILE], sessions[HEAD_FILE], tokens["draft_ids"]
+        self.encoder, self.candidates, self.head = (sessions[f] for f in (ENCODER_FILE, CANDIDATES_FILE, HEAD_FILE))
+        self.draft_ids, self.draft_bias = tokens["draft_ids"], tokens.get("draft_bias")
         self.decoder = OnnxDecoder(
             sessions[DECODER_FILE], sessions[DRAFTS_FILE], tokens["embeddings"], config.decoder_config
         )
@@ -195,7 +197,7 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         require("onnxruntime")
         import onnxruntime
 
-        folder, names = Path(folder), [ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, HEAD_FILE]
+        folder, names = Path(folder), [ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, CANDIDATES_FILE, HEAD_FILE]
         files = (*names, TOKENS_FILE, "config.json", "generation_config.json")
         if missing := [name for name in files if not (folder / name).is_file()]:
             raise ValueError(
@@ -303,13 +305,24 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         """The N ids that can be drafted."""
         return self.draft_ids
 
+    def draft_candidates(self, states: torch.Tensor, output: None = None) -> torch.LongTensor:
+        """Places on the short list (R, K, C), see [`~MDMASRForConditionalGeneration.draft_candidates`]."""
+        return run(self.candidates, ["candidates"], {"states": states})["candidates"]
+
     def draft_logits(
-        self, states: torch.Tensor, before: torch.LongTensor, before_that: torch.LongTensor, output: None = None
+        self,
+        states: torch.Tensor,
+        before: torch.LongTensor,
+        before_that: torch.LongTensor,
+        candidates: torch.LongTensor,
+        output: None = None,
     ) -> torch.Tensor:
-        """Logits (R, N) of the short list, see [`~MDMASRForConditionalGeneration.draft_logits`]."""
+        """Logits (R, C) of places on the short list, see [`~MDMASRForConditionalGeneration.draft_logits`]."""
         embeddings = self.decoder.embeddings
         feed = {"before": embeddings[before][:, None], "before_that": embeddings[before_that][:, None]}
-        return run(self.head, ["logits"], {"states": states[:, None], **feed})["logits"][:, 0]
+        feed |= {"states": states[:, None], "candidates": embeddings[self.draft_ids[candidates]]}
+        logits = run(self.head, ["logits"], feed)["logits"][:, 0]
+        return logits if self.draft_bias is None else logits + self.draft_bias[candidates]
 
     def __call__(
         self,

@@ -401,9 +401,10 @@ class VerifiedDecoder:
             # The first that was not accepted stands where the donor's own token is now.
             block_ids = lay_hints(block_ids, drafted[:, None], accepted.num_accepted[left, None] + 1)
         states = self._block_states(block_ids, lengths[:, None] - 2)
+        places = model.draft_candidates(states, self.draft_output)
         return propose_drafts(
-            lambda k, *before: model.draft_logits(states[:, k], *before, self.draft_output),
-            model.draft_token_ids,
+            lambda k, *before: model.draft_logits(states[:, k], *before, places[:, k], self.draft_output),
+            model.draft_token_ids[places],
             last_tokens,
             limits,
             self.settings.sampler_config.gamma,
