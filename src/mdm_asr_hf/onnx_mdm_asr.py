@@ -255,15 +255,27 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         input_features, attention_mask = self._check_features(input_features, attention_mask)
         layers = range(self.config.decoder_config.num_hidden_layers)
         names = [layer_names(kind, layers) for kind in ("cross_key", "cross_value")]
-        feed = {"input_features": input_features.float(), "attention_mask": attention_mask.long()}
+        names = ["frames", "frame_mask", *names[0], *names[1]]
+        feed = {}
         if self.config.encoder_config.model_type == "whisper":
             silence_s = self.config.encoder_trailing_silence_s if trailing_silence_s is None else trailing_silence_s
             feed["trailing_silence"] = np.array(round(silence_s * WHISPER_FRAMES_PER_S))
-        outputs = run(self.encoder, ["frames", "frame_mask", *names[0], *names[1]], feed)
+        rows = []
+        # One by one: a row is enough for a CPU, and padding takes time.
+        for features, mask in zip(input_features.float(), attention_mask.long(), strict=True):
+            # Of no audio, a row of nothing.
+            length = int(mask.sum()) or len(mask)
+            row = {"input_features": features[None, :length], "attention_mask": mask[None, :length]}
+            rows.append(run(self.encoder, names, feed | row))
+        # The dimension of the frames.
+        dims = [0, 0, *[-2] * 2 * len(layers)]
+        outputs = [_stack([row[name][0] for row in rows], dim) for name, dim in zip(names, dims, strict=True)]
+        frames, frame_mask, *cross = outputs
+        keys, values = cross[: len(layers)], cross[len(layers) :]
         return MDMASREncoderOutput(
-            last_hidden_state=outputs["frames"],
-            attention_mask=outputs["frame_mask"],
-            cross_attention_states=tuple((outputs[key], outputs[value]) for key, value in zip(*names, strict=True)),
+            last_hidden_state=frames,
+            attention_mask=frame_mask,
+            cross_attention_states=tuple(zip(keys, values, strict=True)),
         )
 
     def _check_features(
@@ -345,6 +357,17 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             **kwargs,
         )
         return ModelOutput(logits=outputs["logits"], draft_hidden_states=outputs["draft_hidden_states"])
+
+
+def _stack(rows: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Rows that are padded by zeros (or False) to the longest one along a dimension."""
+    longest = max(row.shape[dim] for row in rows)
+    padded = []
+    for row in rows:
+        shape = list(row.shape)
+        shape[dim] = longest - shape[dim]
+        padded.append(torch.cat([row, row.new_zeros(shape)], dim=dim) if shape[dim] else row)
+    return torch.stack(padded)
 
 
 def session_options(num_threads: int | None = None) -> Any:
