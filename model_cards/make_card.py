@@ -85,7 +85,8 @@ def read_facts(path: Path) -> dict[str, Any]:
 def decoding_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """What changes a text or its evaluations, under the names of the tables; not the batch size."""
     if settings.get("decoding") == "drafts":
-        shown = {"drafts": " and ".join(settings["draft_branches"]).replace("_", " ") or "none"}
+        # An evaluation is given no hypotheses.
+        shown = {"drafts": "by masks" if "masks" in settings["draft_branches"] else "none"}
         return shown | {"gamma": settings["gamma"]} | ({"dtype": settings["dtype"]} if settings.get("dtype") else {})
     sampler = dict(settings["sampler"])
     shown = {"sampler": sampler.pop("name")}

@@ -28,7 +28,7 @@ DRAFTS, LAYERS = "model.decoder.drafts.", "model.decoder.layers."
 # Of drafts that are yet to be trained: byte-level vocabularies have the commonest tokens first.
 DRAFT_VOCAB_SIZE = 16384
 # Proposed from left to right, within this budget of entropy.
-DRAFT_SAMPLER = {"name": "pbeb_conf", "gamma": 2.0, "lambda_": None}
+DRAFT_SAMPLER = {"name": "pbeb_conf", "gamma": 4.0, "lambda_": None}
 
 # How many names of each kind of fault a message lists.
 MAX_NAMES_SHOWN = 20
