@@ -294,7 +294,7 @@ def test_large_sums_of_int8_are_not_cut_off(tmp_path):
 
 def test_int8(golden, tmp_path, monkeypatch, run_command):
     model, _, processor, exported = golden
-    for name in ("encoder", "decoder", "drafts", "head"):
+    for name in ("encoder", "decoder", "drafts", "candidates", "head"):
         # Quantising starts from the graphs that are there already.
         monkeypatch.setattr(
             onnx_export_mdm_asr, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path)
