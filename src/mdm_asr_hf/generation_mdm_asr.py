@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
@@ -327,13 +329,17 @@ class MDMASRGenerationMixin:
         limits = self._text_limits(prompts, prefixes, settings)
         temperatures = settings.temperatures
         seeds = self._draw_seeds(batch, temperatures)
+        has_speech, streamer = batch.has_speech.numpy(force=True), batch.streamer
 
-        def write(rows: torch.LongTensor, outputs: MDMASREncoderOutput, is_open: torch.BoolTensor, t: float):
+        def show(texts: list[list[int]], committed: list[int]) -> None:
+            rows = [torch.tensor(ids, dtype=torch.long) for ids in texts]
+            value = pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
+            streamer.put_draft(value=value, num_committed=torch.tensor(committed))
+
+        def write(rows: np.ndarray, outputs: MDMASREncoderOutput, is_open: np.ndarray, t: float) -> VerifiedText:
             places = rows.tolist()
             its_limits = [limits[row] for row in places]
-            text = VerifiedText.begin(
-                [prompts[row] for row in places], [prefixes[row] for row in places], max(limits), rows.device
-            )
+            text = VerifiedText.begin([prompts[row] for row in places], [prefixes[row] for row in places], max(limits))
             decoder = VerifiedDecoder(
                 self,
                 text,
@@ -349,13 +355,13 @@ class MDMASRGenerationMixin:
                 synced_gpus=batch.synced_gpus,
             )
             # What is decoded anew is not shown: it may be a part of the batch.
-            decoder.run(batch.streamer if len(places) == len(prompts) else None)
+            is_shown = hasattr(streamer, "put_draft") and len(places) == len(prompts)
+            decoder.run(show if is_shown else None)
             return text
 
-        every = torch.arange(len(prompts), device=batch.prompt_ids.device)
-        text = write(every, batch.encoder_outputs, batch.has_speech, temperatures[0])
+        text = write(np.arange(len(prompts)), batch.encoder_outputs, has_speech, temperatures[0])
         has_stock = batch.input_features is not None and self.config.encoder_config.model_type == "whisper"
-        refused = self._refused(text, batch.has_speech, settings, is_own=has_stock)
+        refused = self._refused(text, has_speech, settings, is_own=has_stock)
         # What is only improbable is no better drawn than it is: the temperature rises for what repeats itself.
         attempts = temperatures if has_stock else temperatures[1:]
         if not has_stock:
@@ -363,7 +369,7 @@ class MDMASRGenerationMixin:
         stock = None
         # Where processes wait for each other, one cannot take more steps than the others know of.
         for t in attempts if not batch.synced_gpus else ():
-            rows = refused.nonzero().flatten()
+            rows = refused.nonzero()[0]
             if not len(rows):
                 break
             if not has_stock:
@@ -371,21 +377,21 @@ class MDMASRGenerationMixin:
             else:
                 if stock is None:
                     stock_rows = rows
-                    stock = self.encode(*batch.features(rows), trailing_silence_s=STOCK_DURATION_S)
+                    stock = self.encode(*batch.features(torch.from_numpy(rows)), trailing_silence_s=STOCK_DURATION_S)
                     stock = self.prepare_cross_attention(stock)
-                at = (stock_rows[:, None] == rows).int().argmax(dim=0)
-            again = write(rows, take_rows(stock, at), torch.ones_like(rows, dtype=torch.bool), t)
-            better = torch.tensor(
-                [
-                    self._rank(again, i, settings) >= self._rank(text, row, settings)
-                    for i, row in enumerate(rows.tolist())
-                ]
-            )
-            still = self._refused(again, torch.ones_like(rows, dtype=torch.bool), settings)
-            text.replace(rows, again, better.to(rows.device) | ~still)
+                at = (stock_rows[:, None] == rows).argmax(axis=0)
+            its_outputs = take_rows(stock, torch.from_numpy(at).to(batch.prompt_ids.device))
+            every = np.ones(len(rows), dtype=bool)
+            again = write(rows, its_outputs, every, t)
+            ranks = ((self._rank(again, i, settings), self._rank(text, row, settings)) for i, row in enumerate(rows))
+            better = np.array([new >= old for new, old in ranks])
+            still = self._refused(again, every, settings)
+            text.replace(rows, again, better | ~still)
             refused[rows] = still & self._repeating(again, settings)
-        output = self._text_output(text, batch.has_speech & ~self._silent(text, settings), settings)
-        return output, (text.tokens[:, : int(text.lengths.max())], None, text.starts)
+        device = batch.prompt_ids.device
+        output = self._text_output(text, has_speech & ~self._silent(text, settings), settings, device)
+        tokens = torch.from_numpy(text.tokens[:, : text.lengths.max()]).to(device)
+        return output, (tokens, None, torch.from_numpy(text.starts).to(device))
 
     def _with_previous(
         self, prompts: list[list[int]], previous_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
@@ -425,34 +431,34 @@ class MDMASRGenerationMixin:
         eos = self.config.eos_token_id
         return [Hypothesis([i for i in draft_ids[row] if i != eos], eos) for row in rows]
 
-    def _draw_seeds(self, batch: _Batch, temperatures: list[float]) -> torch.LongTensor:
+    def _draw_seeds(self, batch: _Batch, temperatures: list[float]) -> np.ndarray:
         """A seed for each row (B * n,). Texts that fall back to a temperature are drawn alike in every batch, unless
         there are generators."""
-        generator, device, num_rows = batch.generator, batch.prompt_ids.device, len(batch.prompt_ids)
+        generator, num_rows = batch.generator, len(batch.prompt_ids)
         if generator is None and temperatures[0] == 0:
-            return torch.zeros(num_rows, dtype=torch.long, device=device)
+            return np.zeros(num_rows, dtype=np.int64)
         if isinstance(generator, list):
             drawn = [torch.randint(2**31, (batch.num_samples,), generator=g, device=g.device).cpu() for g in generator]
-            return torch.cat(drawn).to(device)
+            return torch.cat(drawn).numpy()
         where = "cpu" if generator is None else generator.device
-        return torch.randint(2**31, (num_rows,), generator=generator, device=where).to(device)
+        return torch.randint(2**31, (num_rows,), generator=generator, device=where).numpy(force=True)
 
     def _refused(
-        self, text: VerifiedText, decoded: torch.BoolTensor, settings: MDMASRGenerationConfig, is_own: bool = False
-    ) -> torch.BoolTensor:
+        self, text: VerifiedText, decoded: np.ndarray, settings: MDMASRGenerationConfig, is_own: bool = False
+    ) -> np.ndarray:
         """The rows (B,) whose text Whisper's thresholds refuse, silence excepted; on frames of the audio's own length,
         which have less silence than Whisper was trained with, also those that look like a loop."""
         bound, log_prob_bound = settings.compression_ratio_threshold, settings.logprob_threshold
         if bound is None and log_prob_bound is None:
-            return torch.zeros_like(decoded)
+            return np.zeros_like(decoded)
         refused = []
         for row in range(len(decoded)):
             repeats = self._repeats(text, row, settings)
             repeats = repeats or (is_own and bound is not None and is_suspicious(text.decoded_ids(row)))
             refused.append(is_refused(repeats, mean_log_prob(text.row_log_probs(row)), log_prob_bound))
-        return torch.tensor(refused, device=decoded.device) & decoded & ~self._silent(text, settings)
+        return np.array(refused) & decoded & ~self._silent(text, settings)
 
-    def _silent(self, text: VerifiedText, settings: MDMASRGenerationConfig) -> torch.BoolTensor:
+    def _silent(self, text: VerifiedText, settings: MDMASRGenerationConfig) -> np.ndarray:
         """The rows (B,) in which nobody speaks."""
         threshold = settings.no_speech_threshold
         return text.no_speech > (1.0 if threshold is None else threshold)
@@ -460,50 +466,46 @@ class MDMASRGenerationMixin:
     def _repeats(self, text: VerifiedText, row: int, settings: MDMASRGenerationConfig) -> bool:
         return repeats_itself(text.text_ids(row), self.config.vocab_size, settings.compression_ratio_threshold)
 
-    def _repeating(self, text: VerifiedText, settings: MDMASRGenerationConfig) -> torch.BoolTensor:
+    def _repeating(self, text: VerifiedText, settings: MDMASRGenerationConfig) -> np.ndarray:
         """The rows (B,) whose text repeats itself."""
-        repeats = [self._repeats(text, row, settings) for row in range(len(text.lengths))]
-        return torch.tensor(repeats, device=text.tokens.device)
+        return np.array([self._repeats(text, row, settings) for row in range(len(text.lengths))])
 
     def _rank(self, text: VerifiedText, row: int, settings: MDMASRGenerationConfig) -> tuple[bool, float]:
         """What a refused text is better by than another: it does not repeat itself, and is more probable."""
         return not self._repeats(text, row, settings), mean_log_prob(text.row_log_probs(row))
 
     def _text_output(
-        self, text: VerifiedText, has_text: torch.BoolTensor, settings: MDMASRGenerationConfig
+        self, text: VerifiedText, has_text: np.ndarray, settings: MDMASRGenerationConfig, device: torch.device
     ) -> MDMASRGenerateOutput:
         """The texts without their prompts; an end of text alone, of confidence 0, for rows (B,) without one."""
         eos, num_full = self.config.eos_token_id, 0
-        kept = {"tokens": [], "log_probs": [], "commit_steps": [], "branches": []}
-        for row, has in enumerate(has_text.tolist()):
-            span = slice(int(text.starts[row]), int(text.lengths[row]))
-            for name, values in kept.items():
-                values.append(getattr(text, name)[row, span] if has else getattr(text, name)[row, :1])
+        lengths = np.where(has_text, text.lengths - text.starts, 1)
+        blanks = {"tokens": self._pad_token_id(settings), "log_probs": -np.inf, "commit_steps": 0, "branches": 0}
+        shape = len(lengths), int(lengths.max())
+        rows = {name: np.full(shape, blank, getattr(text, name).dtype) for name, blank in blanks.items()}
+        for row, (has, length) in enumerate(zip(has_text, lengths, strict=True)):
             if not has:
-                kept["tokens"][row] = kept["tokens"][row].new_full((1,), eos)
-                kept["log_probs"][row] = kept["log_probs"][row].new_full((1,), -torch.inf)
-                kept["commit_steps"][row] = text.nfe[row : row + 1]
-                kept["branches"][row] = torch.zeros_like(kept["branches"][row])
-            elif int(kept["tokens"][row][-1]) != eos:
-                num_full += 1
+                rows["tokens"][row, 0], rows["commit_steps"][row, 0] = eos, text.nfe[row]
+                continue
+            for name, values in rows.items():
+                values[row, :length] = getattr(text, name)[row, text.starts[row] : text.lengths[row]]
+            num_full += rows["tokens"][row, length - 1] != eos
         if num_full:
             logger.warning(
                 f"{num_full} of {len(has_text)} texts filled up without an end of text, so the end of their speech "
                 "may be missing. Raise `max_new_tokens` or `max_length`, or split the audio."
             )
-
-        def pad(name: str, value: float) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence(kept[name], batch_first=True, padding_value=value)
-
-        log_probs = pad("log_probs", -torch.inf)
         # Of improbable draws, too, there is something left.
-        confidence = torch.where(torch.isfinite(log_probs), log_probs.exp().clamp(min=1e-30), 0.0)
-        output = self._make_output(
-            pad("tokens", self._pad_token_id(settings)), confidence, pad("commit_steps", 0), text.nfe, settings
+        has_log_prob = np.isfinite(rows["log_probs"])
+        rows["confidence"] = np.where(has_log_prob, np.exp(rows["log_probs"]).clip(1e-30), np.float32(0))
+        tensors = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
+        nfe, accepted, rejected, no_speech = (
+            torch.from_numpy(values).to(device) for values in (text.nfe, text.accepted, text.rejected, text.no_speech)
         )
-        output.accepted_drafts, output.rejected_drafts = text.accepted, text.rejected
-        output.token_branches, output.struck_drafts = pad("branches", 0), text.struck
-        output.no_speech = None if settings.no_speech_token_id is None else text.no_speech
+        output = self._make_output(tensors["tokens"], tensors["confidence"], tensors["commit_steps"], nfe, settings)
+        output.accepted_drafts, output.rejected_drafts = accepted, rejected
+        output.token_branches, output.struck_drafts = tensors["branches"], text.struck
+        output.no_speech = None if settings.no_speech_token_id is None else no_speech
         return output
 
     def _make_output(
@@ -618,10 +620,10 @@ class MDMASRGenerationMixin:
 
     def _check_kind(self, settings: MDMASRGenerationConfig) -> None:
         """Raises ValueError where the checkpoint cannot do what the settings ask for."""
-        sampler, config = settings.sampler_config, self.config
+        sampler, config, vocab_size = settings.sampler_config, self.config, self.config.vocab_size
         for name in ("suppress_tokens", "begin_suppress_tokens"):
-            if wrong := [i for i in getattr(settings, name) or () if not 0 <= i < config.vocab_size]:
-                raise ValueError(f"`{name}` has {wrong[:5]}, but ids go from 0 to {config.vocab_size - 1}.")
+            if wrong := [i for i in getattr(settings, name) or () if not 0 <= i < vocab_size]:
+                raise ValueError(f"`{name}` has {wrong[:5]}, but ids go from 0 to {vocab_size - 1}.")
         if not config.has_drafts:
             if len(settings.temperatures) > 1:
                 raise ValueError("`temperature` must be one number: a canvas has no fallbacks.")
@@ -746,14 +748,14 @@ class MDMASRGenerationMixin:
         tokens = torch.round(duration_s.double() * settings.canvas_tokens_per_s, decimals=3)
         return tokens.ceil().long() + settings.canvas_extra_tokens
 
-    def _any_unfinished(self, unfinished: torch.BoolTensor, synced_gpus: bool) -> bool:
+    def _any_unfinished(self, unfinished: bool, synced_gpus: bool) -> bool:
         """Whether this process has rows that are open, or with `synced_gpus` any."""
         if synced_gpus and torch.distributed.is_available() and torch.distributed.is_initialized():
             # A process that stopped early would leave the others waiting in the sharded layers.
-            flag = unfinished.float()
+            flag = torch.tensor(float(unfinished), device=self.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            unfinished = flag > 0
-        return bool(unfinished)
+            unfinished = bool(flag > 0)
+        return unfinished
 
     def adjust_generation_fn(
         self,

@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
+import numpy as np
+
+from .drafting_mdm_asr import choose_tokens
 
 # A word of more tokens than this is a sentence, which the text should not be forced into.
 MAX_HOTWORD_TOKENS = 24
@@ -109,7 +111,7 @@ class HotwordAutomaton:
 
     roots: list[int]
     _states: list[_State] = field(default_factory=list, repr=False)
-    _cache: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _cache: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(cls, hotword_ids: Sequence, batch_size: int, vocab_size: int) -> "HotwordAutomaton | None":
@@ -173,7 +175,7 @@ class HotwordAutomaton:
 
     def raise_logits(
         self,
-        logits: torch.Tensor,
+        logits: Any,
         states: Sequence[int],
         boost: float,
         eos_token_id: int | None = None,
@@ -182,26 +184,24 @@ class HotwordAutomaton:
         Raises hotwords, in place.
 
         Args:
-            logits (`torch.Tensor` of shape (N, V)): of N positions.
+            logits (`np.ndarray`, or `torch.Tensor` on a GPU, of shape (N, V)): of N positions.
             states (`list[int]` of length N): of the texts before them.
             boost (`float`): what is added to a word's only token, in nats.
             eos_token_id (`int`, *optional*): where it is the best token, nothing is raised: a hotword that begins the
                 text would begin it anew, without end.
         """
-        device = logits.device
-        raised = [self._raised(state, device) for state in states]
-        counts = [len(tokens) for tokens, _ in raised]
-        rows = torch.arange(len(states), device=device)
-        rows = rows.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
-        tokens, weights = (torch.cat(parts) for parts in zip(*raised, strict=True))
+        raised = [self._raised(state) for state in states]
+        rows = np.arange(len(states)).repeat([len(tokens) for tokens, _ in raised])
+        tokens, weights = (np.concatenate(parts) for parts in zip(*raised, strict=True))
         if eos_token_id is not None:
-            goes_on = (logits[:, eos_token_id] < logits.amax(dim=-1))[rows]
+            goes_on = (choose_tokens(logits[None])[0] != eos_token_id)[rows]
             rows, tokens, weights = rows[goes_on], tokens[goes_on], weights[goes_on]
-        logits[rows, tokens] += (boost * weights).to(logits.dtype)
+        added = boost * weights
+        logits[rows, tokens] += added if isinstance(logits, np.ndarray) else logits.new_tensor(added)
 
-    def _raised(self, state: int, device: torch.device) -> tuple[torch.LongTensor, torch.Tensor]:
+    def _raised(self, state: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens (C,) that may be raised behind a state, and how much (C,), as parts of the boost."""
-        if (state, device) not in self._cache:
+        if state not in self._cache:
             endings, at = [], self._states[state]
             while at is not (root := self._states[at.root]):
                 endings.append(at)
@@ -213,15 +213,12 @@ class HotwordAutomaton:
             for at in endings:
                 # Raised again at once, a word just written could be written for ever.
                 weights.pop(at.first_token, None)
-            self._cache[state, device] = (
-                torch.tensor(list(weights), dtype=torch.long, device=device),
-                torch.tensor(list(weights.values()), dtype=torch.float32, device=device),
-            )
-        return self._cache[state, device]
+            self._cache[state] = np.array([*weights], dtype=np.int64), np.array([*weights.values()], dtype=np.float32)
+        return self._cache[state]
 
 
 def _one_list_per_row(hotword_ids: Any, batch_size: int) -> list[Sequence[Sequence[int]]]:
-    hotword_ids = hotword_ids.tolist() if isinstance(hotword_ids, torch.Tensor) else hotword_ids
+    hotword_ids = hotword_ids.tolist() if hasattr(hotword_ids, "tolist") else hotword_ids
     is_list = isinstance(hotword_ids, Sequence) and not isinstance(hotword_ids, str)
     if not is_list or not all(isinstance(one, Sequence) and not isinstance(one, str) for one in hotword_ids):
         raise ValueError(

@@ -6,6 +6,7 @@ canvas, or as drafts which the donor's own causal decoder verifies.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,6 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mdm_asr import MDMASRConfig
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import masked_diffusion_loss
-from .drafting_mdm_asr import NUM_CANDIDATES, lay_blocks, lay_hints
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerationMixin
@@ -29,8 +29,11 @@ from .objective_mdm_asr import (
     draft_loss,
     draw_frontiers,
     frame_loss,
+    lay_blocks,
+    lay_hints,
     logit_loss,
 )
+from .stepping_mdm_asr import TorchSteps
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
 # file, so that it also runs when the file is loaded as remote code.
@@ -169,6 +172,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def __init__(self, config: MDMASRConfig):
         super().__init__(config)
+        self._short_list: tuple[tuple, torch.Tensor] | None = None
         self.model = MDMASRModel(config)
         decoder = config.decoder_config
         self.proj_out = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=decoder.output_bias)
@@ -227,13 +231,25 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         states = self.model.decoder.cross_attention_states(self.model.project(encoder_outputs.last_hidden_state))
         return MDMASREncoderOutput(**{**encoder_outputs, "cross_attention_states": states})
 
+    def train(self, mode: bool = True) -> "MDMASRForConditionalGeneration":
+        """As in PyTorch."""
+        # Fused optimizers change weights without a trace.
+        self._short_list = None
+        return super().train(mode)
+
     def short_list_output(self) -> ShortListOutput:
-        """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted; to be made once a text."""
-        ids, bias = self.draft_token_ids, getattr(self.proj_out, "bias", None)
+        """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted."""
         # The weights are those of the embeddings, also where the output layer was quantised.
-        return self.get_input_embeddings().weight.index_select(0, ids), bias[ids] if isinstance(
-            bias, torch.Tensor
-        ) else None
+        weight, ids = self.get_input_embeddings().weight, self.draft_token_ids
+        bias = getattr(self.proj_out, "bias", None)
+        bias = bias[ids] if isinstance(bias, torch.Tensor) else None
+        if self.training or torch.is_grad_enabled():
+            return weight.index_select(0, ids), bias
+        # Kept as long as they are the same: 25 MB, copied for each text of one clip, would be a twentieth of its time.
+        key = (weight.data_ptr(), weight.dtype, weight.device, weight._version, ids._version)
+        if self._short_list is None or self._short_list[0] != key:
+            self._short_list = key, weight.index_select(0, ids)
+        return self._short_list[1], bias
 
     @property
     def has_trained_drafts(self) -> bool:
@@ -245,28 +261,15 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         """The N ids that can be drafted."""
         return self.model.decoder.drafts.head.token_ids
 
-    def draft_candidates(self, states: torch.Tensor, output: ShortListOutput) -> torch.LongTensor:
-        """The places on the short list (R, K, C) of the ids that the rows of blocks (R, K, D) find most probable
-        without knowing each other; `output` is what `short_list_output` gave."""
-        weight, bias = output
-        logits = nn.functional.linear(states, weight.to(states.dtype), bias)
-        return logits.topk(min(NUM_CANDIDATES, len(weight)), dim=-1).indices
+    def begin_steps(self, encoder_outputs: MDMASREncoderOutput, rows: Any, num_slots: int) -> TorchSteps:
+        """What [`VerifiedDecoder`] makes its steps by."""
+        return TorchSteps(self, encoder_outputs, rows, num_slots)
 
-    def draft_logits(
-        self,
-        states: torch.Tensor,
-        before: torch.LongTensor,
-        before_that: torch.LongTensor,
-        candidates: torch.LongTensor,
-        output: ShortListOutput,
-    ) -> torch.Tensor:
-        """Logits (R, C) of some places (R, C) on the short list, from the states (R, D) of one row of each block and
-        the tokens one and two places before it (R,)."""
-        (weight, bias), decoder = output, self.model.decoder
-        known = (decoder.embed_ids(ids).to(states.dtype) for ids in (before, before_that))
-        mixed = decoder.drafts.head(states, *known)
-        logits = (weight[candidates].to(mixed.dtype) @ mixed[..., None])[..., 0]
-        return logits if bias is None else logits + bias[candidates]
+    def draft_tokens(
+        self, states: torch.Tensor, known: torch.Tensor, num_drafts: int
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Ids (R, M) of drafts, and log-probabilities (R, M, C), see [`MDMASRDrafts`]."""
+        return self.model.decoder.drafts.draft(states[:, :num_drafts], known, *self.short_list_output())
 
     @can_return_tuple
     def forward(

@@ -291,6 +291,21 @@ def draw_frontiers(
     return first + (uniform * text_lengths[:, None]).long()
 
 
+def lay_blocks(next_tokens: torch.LongTensor, length: int, mask_token_id: int) -> torch.LongTensor:
+    """Blocks (B, F, K) of a known token (B, F) and masks behind it, for `length` drafts."""
+    blocks = next_tokens.new_full((*next_tokens.shape, length), mask_token_id)
+    blocks[..., 0] = next_tokens
+    return blocks
+
+
+def lay_hints(blocks: torch.LongTensor, drafts: torch.LongTensor, moved: torch.LongTensor) -> torch.LongTensor:
+    """Blocks (B, F, K) whose masks are replaced by what blocks that stand `moved` (B, F) positions before them drafted
+    (B, F, M) there."""
+    places = moved[..., None] + torch.arange(blocks.shape[-1] - 1, device=blocks.device)
+    drafted = drafts.gather(-1, places.clamp(max=drafts.shape[-1] - 1))
+    return torch.cat([blocks[..., :1], drafted.where(places < drafts.shape[-1], blocks[..., 1:])], dim=-1)
+
+
 def block_targets(
     sequences: torch.LongTensor, frontiers: torch.LongTensor, length: int, fill: int
 ) -> torch.LongTensor:
@@ -336,5 +351,7 @@ __all__ = [
     "draft_loss",
     "draw_frontiers",
     "frame_loss",
+    "lay_blocks",
+    "lay_hints",
     "logit_loss",
 ]

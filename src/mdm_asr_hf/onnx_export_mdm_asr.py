@@ -9,22 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .cache_mdm_asr import BehindDonor, KeyValue
-from .drafting_mdm_asr import NUM_CANDIDATES
+from .decoder_mdm_asr import entropy
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S
 
-ENCODER_FILE, DECODER_FILE = "encoder.onnx", "decoder.onnx"
-DRAFTS_FILE, CANDIDATES_FILE, HEAD_FILE = "drafts.onnx", "draft_candidates.onnx", "draft_head.onnx"
-TOKENS_FILE = "tokens.safetensors"
+ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
+    "encoder.onnx",
+    "decoder.onnx",
+    "drafts.onnx",
+    "embeddings.npy",
+)
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
 DYNAMIC = torch.export.Dim.DYNAMIC
-# Weights that share a scale; and ONNX Runtime's level at which it multiplies integers, not floats.
-INT8_BLOCK, INT8_ARITHMETIC = 64, 4
+INT8_MAX = 127
 
 
 def layer_names(kind: str, layers: range) -> list[str]:
@@ -32,25 +34,30 @@ def layer_names(kind: str, layers: range) -> list[str]:
     return [f"{kind}.{layer}" for layer in layers]
 
 
-class _ConcatenatingCache:
+class _SlotCache:
     """
-    Stands in for [`DraftingCache`] in a graph, which has no state: past keys and values (layers, R, P, key-value
-    heads, head_dim) come in, the causal rows' own go out.
+    Stands in for [`DraftingCache`] in a graph, which has no state: all slots' keys and values (layers, R, key-value
+    heads, S, head_dim) come in, and the causal rows' own go out.
 
     Attributes:
-        new_keys, new_values (`list` of `torch.Tensor` of shape (R, Q, key-value heads, head_dim)): one per layer.
+        new_keys, new_values (`list` of `torch.Tensor` of shape (R, key-value heads, Q, head_dim)): one per layer.
     """
 
-    def __init__(self, past_keys: torch.Tensor, past_values: torch.Tensor):
-        self.past_keys, self.past_values = past_keys, past_values
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.LongTensor):
+        self.keys, self.values = keys.unbind(), values.unbind()
+        _, num_heads, _, head_dim = self.keys[0].shape
+        self.slots = slots[:, None, :, None].expand(-1, num_heads, -1, head_dim)
         self.new_keys: list[torch.Tensor] = []
         self.new_values: list[torch.Tensor] = []
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> KeyValue:
-        self.new_keys.append(keys.transpose(1, 2))
-        self.new_values.append(values.transpose(1, 2))
-        past = self.past_keys[layer_idx].transpose(1, 2), self.past_values[layer_idx].transpose(1, 2)
-        return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        self.new_keys.append(keys)
+        self.new_values.append(values)
+        # To their slots: where a key stands in a sum may not depend on when it was computed.
+        return (
+            self.keys[layer_idx].scatter(2, self.slots, keys),
+            self.values[layer_idx].scatter(2, self.slots, values),
+        )
 
 
 class EncoderGraph(nn.Module):
@@ -80,28 +87,30 @@ class DecoderGraph(nn.Module):
         self,
         embeds: torch.Tensor,
         position_ids: torch.LongTensor,
+        slots: torch.LongTensor,
         visible: torch.BoolTensor,
         frame_mask: torch.BoolTensor,
         columns: torch.LongTensor,
-        past_keys: torch.Tensor,
-        past_values: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
         cross_keys: list[torch.Tensor],
         cross_values: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """
         Args:
             embeds (`torch.Tensor` of shape (R, Q, D)), position_ids (R, Q): the rows' tokens, and where they stand.
-            visible (`torch.BoolTensor` of shape (R, Q, P + Q)): what each sees of the past and of the rows themselves.
+            slots (`torch.LongTensor` of shape (R, Q)): where their keys and values are kept.
+            visible (`torch.BoolTensor` of shape (R, Q, S)): the slots that each sees.
             frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
             columns (`torch.LongTensor` of shape (R, N)): those among Q that logits are computed of.
-            past_keys, past_values (`torch.Tensor` of shape (layers, R, P, key-value heads, head_dim)).
+            keys, values (`torch.Tensor` of shape (layers, R, key-value heads, S, head_dim)): of all slots.
             cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)).
 
         Returns:
-            Logits (R, N, V); new keys and values (layers, R, Q, key-value heads, head_dim); and the queries of the
+            Logits (R, N, V); new keys and values (layers, R, key-value heads, Q, head_dim); and the queries of the
             cross-attention (layers, R, Q, heads * head_dim).
         """
-        cache = _ConcatenatingCache(past_keys, past_values)
+        cache = _SlotCache(keys, values, slots)
         outputs = self.decoder(
             position_ids,
             None,
@@ -120,15 +129,19 @@ class DecoderGraph(nn.Module):
 
 
 class DraftsGraph(nn.Module):
-    """A block behind each row's frontier: the token that the donor said there, and masks."""
+    """Drafts by a block behind each row's frontier: the token that the donor said there, and masks."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.decoder = model.get_decoder()
+        weight, bias = model.short_list_output()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(
         self,
         embeds: torch.Tensor,
+        before: torch.Tensor,
         frontiers: torch.LongTensor,
         visible: torch.BoolTensor,
         frame_mask: torch.BoolTensor,
@@ -136,58 +149,31 @@ class DraftsGraph(nn.Module):
         values: torch.Tensor,
         cross_keys: list[torch.Tensor],
         cross_values: list[torch.Tensor],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         """
         Args:
-            embeds (`torch.Tensor` of shape (R, K, D)): of the block's tokens and masks.
+            embeds (`torch.Tensor` of shape (R, K, D)): of the block's token and masks.
+            before (`torch.Tensor` of shape (R, D)): embedding of the token before the block's.
             frontiers (`torch.LongTensor` of shape (R, 1)): the position behind which the block stands.
             visible (`torch.BoolTensor` of shape (R, K, S + K)): what each sees of the donor's slots, and of the block.
             frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
-            keys, values (`torch.Tensor` of shape (draft layers, R, S, key-value heads, head_dim)): the donor's.
+            keys, values (`torch.Tensor` of shape (draft layers, R, key-value heads, S, head_dim)): the donor's.
             cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)): of the
                 layers beside which there are draft layers.
 
         Returns:
-            Normalised states (R, K, D).
+            Ids and entropies (R, K), see [`MDMASRDrafts`].
         """
         decoder, behind = self.decoder, BehindDonor()
         layers = decoder.drafts.layers
-        of_donor = [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in zip(keys, values, strict=True)]
-        behind.of_donor = [None] * layers[0].index + of_donor
+        behind.of_donor = [None] * layers[0].index + list(zip(keys, values, strict=True))
         states = decoder.embed_blocks(embeds[:, None], frontiers)
         visible, frames = _additive(visible)[:, None], _additive(frame_mask)[:, None, None]
         for layer, *cross in zip(layers, cross_keys, cross_values, strict=True):
             states = layer(states, tuple(cross), behind, visible, frames)
-        return decoder.drafts.layer_norm(states)
-
-
-class CandidatesGraph(nn.Module):
-    """The places on the short list (R, K, C) of what the states of a block (R, K, D) find most probable."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        weight, bias = model.short_list_output()
-        self.output = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        self.output.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        if bias is not None:
-            self.output.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-
-    def forward(self, states: torch.Tensor) -> torch.LongTensor:
-        return self.output(states).topk(min(NUM_CANDIDATES, self.output.out_features), dim=-1).indices
-
-
-class HeadGraph(nn.Module):
-    """The sequential head: logits (R, 1, C) of candidates, from their embeddings (R, C, D), see
-    [`MDMASRSequentialHead`]."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.head = model.get_decoder().drafts.head
-
-    def forward(
-        self, states: torch.Tensor, before: torch.Tensor, before_that: torch.Tensor, candidates: torch.Tensor
-    ) -> torch.Tensor:
-        return self.head(states, before, before_that) @ candidates.transpose(1, 2)
+        known = torch.stack([embeds[:, 0], before], dim=1)
+        ids, log_probs = decoder.drafts.draft(decoder.drafts.layer_norm(states), known, self.weight, self.bias)
+        return ids, entropy(log_probs)
 
 
 def _additive(mask: torch.BoolTensor) -> torch.Tensor:
@@ -205,17 +191,14 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
       `trailing_silence`, a number of input frames; or waveforms (B, N); to `frames` (B, T', encoder width),
       `frame_mask` (B, T'), and `cross_key.0`, ..., `cross_value.0`, ... (B, key-value heads, T', head_dim);
     - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
-    - drafts.onnx: a block's states, see [`DraftsGraph`];
-    - draft_candidates.onnx: what may stand at each place of a block, see [`CandidatesGraph`];
-    - draft_head.onnx: a draft, see [`HeadGraph`];
-    - tokens.safetensors: `embeddings` (V + E, D), `draft_ids` (N,), the ids of the short list, and where the output
-      layer has one `draft_bias` (N,);
+    - drafts.onnx: what they verify, see [`DraftsGraph`];
+    - embeddings.npy: of all token ids (V + E, D), in fp16 beside int8 graphs;
     - settings, tokenizer and processor, as `save_pretrained` writes them.
 
     Args:
         model ([`MDMASRForConditionalGeneration`], folder or id).
         output: a folder that does not exist yet, or is empty.
-        int8 (`bool`): quantise the matrix products: weights by blocks of 64, each position's inputs by its own.
+        int8 (`bool`): quantise the matrix products: a scale for each output of a layer, and for each row of inputs.
         processor ([`MDMASRProcessor`], *optional*): of a model that was not loaded from a folder.
 
     Raises:
@@ -251,16 +234,17 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     model.config.save_pretrained(output)
     model.generation_config.save_pretrained(output)
     processor.save_pretrained(output)
-    _save_tokens(model, output / TOKENS_FILE)
+    decoder = model.get_decoder()
+    embeddings = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach().numpy()
+    np.save(output / EMBEDDINGS_FILE, embeddings.astype(np.float16) if int8 else embeddings)
     with _quiet():
         _export_encoder(model, output / ENCODER_FILE)
         _export_decoder(model, output / DECODER_FILE)
         _export_drafts(model, output / DRAFTS_FILE)
-        _export_candidates(model, output / CANDIDATES_FILE)
-        _export_head(model, output / HEAD_FILE)
         if int8:
             for path in output.glob("*.onnx"):
-                _quantize(path)
+                # Of drafts nothing depends but how many of them are right.
+                _quantize(path, by_rows=path.name != DRAFTS_FILE)
     return output
 
 
@@ -284,17 +268,6 @@ def require(*modules: str) -> None:
             __import__(module)
         except ImportError as error:
             raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[onnx]"`.') from error
-
-
-def _save_tokens(model: Any, path: Path) -> None:
-    decoder = model.get_decoder()
-    tensors = {
-        "embeddings": torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach(),
-        "draft_ids": decoder.drafts.head.token_ids,
-    }
-    if (bias := model.short_list_output()[1]) is not None:
-        tensors["draft_bias"] = bias.detach().clone()
-    save_file(tensors, path)
 
 
 # In the examples that are traced no two sizes are alike, lest they be taken for one.
@@ -322,20 +295,22 @@ def _export_encoder(model: Any, path: Path) -> None:
 def _export_decoder(model: Any, path: Path) -> None:
     config = model.config.decoder_config
     layers, heads, size = range(config.num_hidden_layers), config.num_key_value_heads, config.head_dim
-    num_rows, width, num_past, num_frames, num_columns = 2, 4, 3, 7, 5
-    past, cross = (len(layers), num_rows, num_past, heads, size), (num_rows, heads, num_frames, size)
+    num_rows, width, num_slots, num_frames, num_columns = 2, 4, 9, 7, 5
+    past, cross = (len(layers), num_rows, heads, num_slots, size), (num_rows, heads, num_frames, size)
+    places = torch.arange(width).repeat(num_rows, 1)
     arguments = (
         torch.randn(num_rows, width, config.hidden_size),
-        torch.arange(num_past, num_past + width).repeat(num_rows, 1),
-        torch.ones(num_rows, width, num_past + width, dtype=torch.bool),
+        places,
+        places.clone(),
+        torch.ones(num_rows, width, num_slots, dtype=torch.bool),
         torch.ones(num_rows, num_frames, dtype=torch.bool),
         torch.zeros(num_rows, num_columns, dtype=torch.long),
         torch.randn(past),
         torch.randn(past),
         *([torch.randn(cross) for _ in layers] for _ in range(2)),
     )
-    inputs = ["embeds", "position_ids", "visible", "frame_mask", "columns", "past_keys", "past_values"]
-    of_rows, of_past = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC, 2: DYNAMIC}
+    inputs = ["embeds", "position_ids", "slots", "visible", "frame_mask", "columns", "keys", "values"]
+    of_rows, of_past = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC, 3: DYNAMIC}
     _export(
         DecoderGraph(model),
         arguments,
@@ -343,7 +318,7 @@ def _export_decoder(model: Any, path: Path) -> None:
         inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
         outputs=["logits", "new_keys", "new_values", "cross_queries"],
         dynamic_shapes=(
-            *(of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, of_rows, of_rows, of_past, of_past),
+            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, of_rows, of_rows, of_past, of_past),
             *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
         ),
         about="decoder",
@@ -355,9 +330,10 @@ def _export_drafts(model: Any, path: Path) -> None:
     layers = range(config.num_hidden_layers - config.draft_layers, config.num_hidden_layers)
     heads, size = config.num_key_value_heads, config.head_dim
     num_rows, num_slots, num_frames, length = 2, 5, 7, config.draft_length
-    past, cross = (len(layers), num_rows, num_slots, heads, size), (num_rows, heads, num_frames, size)
+    past, cross = (len(layers), num_rows, heads, num_slots, size), (num_rows, heads, num_frames, size)
     arguments = (
         torch.randn(num_rows, length, config.hidden_size),
+        torch.randn(num_rows, config.hidden_size),
         torch.arange(num_rows)[:, None],
         torch.ones(num_rows, length, num_slots + length, dtype=torch.bool),
         torch.ones(num_rows, num_frames, dtype=torch.bool),
@@ -365,45 +341,19 @@ def _export_drafts(model: Any, path: Path) -> None:
         torch.randn(past),
         *([torch.randn(cross) for _ in layers] for _ in range(2)),
     )
-    inputs = ["embeds", "frontiers", "visible", "frame_mask", "keys", "values"]
-    of_rows, of_past = {0: DYNAMIC}, {1: DYNAMIC, 2: DYNAMIC}
+    inputs = ["embeds", "before", "frontiers", "visible", "frame_mask", "keys", "values"]
+    of_rows, of_past = {0: DYNAMIC}, {1: DYNAMIC, 3: DYNAMIC}
     _export(
         DraftsGraph(model),
         arguments,
         path,
         inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
-        outputs=["states"],
+        outputs=["ids", "entropies"],
         dynamic_shapes=(
-            *(of_rows, of_rows, {0: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}, of_past, of_past),
+            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}, of_past, of_past),
             *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
         ),
-        about="draft layers",
-    )
-
-
-def _export_candidates(model: Any, path: Path) -> None:
-    config = model.config.decoder_config
-    _export(
-        CandidatesGraph(model),
-        (torch.randn(2, config.draft_length, config.hidden_size),),
-        path,
-        inputs=["states"],
-        outputs=["candidates"],
-        dynamic_shapes=({0: DYNAMIC},),
-        about="output layer of the short list",
-    )
-
-
-def _export_head(model: Any, path: Path) -> None:
-    width, dynamic = model.config.decoder_config.hidden_size, {0: DYNAMIC}
-    _export(
-        HeadGraph(model),
-        (*(torch.randn(2, 1, width) for _ in range(3)), torch.randn(2, 5, width)),
-        path,
-        inputs=["states", "before", "before_that", "candidates"],
-        outputs=["logits"],
-        dynamic_shapes=(*(dynamic,) * 3, {0: DYNAMIC, 1: DYNAMIC}),
-        about="sequential head",
+        about="drafts",
     )
 
 
@@ -492,32 +442,91 @@ def _round(value: Any, ndigits: None = None) -> Any:
     return op.Cast(op.Round(value), to=ir.DataType.INT64)
 
 
-def _quantize(path: Path) -> None:
+def _quantize(path: Path, by_rows: bool) -> None:
     """
-    Quantises, in place, the matrix products of a graph with weights, in blocks of a channel's inputs. Activations get
-    a scale for each block of each position, so that what one position gives does not depend on the others of the call.
-    Embeddings stay as they are: the tied table would be made floats again as a whole in every step.
+    Quantises, in place, the matrix products of a graph with weights: a scale for each output, and `by_rows` one for
+    each row of activations, so that what a row gives does not depend on the others of the call; else one for all of
+    them, in fewer steps. Embeddings become fp16.
     """
     import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnx import TensorProto, numpy_helper
+    from onnx.helper import make_node, make_opsetid
 
-    graph = onnx.load(path)
-    is_large = graph.ByteSize() > MAX_EMBEDDED_BYTES
-    quantizer = MatMulNBitsQuantizer(
-        graph, bits=8, block_size=INT8_BLOCK, is_symmetric=True, accuracy_level=INT8_ARITHMETIC
-    )
-    quantizer.process()
+    model = onnx.load(path)
+    graph, is_large = model.graph, model.ByteSize() > MAX_EMBEDDED_BYTES
+    tables = {one.name: one for one in graph.initializer if len(one.dims) == 2}
+    # A product's weights, or where another node takes them the other way about, these transposed.
+    weights = {name: (one, False) for name, one in tables.items()}
+    weights |= {
+        node.output[0]: (tables[node.input[0]], True)
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in tables
+    }
+    nodes, constants, quantised = [], {}, set()
+    # Of half the range no sum of two products is cut off, on any CPU; other weights have to be rewritten for some,
+    # which ONNX Runtime does for weights of a single product only.
+    largest = INT8_MAX if by_rows else INT8_MAX // 2
+
+    def constant(name: str, value: np.ndarray) -> str:
+        constants[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    step, zero = constant("int8.step", np.float32(1 / INT8_MAX)), constant("int8.zero", np.uint8(128))
+    last = constant("int8.last", np.array([-1]))
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in tables:
+            name, gathered = f"{node.input[0]}.fp16", f"{node.output[0]}.fp16"
+            constant(name, numpy_helper.to_array(tables[node.input[0]]).astype(np.float16))
+            nodes.append(make_node("Gather", [name, node.input[1]], [gathered], axis=0))
+            nodes.append(make_node("Cast", [gathered], [node.output[0]], to=TensorProto.FLOAT))
+            continue
+        if node.op_type != "MatMul" or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        weight, is_transposed = weights[node.input[1]]
+        name, output = node.input[1], node.output[0]
+        if f"{name}.int8" not in constants:
+            values = numpy_helper.to_array(weight)
+            values = values.T if is_transposed else values
+            scale = np.maximum(np.abs(values).max(axis=0), 1e-30) / largest
+            constant(f"{name}.int8", np.rint(values / scale).astype(np.int8))
+            constant(f"{name}.int8.scale", scale.astype(np.float32))
+        weight = [f"{name}.int8", f"{name}.int8.scale"]
+        if not by_rows:
+            inputs = [node.input[0], *weight]
+            nodes.append(make_node("DynamicQuantizeMatMul", inputs, [output], domain="com.microsoft"))
+            continue
+        rows = f"{node.input[0]}.int8"
+        if rows not in quantised:
+            quantised.add(rows)
+            # A row of zeros has no scale, but what it gives is nought times something.
+            nodes += [
+                make_node("Abs", [node.input[0]], [f"{rows}.abs"]),
+                make_node("ReduceMax", [f"{rows}.abs", last], [f"{rows}.scale"], keepdims=1),
+                make_node("Div", [node.input[0], f"{rows}.scale"], [f"{rows}.unit"]),
+                make_node("QuantizeLinear", [f"{rows}.unit", step, zero], [rows]),
+            ]
+        inputs = [rows, weight[0], step, weight[1], zero]
+        nodes.append(make_node("MatMulIntegerToFloat", inputs, [f"{output}.unit"], domain="com.microsoft"))
+        nodes.append(make_node("Mul", [f"{output}.unit", f"{rows}.scale"], [output]))
+    used = {name for node in nodes for name in node.input}
+    nodes = [node for node in nodes if node.output[0] in used or node.output[0] not in weights]
+    used = {name for node in nodes for name in node.input}
+    kept = [one for one in (*graph.initializer, *constants.values()) if one.name in used]
+    for field, values in ((graph.node, nodes), (graph.initializer, kept)):
+        del field[:]
+        field.extend(values)
+    if all(one.domain != "com.microsoft" for one in model.opset_import):
+        model.opset_import.append(make_opsetid("com.microsoft", 1))
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
-    quantizer.model.save_model_to_file(str(path), use_external_data_format=is_large)
+    onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
 
 
 __all__ = [
-    "CandidatesGraph",
     "DecoderGraph",
     "DraftsGraph",
     "EncoderGraph",
-    "HeadGraph",
     "export_onnx",
     "layer_names",
     "require",

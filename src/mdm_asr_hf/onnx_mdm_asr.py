@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """OnnxMDMASR: `generate` on the graphs that `export_onnx` wrote, by ONNX Runtime."""
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,27 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers.modeling_outputs import ModelOutput
 
-from .cache_mdm_asr import DraftingCache, KeyValue
+from .cache_mdm_asr import KeyValue
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
-from .decoder_mdm_asr import MDMASRDecoder
+from .drafting_mdm_asr import DraftTree
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S, MDMASREncoderOutput
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
-from .onnx_export_mdm_asr import (
-    CANDIDATES_FILE,
-    DECODER_FILE,
-    DRAFTS_FILE,
-    ENCODER_FILE,
-    HEAD_FILE,
-    TOKENS_FILE,
-    layer_names,
-    require,
-)
+from .onnx_export_mdm_asr import DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE, ENCODER_FILE, layer_names, require
 
-SPINNING_STOP = "session.force_spinning_stop"
+SPINNING_STOP, EXACT_INT8 = "session.force_spinning_stop", "session.x64quantprecision"
+# Slots and frames come in such numbers, and rows of text by two at least: sums then have the same order, to the bit,
+# however many there are.
+MULTIPLE, LEAST_ROWS = 64, 2
 
 
 def is_onnx_folder(folder: str | Path) -> bool:
@@ -38,113 +32,137 @@ def is_onnx_folder(folder: str | Path) -> bool:
 
 class OnnxDecoder:
     """
-    The decoder's graphs, called as [`MDMASRDecoder`] is.
+    The decoder's graphs.
 
     Args:
         session, drafts (`onnxruntime.InferenceSession`): of the causal rows, and of the masks.
-        embeddings (`torch.Tensor` of shape (V + E, D)): of all token ids.
+        embeddings (`np.ndarray` of shape (V + E, D)): of all token ids.
     """
 
-    _block_mask = MDMASRDecoder._block_mask
-
-    def __init__(self, session: Any, drafts: Any, embeddings: torch.Tensor, config: MDMASRDecoderConfig):
+    def __init__(self, session: Any, drafts: Any, embeddings: np.ndarray, config: MDMASRDecoderConfig):
         self.session, self.drafts, self.embeddings, self.config = session, drafts, embeddings, config
 
     def __call__(
         self,
         input_ids: torch.LongTensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.BoolTensor | None = None,
+        attention_mask: None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         cross_attention_states: tuple[KeyValue, ...] | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: DraftingCache | None = None,
-        frontiers: torch.LongTensor | None = None,
-        frontier_mask: torch.BoolTensor | None = None,
-        block_ids: torch.LongTensor | None = None,
         columns: torch.LongTensor | None = None,
         output_cross_queries: bool = False,
     ) -> dict[str, Any]:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape (R, Q)): causal rows; Q may be 0 where only masks are wanted.
+            input_ids (`torch.LongTensor` of shape (R, Q)): whole texts, of which there is no mask.
             encoder_hidden_states: not needed; the keys and values of the cross-attention are.
-            attention_mask (`torch.BoolTensor` of shape (R, Q, S), *optional*), position_ids, past_key_values,
-                frontiers, frontier_mask, block_ids: as in [`MDMASRDecoder`]; one block a row, which needs a cache.
+            encoder_attention_mask, cross_attention_states: as in [`MDMASRDecoder`].
             columns (`torch.LongTensor` of shape (R, N), *optional*): those whose logits are needed. Default: none.
 
         Returns:
-            `logits` (R, N, V), `draft_hidden_states` (R, 1, K, D) where there are frontiers, and on request
-            `cross_queries`: of every layer (R, Q, heads * head_dim).
+            `logits` (R, N, V), and on request `cross_queries`: of every layer (R, Q, heads * head_dim).
         """
-        layers = range(self.config.num_hidden_layers)
-        cross_keys, cross_values = zip(*cross_attention_states, strict=True)
-        if encoder_attention_mask is None:
-            encoder_attention_mask = torch.ones(cross_keys[0].shape[::2])
-        cross = {"frame_mask": encoder_attention_mask.bool()}
-        cross |= zip(layer_names("cross_key", layers), cross_keys, strict=True)
-        cross |= zip(layer_names("cross_value", layers), cross_values, strict=True)
-        result, cache = {"logits": None, "draft_hidden_states": None}, past_key_values
-        if input_ids.shape[1]:
-            names = ["logits", "new_keys", "new_values", *(["cross_queries"] if output_cross_queries else [])]
-            past = self._past(input_ids, position_ids, attention_mask, cache)
-            columns = input_ids.new_zeros((len(input_ids), 0)) if columns is None else columns
-            outputs = run(self.session, names, cross | past | {"columns": columns})
-            if cache is not None:
-                for layer in layers:
-                    cache.update(*(outputs[name][layer].transpose(1, 2) for name in names[1:3]), layer)
-            result |= {name: outputs[name] for name in ("logits", *names[3:])}
-        if frontiers is not None:
-            first = len(layers) - self.config.draft_layers
-            unused = {f"{kind}.{layer}" for kind in ("cross_key", "cross_value") for layer in range(first)}
-            feed = {name: values for name, values in cross.items() if name not in unused}
-            feed |= {"embeds": self.embeddings[block_ids[:, 0]], "frontiers": frontiers}
-            feed |= {"visible": self._block_mask(frontier_mask, block_ids.shape[-1])}
-            feed |= {"keys": cache.keys[first:, :, : cache.num_keys]}
-            feed |= {"values": cache.values[first:, :, : cache.num_keys]}
-            result["draft_hidden_states"] = run(self.drafts, ["states"], feed)["states"][:, None]
-        return result
-
-    def _past(
-        self,
-        input_ids: torch.LongTensor,
-        position_ids: torch.LongTensor | None,
-        visible: torch.BoolTensor | None,
-        cache: DraftingCache | None,
-    ) -> dict[str, torch.Tensor]:
-        """What the graph takes of causal rows: the slots before them, and behind those the rows themselves."""
         (num_rows, width), config = input_ids.shape, self.config
-        if position_ids is None:
-            if width > config.max_position_embeddings:
-                raise ValueError(
-                    f"`decoder_input_ids` have {width} tokens, but the decoder has {config.max_position_embeddings} "
-                    "positions. Use a shorter text."
-                )
-            position_ids = torch.arange(width).expand(num_rows, -1)
-        if cache is None:
-            num_past = 0
-            past = torch.zeros(config.num_hidden_layers, num_rows, 0, config.num_key_value_heads, config.head_dim)
-            keys, values = past, past
-            visible = torch.ones(width, width, dtype=torch.bool).tril().expand(num_rows, -1, -1)
-        else:
-            slots, num_slots = cache.slots, cache.num_keys
-            if visible is None:
-                visible = torch.ones(num_rows, width, num_slots, dtype=torch.bool)
-            # Before a row's first slot all is past; from there on it sees the rows, or nothing.
-            first = slots.amin(dim=1)
-            num_past = int(first.max())
-            is_past = torch.arange(num_past) < first[:, None]
-            places = slots.clamp(max=num_slots - 1)[:, None].expand(-1, width, -1)
-            own = visible.gather(2, places) & (slots < num_slots)[:, None]
-            visible = torch.cat([visible[..., :num_past] & is_past[:, None], own], dim=-1)
-            keys, values = cache.keys[:, :, :num_past], cache.values[:, :, :num_past]
-        return {
-            "embeds": self.embeddings[input_ids],
-            "position_ids": position_ids,
-            "visible": visible,
-            "past_keys": keys,
-            "past_values": values,
+        if width > config.max_position_embeddings:
+            raise ValueError(
+                f"`decoder_input_ids` have {width} tokens, but the decoder has {config.max_position_embeddings} "
+                "positions. Use a shorter text."
+            )
+        places = np.broadcast_to(np.arange(width), (num_rows, width))
+        keys = np.zeros(
+            (config.num_hidden_layers, num_rows, config.num_key_value_heads, width, config.head_dim), np.float32
+        )
+        feed = cross_feed(cross_attention_states, encoder_attention_mask, range(config.num_hidden_layers))
+        feed |= {"embeds": self.embed(input_ids.numpy()), "position_ids": places, "slots": places}
+        feed |= {"visible": np.broadcast_to(np.tri(width, dtype=bool), (num_rows, width, width))}
+        feed |= {"columns": np.zeros((num_rows, 0), np.int64) if columns is None else columns.numpy()}
+        names = ["logits", *(["cross_queries"] if output_cross_queries else [])]
+        outputs = run(self.session, names, feed | {"keys": keys, "values": keys})
+        return {name: torch.from_numpy(values) for name, values in outputs.items()}
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Embeddings (..., D) of ids."""
+        return self.embeddings[ids].astype(np.float32, copy=False)
+
+
+class OnnxSteps:
+    """
+    What [`VerifiedDecoder`] asks of a model, by ONNX Runtime; see [`TorchSteps`]. What a row gives depends on its own
+    tokens and frames alone, to the bit.
+    """
+
+    def __init__(self, decoder: OnnxDecoder, encoder_outputs: MDMASREncoderOutput, rows: np.ndarray, num_slots: int):
+        self.decoder, self.config, self.num_rows = decoder, decoder.config, len(rows)
+        layers = self.config.num_hidden_layers
+        self.first_draft_layer = layers - self.config.draft_layers
+        states, mask = encoder_outputs.cross_attention_states, encoder_outputs.attention_mask
+        self.cross = cross_feed(states, mask, range(layers))
+        num_frames = _multiple(self.cross["frame_mask"].shape[1])
+        are_all = np.array_equal(rows, np.arange(len(self.cross["frame_mask"])))
+        for name, values in self.cross.items():
+            kept = values if are_all else values[rows]
+            self.cross[name] = pad(kept, num_frames, 1 if name == "frame_mask" else 2)
+        # Stands for the last slot there is, whose number grows.
+        self.padding_slot = num_slots
+        self.keys = np.zeros(
+            (layers, self.num_rows, self.config.num_key_value_heads, 0, self.config.head_dim), np.float32
+        )
+        self.values = self.keys
+        length = self.config.draft_length
+        # The known token of a block does not see the masks behind it.
+        self.own_block = (np.arange(length) == 0) | (np.arange(length) > 0)[:, None]
+
+    def verify(self, tree: DraftTree, columns: np.ndarray) -> np.ndarray:
+        """Logits (R, N, V), see [`TorchSteps.verify`]."""
+        # One more, for what is padding.
+        if (num_slots := _multiple(tree.visible.shape[-1] + 1)) > self.keys.shape[3]:
+            self.keys, self.values = (pad(states, num_slots, 3) for states in (self.keys, self.values))
+        num_slots, width = self.keys.shape[3], max(tree.ids.shape[1], LEAST_ROWS)
+        slots = pad(np.where(tree.slots == self.padding_slot, num_slots - 1, tree.slots), width, 1, num_slots - 1)
+        visible = pad(pad(tree.visible, num_slots, 2), width, 1)
+        # Padding sees one slot, since a row without any would be NaN.
+        visible[:, tree.ids.shape[1] :, 0] = True
+        feed = self.cross | {"embeds": self.decoder.embed(pad(tree.ids, width, 1)), "columns": columns}
+        feed |= {"position_ids": pad(tree.positions, width, 1), "slots": slots, "visible": visible}
+        feed |= {"keys": self.keys, "values": self.values}
+        outputs = run(self.decoder.session, ["logits", "new_keys", "new_values"], feed)
+        rows = np.arange(self.num_rows)[:, None]
+        for states, name in ((self.keys, "new_keys"), (self.values, "new_values")):
+            states[:, rows, :, slots] = outputs[name].transpose(1, 3, 0, 2, 4)
+        return outputs["logits"]
+
+    def propose(
+        self, blocks: np.ndarray, before: np.ndarray, frontiers: np.ndarray, num_drafts: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and entropies (R, M), see [`TorchSteps.propose`]."""
+        seen = np.arange(self.keys.shape[3]) <= frontiers[:, None]
+        shape = self.num_rows, *self.own_block.shape
+        visible = [np.broadcast_to(seen[:, None], (*shape[:2], seen.shape[1])), np.broadcast_to(self.own_block, shape)]
+        feed = {"embeds": self.decoder.embed(blocks), "before": self.decoder.embed(before)}
+        feed |= {"frontiers": frontiers[:, None], "visible": np.concatenate(visible, axis=2)}
+        feed |= {"keys": self.keys[self.first_draft_layer :], "values": self.values[self.first_draft_layer :]}
+        outputs = run(self.decoder.drafts, ["ids", "entropies"], self._draft_cross | feed)
+        return outputs["ids"][:, :num_drafts], outputs["entropies"][:, :num_drafts]
+
+    @property
+    def _draft_cross(self) -> dict[str, np.ndarray]:
+        unused = {
+            f"{kind}.{layer}" for kind in ("cross_key", "cross_value") for layer in range(self.first_draft_layer)
         }
+        return {name: values for name, values in self.cross.items() if name not in unused}
+
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Keeps some rows, by their indices."""
+        self.num_rows = len(rows)
+        self.cross = {name: values[rows] for name, values in self.cross.items()}
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies keys and values from slots (R, N) to others (R, N)."""
+        rows, last = np.arange(self.num_rows)[:, None], self.keys.shape[3] - 1
+        source, target = (np.where(slots == self.padding_slot, last, slots) for slots in (source, target))
+        for states in (self.keys, self.values):
+            states[:, rows, :, target] = states[:, rows, :, source]
 
 
 class OnnxMDMASR(MDMASRGenerationMixin):
@@ -154,7 +172,7 @@ class OnnxMDMASR(MDMASRGenerationMixin):
 
     Args:
         sessions (`dict[str, onnxruntime.InferenceSession]`): by the names of the graphs' files.
-        tokens (`dict[str, torch.Tensor]`): what tokens.safetensors holds, see `export_onnx`.
+        embeddings (`np.ndarray` of shape (V + E, D)): of all token ids.
         config ([`MDMASRConfig`]), generation_config ([`MDMASRGenerationConfig`]): of the checkpoint.
     """
 
@@ -168,16 +186,13 @@ class OnnxMDMASR(MDMASRGenerationMixin):
     def __init__(
         self,
         sessions: dict[str, Any],
-        tokens: dict[str, torch.Tensor],
+        embeddings: np.ndarray,
         config: MDMASRConfig,
         generation_config: MDMASRGenerationConfig,
     ):
         self.config, self.generation_config = config, generation_config
-        self.encoder, self.candidates, self.head = (sessions[f] for f in (ENCODER_FILE, CANDIDATES_FILE, HEAD_FILE))
-        self.draft_ids, self.draft_bias = tokens["draft_ids"], tokens.get("draft_bias")
-        self.decoder = OnnxDecoder(
-            sessions[DECODER_FILE], sessions[DRAFTS_FILE], tokens["embeddings"], config.decoder_config
-        )
+        self.encoder = sessions[ENCODER_FILE]
+        self.decoder = OnnxDecoder(sessions[DECODER_FILE], sessions[DRAFTS_FILE], embeddings, config.decoder_config)
         self.name_or_path = ""
 
     @classmethod
@@ -197,8 +212,8 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         require("onnxruntime")
         import onnxruntime
 
-        folder, names = Path(folder), [ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, CANDIDATES_FILE, HEAD_FILE]
-        files = (*names, TOKENS_FILE, "config.json", "generation_config.json")
+        folder, names = Path(folder), [ENCODER_FILE, DECODER_FILE, DRAFTS_FILE]
+        files = (*names, EMBEDDINGS_FILE, "config.json", "generation_config.json")
         if missing := [name for name in files if not (folder / name).is_file()]:
             raise ValueError(
                 f"`folder` {str(folder)!r} has no {', '.join(missing)}. Write it with `mdm-asr export --model MODEL "
@@ -207,20 +222,21 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         config, options = MDMASRConfig.from_pretrained(folder), session_options(num_threads)
         providers = list(providers or ["CPUExecutionProvider"])
         try:
-            tokens = load_file(folder / TOKENS_FILE)
+            # Of a text, a few rows are read.
+            embeddings = np.load(folder / EMBEDDINGS_FILE, mmap_mode="r")
             sessions = {
                 name: onnxruntime.InferenceSession(str(folder / name), options, providers=providers) for name in names
             }
         except Exception as error:
-            # ONNX Runtime and safetensors raise classes of their own, one for every kind of damage.
+            # ONNX Runtime raises classes of its own, one for every kind of damage.
             raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {error}. Export it again.") from error
-        model = cls(sessions, tokens, config, MDMASRGenerationConfig.from_pretrained(folder))
+        model = cls(sessions, embeddings, config, MDMASRGenerationConfig.from_pretrained(folder))
         model.name_or_path = str(folder)
         return model
 
     def generate(self, *args: Any, **kwargs: Any) -> torch.LongTensor | MDMASRGenerateOutput:
         """See [`MDMASRGenerationMixin.generate`]."""
-        with _one_torch_thread():
+        with one_torch_thread():
             return super().generate(*args, **kwargs)
 
     def get_decoder(self) -> OnnxDecoder:
@@ -267,10 +283,11 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             length = int(mask.sum()) or len(mask)
             row = {"input_features": features[None, :length], "attention_mask": mask[None, :length]}
             rows.append(run(self.encoder, names, feed | row))
-        # The dimension of the frames.
-        dims = [0, 0, *[-2] * 2 * len(layers)]
-        outputs = [_stack([row[name][0] for row in rows], dim) for name, dim in zip(names, dims, strict=True)]
-        frames, frame_mask, *cross = outputs
+        axes, num_frames = [1, 1, *[2] * 2 * len(layers)], max(row["frames"].shape[1] for row in rows)
+        frames, frame_mask, *cross = (
+            torch.from_numpy(np.concatenate([pad(row[name], num_frames, axis) for row in rows]))
+            for name, axis in zip(names, axes, strict=True)
+        )
         keys, values = cross[: len(layers)], cross[len(layers) :]
         return MDMASREncoderOutput(
             last_hidden_state=frames,
@@ -309,65 +326,50 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             raise ValueError("`encoder_outputs` have no `cross_attention_states`. Pass what `encode` returned.")
         return encoder_outputs
 
-    def short_list_output(self) -> None:
-        """Nothing: the output layer of the short list is in the graph."""
-
-    @property
-    def draft_token_ids(self) -> torch.LongTensor:
-        """The N ids that can be drafted."""
-        return self.draft_ids
-
-    def draft_candidates(self, states: torch.Tensor, output: None = None) -> torch.LongTensor:
-        """Places on the short list (R, K, C), see [`~MDMASRForConditionalGeneration.draft_candidates`]."""
-        return run(self.candidates, ["candidates"], {"states": states})["candidates"]
-
-    def draft_logits(
-        self,
-        states: torch.Tensor,
-        before: torch.LongTensor,
-        before_that: torch.LongTensor,
-        candidates: torch.LongTensor,
-        output: None = None,
-    ) -> torch.Tensor:
-        """Logits (R, C) of places on the short list, see [`~MDMASRForConditionalGeneration.draft_logits`]."""
-        embeddings = self.decoder.embeddings
-        feed = {"before": embeddings[before][:, None], "before_that": embeddings[before_that][:, None]}
-        feed |= {"states": states[:, None], "candidates": embeddings[self.draft_ids[candidates]]}
-        logits = run(self.head, ["logits"], feed)["logits"][:, 0]
-        return logits if self.draft_bias is None else logits + self.draft_bias[candidates]
+    def begin_steps(self, encoder_outputs: MDMASREncoderOutput, rows: np.ndarray, num_slots: int) -> OnnxSteps:
+        """What [`VerifiedDecoder`] makes its steps by."""
+        return OnnxSteps(self.decoder, encoder_outputs, rows, num_slots)
 
     def __call__(
         self,
         decoder_input_ids: torch.LongTensor,
-        decoder_attention_mask: torch.BoolTensor | None = None,
         encoder_outputs: MDMASREncoderOutput | None = None,
         logits_to_keep: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """Logits (R, N, V) of columns (R, N), by default of all, and the states of masks, of one evaluation; see
-        [`MDMASRForConditionalGeneration.forward`]."""
+        """Logits (R, N, V) of columns (R, N), by default of all; see [`MDMASRForConditionalGeneration.forward`]."""
         if logits_to_keep is None:
             logits_to_keep = torch.arange(decoder_input_ids.shape[1]).expand(len(decoder_input_ids), -1)
         outputs = self.decoder(
             decoder_input_ids,
-            attention_mask=decoder_attention_mask,
             encoder_attention_mask=encoder_outputs.attention_mask,
             cross_attention_states=encoder_outputs.cross_attention_states,
             columns=logits_to_keep,
             **kwargs,
         )
-        return ModelOutput(logits=outputs["logits"], draft_hidden_states=outputs["draft_hidden_states"])
+        return ModelOutput(logits=outputs["logits"])
 
 
-def _stack(rows: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Rows that are padded by zeros (or False) to the longest one along a dimension."""
-    longest = max(row.shape[dim] for row in rows)
-    padded = []
-    for row in rows:
-        shape = list(row.shape)
-        shape[dim] = longest - shape[dim]
-        padded.append(torch.cat([row, row.new_zeros(shape)], dim=dim) if shape[dim] else row)
-    return torch.stack(padded)
+def cross_feed(states: tuple[KeyValue, ...], mask: torch.BoolTensor | None, layers: range) -> dict[str, np.ndarray]:
+    """What the decoder's graphs take of the encoder: keys and values of the frames, and which of them count."""
+    keys, values = zip(*states, strict=True)
+    feed = {"frame_mask": np.ones(keys[0].shape[::2], bool) if mask is None else mask.bool().numpy()}
+    for kind, tensors in (("cross_key", keys), ("cross_value", values)):
+        feed |= zip(layer_names(kind, layers), (one.numpy(force=True) for one in tensors), strict=True)
+    return feed
+
+
+def pad(values: np.ndarray, length: int, axis: int, value: float = 0) -> np.ndarray:
+    """An array that is padded to a length, at least its own, along an axis."""
+    if values.shape[axis] >= length:
+        return values
+    shape = list(values.shape)
+    shape[axis] = length - shape[axis]
+    return np.concatenate([values, np.full(shape, value, values.dtype)], axis=axis)
+
+
+def _multiple(number: int) -> int:
+    return -(-number // MULTIPLE) * MULTIPLE
 
 
 def session_options(num_threads: int | None = None) -> Any:
@@ -378,6 +380,9 @@ def session_options(num_threads: int | None = None) -> Any:
     # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
     # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.
     options.add_session_config_entry(SPINNING_STOP, "1")
+    if not _has_vnni():
+        # Sums of two products of int8 would be cut off at 16 bits.
+        options.add_session_config_entry(EXACT_INT8, "1")
     if num_threads is not None:
         if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
             raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
@@ -385,11 +390,21 @@ def session_options(num_threads: int | None = None) -> Any:
     return options
 
 
+def _has_vnni() -> bool:
+    """Whether the CPU sums products of int8 in 32 bits; False also where nothing tells."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return True
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """
-    What is left to PyTorch, the choice of tokens, takes one thread. The idle threads of two pools, which spin while
-    they wait, would keep each other from the cores: more than ten times as long a step.
+    What is left to PyTorch beside ONNX Runtime takes one thread. The idle threads of two pools, which spin while they
+    wait, would keep each other from the cores.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -399,15 +414,10 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def run(session: Any, names: Sequence[str], feed: dict[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
-    """Runs a graph on tensors of the CPU, or arrays. No data is copied but what does not lie in one piece."""
-    arrays = {
-        name: np.asarray(
-            values.numpy(force=values.requires_grad) if isinstance(values, torch.Tensor) else values, order="C"
-        )
-        for name, values in feed.items()
-    }
-    return {name: torch.from_numpy(array) for name, array in zip(names, session.run(names, arrays), strict=True)}
+def run(session: Any, names: Sequence[str], feed: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Runs a graph on arrays, or tensors of the CPU. No data is copied but what does not lie in one piece."""
+    arrays = {name: np.asarray(values, order="C") for name, values in feed.items()}
+    return dict(zip(names, session.run(names, arrays), strict=True))
 
 
-__all__ = ["OnnxDecoder", "OnnxMDMASR", "is_onnx_folder"]
+__all__ = ["OnnxDecoder", "OnnxMDMASR", "OnnxSteps", "is_onnx_folder", "one_torch_thread"]

@@ -7,9 +7,11 @@ unsure of, or that it wrote where nobody spoke.
 import math
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
+
+from .drafting_mdm_asr import log_probs_of
 
 # Settings of `generate` that leave all of them out: the donor's own greedy text, in one attempt.
 NO_SAFEGUARDS = {
@@ -73,14 +75,15 @@ def is_refused(repeats: bool, log_prob: float, logprob_threshold: float | None) 
     return repeats or (logprob_threshold is not None and log_prob < logprob_threshold)
 
 
-def no_speech_probability(logits: torch.Tensor, no_speech_token_id: int) -> torch.Tensor:
+def no_speech_probability(logits: Any, no_speech_token_id: int) -> np.ndarray:
     """
     The donor's probability (R,) of <|nospeech|> by its logits (R, V) behind the start of the prompt. Above
     `no_speech_threshold` nobody speaks. Whisper also asks that what it wrote is improbable; on audio of its own length
     the probability tells speech from sounds by itself, and the text need not be written
     (`benchmarks/run_safeguards.py`).
     """
-    return logits.float().softmax(dim=-1)[:, no_speech_token_id]
+    columns = np.zeros((len(logits), 1), dtype=np.int64)
+    return np.exp(log_probs_of(logits[:, None], columns, columns + no_speech_token_id)[:, 0])
 
 
 __all__ = [
