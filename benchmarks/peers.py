@@ -10,6 +10,8 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -217,7 +219,11 @@ class OurModel:
         torch = _torch(threads)
         from mdm_asr_hf.cli import generation_settings
 
+        self.threads = nullcontext
         if peer.kind == "onnx":
+            from mdm_asr_hf.onnx_mdm_asr import one_torch_thread
+
+            self.threads = one_torch_thread
             self.model, self.processor = _load_onnx(peer.onnx, peer.source, threads)
         else:
             self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
@@ -226,8 +232,14 @@ class OurModel:
         self.window_s, self.transcriber = read_window_s(window_s), None
         self.device = device
         self.new_generator = lambda: torch.Generator().manual_seed(0)
+        # Seconds of the parts of `transcribe` so far.
+        self.stages: dict[str, float] = {}
 
     def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
+        with self.threads(), watch_stages(self.model, self.stages):
+            return self._transcribe(clips)
+
+    def _transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
         if self.window_s is not None:
             return self._transcribe_windows(clips)
         inputs = self.encoder_inputs(clips)
@@ -256,6 +268,34 @@ class OurModel:
 
         with torch.no_grad():
             self.model.encode(**inputs)
+
+
+@contextmanager
+def watch_stages(model: Any, seconds: dict[str, float]) -> Iterator[None]:
+    """Inside, adds to `seconds` what encoding takes, evaluating causal rows, and drafting."""
+
+    def timed(stage: str, call: Any) -> Any:
+        def watched(*args, **kwargs):
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+            return result
+
+        return watched
+
+    def begin(*args):
+        steps = begin_steps(*args)
+        steps.verify, steps.propose = timed("causal rows", steps.verify), timed("drafts", steps.propose)
+        return steps
+
+    begin_steps = model.begin_steps
+    watched = {"encode": timed("encoder", model.encode), "begin_steps": begin}
+    vars(model).update(watched)
+    try:
+        yield
+    finally:
+        for name in watched:
+            del vars(model)[name]
 
 
 # Several settings of ours share one model.

@@ -18,20 +18,21 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from run_lossless import LOOP, write_results
 from run_peers import table
 
 import mdm_asr_hf
-from mdm_asr_hf import verified_decoding_mdm_asr
+from mdm_asr_hf import stepping_mdm_asr, verified_decoding_mdm_asr
+from mdm_asr_hf.drafting_mdm_asr import cut_drafts
 from mdm_asr_hf.evaluation_mdm_asr import decode_encoded, encode_dataset
 from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS
-from mdm_asr_hf.sampling_mdm_asr import propose_tokens
 from mdm_asr_hf.scoring_mdm_asr import count_errors, most_in_a_row, normaliser
 
 MASKS = ["masks"]
@@ -71,32 +72,25 @@ def proposing_by(rule: tuple[str, float] | None) -> Iterator[None]:
         yield
         return
     name, value = rule
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
 
-    def propose(draft_logits: Callable, candidates, last_tokens, limits, gamma, eos_token_id):
-        before_that, before = last_tokens.unbind(dim=1)
-        ids, log_probs = [], []
-        for k in range(int(limits.max())):
-            tokens, log_prob, _ = propose_tokens(draft_logits(k, before, before_that))
-            ids.append(candidates[:, k].gather(1, tokens[:, None])[:, 0])
-            log_probs.append(log_prob)
-            before_that, before = before, ids[-1]
-        drafts, product = torch.stack(ids, dim=1), torch.stack(log_probs, dim=1).cumsum(dim=1)
-        number = torch.full_like(limits, int(value))
+    def cut(ids, entropies, limits, gamma, eos_token_id):
+        number = np.full_like(limits, int(value))
         if name == "confidence":
-            number = (product >= math.log(value)).long().cumprod(dim=1).sum(dim=1).clamp(min=1)
+            number = (entropies.cumsum(axis=1) <= -math.log(value)).cumprod(axis=1).sum(axis=1).clip(min=1)
         elif name == "random":
-            number = torch.randint(1, int(value) + 1, limits.shape, generator=generator)
-        is_eos = drafts == eos_token_id
-        until_eos = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, drafts.shape[1])
-        return drafts, number.minimum(limits).minimum(until_eos)
+            number = generator.integers(1, int(value) + 1, limits.shape)
+        return cut_drafts(ids, entropies, np.minimum(limits, number), math.inf, eos_token_id)
 
-    own = verified_decoding_mdm_asr.propose_drafts
-    verified_decoding_mdm_asr.propose_drafts = propose
+    kept = verified_decoding_mdm_asr.cut_drafts, stepping_mdm_asr.entropy
+    verified_decoding_mdm_asr.cut_drafts = cut
+    if name == "confidence":
+        # In the entropies' place, how improbable each draft is.
+        stepping_mdm_asr.entropy = lambda log_probs: -log_probs.amax(dim=-1)
     try:
         yield
     finally:
-        verified_decoding_mdm_asr.propose_drafts = own
+        verified_decoding_mdm_asr.cut_drafts, stepping_mdm_asr.entropy = kept
 
 
 def run_decoding(model: Any, processor: Any, data: list[Path], batch_size: int) -> Iterator[dict[str, Any]]:

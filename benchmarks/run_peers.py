@@ -39,6 +39,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 MAX_CLIP_S = 30.0
 # An utterance counts as one of length n seconds from n less 15 % to n and 15 %.
 TOLERANCE = 0.15
+# Parts of ours; features, tokens and control are the rest.
+STAGES = ("encoder", "causal rows", "drafts", "rest")
 # torch's and CTranslate2's idle threads spin for up to 0.2 s, which the next system must not pay for.
 SETTLE_S = 0.3
 OURS_HELP = (
@@ -238,12 +240,18 @@ def run_rounds(
             else:
                 call, inputs = system.encode, [system.encoder_inputs(batch) for batch in audio]
             time.sleep(SETTLE_S)
+            stages = getattr(system, "stages", {})
+            stages.clear()
             wall_s, outputs = time_calls(call, inputs, synchronize)
             if not round_number:
                 continue
             row = {"kind": "time", "task": task, "system": label, "is_ours": is_ours, "batch_size": batch_size}
             row |= {"length_s": length_s, "round": round_number, "wall_s": round(wall_s, 5)}
             row["audio_s"] = round(sum(clip["duration_s"] for batch in batches for clip in batch), 3)
+            if stages and task == "transcribe":
+                num_clips = len(batches) * batch_size
+                row["stages_ms"] = {name: round(1000 * seconds / num_clips, 3) for name, seconds in stages.items()}
+                row["stages_ms"]["rest"] = round(1000 * (wall_s - sum(stages.values())) / num_clips, 3)
             if task == "transcribe" and round_number == 1:
                 # Without the clips that only fill the last batch.
                 decoded = [one for batch in outputs for one in batch][: len(clips[length_s])]
@@ -315,6 +323,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         result |= {"wall_s": round(median(walls_s), 5), "rtfx": round(first["audio_s"] / median(walls_s), 2)}
         result |= {"rtfx_min": round(first["audio_s"] / max(walls_s), 2)}
         result |= {"rtfx_max": round(first["audio_s"] / min(walls_s), 2)}
+        if stages := [row["stages_ms"] for row in group if "stages_ms" in row]:
+            result["stages_ms"] = {name: round(median(one[name] for one in stages), 2) for name in stages[0]}
         if utterances := first.get("utterances"):
             references = [normalise(one["reference"]) for one in utterances]
             hypotheses = [normalise(one["hypothesis"]) for one in utterances]
@@ -375,6 +385,15 @@ def to_markdown(summary: dict[str, Any]) -> str:
                     head, [[name, *(f"{cells[s]['rtfx']:.1f}" for s in lengths_s)] for name, cells in encoders.items()]
                 )
             )
+        lines = []
+        for one in of_batch:
+            if stages := one.get("stages_ms"):
+                numbers = [stages.get(name, 0.0) for name in STAGES]
+                lines.append([one["system"], f"{one['length_s']:g} s", *(f"{number:.1f}" for number in numbers)])
+                lines[-1].append(f"{one['mean_nfe']:.1f}")
+        if lines:
+            head = [f"ms a clip, batch size {batch_size}", "length", *STAGES, "evaluations"]
+            parts.append(table(head, lines))
         ratios: dict[tuple[str, str], dict[float, float]] = {}
         for one in summary["ratios"]:
             if one["batch_size"] == batch_size:

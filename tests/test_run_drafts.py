@@ -47,25 +47,21 @@ def test_every_condition_has_a_line(folders, tmp_path, what, capsys):
     # What was fitted was the sequential head.
     assert lines["masks"]["nfe"] < lines["masks without the sequential head"]["nfe"] <= alone["nfe"]
     # The rule in the product is as it was.
-    assert run_drafts.verified_decoding_mdm_asr.propose_drafts.__module__ == "mdm_asr_hf.drafting_mdm_asr"
+    assert run_drafts.verified_decoding_mdm_asr.cut_drafts is run_drafts.cut_drafts
 
 
 def test_rules_by_hand():
-    probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]])
-    arguments = (
-        lambda k, before, before_that: probs[k].log()[None],
-        torch.tensor([[[4, 7]] * 3]),
-        torch.tensor([[3, 3]]),
-        torch.tensor([3]),
-        0.0,
-        7,
-    )
+    # 0.9, 0.6 and 0.5, whose products are 0.9, 0.54 and 0.27; the last of them is an end of text.
+    log_probs = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]]]).log()
 
     def number(rule):
         with run_drafts.proposing_by(rule):
-            return int(run_drafts.verified_decoding_mdm_asr.propose_drafts(*arguments)[1])
+            measures = run_drafts.stepping_mdm_asr.entropy(log_probs).numpy()
+            _, counts = run_drafts.verified_decoding_mdm_asr.cut_drafts(
+                np.array([[4, 4, 7]]), measures, np.array([3]), 0.0, 7
+            )
+        return int(counts[0])
 
     assert [number(("number", n)) for n in (1, 2, 5)] == [1, 2, 3]
-    # 0.9, 0.54 and 0.27.
     assert [number(("confidence", c)) for c in (0.95, 0.6, 0.5, 0.3, 0.2)] == [1, 1, 2, 2, 3]
     assert {number(("random", 3)) for _ in range(1)} <= {1, 2, 3}

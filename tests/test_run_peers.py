@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ import soundfile
 import torch
 from canary_donors import randomize
 from test_convert_whisper import save_tokenizer
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 ROOT = Path(__file__).parents[1]
@@ -358,7 +359,7 @@ class Exported:
 def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
     (tmp_path / "fast").mkdir()
     module = ModuleType("mdm_asr_hf.onnx_mdm_asr")
-    module.OnnxMDMASR = Exported
+    module.OnnxMDMASR, module.one_torch_thread = Exported, nullcontext
     monkeypatch.setitem(sys.modules, module.__name__, module)
     find_spec = peers.find_spec
     monkeypatch.setattr(peers, "find_spec", lambda name: "onnx" in name or find_spec(name))
@@ -377,6 +378,21 @@ def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         run(setting, tmp_path / "output", *arguments[:-4], "--ours", f"onnx={tmp_path / 'gone'}")
     assert "there is no such folder" in stopped.value.code
+
+
+def test_ours_is_taken_apart():
+    model, seconds = tiny_drafts_model(dtype=torch.float32), {}
+    with peers.watch_stages(model, seconds):
+        model.generate(*tiny_inputs(), max_new_tokens=20)
+    assert list(seconds) == ["encoder", "causal rows", "drafts"] and min(seconds.values()) > 0
+    before = dict(seconds)
+    model.generate(*tiny_inputs(), max_new_tokens=20)
+    assert seconds == before
+    utterance = {"id": "a", "reference": "a b", "duration_s": 1.0, "hypothesis": "a", "nfe": 3}
+    row = {"kind": "time", "task": "transcribe", "system": "ours", "is_ours": True, "batch_size": 1, "length_s": 1.0}
+    rows = [row | {"round": i, "wall_s": 0.5, "audio_s": 1.0, "stages_ms": {"encoder": 8.0 + i}} for i in (1, 2, 3)]
+    rows[0]["utterances"] = [utterance]
+    assert "| ours | 1 s | 10.0 | 0.0 | 0.0 | 0.0 | 3.0 |" in run_peers.to_markdown(run_peers.summarise(rows))
 
 
 def test_a_peer_that_is_not_installed(monkeypatch, setting, tmp_path, capsys):
