@@ -92,15 +92,12 @@ def test_encoder_of_waveforms(tmp_path):
     with onnx_export_mdm_asr._quiet():
         onnx_export_mdm_asr._export_encoder(model, tmp_path / "encoder.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"), session_options(1))
-    for seconds in ((1.0, 0.6, 0.35), (1.7,)):
-        samples, mask = tiny_inputs("wav2vec2", seconds)
+    for seconds in (0.35, 1.7):
+        samples, mask = tiny_inputs("wav2vec2", (seconds,))
         with torch.no_grad():
-            expected = model.encode(samples, mask)
-        frames, inside = session.run(
-            ["frames", "frame_mask"], {"input_features": samples.numpy(), "attention_mask": mask.numpy()}
-        )
-        assert inside.tolist() == expected.attention_mask.tolist()
-        assert (torch.from_numpy(frames) - expected.last_hidden_state)[inside].abs().max() < 1e-4
+            expected = model.encode(samples, mask).last_hidden_state
+        (frames,) = session.run(["frames"], {"input_features": samples.numpy()})
+        assert frames.shape == expected.shape and (torch.from_numpy(frames) - expected).abs().max() < 1e-4
 
 
 def test_steps(pair):

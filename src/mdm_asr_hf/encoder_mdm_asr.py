@@ -116,7 +116,8 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
         frame_mask = torch.arange(num_positions, device=features.device) < (num_frames // 2)[:, None]
-        attention_bias = key_mask(self, hidden_states, frame_mask)
+        # Without a mask all rows are of one length, and nothing lies behind them.
+        attention_bias = None if attention_mask is None else key_mask(self, hidden_states, frame_mask)
         for layer in self.layers:
             if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
                 continue

@@ -61,19 +61,17 @@ class _SlotCache:
 
 
 class EncoderGraph(nn.Module):
-    """The encoder, and the decoder's cross-attention keys and values of its frames."""
+    """The encoder on one utterance, and the decoder's cross-attention keys and values of its frames."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor, trailing_silence: int | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, input_features: torch.Tensor, trailing_silence: int | None = None) -> tuple[torch.Tensor, ...]:
         silence_s = None if trailing_silence is None else trailing_silence / WHISPER_FRAMES_PER_S
-        outputs = self.model.encode(input_features, attention_mask, trailing_silence_s=silence_s)
+        outputs = self.model.encode(input_features, trailing_silence_s=silence_s)
         keys, values = zip(*self.model.prepare_cross_attention(outputs).cross_attention_states, strict=True)
-        return outputs.last_hidden_state, outputs.attention_mask.bool(), *keys, *values
+        return outputs.last_hidden_state, *keys, *values
 
 
 class DecoderGraph(nn.Module):
@@ -184,12 +182,11 @@ def _additive(mask: torch.BoolTensor) -> torch.Tensor:
 
 def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: Any = None) -> Path:
     """
-    Writes a folder for [`OnnxMDMASR`], which needs no other weights. For a checkpoint with drafts, B utterances, R
-    rows of text:
+    Writes a folder for [`OnnxMDMASR`], which needs no other weights. For a checkpoint with drafts, and R rows of text:
 
-    - encoder.onnx: `input_features` (B, T, mel bins) in fp32, `attention_mask` (B, T), and of Whisper
-      `trailing_silence`, a number of input frames; or waveforms (B, N); to `frames` (B, T', encoder width),
-      `frame_mask` (B, T'), and `cross_key.0`, ..., `cross_value.0`, ... (B, key-value heads, T', head_dim);
+    - encoder.onnx: `input_features` (1, T, mel bins) in fp32, and of Whisper `trailing_silence`, a number of input
+      frames; or a waveform (1, N); to `frames` (1, T', encoder width), and `cross_key.0`, ..., `cross_value.0`, ...
+      (1, key-value heads, T', head_dim);
     - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
     - drafts.onnx: what they verify, see [`DraftsGraph`];
     - embeddings.npy: of all token ids (V + E, D), in fp16 beside int8 graphs;
@@ -276,20 +273,20 @@ def require(*modules: str) -> None:
 def _export_encoder(model: Any, path: Path) -> None:
     config, layers = model.config, range(model.config.decoder_config.num_hidden_layers)
     # One second: enough for every encoder's convolutions.
-    shape = (2, round(config.input_frames_per_s) + 1)
+    shape = (1, round(config.input_frames_per_s) + 1)
     is_waveform = model.get_encoder().main_input_name == "input_values"
     features = torch.randn(shape if is_waveform else (*shape, config.encoder_config.num_mel_bins))
-    dynamic = {0: DYNAMIC, 1: DYNAMIC}
     has_silence = config.encoder_config.model_type == "whisper"
     _export(
         EncoderGraph(model),
-        (features, torch.ones(shape, dtype=torch.long), *([70] if has_silence else [])),
+        (features, *([70] if has_silence else [])),
         path,
-        inputs=["input_features", "attention_mask", *(["trailing_silence"] if has_silence else [])],
-        outputs=["frames", "frame_mask", *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
-        dynamic_shapes=(dynamic, dynamic, *([DYNAMIC] if has_silence else [])),
+        inputs=["input_features", *(["trailing_silence"] if has_silence else [])],
+        outputs=["frames", *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        dynamic_shapes=({1: DYNAMIC}, *([DYNAMIC] if has_silence else [])),
         about=f"encoder of type {config.encoder_config.model_type!r}",
     )
+    _fuse_attention(path)
 
 
 def _export_decoder(model: Any, path: Path) -> None:
@@ -432,6 +429,56 @@ def _attention(
             attn_mask = op.Where(attn_mask, op.Constant(value_float=0.0), least)
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _fuse_attention(path: Path) -> None:
+    """Makes one node, in place, of each attention without a mask, which then never holds the scores of all pairs."""
+    import onnx
+    from onnx import numpy_helper
+    from onnx.helper import make_node, make_opsetid
+
+    model = onnx.load(path, load_external_data=False)
+    graph, fused = model.graph, {}
+    makers = {output: node for node in graph.node for output in node.output}
+    users = {name: node for node in graph.node for name in node.input}
+    numbers = {one.name: numpy_helper.to_array(one) for one in graph.initializer if not one.dims}
+    shapes = {one.name: [dim.dim_value for dim in one.type.tensor_type.shape.dim] for one in graph.value_info}
+    for softmax in graph.node:
+        if softmax.op_type != "Softmax":
+            continue
+        scores, scale, product = makers.get(softmax.input[0]), 1.0, users.get(softmax.output[0])
+        if scores is not None and scores.op_type == "Mul" and scores.input[1] in numbers:
+            scores, scale = makers[scores.input[0]], float(numbers[scores.input[1]])
+        if scores is None or product is None or scores.op_type != "MatMul" or product.op_type != "MatMul":
+            continue
+        name, (_, num_heads, _, head_dim) = product.output[0], shapes[scores.input[0]]
+        # As the node takes them, all of them (B, T, heads * head_dim).
+        turns = {scores.input[0]: [0, 2, 1, 3], scores.input[1]: [0, 3, 1, 2], product.input[1]: [0, 2, 1, 3]}
+        fused[name] = []
+        for i, (states, perm) in enumerate(turns.items()):
+            fused[name] += [
+                make_node("Transpose", [states], [f"{name}.{i}.turned"], perm=perm),
+                make_node("Reshape", [f"{name}.{i}.turned", f"{name}.width"], [f"{name}.{i}"]),
+            ]
+        inputs, settings = [f"{name}.{i}" for i in range(3)], {"num_heads": num_heads, "scale": scale}
+        fused[name] += [
+            make_node("MultiHeadAttention", inputs, [f"{name}.joined"], domain="com.microsoft", **settings),
+            make_node("Reshape", [f"{name}.joined", f"{name}.heads"], [f"{name}.split"]),
+            make_node("Transpose", [f"{name}.split"], [name], perm=[0, 2, 1, 3]),
+        ]
+        for end, shape in (("width", [0, 0, num_heads * head_dim]), ("heads", [0, 0, num_heads, head_dim])):
+            graph.initializer.append(numpy_helper.from_array(np.array(shape), f"{name}.{end}"))
+    nodes = [one for node in graph.node for one in fused.get(node.output[0], [node])]
+    # What nobody uses any more, from the end on.
+    used, kept = {one.name for one in graph.output}, []
+    for node in reversed(nodes):
+        if used.intersection(node.output):
+            used.update(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    model.opset_import.append(make_opsetid("com.microsoft", 1))
+    onnx.save(model, path)
 
 
 def _round(value: Any, ndigits: None = None) -> Any:

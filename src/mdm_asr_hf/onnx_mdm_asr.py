@@ -271,27 +271,26 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         input_features, attention_mask = self._check_features(input_features, attention_mask)
         layers = range(self.config.decoder_config.num_hidden_layers)
         names = [layer_names(kind, layers) for kind in ("cross_key", "cross_value")]
-        names = ["frames", "frame_mask", *names[0], *names[1]]
+        names = ["frames", *names[0], *names[1]]
         feed = {}
         if self.config.encoder_config.model_type == "whisper":
             silence_s = self.config.encoder_trailing_silence_s if trailing_silence_s is None else trailing_silence_s
             feed["trailing_silence"] = np.array(round(silence_s * WHISPER_FRAMES_PER_S))
         rows = []
-        # One by one: a row is enough for a CPU, and padding takes time.
-        for features, mask in zip(input_features.float(), attention_mask.long(), strict=True):
-            # Of no audio, a row of nothing.
-            length = int(mask.sum()) or len(mask)
-            row = {"input_features": features[None, :length], "attention_mask": mask[None, :length]}
-            rows.append(run(self.encoder, names, feed | row))
-        axes, num_frames = [1, 1, *[2] * 2 * len(layers)], max(row["frames"].shape[1] for row in rows)
-        frames, frame_mask, *cross = (
+        # One by one: a row is enough for a CPU, and padding takes time. Of no audio, a row of nothing.
+        for features, length in zip(input_features.float(), attention_mask.long().sum(dim=1).tolist(), strict=True):
+            rows.append(run(self.encoder, names, feed | {"input_features": features[None, : length or None]}))
+        lengths = torch.tensor([row["frames"].shape[1] for row in rows])
+        num_frames = int(lengths.max())
+        axes = [1, *[2] * 2 * len(layers)]
+        frames, *cross = (
             torch.from_numpy(np.concatenate([pad(row[name], num_frames, axis) for row in rows]))
             for name, axis in zip(names, axes, strict=True)
         )
         keys, values = cross[: len(layers)], cross[len(layers) :]
         return MDMASREncoderOutput(
             last_hidden_state=frames,
-            attention_mask=frame_mask,
+            attention_mask=torch.arange(num_frames) < lengths[:, None],
             cross_attention_states=tuple(zip(keys, values, strict=True)),
         )
 
