@@ -230,9 +230,19 @@ def run_python(code, *arguments, cwd=None, **environment):
 
 def test_a_fresh_process_prints_nothing_else(silence):
     """No load bars, library logs or deprecations, on neither stream."""
-    command = "from mdm_asr_hf.cli import main; main()"
+    command = "from mdm_asr_command import main; main()"
     done = run_python(command, "transcribe", RECORDING, silence)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{RECORDING}\t{TEXT}\n{silence}\t\n", "")
+
+
+def test_threads_that_wait_sleep_unless_one_wants_them_to_spin(monkeypatch):
+    code = "import mdm_asr_command, os, sys; assert 'torch' not in sys.modules; sys.argv[1:] = ['--version']\n"
+    code += (
+        "try: mdm_asr_command.main()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    assert run_python(code).stdout.split()[-2:] == ["PASSIVE", "True"]
+    assert run_python(code, OMP_WAIT_POLICY="ACTIVE").stdout.split()[-2] == "ACTIVE"
 
 
 def test_readme_python_runs():
