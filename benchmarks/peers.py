@@ -211,6 +211,16 @@ class FasterWhisper:
         )
         return [{"hypothesis": self.tokenizer.decode(result.sequences_ids[0]).strip()} for result in results]
 
+    def transcribe_recording(self, samples: np.ndarray, batch_size: int) -> str:
+        """By the library's own pipeline for long recordings, as it comes: pieces that it finds speech in."""
+        from faster_whisper import BatchedInferencePipeline
+
+        pipeline, language = BatchedInferencePipeline(self.whisper), self.tokenizer.language_code
+        segments, _ = pipeline.transcribe(
+            samples, batch_size=batch_size, beam_size=1, language=language, without_timestamps=True
+        )
+        return " ".join(segment.text for segment in segments)
+
 
 class OurModel:
     """MDM-ASR, with one way of decoding."""
@@ -259,6 +269,17 @@ class OurModel:
             )
         results = self.transcriber.transcribe_all(clips, sampling_rate=SAMPLING_RATE)
         return [{"hypothesis": transcript.text, "nfe": transcript.nfe} for _, transcript in results]
+
+    def transcribe_recording(self, samples: np.ndarray, batch_size: int) -> str:
+        """As `mdm-asr transcribe` does."""
+        from mdm_asr_hf.transcription_mdm_asr import Transcriber
+
+        window = {} if self.window_s is None else {"max_window_s": self.window_s}
+        with self.threads(), watch_stages(self.model, self.stages):
+            transcriber = Transcriber(
+                self.model, self.processor, settings=self.settings, batch_size=batch_size, **window
+            )
+            return transcriber.transcribe(samples, sampling_rate=SAMPLING_RATE).text
 
     def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
         return self.processor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(self.device)

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -39,6 +40,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 MAX_CLIP_S = 30.0
 # An utterance counts as one of length n seconds from n less 15 % to n and 15 %.
 TOLERANCE = 0.15
+# Between the utterances of a long recording.
+PAUSE_S = 0.3
 # Parts of ours; features, tokens and control are the rest.
 STAGES = ("encoder", "causal rows", "drafts", "rest")
 # torch's and CTranslate2's idle threads spin for up to 0.2 s, which the next system must not pay for.
@@ -126,6 +129,24 @@ def make_clips(data: Path, lengths_s: list[float], num_clips: int) -> dict[float
                 }
             )
     return clips
+
+
+def make_recording(data: Path, minutes: float) -> dict[str, Any]:
+    """Utterances in the order of `metadata.jsonl`, `PAUSE_S` between them, as one recording."""
+    import numpy as np
+
+    from mdm_asr_hf.audio_mdm_asr import load_audio
+
+    pieces, texts, num_samples = [], [], 0
+    for line in (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        pieces += [load_audio(data / entry["file_name"]), np.zeros(int(PAUSE_S * 16_000), dtype=np.float32)]
+        texts.append(entry["text"])
+        num_samples += len(pieces[-2]) + len(pieces[-1])
+        if num_samples >= 60 * 16_000 * minutes:
+            break
+    samples = np.concatenate(pieces)
+    return {"reference": " ".join(texts), "duration_s": len(samples) / 16_000, "samples": samples}
 
 
 def batches_of(clips: list[Any], batch_size: int) -> list[list[Any]]:
@@ -260,13 +281,26 @@ def run_rounds(
                     {key: clip[key] for key in keys} | one for clip, one in zip(clips[length_s], decoded, strict=True)
                 ]
             write(row)
+        if args.recording:
+            recording, batch_size = make_recording(args.data, args.recording), max(args.batch_sizes)
+            systems = [task for task in tasks if task[0] == "transcribe" and hasattr(task[3], "transcribe_recording")]
+            steps = [(r, *task[1:]) for r in range(args.rounds) for task in systems]
+            for round_number, label, is_ours, system in progress.track(steps, description="recording"):
+                time.sleep(SETTLE_S)
+                call, inputs = partial(system.transcribe_recording, batch_size=batch_size), [recording["samples"]]
+                wall_s, (text,) = time_calls(call, inputs, synchronize)
+                row = {"kind": "recording", "system": label, "is_ours": is_ours, "batch_size": batch_size}
+                row |= {"round": round_number + 1, "wall_s": round(wall_s, 5), "audio_s": recording["duration_s"]}
+                if not round_number:
+                    row |= {"reference": recording["reference"], "hypothesis": text}
+                write(row)
 
 
 def describe_run(
     args: argparse.Namespace,
     arguments: list[str],
     script: str = "run_peers.py",
-    settings: tuple[str, ...] = ("threads", "rounds", "clips", "lengths", "batch_sizes"),
+    settings: tuple[str, ...] = ("threads", "rounds", "clips", "lengths", "batch_sizes", "recording"),
 ) -> dict[str, Any]:
     """Command, the `settings` of `args`, machine and versions, for the first row of raw.jsonl."""
     versions = {"python": platform.python_version()}
@@ -355,7 +389,15 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         and not peer["is_ours"]
         and (ours["batch_size"], ours["length_s"]) == (peer["batch_size"], peer["length_s"])
     ]
-    return {"run": run, "results": results, "ratios": ratios}
+    recordings = []
+    for system in dict.fromkeys(row["system"] for row in rows if row["kind"] == "recording"):
+        group = [row for row in rows if row["kind"] == "recording" and row["system"] == system]
+        counts = jiwer.process_words(normalise(group[0]["reference"]), normalise(group[0]["hypothesis"]))
+        wall_s = median(row["wall_s"] for row in group)
+        one = {key: group[0][key] for key in ("system", "is_ours", "batch_size", "audio_s")}
+        one |= {"wall_s": round(wall_s, 3), "rtfx": round(one["audio_s"] / wall_s, 2)}
+        recordings.append(one | {"wer": round(100 * counts.wer, 2)})
+    return {"run": run, "results": results, "ratios": ratios, "recordings": recordings}
 
 
 def to_markdown(summary: dict[str, Any]) -> str:
@@ -402,6 +444,15 @@ def to_markdown(summary: dict[str, Any]) -> str:
             head = [f"times as fast, batch size {batch_size}", "as", *(f"{s:g} s" for s in lengths_s)]
             lines = [[*pair, *(f"{of_length[s]:.2f}" for s in lengths_s)] for pair, of_length in ratios.items()]
             parts.append(table(head, lines))
+    if recordings := summary["recordings"]:
+        minutes, theirs = recordings[0]["audio_s"] / 60, [one for one in recordings if not one["is_ours"]]
+        head = [f"a recording of {minutes:.0f} minutes, batches of {recordings[0]['batch_size']}", "WER %", "RTFx"]
+        lines = [
+            [one["system"], f"{one['wer']:.1f}", f"{one['rtfx']:.1f}"]
+            + [f"{peer['wall_s'] / one['wall_s']:.2f}" for peer in theirs]
+            for one in recordings
+        ]
+        parts.append(table([*head, *(f"times as fast as {peer['system']}" for peer in theirs)], lines))
     spread = max((result["rtfx_max"] - result["rtfx_min"]) / result["rtfx"] for result in results)
     parts.append(
         f"Medians; rounds: {min(result['num_rounds'] for result in results)}. Between its slowest and its fastest "
@@ -543,6 +594,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--clips", type=int, default=16, help="per length")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--recording", type=float, metavar="MINUTES", help="and a recording of about this length")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "float16", "bfloat16"))

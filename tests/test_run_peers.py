@@ -368,6 +368,7 @@ def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
     for name in run_peers.THREAD_VARIABLES:
         monkeypatch.setenv(name, "1")
     arguments = ["--skip", "transformers", "faster-whisper", "--rounds", "1", "--batch-sizes", "2"]
+    arguments += ["--recording", "0.02"]
     arguments += ["--ours", "steps=4", "--ours", f"onnx={tmp_path / 'fast'},steps=4", "--dtypes", "float32"]
     rows = run(setting, tmp_path / "output", *arguments)
     systems = ["tiny-ours, steps=4, float32", "tiny-ours, encoder alone, float32"]
@@ -375,6 +376,10 @@ def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
     assert [row["system"] for row in rows if row.get("length_s") == 0.5] == systems
     texts = [row["utterances"] for row in rows if row.get("length_s") == 0.5 and row["task"] == "transcribe"]
     assert texts[0] == texts[1] and texts[0][0]["hypothesis"]
+    recordings = [row for row in rows if row["kind"] == "recording"]
+    assert [row["system"] for row in recordings] == systems[::2] and recordings[0]["audio_s"] >= 1.2
+    assert recordings[0]["hypothesis"] == recordings[1]["hypothesis"] and recordings[0]["reference"]
+    assert "| a recording of 0 minutes, batches of 2 |" in (tmp_path / "output" / "results.md").read_text()
     with pytest.raises(SystemExit) as stopped:
         run(setting, tmp_path / "output", *arguments[:-4], "--ours", f"onnx={tmp_path / 'gone'}")
     assert "there is no such folder" in stopped.value.code
