@@ -281,7 +281,7 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         for features, length in zip(input_features.float(), attention_mask.long().sum(dim=1).tolist(), strict=True):
             rows.append(run(self.encoder, names, feed | {"input_features": features[None, : length or None]}))
         lengths = torch.tensor([row["frames"].shape[1] for row in rows])
-        num_frames = int(lengths.max())
+        num_frames = _multiple(int(lengths.max()))
         axes = [1, *[2] * 2 * len(layers)]
         frames, *cross = (
             torch.from_numpy(np.concatenate([pad(row[name], num_frames, axis) for row in rows]))
