@@ -16,22 +16,12 @@ from torch import nn
 from .cache_mdm_asr import BehindDonor, KeyValue
 from .decoder_mdm_asr import entropy
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S
+from .onnx_mdm_asr import DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE, ENCODER_FILE, layer_names, require
 
-ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
-    "encoder.onnx",
-    "decoder.onnx",
-    "drafts.onnx",
-    "embeddings.npy",
-)
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
 DYNAMIC = torch.export.Dim.DYNAMIC
 INT8_MAX = 127
-
-
-def layer_names(kind: str, layers: range) -> list[str]:
-    """Names of a graph's inputs or outputs that there is one of for every layer, such as `cross_key.0`."""
-    return [f"{kind}.{layer}" for layer in layers]
 
 
 class _SlotCache:
@@ -256,15 +246,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def require(*modules: str) -> None:
-    """Raises an ImportError that says what to install, if one of the modules is missing."""
-    for module in modules:
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[onnx]"`.') from error
 
 
 # In the examples that are traced no two sizes are alike, lest they be taken for one.
@@ -575,6 +556,4 @@ __all__ = [
     "DraftsGraph",
     "EncoderGraph",
     "export_onnx",
-    "layer_names",
-    "require",
 ]

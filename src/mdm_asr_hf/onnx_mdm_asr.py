@@ -17,12 +17,32 @@ from .drafting_mdm_asr import DraftTree
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S, MDMASREncoderOutput
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
-from .onnx_export_mdm_asr import DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE, ENCODER_FILE, layer_names, require
 
+# What is in a folder.
+ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
+    "encoder.onnx",
+    "decoder.onnx",
+    "drafts.onnx",
+    "embeddings.npy",
+)
 SPINNING_STOP, EXACT_INT8 = "session.force_spinning_stop", "session.x64quantprecision"
 # Slots and frames come in such numbers, and rows of text by two at least: sums then have the same order, to the bit,
 # however many there are.
 MULTIPLE, LEAST_ROWS = 64, 2
+
+
+def require(*modules: str) -> None:
+    """Raises an ImportError that says what to install, if one of the modules is missing."""
+    for module in modules:
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[onnx]"`.') from error
+
+
+def layer_names(kind: str, layers: range) -> list[str]:
+    """Names of a graph's inputs or outputs that there is one of for every layer, such as `cross_key.0`."""
+    return [f"{kind}.{layer}" for layer in layers]
 
 
 def is_onnx_folder(folder: str | Path) -> bool:
@@ -419,4 +439,4 @@ def run(session: Any, names: Sequence[str], feed: dict[str, Any]) -> dict[str, n
     return dict(zip(names, session.run(names, arrays), strict=True))
 
 
-__all__ = ["OnnxDecoder", "OnnxMDMASR", "OnnxSteps", "is_onnx_folder", "one_torch_thread"]
+__all__ = ["OnnxDecoder", "OnnxMDMASR", "OnnxSteps", "is_onnx_folder", "layer_names", "one_torch_thread", "require"]
