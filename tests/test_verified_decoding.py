@@ -14,6 +14,7 @@ from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs
 from mdm_asr_hf import verified_decoding_mdm_asr
 from mdm_asr_hf.drafting_mdm_asr import gumbel_noise
 from mdm_asr_hf.encoder_mdm_asr import take_rows
+from mdm_asr_hf.stepping_mdm_asr import TorchSteps
 
 EOS = 1
 SECONDS = (1.0, 0.6, 0.35)
@@ -293,3 +294,28 @@ def test_limits_are_kept():
     whole = loop_text("whisper", 0)
     for limit in (1, 2, 5):
         assert texts(decode("whisper", [0], max_new_tokens=limit, gamma=math.inf)) == [whole[:limit]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suppress_tokens": [7, 9], "begin_suppress_tokens": [20, 21]},
+        {"hotword_ids": [[20, 21, 22], [7]], "hotword_boost": 1.0},
+        {"temperature": 0.7, "generator": 5},
+        {"no_speech_token_id": 5, "no_speech_threshold": 0.9},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_logits_may_stay_on_a_gpu(monkeypatch, options):
+    def decoded():
+        # A generator goes on with each text.
+        own = {**options, "generator": torch.Generator().manual_seed(5)} if "generator" in options else options
+        return decode("whisper", **own)
+
+    expected, verify = decoded(), TorchSteps.verify
+    # Tensors, as logits are where they lie on a GPU.
+    monkeypatch.setattr(TorchSteps, "verify", lambda *arguments: torch.from_numpy(verify(*arguments)))
+    output = decoded()
+    assert torch.equal(output.sequences, expected.sequences) and torch.equal(output.nfe, expected.nfe)
+    torch.testing.assert_close(output.confidence, expected.confidence)
+    torch.testing.assert_close(output.no_speech, expected.no_speech)
