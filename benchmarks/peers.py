@@ -261,25 +261,21 @@ class OurModel:
 
     def _transcribe_windows(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
         """As `mdm-asr transcribe` and the pipeline do: cut at pauses, all windows of all clips in common batches."""
-        from mdm_asr_hf.transcription_mdm_asr import Transcriber
-
         if self.transcriber is None:
-            self.transcriber = Transcriber(
-                self.model, self.processor, settings=self.settings, max_window_s=self.window_s, batch_size=64
-            )
+            self.transcriber = self._new_transcriber(64)
         results = self.transcriber.transcribe_all(clips, sampling_rate=SAMPLING_RATE)
         return [{"hypothesis": transcript.text, "nfe": transcript.nfe} for _, transcript in results]
 
     def transcribe_recording(self, samples: np.ndarray, batch_size: int) -> str:
         """As `mdm-asr transcribe` does."""
+        with self.threads(), watch_stages(self.model, self.stages):
+            return self._new_transcriber(batch_size).transcribe(samples, sampling_rate=SAMPLING_RATE).text
+
+    def _new_transcriber(self, batch_size: int) -> Any:
         from mdm_asr_hf.transcription_mdm_asr import Transcriber
 
         window = {} if self.window_s is None else {"max_window_s": self.window_s}
-        with self.threads(), watch_stages(self.model, self.stages):
-            transcriber = Transcriber(
-                self.model, self.processor, settings=self.settings, batch_size=batch_size, **window
-            )
-            return transcriber.transcribe(samples, sampling_rate=SAMPLING_RATE).text
+        return Transcriber(self.model, self.processor, settings=self.settings, batch_size=batch_size, **window)
 
     def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
         return self.processor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(self.device)

@@ -100,6 +100,14 @@ def choose_clips(entries: list[dict[str, Any]], target_s: float, num_clips: int)
     return chosen
 
 
+def read_entries(data: Path) -> list[dict[str, Any]]:
+    """The lines of an audiofolder's metadata.jsonl."""
+    path = data / "metadata.jsonl"
+    if not path.is_file():
+        raise ValueError(f"`--data` {str(data)!r} has no metadata.jsonl. Pass an audiofolder, see --help.")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def make_clips(data: Path, lengths_s: list[float], num_clips: int) -> dict[float, list[dict[str, Any]]]:
     """Clips of each length: `id`, `reference`, `duration_s` and 16 kHz `samples` (N,), float32."""
     import numpy as np
@@ -107,10 +115,7 @@ def make_clips(data: Path, lengths_s: list[float], num_clips: int) -> dict[float
 
     from mdm_asr_hf.audio_mdm_asr import load_audio
 
-    path = data / "metadata.jsonl"
-    if not path.is_file():
-        raise ValueError(f"`--data` {str(data)!r} has no metadata.jsonl. Pass an audiofolder, see --help.")
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    entries = read_entries(data)
     for entry in entries:
         entry["duration_s"] = entry.get("duration_s") or soundfile.info(data / entry["file_name"]).duration
     clips = {}
@@ -138,8 +143,7 @@ def make_recording(data: Path, minutes: float) -> dict[str, Any]:
     from mdm_asr_hf.audio_mdm_asr import load_audio
 
     pieces, texts, num_samples = [], [], 0
-    for line in (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for entry in read_entries(data):
         pieces += [load_audio(data / entry["file_name"]), np.zeros(int(PAUSE_S * 16_000), dtype=np.float32)]
         texts.append(entry["text"])
         num_samples += len(pieces[-2]) + len(pieces[-1])
