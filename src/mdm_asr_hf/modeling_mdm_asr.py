@@ -265,12 +265,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         """What [`VerifiedDecoder`] makes its steps by."""
         return TorchSteps(self, encoder_outputs, rows, num_slots)
 
-    def draft_tokens(
-        self, states: torch.Tensor, known: torch.Tensor, num_drafts: int
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Ids (R, M) of drafts, and log-probabilities (R, M, C), see [`MDMASRDrafts`]."""
-        return self.model.decoder.drafts.draft(states[:, :num_drafts], known, *self.short_list_output())
-
     @can_return_tuple
     def forward(
         self,

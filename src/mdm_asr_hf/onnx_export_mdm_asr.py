@@ -131,7 +131,6 @@ class DraftsGraph(nn.Module):
         embeds: torch.Tensor,
         before: torch.Tensor,
         frontiers: torch.LongTensor,
-        visible: torch.BoolTensor,
         frame_mask: torch.BoolTensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -142,8 +141,8 @@ class DraftsGraph(nn.Module):
         Args:
             embeds (`torch.Tensor` of shape (R, K, D)): of the block's token and masks.
             before (`torch.Tensor` of shape (R, D)): embedding of the token before the block's.
-            frontiers (`torch.LongTensor` of shape (R, 1)): the position behind which the block stands.
-            visible (`torch.BoolTensor` of shape (R, K, S + K)): what each sees of the donor's slots, and of the block.
+            frontiers (`torch.LongTensor` of shape (R, 1)): the position behind which the block stands, and the last
+                slot that it sees.
             frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
             keys, values (`torch.Tensor` of shape (draft layers, R, key-value heads, S, head_dim)): the donor's.
             cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)): of the
@@ -156,7 +155,9 @@ class DraftsGraph(nn.Module):
         layers = decoder.drafts.layers
         behind.of_donor = [None] * layers[0].index + list(zip(keys, values, strict=True))
         states = decoder.embed_blocks(embeds[:, None], frontiers)
-        visible, frames = _additive(visible)[:, None], _additive(frame_mask)[:, None, None]
+        seen = torch.arange(keys.shape[3]) <= frontiers[..., None]
+        visible = _additive(decoder._block_mask(seen, embeds.shape[1]))[:, None]
+        frames = _additive(frame_mask)[:, None, None]
         for layer, *cross in zip(layers, cross_keys, cross_values, strict=True):
             states = layer(states, tuple(cross), behind, visible, frames)
         known = torch.stack([embeds[:, 0], before], dim=1)
@@ -313,13 +314,12 @@ def _export_drafts(model: Any, path: Path) -> None:
         torch.randn(num_rows, length, config.hidden_size),
         torch.randn(num_rows, config.hidden_size),
         torch.arange(num_rows)[:, None],
-        torch.ones(num_rows, length, num_slots + length, dtype=torch.bool),
         torch.ones(num_rows, num_frames, dtype=torch.bool),
         torch.randn(past),
         torch.randn(past),
         *([torch.randn(cross) for _ in layers] for _ in range(2)),
     )
-    inputs = ["embeds", "before", "frontiers", "visible", "frame_mask", "keys", "values"]
+    inputs = ["embeds", "before", "frontiers", "frame_mask", "keys", "values"]
     of_rows, of_past = {0: DYNAMIC}, {1: DYNAMIC, 3: DYNAMIC}
     _export(
         DraftsGraph(model),
@@ -328,7 +328,7 @@ def _export_drafts(model: Any, path: Path) -> None:
         inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
         outputs=["ids", "entropies"],
         dynamic_shapes=(
-            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 2: DYNAMIC}, {0: DYNAMIC, 1: DYNAMIC}, of_past, of_past),
+            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC}, of_past, of_past),
             *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
         ),
         about="drafts",
@@ -416,7 +416,7 @@ def _fuse_attention(path: Path) -> None:
     """Makes one node, in place, of each attention without a mask, which then never holds the scores of all pairs."""
     import onnx
     from onnx import numpy_helper
-    from onnx.helper import make_node, make_opsetid
+    from onnx.helper import make_node
 
     model = onnx.load(path, load_external_data=False)
     graph, fused = model.graph, {}
@@ -449,17 +449,26 @@ def _fuse_attention(path: Path) -> None:
         ]
         for end, shape in (("width", [0, 0, num_heads * head_dim]), ("heads", [0, 0, num_heads, head_dim])):
             graph.initializer.append(numpy_helper.from_array(np.array(shape), f"{name}.{end}"))
-    nodes = [one for node in graph.node for one in fused.get(node.output[0], [node])]
-    # What nobody uses any more, from the end on.
+    _replace_nodes(model, [one for node in graph.node for one in fused.get(node.output[0], [node])])
+    onnx.save(model, path)
+
+
+def _replace_nodes(model: Any, nodes: list[Any]) -> None:
+    """Gives a graph other nodes, ONNX Runtime's own among them, and takes out what none of them uses any more."""
+    from onnx.helper import make_opsetid
+
+    graph = model.graph
     used, kept = {one.name for one in graph.output}, []
     for node in reversed(nodes):
         if used.intersection(node.output):
             used.update(node.input)
             kept.append(node)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-    model.opset_import.append(make_opsetid("com.microsoft", 1))
-    onnx.save(model, path)
+    initializers = [one for one in graph.initializer if one.name in used]
+    for field, values in ((graph.node, reversed(kept)), (graph.initializer, initializers)):
+        del field[:]
+        field.extend(values)
+    if all(one.domain != "com.microsoft" for one in model.opset_import):
+        model.opset_import.append(make_opsetid("com.microsoft", 1))
 
 
 def _round(value: Any, ndigits: None = None) -> Any:
@@ -478,7 +487,7 @@ def _quantize(path: Path, by_rows: bool) -> None:
     """
     import onnx
     from onnx import TensorProto, numpy_helper
-    from onnx.helper import make_node, make_opsetid
+    from onnx.helper import make_node
 
     model = onnx.load(path)
     graph, is_large = model.graph, model.ByteSize() > MAX_EMBEDDED_BYTES
@@ -537,15 +546,8 @@ def _quantize(path: Path, by_rows: bool) -> None:
         inputs = [rows, weight[0], step, weight[1], zero]
         nodes.append(make_node("MatMulIntegerToFloat", inputs, [f"{output}.unit"], domain="com.microsoft"))
         nodes.append(make_node("Mul", [f"{output}.unit", f"{rows}.scale"], [output]))
-    used = {name for node in nodes for name in node.input}
-    nodes = [node for node in nodes if node.output[0] in used or node.output[0] not in weights]
-    used = {name for node in nodes for name in node.input}
-    kept = [one for one in (*graph.initializer, *constants.values()) if one.name in used]
-    for field, values in ((graph.node, nodes), (graph.initializer, kept)):
-        del field[:]
-        field.extend(values)
-    if all(one.domain != "com.microsoft" for one in model.opset_import):
-        model.opset_import.append(make_opsetid("com.microsoft", 1))
+    graph.initializer.extend(constants.values())
+    _replace_nodes(model, nodes)
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
     onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")

@@ -61,6 +61,10 @@ class OnnxDecoder:
 
     def __init__(self, session: Any, drafts: Any, embeddings: np.ndarray, config: MDMASRDecoderConfig):
         self.session, self.drafts, self.embeddings, self.config = session, drafts, embeddings, config
+        # What the masks take of the encoder: of the layers beside which there are draft layers.
+        self.first_draft_layer = config.num_hidden_layers - config.draft_layers
+        layers = range(self.first_draft_layer, config.num_hidden_layers)
+        self.draft_cross = ["frame_mask", *layer_names("cross_key", layers), *layer_names("cross_value", layers)]
 
     def __call__(
         self,
@@ -92,7 +96,7 @@ class OnnxDecoder:
         keys = np.zeros(
             (config.num_hidden_layers, num_rows, config.num_key_value_heads, width, config.head_dim), np.float32
         )
-        feed = cross_feed(cross_attention_states, encoder_attention_mask, range(config.num_hidden_layers))
+        feed = cross_feed(cross_attention_states, encoder_attention_mask)
         feed |= {"embeds": self.embed(input_ids.numpy()), "position_ids": places, "slots": places}
         feed |= {"visible": np.broadcast_to(np.tri(width, dtype=bool), (num_rows, width, width))}
         feed |= {"columns": np.zeros((num_rows, 0), np.int64) if columns is None else columns.numpy()}
@@ -113,10 +117,7 @@ class OnnxSteps:
 
     def __init__(self, decoder: OnnxDecoder, encoder_outputs: MDMASREncoderOutput, rows: np.ndarray, num_slots: int):
         self.decoder, self.config, self.num_rows = decoder, decoder.config, len(rows)
-        layers = self.config.num_hidden_layers
-        self.first_draft_layer = layers - self.config.draft_layers
-        states, mask = encoder_outputs.cross_attention_states, encoder_outputs.attention_mask
-        self.cross = cross_feed(states, mask, range(layers))
+        self.cross = cross_feed(encoder_outputs.cross_attention_states, encoder_outputs.attention_mask)
         num_frames = _multiple(self.cross["frame_mask"].shape[1])
         are_all = np.array_equal(rows, np.arange(len(self.cross["frame_mask"])))
         for name, values in self.cross.items():
@@ -124,13 +125,8 @@ class OnnxSteps:
             self.cross[name] = pad(kept, num_frames, 1 if name == "frame_mask" else 2)
         # Stands for the last slot there is, whose number grows.
         self.padding_slot = num_slots
-        self.keys = np.zeros(
-            (layers, self.num_rows, self.config.num_key_value_heads, 0, self.config.head_dim), np.float32
-        )
-        self.values = self.keys
-        length = self.config.draft_length
-        # The known token of a block does not see the masks behind it.
-        self.own_block = (np.arange(length) == 0) | (np.arange(length) > 0)[:, None]
+        shape = self.config.num_hidden_layers, self.num_rows, self.config.num_key_value_heads, 0, self.config.head_dim
+        self.keys = self.values = np.zeros(shape, np.float32)
 
     def verify(self, tree: DraftTree, columns: np.ndarray) -> np.ndarray:
         """Logits (R, N, V), see [`TorchSteps.verify`]."""
@@ -155,21 +151,12 @@ class OnnxSteps:
         self, blocks: np.ndarray, before: np.ndarray, frontiers: np.ndarray, num_drafts: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and entropies (R, M), see [`TorchSteps.propose`]."""
-        seen = np.arange(self.keys.shape[3]) <= frontiers[:, None]
-        shape = self.num_rows, *self.own_block.shape
-        visible = [np.broadcast_to(seen[:, None], (*shape[:2], seen.shape[1])), np.broadcast_to(self.own_block, shape)]
-        feed = {"embeds": self.decoder.embed(blocks), "before": self.decoder.embed(before)}
-        feed |= {"frontiers": frontiers[:, None], "visible": np.concatenate(visible, axis=2)}
-        feed |= {"keys": self.keys[self.first_draft_layer :], "values": self.values[self.first_draft_layer :]}
-        outputs = run(self.decoder.drafts, ["ids", "entropies"], self._draft_cross | feed)
+        feed = {name: self.cross[name] for name in self.decoder.draft_cross}
+        feed |= {"embeds": self.decoder.embed(blocks), "before": self.decoder.embed(before)}
+        first = self.decoder.first_draft_layer
+        feed |= {"frontiers": frontiers[:, None], "keys": self.keys[first:], "values": self.values[first:]}
+        outputs = run(self.decoder.drafts, ["ids", "entropies"], feed)
         return outputs["ids"][:, :num_drafts], outputs["entropies"][:, :num_drafts]
-
-    @property
-    def _draft_cross(self) -> dict[str, np.ndarray]:
-        unused = {
-            f"{kind}.{layer}" for kind in ("cross_key", "cross_value") for layer in range(self.first_draft_layer)
-        }
-        return {name: values for name, values in self.cross.items() if name not in unused}
 
     def keep_rows(self, rows: np.ndarray) -> None:
         """Keeps some rows, by their indices."""
@@ -369,12 +356,12 @@ class OnnxMDMASR(MDMASRGenerationMixin):
         return ModelOutput(logits=outputs["logits"])
 
 
-def cross_feed(states: tuple[KeyValue, ...], mask: torch.BoolTensor | None, layers: range) -> dict[str, np.ndarray]:
+def cross_feed(states: tuple[KeyValue, ...], mask: torch.BoolTensor | None) -> dict[str, np.ndarray]:
     """What the decoder's graphs take of the encoder: keys and values of the frames, and which of them count."""
     keys, values = zip(*states, strict=True)
     feed = {"frame_mask": np.ones(keys[0].shape[::2], bool) if mask is None else mask.bool().numpy()}
     for kind, tensors in (("cross_key", keys), ("cross_value", values)):
-        feed |= zip(layer_names(kind, layers), (one.numpy(force=True) for one in tensors), strict=True)
+        feed |= zip(layer_names(kind, range(len(states))), (one.numpy(force=True) for one in tensors), strict=True)
     return feed
 
 

@@ -96,8 +96,9 @@ class TorchSteps:
             block_ids=block_ids,
             logits_to_keep=none,
         ).draft_hidden_states[:, 0]
-        known = torch.stack([block_ids[:, 0, 0], self._tensor(before)], dim=1)
-        ids, log_probs = self.model.draft_tokens(states, self.model.get_decoder().embed_ids(known), num_drafts)
+        decoder, known = self.model.get_decoder(), torch.stack([block_ids[:, 0, 0], self._tensor(before)], dim=1)
+        output = self.model.short_list_output()
+        ids, log_probs = decoder.drafts.draft(states[:, :num_drafts], decoder.embed_ids(known), *output)
         return ids.numpy(force=True), entropy(log_probs).numpy(force=True)
 
     def keep_rows(self, rows: np.ndarray) -> None:
