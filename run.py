@@ -48,7 +48,8 @@ def torch_requirement() -> str:
     """The line of pyproject.toml about torch."""
     import tomllib
 
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    dependencies = project["optional-dependencies"]["torch"]
     return next(line for line in dependencies if re.match(r"torch\b", line))
 
 

@@ -42,7 +42,6 @@ OUR_SETTINGS = {
 }
 WINDOW = "window-s"
 OUR_DTYPES = ("float32", "float16", "bfloat16", "int8")
-PROCESSOR_NAMES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -226,36 +225,31 @@ class OurModel:
     """MDM-ASR, with one way of decoding."""
 
     def __init__(self, peer: Peer, device: str, threads: int):
-        torch = _torch(threads)
         from mdm_asr_hf.cli import generation_settings
 
-        self.threads = nullcontext
+        self.no_grad = nullcontext
         if peer.kind == "onnx":
-            from mdm_asr_hf.onnx_mdm_asr import one_torch_thread
-
-            self.threads = one_torch_thread
-            self.model, self.processor = _load_onnx(peer.onnx, peer.source, threads)
+            self.model, self.processor = _load_onnx(peer.onnx, threads)
         else:
+            self.no_grad = _torch(threads).no_grad
             self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
         window_s, settings = split_off(WINDOW, peer.settings)
         self.settings = generation_settings(self.model, **parse_settings(settings))
         self.window_s, self.transcriber = read_window_s(window_s), None
         self.device = device
-        self.new_generator = lambda: torch.Generator().manual_seed(0)
         # Seconds of the parts of `transcribe` so far.
         self.stages: dict[str, float] = {}
 
     def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
-        with self.threads(), watch_stages(self.model, self.stages):
+        with watch_stages(self.model, self.stages):
             return self._transcribe(clips)
 
     def _transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
         if self.window_s is not None:
             return self._transcribe_windows(clips)
         inputs = self.encoder_inputs(clips)
-        # The random and DFM samplers draw; the others leave the generators alone.
-        generators = [self.new_generator() for _ in clips]
-        output = self.model.generate(**inputs, generation_config=self.settings, generator=generators)
+        # The random and DFM samplers draw; the others leave the seeds alone.
+        output = self.model.generate(**inputs, generation_config=self.settings, generator=[0] * len(clips))
         texts = self.processor.batch_decode(output.sequences)
         return [{"hypothesis": text, "nfe": nfe} for text, nfe in zip(texts, output.nfe.tolist(), strict=True)]
 
@@ -268,7 +262,7 @@ class OurModel:
 
     def transcribe_recording(self, samples: np.ndarray, batch_size: int) -> str:
         """As `mdm-asr transcribe` does."""
-        with self.threads(), watch_stages(self.model, self.stages):
+        with watch_stages(self.model, self.stages):
             return self._new_transcriber(batch_size).transcribe(samples, sampling_rate=SAMPLING_RATE).text
 
     def _new_transcriber(self, batch_size: int) -> Any:
@@ -278,12 +272,10 @@ class OurModel:
         return Transcriber(self.model, self.processor, settings=self.settings, batch_size=batch_size, **window)
 
     def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
-        return self.processor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(self.device)
+        return self.processor(clips, sampling_rate=SAMPLING_RATE).to(self.device)
 
     def encode(self, inputs: Any) -> None:
-        import torch
-
-        with torch.no_grad():
+        with self.no_grad():
             self.model.encode(**inputs)
 
 
@@ -324,15 +316,11 @@ def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
 
 
 @cache
-def _load_onnx(folder: str, source: str, threads: int) -> tuple[Any, Any]:
-    """The exported model, with the processor beside it or, where the export has none, the checkpoint's."""
-    from transformers import AutoProcessor
-
+def _load_onnx(folder: str, threads: int) -> tuple[Any, Any]:
     from mdm_asr_hf.onnx_mdm_asr import OnnxMDMASR
+    from mdm_asr_hf.onnx_processing_mdm_asr import OnnxProcessor
 
-    has_processor = any((Path(folder) / name).exists() for name in PROCESSOR_NAMES)
-    processor = AutoProcessor.from_pretrained(folder if has_processor else source)
-    return OnnxMDMASR.from_pretrained(folder, num_threads=threads), processor
+    return OnnxMDMASR.from_pretrained(folder, num_threads=threads), OnnxProcessor.from_pretrained(folder)
 
 
 def _torch(threads: int) -> Any:
@@ -394,9 +382,9 @@ def measure_memory(peer: Peer, batches: list[list[np.ndarray]], device: str, thr
     watch = None
     if device == "cuda":
         watch = _DeviceMemory()
-    elif peer.kind == "faster-whisper":
-        # CTranslate2 imports torch and transformers for its converters where they are installed. Those who only
-        # transcribe with it do not have them.
+    elif peer.kind in ("faster-whisper", "onnx"):
+        # CTranslate2 imports torch and transformers for its converters where they are installed, as this package does
+        # for its models. Those who only transcribe with ONNX Runtime or CTranslate2 do not have them.
         sys.modules["torch"] = sys.modules["transformers"] = None
     system = load_peer(peer, device, threads)
     rows = []

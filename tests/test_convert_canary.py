@@ -142,7 +142,7 @@ def test_texts_equal_the_donors(native, draft_branches):
     folder, donor = native
     model = from_canary(MDMASRForConditionalGeneration, folder)
     languages = {"language": ["de", "en"] * 4, "punctuation": [True, True, False, False] * 2}
-    prompts = build_prompt_ids(model.generation_config.prompt_template, 8, **languages)
+    prompts = torch.from_numpy(build_prompt_ids(model.generation_config.prompt_template, 8, **languages))
     expected = donor.generate(encoder_outputs=frames(), decoder_input_ids=prompts, max_length=64, do_sample=False)
     expected = expected[:, prompts.shape[1] :]
     # Some come to an end, others fill all the positions that the prompt leaves.
@@ -177,7 +177,7 @@ def test_drafts_learn_from_audio_alone(native, tmp_path, monkeypatch):
     # The donor is the donor's still, and writes the same.
     model = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "out")
     languages = {"language": "de", "punctuation": True}
-    prompts = build_prompt_ids(model.generation_config.prompt_template, 8, **languages)
+    prompts = torch.from_numpy(build_prompt_ids(model.generation_config.prompt_template, 8, **languages))
     expected = donor.generate(encoder_outputs=frames(), decoder_input_ids=prompts, max_length=64, do_sample=False)
     assert torch.equal(model.generate(encoder_outputs=frames(), **languages), expected[:, prompts.shape[1] :])
     with pytest.raises(ValueError, match="`encoder_steps=1` teaches a Whisper encoder"):

@@ -1,7 +1,9 @@
 """Export to ONNX, and `generate` by ONNX Runtime: the same texts, confidences, evaluations and times as PyTorch's."""
 
+import ast
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, 
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import mdm_asr_hf
-from mdm_asr_hf import MDMASRPipeline, onnx_export_mdm_asr
+from mdm_asr_hf import MDMASRGenerateOutput, OnnxProcessor, onnx_export_mdm_asr
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
 from mdm_asr_hf.onnx_export_mdm_asr import export_onnx
-from mdm_asr_hf.onnx_mdm_asr import OnnxMDMASR, session_options
+from mdm_asr_hf.onnx_mdm_asr import OnnxEncoderOutput, OnnxMDMASR, session_options
 from mdm_asr_hf.streaming_mdm_asr import StreamingTranscriber
+from mdm_asr_hf.transcript_mdm_asr import token_texts
 from mdm_asr_hf.transcription_mdm_asr import Transcriber
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -47,11 +50,18 @@ def pair(tmp_path_factory):
     return model, OnnxMDMASR.from_pretrained(folder, num_threads=1), folder
 
 
+def as_tensors(output):
+    """An output of arrays as one of tensors."""
+    values = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in vars(output).items()}
+    return MDMASRGenerateOutput(**values)
+
+
 def assert_same(model, onnx, seconds=(1.0, 0.6, 0.35), encoder="whisper", **settings):
     """Everything `generate` returns is the same; returns PyTorch's."""
     features, mask = tiny_inputs(encoder, seconds)
     settings = {"return_dict_in_generate": True, "max_new_tokens": 40, **settings}
     expected, output = (one.generate(features, attention_mask=mask, **settings) for one in (model, onnx))
+    output = as_tensors(output)
     assert expected.keys() == output.keys()
     for name in ("sequences", "commit_steps", "nfe", "accepted_drafts", "rejected_drafts", "token_branches"):
         assert torch.equal(output[name], expected[name]), name
@@ -77,6 +87,11 @@ def test_encoder(pair, seconds, silence_s):
         expected = model.prepare_cross_attention(model.encode(features, mask, trailing_silence_s=silence_s))
     output = onnx.encode(features, mask, trailing_silence_s=silence_s)
     inside, num_frames = expected.attention_mask, expected.attention_mask.shape[1]
+    output = OnnxEncoderOutput(
+        torch.from_numpy(output.last_hidden_state),
+        torch.from_numpy(output.attention_mask),
+        [tuple(map(torch.from_numpy, pair)) for pair in output.cross_attention_states],
+    )
     # Padded to a multiple of 64.
     assert output.attention_mask.shape[1] == -(-num_frames // 64) * 64
     assert not output.attention_mask[:, num_frames:].any()
@@ -214,13 +229,12 @@ def test_texts_that_are_refused(pair):
     assert output.nfe.min() > assert_same(*pair[:2], max_new_tokens=8).nfe.max()
 
 
-def test_samples(pair):
+@pytest.mark.parametrize("generator", [0, [1, 2, 3]])
+def test_samples(pair, generator):
     features, mask = tiny_inputs()
     settings = {"temperature": 1.0, "num_return_sequences": 2, "max_new_tokens": 20}
-    expected, output = (
-        model.generate(features, mask, generator=torch.Generator().manual_seed(0), **settings) for model in pair[:2]
-    )
-    assert len(output) == 6 and torch.equal(output, expected)
+    expected, output = (model.generate(features, mask, generator=generator, **settings) for model in pair[:2])
+    assert len(output) == 6 and output.tolist() == expected.tolist()
 
 
 def test_rows_do_not_depend_on_their_batch(pair):
@@ -262,6 +276,7 @@ def test_golden(golden):
     inputs = processor(str(RECORDING))
     settings = {"return_dict_in_generate": True, "return_token_timestamps": True}
     expected, output = (one.generate(**inputs, **settings) for one in (model, onnx))
+    output = as_tensors(output)
     assert torch.equal(output.sequences, expected.sequences) and output.nfe.tolist() == expected.nfe.tolist()
     assert torch.equal(output.token_branches, expected.token_branches) and set(output.token_branches[0].tolist()) > {0}
     torch.testing.assert_close(output.confidence, expected.confidence, rtol=1e-3, atol=1e-3)
@@ -269,13 +284,11 @@ def test_golden(golden):
     assert processor.decode(output.sequences[0]).startswith("He had found where his treasure was")
 
 
-def test_transcriber_pipeline_and_stream(golden):
+def test_transcriber_and_stream(golden):
     model, onnx, processor, _ = golden
     expected, output = (Transcriber(one, processor, timestamps=True).transcribe(RECORDING) for one in (model, onnx))
     assert output.text == expected.text
     assert [word.text for word in output.words] == [word.text for word in expected.words]
-    parts = dict(tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor)
-    assert MDMASRPipeline(model=onnx, **parts)(str(RECORDING))["text"] == expected.text
     samples = torch.from_numpy(load_audio(RECORDING))
     expected, output = (
         [
@@ -322,6 +335,12 @@ def test_int8(golden, tmp_path, monkeypatch, run_command):
         assert (folder / file.name).stat().st_size < 0.51 * file.stat().st_size
     code, out, _ = run_command("transcribe", "--model", folder, RECORDING)
     assert code == 0 and out.startswith("He had found where his treasure was")
+    manifest = tmp_path / "data.jsonl"
+    manifest.write_text(json.dumps({"audio": str(RECORDING), "text": "He had found where his treasure was"}))
+    code, _, error = run_command("evaluate", "--model", folder, "--data", manifest, "--output", tmp_path / "metrics")
+    assert code == 0, error
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics" / "hypotheses.jsonl").read_text().splitlines()]
+    assert row["hypothesis"].startswith("He had found where his treasure was")
     clips = [str(RECORDING)]
     if LIBRISPEECH.is_dir():
         rows = [json.loads(line) for line in (LIBRISPEECH / "metadata.jsonl").read_text().splitlines()]
@@ -334,6 +353,75 @@ def test_int8(golden, tmp_path, monkeypatch, run_command):
     )
     edits = jiwer.process_words(expected, texts)
     assert edits.substitutions + edits.deletions + edits.insertions <= len(clips)
+
+
+# --- without PyTorch ---
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 480_000), min_size=1, max_size=2), level=st.sampled_from([0.0, 1e-3, 0.3]))
+def test_features_are_whispers(golden, lengths, level):
+    clips = [level * np.random.default_rng(n).standard_normal(n).astype(np.float32) for n in (*lengths, 479_990)]
+    expected, output = (
+        one(clips, sampling_rate=16_000) for one in (golden[2], OnnxProcessor.from_pretrained(golden[3]))
+    )
+    assert np.array_equal(output["attention_mask"], expected["attention_mask"])
+    np.testing.assert_allclose(output["input_features"], expected["input_features"], atol=2e-4)
+
+
+def test_processor(golden):
+    _, _, expected, folder = golden
+    processor = OnnxProcessor.from_pretrained(folder)
+    assert processor.hotword_ids(["Zorblax", "New York"]) == expected.hotword_ids(["Zorblax", "New York"])
+    assert processor.hotword_ids(["Zürich"]).letters == expected.hotword_ids(["Zürich"]).letters
+    text = " I said: “it's 5 o'clock”, naïve 東京 🙂."
+    ids = processor.previous_ids(text)
+    assert ids == expected.previous_ids(text) and processor.previous_ids(" ") == []
+    rows = [[50257, *ids, 50256], [50362, 50256, 50256]]
+    assert processor.batch_decode(rows) == expected.batch_decode(rows) == [text.strip(), ""]
+    assert processor.batch_decode(rows, False) == expected.batch_decode(rows, skip_special_tokens=False)
+    # Pieces of a character have no text of their own.
+    pieces = [token_texts(one.tokenizer, ids) for one in (processor, expected)]
+    assert pieces[0] == pieces[1] and "".join(pieces[0]).strip() == text.strip()
+    with pytest.raises(ValueError, match="has no mel_filters.npy, tokenizer.json"):
+        OnnxProcessor.from_pretrained(folder.parent)
+
+
+def test_transcribes_without_torch_and_transformers(golden):
+    """As an installation with the extra `onnx` alone, in a process of its own."""
+    model, _, processor, folder = golden
+    program = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+import mdm_asr_hf
+from mdm_asr_hf import OnnxMDMASR, OnnxProcessor, StreamingTranscriber, Transcriber
+from mdm_asr_hf.cli import main
+parts = OnnxMDMASR.from_pretrained({str(folder)!r}), OnnxProcessor.from_pretrained({str(folder)!r})
+words = Transcriber(*parts, vad="energy", timestamps=True, hotwords=["Zorblax"]).transcribe({str(RECORDING)!r}).words
+print([(word.text, word.start_s, word.end_s) for word in words])
+from mdm_asr_hf.audio_mdm_asr import load_audio
+*_, last = StreamingTranscriber(*parts).stream([load_audio({str(RECORDING)!r})])
+print(last.committed)
+try:
+    mdm_asr_hf.MDMASRForConditionalGeneration
+except ImportError as error:
+    print(error)
+sys.argv = ["mdm-asr", "transcribe", "--vad", "energy", "--model", {str(folder)!r}, {str(RECORDING)!r}]
+try:
+    main()
+finally:
+    sys.argv = ["mdm-asr", "evaluate", "--data", "x", "--output", "y"]
+    main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    expected = Transcriber(model, processor, vad="energy", timestamps=True).transcribe(RECORDING)
+    words, stream, missing, text = done.stdout.splitlines()
+    for (word, *times), other in zip(ast.literal_eval(words), expected.words, strict=True):
+        assert word == other.text and times == pytest.approx([other.start_s, other.end_s], abs=0.041)
+    assert stream == text == expected.text
+    assert missing == '`MDMASRForConditionalGeneration` needs PyTorch: `pip install "mdm_asr_hf[torch]"`.'
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith('error: this command needs torch: `pip install "mdm_asr_hf[torch]"`')
 
 
 # --- errors ---
@@ -377,13 +465,8 @@ def test_wrong_arguments(pair):
         onnx.generate(torch.zeros(1, 80, 100))
     with pytest.raises(ValueError, match="hold 31.0 s of audio, but this encoder takes at most 30.0 s"):
         onnx.generate(torch.randn(1, 3100, 80))
-    with pytest.raises(ValueError, match="have no `cross_attention_states`"):
+    with pytest.raises(ValueError, match="must be what this model's `encode` returned"):
         onnx.generate(torch.randn(1, 90, 80), encoder_outputs=pair[0].encode(torch.randn(1, 90, 80)))
-    with pytest.raises(ValueError, match="cannot be moved to 'cuda'"):
-        onnx.to("cuda")
-    with pytest.raises(ValueError, match="cannot be moved to 'torch.bfloat16'"):
-        onnx.to(torch.bfloat16)
-    assert onnx.to("cpu").eval() is onnx
 
 
 def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
@@ -401,7 +484,8 @@ def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
 @pytest.mark.parametrize("module", ["onnxscript", "onnxruntime"])
 def test_without_the_extra(pair, tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf'{module}: `pip install "mdm_asr_hf\[onnx\]"`'):
+    extra = "export" if module == "onnxscript" else "onnx"
+    with pytest.raises(ImportError, match=rf'{module}: `pip install "mdm_asr_hf\[{extra}\]"`'):
         if module == "onnxscript":
             export_onnx(pair[0], tmp_path / "out", processor=tiny_processor())
         else:

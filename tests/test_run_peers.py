@@ -4,9 +4,7 @@
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,6 +14,8 @@ from canary_donors import randomize
 from test_convert_whisper import save_tokenizer
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from mdm_asr_hf import onnx_mdm_asr, onnx_processing_mdm_asr
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -358,9 +358,8 @@ class Exported:
 
 def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
     (tmp_path / "fast").mkdir()
-    module = ModuleType("mdm_asr_hf.onnx_mdm_asr")
-    module.OnnxMDMASR, module.one_torch_thread = Exported, nullcontext
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(onnx_mdm_asr, "OnnxMDMASR", Exported)
+    monkeypatch.setattr(onnx_processing_mdm_asr.OnnxProcessor, "from_pretrained", lambda folder: tiny_processor())
     find_spec = peers.find_spec
     monkeypatch.setattr(peers, "find_spec", lambda name: "onnx" in name or find_spec(name))
     monkeypatch.setattr(run_peers, "SETTLE_S", 0.0)

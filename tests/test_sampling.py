@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_asr_hf.sampling_mdm_asr import (
+from mdm_asr_hf.sampler_configuration_mdm_asr import (
     SAMPLERS,
     ConfTopKConfig,
     DFMConfig,
@@ -13,9 +13,8 @@ from mdm_asr_hf.sampling_mdm_asr import (
     PBEBConfConfig,
     RandomConfig,
     make_sampler,
-    propose_tokens,
-    sampler_step,
 )
+from mdm_asr_hf.sampling_mdm_asr import propose_tokens, sampler_step
 
 MASK = 9
 # Four positions, three tokens. Entropies in nats, by hand:

@@ -8,7 +8,7 @@ import torch
 from transformers import BatchFeature
 
 from mdm_asr_hf.generation_configuration_mdm_asr import MDMASRGenerationConfig
-from mdm_asr_hf.generation_mdm_asr import MDMASRGenerateOutput
+from mdm_asr_hf.torch_generation_mdm_asr import MDMASRGenerateOutput
 
 RATE = 16_000
 WORD_S, GAP_S = 0.3, 0.06
@@ -74,6 +74,7 @@ class ToneModel:
     """
 
     device = torch.device("cpu")
+    memory_errors = (torch.OutOfMemoryError,)
 
     def __init__(self, jitter_s=0.0, fails=lambda rows: False):
         self.generation_config = MDMASRGenerationConfig()

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from .encoder_mdm_asr import MDMASREncoderOutput
+from .drafting_mdm_asr import to_numpy
 
 
 @dataclass(frozen=True)
@@ -89,71 +87,71 @@ def frame_duration_s(encoder_config: Any, input_frames_per_s: float) -> float | 
 
 
 def cross_attention_weights(
-    decoder: Any,
+    model: Any,
     heads: Sequence[tuple[int, int]],
-    input_ids: torch.LongTensor,
-    attention_mask: torch.BoolTensor | None,
-    encoder_outputs: MDMASREncoderOutput,
-) -> torch.Tensor:
+    input_ids: np.ndarray,
+    visible: np.ndarray | None,
+    encoder_outputs: Any,
+) -> np.ndarray:
     """
     Cross-attention of some heads in one evaluation of the decoder, under any attention implementation.
 
     Args:
-        decoder ([`MDMASRDecoder`]), or what takes the same and has its `config`.
+        model: what has `cross_attention`, see [`GenerationMixin`].
         heads (`list` of `(layer, head)`): A of them.
-        input_ids (`torch.LongTensor` of shape (B, P + L)), attention_mask (B, P + L) or None: prompt and text.
+        input_ids (`np.ndarray` of shape (B, P + L)), visible (B, P + L) or None: prompt and text.
         encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
 
     Returns:
-        `torch.Tensor` of shape (B, A, P + L, T): probabilities over each row's own frames, in fp32.
+        `np.ndarray` of shape (B, A, P + L, T): probabilities over each row's own frames, in fp32.
     """
-    outputs = decoder(
-        input_ids,
-        encoder_outputs.last_hidden_state,
-        attention_mask=attention_mask,
-        encoder_attention_mask=encoder_outputs.attention_mask,
-        cross_attention_states=encoder_outputs.cross_attention_states,
-        output_cross_queries=True,
-    )
-    config, weights = decoder.config, []
+    queries, keys, mask = model.cross_attention(input_ids, visible, encoder_outputs)
+    config, scores = model.config.decoder_config, []
     size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     for layer, head in heads:
-        query = outputs["cross_queries"][layer][..., head * size : (head + 1) * size]
-        key = encoder_outputs.cross_attention_states[layer][0][:, head // group]
-        weights.append(query.float() @ key.float().transpose(-1, -2) * size**-0.5)
-    scores = torch.stack(weights, dim=1)
-    if encoder_outputs.attention_mask is not None:
-        scores = scores.masked_fill(~encoder_outputs.attention_mask.bool()[:, None, None], -torch.inf)
-    return scores.softmax(dim=-1)
+        query = queries[layer][..., head * size : (head + 1) * size]
+        scores.append(query @ keys[layer][:, head // group].transpose(0, 2, 1) * size**-0.5)
+    scores = np.stack(scores, axis=1)
+    if mask is not None:
+        scores = np.where(mask.astype(bool)[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def smooth(values: torch.Tensor, width: int) -> torch.Tensor:
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over `width` (odd) neighbours in the last dimension; at the ends over those there are."""
-    width = min(width, values.shape[-1] - (values.shape[-1] + 1) % 2)
+    length = values.shape[-1]
+    width = min(width, length - (length + 1) % 2)
     if width <= 1:
         return values
-    flat = values.reshape(-1, 1, values.shape[-1])
-    mean = nn.functional.avg_pool1d(flat, width, stride=1, padding=width // 2, count_include_pad=False)
-    return mean.reshape(values.shape)
+    at = np.arange(length)
+    return _means(values, np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, length))
+
+
+def _means(values: np.ndarray, first: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """Means (..., N) of stretches of the last dimension, from `first` (N,) to before `behind` (N,)."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values, axis=-1, out=sums[..., 1:])
+    return ((sums[..., behind] - sums[..., first]) / (behind - first)).astype(values.dtype)
 
 
 def speech_presence(
-    features: torch.Tensor, num_frames: int, settings: AlignmentSettings = DEFAULT_SETTINGS
-) -> torch.Tensor:
+    features: np.ndarray, num_frames: int, settings: AlignmentSettings = DEFAULT_SETTINGS
+) -> np.ndarray:
     """
     How much each of `num_frames` equal parts of a clip sounds like speech, by its level: 0 silence, 1 speech.
 
     Args:
-        features (`torch.Tensor` of shape (T, mel bins) or (N,)): log-mel, of any scale, or a waveform.
+        features (`np.ndarray` of shape (T, mel bins) or (N,)): log-mel, of any scale, or a waveform.
     """
-    features = features.detach().cpu().float()
-    levels = features.mean(dim=-1) if features.dim() == 2 else features.square()
-    levels = nn.functional.adaptive_avg_pool1d(levels[None], num_frames)[0]
-    if features.dim() == 1:
-        levels = levels.clamp(min=1e-10).log()
-    quiet, loud = torch.quantile(levels, torch.tensor([0.05, 0.95]))
-    relative = (levels - quiet) / (loud - quiet).clamp(min=1e-6)
-    return ((relative - settings.silent_level) / (settings.speech_level - settings.silent_level)).clamp(0.0, 1.0)
+    levels = features.mean(axis=-1) if features.ndim == 2 else features**2
+    at = np.arange(num_frames + 1) * len(levels)
+    levels = _means(levels, at[:-1] // num_frames, -(-at[1:] // num_frames))
+    if features.ndim == 1:
+        levels = np.log(levels.clip(1e-10))
+    quiet, loud = np.quantile(levels, (0.05, 0.95))
+    relative = (levels - quiet) / max(loud - quiet, 1e-6)
+    return ((relative - settings.silent_level) / (settings.speech_level - settings.silent_level)).clip(0.0, 1.0)
 
 
 def warp(costs: np.ndarray, gap_costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,10 +215,10 @@ def extend_ends(first: np.ndarray, last: np.ndarray, presence: np.ndarray, pause
 
 
 def align_row(
-    weights: torch.Tensor,
+    weights: np.ndarray,
     frame_s: float,
     duration_s: float,
-    features: torch.Tensor | None = None,
+    features: np.ndarray | None = None,
     has_end: bool = True,
     settings: AlignmentSettings = DEFAULT_SETTINGS,
 ) -> np.ndarray:
@@ -228,35 +226,36 @@ def align_row(
     Start and end (W, 2) in seconds of W tokens.
 
     Args:
-        weights (`torch.Tensor` of shape (A, W, T)): each token's attention over the row's own frames, of A heads.
+        weights (`np.ndarray` of shape (A, W, T)): each token's attention over the row's own frames, of A heads.
         frame_s (`float`): seconds per frame.
         duration_s (`float`): of the audio; frames behind it are of the silence that the encoder adds.
-        features (`torch.Tensor` of shape (T', mel bins) or (N,), *optional*): the row's own, which tell speech from
+        features (`np.ndarray` of shape (T', mel bins) or (N,), *optional*): the row's own, which tell speech from
             pauses. Without them words may reach into pauses.
         has_end (`bool`): the last token is the end of text, which may own silence.
     """
     num_tokens = weights.shape[1]
     num_frames = max(min(math.ceil(duration_s / frame_s - 1e-6), weights.shape[-1]), 1)
     weights = weights[..., :num_frames]
-    weights = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)).mean(dim=0)
+    weights = (weights / weights.sum(axis=-1, keepdims=True).clip(1e-9)).mean(axis=0)
     grid = max(math.ceil(num_frames * frame_s / settings.grid_s - 1e-6), num_frames, 2 * num_tokens)
     if grid != num_frames:
-        weights = nn.functional.interpolate(weights[None], size=grid, mode="linear", align_corners=False)[0]
+        # The middles of the grid's cells, among those of the frames.
+        at = (np.arange(grid) + 0.5) * num_frames / grid - 0.5
+        weights = np.stack([np.interp(at, np.arange(num_frames), row) for row in weights])
     grid_s = num_frames * frame_s / grid
     weights = smooth(weights, 2 * round(settings.smoothing_s / grid_s / 2) + 1)
-    share = weights / weights.sum(dim=0, keepdim=True).clamp(min=1e-9)
-    of_peak = weights / weights.amax(dim=-1, keepdim=True).clamp(min=1e-9)
-    costs = -(share + settings.floor).log() - settings.peak_weight * (of_peak + settings.floor).log()
-    presence = torch.ones(grid)
+    share = weights / weights.sum(axis=0, keepdims=True).clip(1e-9)
+    of_peak = weights / weights.max(axis=-1, keepdims=True).clip(1e-9)
+    costs = -np.log(share + settings.floor) - settings.peak_weight * np.log(of_peak + settings.floor)
+    presence = np.ones(grid)
     if features is not None:
         # Features end with the audio, frames up to one frame later.
         inside = min(max(round(grid * duration_s / (num_frames * frame_s)), 1), grid)
-        presence = nn.functional.pad(speech_presence(features, inside, settings), (0, grid - inside))
-    penalties = settings.silence_cost * (1 - presence).expand(num_tokens, -1)
+        presence = np.pad(speech_presence(features, inside, settings), (0, grid - inside))
+    penalties = np.broadcast_to(settings.silence_cost * (1 - presence), costs.shape).copy()
     if has_end:
-        penalties = torch.cat([penalties[:-1], torch.zeros(1, grid)])
-    presence = presence.numpy()
-    first, last = warp((costs + penalties).numpy(), settings.gap_cost * presence)
+        penalties[-1] = 0
+    first, last = warp(costs + penalties, settings.gap_cost * presence)
     last = extend_ends(first, last, presence, max(round(settings.pause_s / grid_s), 1))
     if has_end:
         last[-1] = grid - 1
@@ -265,50 +264,49 @@ def align_row(
 
 def token_attention(
     model: Any,
-    is_token: torch.BoolTensor,
-    input_ids: torch.LongTensor,
-    visible: torch.BoolTensor | None,
-    starts: torch.LongTensor,
-    encoder_outputs: MDMASREncoderOutput,
+    is_token: np.ndarray,
+    input_ids: np.ndarray,
+    visible: np.ndarray | None,
+    starts: np.ndarray,
+    encoder_outputs: Any,
     heads: Sequence[tuple[int, int]],
-) -> torch.Tensor:
+) -> np.ndarray:
     """
-    What each token of a finished text attends to: probabilities (B, A, W, T) over frames, on the CPU, for A heads. A
-    causal decoder's are read in the row that says the token, the one before its own, as Whisper reads them (arXiv
+    What each token of a finished text attends to: probabilities (B, A, W, T) over frames, of A heads. A causal
+    decoder's are read in the row that says the token, the one before its own, as Whisper reads them (arXiv
     2212.04356's release); on a canvas, where all tokens are visible, in the token's own row. The other arguments are
     those of `token_timestamps`.
     """
-    weights = cross_attention_weights(model.get_decoder(), heads, input_ids, visible, encoder_outputs)
+    weights = cross_attention_weights(model, heads, input_ids, visible, encoder_outputs)
     first = starts - 1 if model.config.decoder_config.is_causal else starts
-    places = first[:, None] + torch.arange(is_token.shape[1], device=starts.device)
-    places = places.clamp(max=input_ids.shape[1] - 1)[:, None, :, None]
-    return weights.gather(2, places.expand(-1, weights.shape[1], -1, weights.shape[-1])).cpu()
+    places = np.minimum(first[:, None] + np.arange(is_token.shape[1]), input_ids.shape[1] - 1)
+    return np.take_along_axis(weights, places[:, None, :, None], axis=2)
 
 
 def token_timestamps(
     model: Any,
-    sequences: torch.LongTensor,
-    is_token: torch.BoolTensor,
-    input_ids: torch.LongTensor,
-    visible: torch.BoolTensor | None,
-    starts: torch.LongTensor,
-    encoder_outputs: MDMASREncoderOutput,
-    duration_s: torch.Tensor | None = None,
-    input_features: torch.Tensor | None = None,
-    feature_mask: torch.Tensor | None = None,
+    sequences: np.ndarray,
+    is_token: np.ndarray,
+    input_ids: np.ndarray,
+    visible: np.ndarray | None,
+    starts: np.ndarray,
+    encoder_outputs: Any,
+    duration_s: np.ndarray | None = None,
+    input_features: Any = None,
+    feature_mask: Any = None,
     alignment_heads: Sequence[Sequence[int]] | None = None,
-) -> torch.FloatTensor:
+) -> np.ndarray:
     """
     When each committed token was spoken, from one more evaluation of the decoder.
 
     Args:
-        sequences (`torch.LongTensor` of shape (B, W)): the text and its end.
-        is_token (`torch.BoolTensor` of shape (B, W)): False for padding.
-        input_ids (`torch.LongTensor` of shape (B, S)): prompt and text, or canvas, as the decoder reads them.
-        visible (`torch.BoolTensor` of shape (B, S), *optional*): the positions of each row's own canvas.
-        starts (`torch.LongTensor` of shape (B,)): where in it the text begins.
+        sequences (`np.ndarray` of shape (B, W)): the text and its end.
+        is_token (`np.ndarray` of shape (B, W)): False for padding.
+        input_ids (`np.ndarray` of shape (B, S)): prompt and text, or canvas, as the decoder reads them.
+        visible (`np.ndarray` of shape (B, S), *optional*): the positions of each row's own canvas.
+        starts (`np.ndarray` of shape (B,)): where in it the text begins.
         encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
-        duration_s (`torch.Tensor` of shape (B / n,), *optional*): of the audio, whose n samples stand one behind the
+        duration_s (`np.ndarray` of shape (B / n,), *optional*): of the audio, whose n samples stand one behind the
             other among the B rows; the frames' without it.
         input_features (`torch.Tensor` of shape (B / n, T, mel bins) or (B / n, N), *optional*): what the encoder got,
             to find pauses in.
@@ -316,16 +314,16 @@ def token_timestamps(
         alignment_heads (*optional*): see `check_alignment_heads`.
 
     Returns:
-        `torch.FloatTensor` of shape (B, W, 2): start and end of each token in seconds, rising from token to token and
+        `np.ndarray` of shape (B, W, 2): start and end of each token in seconds, rising from token to token and
         inside the audio; 0 for padding.
     """
     config, batch_size = model.config, len(sequences)
     heads = check_alignment_heads(alignment_heads, config.decoder_config)
     weights = token_attention(model, is_token, input_ids, visible, starts, encoder_outputs, heads)
     frame_mask = encoder_outputs.attention_mask
-    num_frames = [weights.shape[-1]] * batch_size if frame_mask is None else frame_mask.sum(dim=-1).tolist()
+    num_frames = [weights.shape[-1]] * batch_size if frame_mask is None else frame_mask.sum(-1).tolist()
     known_s = frame_duration_s(config.encoder_config, config.input_frames_per_s)
-    times = torch.zeros((*sequences.shape, 2))
+    times = np.zeros((*sequences.shape, 2), dtype=np.float32)
     for row in range(batch_size):
         num_tokens, frames = int(is_token[row].sum()), int(num_frames[row])
         if num_tokens == 0 or frames == 0:
@@ -335,7 +333,7 @@ def token_timestamps(
             seconds = float(duration_s[row * len(duration_s) // batch_size])
         if input_features is not None:
             place = row * len(input_features) // batch_size
-            features = input_features[place]
+            features = to_numpy(input_features[place])
             if feature_mask is not None:
                 features = features[: int(feature_mask[place].sum())]
         frame_s = known_s or (seconds or frames * DEFAULT_SETTINGS.grid_s) / frames
@@ -346,8 +344,8 @@ def token_timestamps(
             features,
             has_end=bool(sequences[row, num_tokens - 1] == config.eos_token_id),
         )
-        times[row, :num_tokens] = torch.from_numpy(aligned)
-    return times.to(sequences.device)
+        times[row, :num_tokens] = aligned
+    return times
 
 
 __all__ = [

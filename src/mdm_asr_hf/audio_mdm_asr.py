@@ -2,20 +2,21 @@
 """Audio in any usual form to mono float32 at the model's sampling rate."""
 
 import io
+import logging
 import math
 import numbers
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_NUM_CHANNELS = 8
 # Zero point and full scale of integer PCM, by (kind, bytes); 8-bit WAV is unsigned, everything else signed.
@@ -36,6 +37,11 @@ MP3_TOLERANCE_S = 0.1
 BLOCK_S = 30.0
 
 CONVERT = "convert it first, for example with `ffmpeg -i INPUT output.wav`"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class _Content(io.BytesIO):
@@ -239,7 +245,7 @@ def _decode(
         if _is_samples_and_rate(audio):
             audio, sampling_rate = audio[0], check_rate(audio[1], "sampling_rate")
         if sampling_rate is None and _is_array_like(audio):
-            logger.warning_once(
+            _warn_once(
                 f"Audio samples came without `sampling_rate`: they are taken to be at {target_sampling_rate} Hz."
             )
         yield from _read_samples(audio, sampling_rate or target_sampling_rate, max_duration_s, block_s)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,12 +74,13 @@ class _Collector(logging.Handler):
 @contextmanager
 def quiet_libraries() -> Iterator[_Collector]:
     """Keeps transformers' bars, logs and deprecations off the terminal; collects the warnings of this package."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
+    if find_spec("transformers") is not None:
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging as transformers_logging
 
-    hub_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     collector = _Collector()
     # Code that came with a checkpoint (trust_remote_code) logs under the second name.
     loggers = [logging.getLogger(name) for name in ("mdm_asr_hf", "transformers_modules")]
@@ -105,10 +107,6 @@ def load_model(
         ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device, or a precision that
             it does not have.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
-
-    from .int8_mdm_asr import quantize_int8
     from .onnx_mdm_asr import OnnxMDMASR, is_onnx_folder
 
     if is_onnx_folder(model):
@@ -119,7 +117,17 @@ def load_model(
                 f"`dtype` {dtype!r} cannot be used with the ONNX model {model!r}. Leave it out, or export it with "
                 "--int8."
             )
-        return OnnxMDMASR.from_pretrained(model), AutoProcessor.from_pretrained(model)
+        return OnnxMDMASR.from_pretrained(model), _onnx_processor(model)
+    if find_spec("torch") is None:
+        raise ValueError(
+            'it needs PyTorch: `pip install "mdm_asr_hf[torch]"`. Without it, `--model` takes a folder that '
+            "`mdm-asr export` wrote."
+        )
+    import torch
+    from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor
+
+    from .int8_mdm_asr import quantize_int8
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -156,6 +164,17 @@ def load_model(
         )
     loaded = loaded.to(device).eval()
     return quantize_int8(loaded) if dtype == "int8" else loaded.to(getattr(torch, dtype)), processor
+
+
+def _onnx_processor(folder: str) -> Any:
+    """Of a Whisper donor's export, NumPy's; of others, transformers'."""
+    from .onnx_processing_mdm_asr import MEL_FILE, OnnxProcessor
+
+    if (Path(folder) / MEL_FILE).is_file() or find_spec("transformers") is None:
+        return OnnxProcessor.from_pretrained(folder)
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
 
 
 def load_named_model(
@@ -330,6 +349,11 @@ def main() -> None:
         app()
     except Failure as error:
         report("error", error)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if find_spec("torch") is not None:
+            raise
+        report("error", f'this command needs {error.name}: `pip install "mdm_asr_hf[torch]"`')
         sys.exit(1)
 
 

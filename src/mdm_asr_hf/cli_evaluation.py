@@ -176,7 +176,7 @@ def run_evaluation(
     settings = generation_settings(loaded, **decoding)
     results = {}
     for name, one in data.items():
-        if loaded.device.type == "cuda":
+        if torch.device(loaded.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(loaded.device)
         common = {"settings": settings, "language": language, "seed": seed}
         rows = evaluate_model(loaded, processor, one, batch_size=batch_size, progress=True, **common)

@@ -30,7 +30,7 @@ def export(
     Export a checkpoint to ONNX, for CPUs.
 
     Writes graphs, embeddings, settings and processor. `transcribe` and `stream` take the folder as --model. Needs
-    the extra `onnx`, and a checkpoint that decodes by drafts.
+    the extra `export`, and a checkpoint that decodes by drafts.
     """
     from . import cli, default_checkpoint
     from .onnx_export_mdm_asr import export_onnx

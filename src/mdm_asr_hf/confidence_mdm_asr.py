@@ -4,22 +4,25 @@
 import math
 from typing import Any
 
-import torch
+import numpy as np
 
 
-def calibrate(confidence: torch.Tensor, temperature: float) -> torch.Tensor:
+def calibrate(confidence: np.ndarray, temperature: float) -> np.ndarray:
     """
     Temperature scaling (arXiv 1706.04599) of committed tokens: sigmoid(logit(p) / temperature).
 
     Args:
-        confidence (`torch.Tensor`): probabilities; 0 is padding and stays 0, 1 is a drafted token and stays 1.
+        confidence (`np.ndarray`): probabilities; 0 is padding and stays 0, 1 is a drafted token and stays 1.
         temperature (`float`): above 1 makes them less sure.
     """
     if temperature == 1.0:
         return confidence
-    scaled = torch.sigmoid(torch.logit(confidence.double()) / temperature).to(confidence.dtype)
+    exact = confidence.astype(np.float64)
+    with np.errstate(divide="ignore", over="ignore"):
+        scaled = 1 / (1 + np.exp(-np.log(exact / (1 - exact)) / temperature))
     # A token stays above 0, which is padding.
-    return torch.where(confidence > 0, scaled.clamp(min=torch.finfo(scaled.dtype).tiny), confidence)
+    least = np.finfo(confidence.dtype).tiny
+    return np.where(confidence > 0, scaled.astype(confidence.dtype).clip(least), confidence)
 
 
 def validate_calibration(temperature: Any) -> None:
@@ -33,15 +36,15 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def utterance_confidence(confidence: torch.Tensor) -> list[float | None]:
+def utterance_confidence(confidence: Any) -> list[float | None]:
     """
     Confidence of each utterance: the geometric mean of its tokens' confidences (B, W), its end of text included. None
     for one that nothing was decoded of.
     """
     # Every committed token has a probability above 0. Padding, and the end of text a row without speech is given, have
     # 0.
-    rows = [row[row > 0] for row in confidence.float()]
-    return [float(row.log().mean().exp()) if len(row) else None for row in rows]
+    rows = [[one for one in row if one > 0] for row in confidence.tolist()]
+    return [math.exp(sum(map(math.log, row)) / len(row)) if row else None for row in rows]
 
 
 __all__ = ["calibrate", "is_finite", "utterance_confidence", "validate_calibration"]

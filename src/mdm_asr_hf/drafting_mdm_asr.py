@@ -241,8 +241,8 @@ def choose_tokens(
     """
     if temperature > 0:
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
-        logits = _on_cpu(logits).astype(np.float64) / temperature + noise
-    return _on_cpu(logits.argmax(-1))
+        logits = to_numpy(logits).astype(np.float64) / temperature + noise
+    return to_numpy(logits.argmax(-1))
 
 
 def log_probs_of(logits: Any, columns: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
@@ -253,11 +253,15 @@ def log_probs_of(logits: Any, columns: np.ndarray, token_ids: np.ndarray) -> np.
         read -= read.max(axis=-1, keepdims=True)
         chosen = np.take_along_axis(read, token_ids[..., None], -1)[..., 0]
         return chosen - np.log(np.exp(read, out=read).sum(axis=-1))
-    return _on_cpu(logits[rows, columns].log_softmax(-1)[rows, np.arange(columns.shape[1]), token_ids])
+    return to_numpy(logits[rows, columns].log_softmax(-1)[rows, np.arange(columns.shape[1]), token_ids])
 
 
-def _on_cpu(values: Any) -> np.ndarray:
-    return values if isinstance(values, np.ndarray) else values.numpy(force=True)
+def to_numpy(values: Any) -> np.ndarray:
+    """An array, or a tensor of any device and precision, as an array."""
+    if not hasattr(values, "device") or isinstance(values, np.ndarray):
+        return np.asarray(values)
+    is_reduced = values.is_floating_point() and values.element_size() < 4
+    return (values.float() if is_reduced else values).numpy(force=True)
 
 
 __all__ = [
@@ -270,4 +274,5 @@ __all__ = [
     "entropy_bounded_length",
     "gumbel_noise",
     "log_probs_of",
+    "to_numpy",
 ]

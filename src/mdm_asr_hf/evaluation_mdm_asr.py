@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -70,6 +71,9 @@ class EncodedBatch:
 
     def to(self, device: torch.device) -> "EncodedBatch":
         outputs = self.encoder_outputs
+        if not isinstance(outputs, MDMASREncoderOutput):
+            # Of ONNX Runtime, on the CPU.
+            return self
         moved = {k: v.to(device) for k, v in outputs.items() if isinstance(v, torch.Tensor)}
         mask = None if self.mask is None else self.mask.to(device)
         return replace(
@@ -326,7 +330,6 @@ class _Runner:
     def decode(self, batch: EncodedBatch, is_counted: bool = True) -> dict[int, dict[str, Any]]:
         """Place -> row of hypotheses.jsonl."""
         entries = [self.data.rows[i] for i in batch.indices]
-        generators = [torch.Generator().manual_seed(_row_seed(self.seed, entry["id"])) for entry in entries]
         languages = [entry["language"] or self.language for entry in entries]
         start = self._now()
         try:
@@ -337,7 +340,7 @@ class _Runner:
                 attention_mask=batch.mask,
                 encoder_outputs=outputs,
                 generation_config=self.settings,
-                generator=generators,
+                generator=[_row_seed(self.seed, entry["id"]) for entry in entries],
                 **({"language": languages} if self.takes_language else {}),
             )
         except ValueError as error:
@@ -345,7 +348,7 @@ class _Runner:
                 if is_counted:
                     self._skip(batch.indices[0], error)
                 return {}
-            parts = [self.decode(_take(batch, k), is_counted) for k in range(len(entries))]
+            parts = [self.decode(_take(self.model, batch, k), is_counted) for k in range(len(entries))]
             return {i: row for part in parts for i, row in part.items()}
         decoder_s = (self._now() - start) / len(entries)
         if output.languages is not None:
@@ -415,7 +418,7 @@ class _Runner:
         report_skipped(self.skipped, self.data.rows[index]["id"], error)
 
     def _now(self) -> float:
-        if self.model.device.type == "cuda":
+        if torch.device(self.model.device).type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
 
@@ -431,15 +434,14 @@ def _row_seed(seed: int, one_id: str) -> int:
     return zlib.crc32(f"{seed} {one_id}".encode())
 
 
-def _take(batch: EncodedBatch, k: int) -> EncodedBatch:
+def _take(model: Any, batch: EncodedBatch, k: int) -> EncodedBatch:
     """Row k of a batch as a batch."""
-    moved = {n: v[k : k + 1] for n, v in batch.encoder_outputs.items() if isinstance(v, torch.Tensor)}
     return replace(
         batch,
         indices=[batch.indices[k]],
         features=batch.features[k : k + 1],
         mask=None if batch.mask is None else batch.mask[k : k + 1],
-        encoder_outputs=MDMASREncoderOutput(**moved),
+        encoder_outputs=model.take_rows(batch.encoder_outputs, np.array([k])),
         durations_s=[batch.durations_s[k]],
     )
 

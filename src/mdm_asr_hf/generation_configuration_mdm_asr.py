@@ -1,16 +1,25 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The settings of generate(), as generation_config.json holds them."""
 
+import logging
 from typing import Any
 
-from transformers import GenerationConfig
-from transformers.utils import logging
+try:
+    from transformers import GenerationConfig
+except ImportError:
+
+    class GenerationConfig:
+        """Of transformers, what exported models need where they run without it."""
+
+        def to_dict(self) -> dict[str, Any]:
+            return dict(vars(self))
+
 
 from .confidence_mdm_asr import validate_calibration
 from .prompt_mdm_asr import validate_prompt_template
-from .sampling_mdm_asr import SamplerConfig, make_sampler
+from .sampler_configuration_mdm_asr import SamplerConfig, make_sampler
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # What drafts are made by, see `verified_decoding_mdm_asr`.
 BRANCHES = ("masks", "hypothesis")

@@ -1,32 +1,31 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""generate(): from audio features to token ids, by verified drafts or on the canvas of MDM-ASR (arXiv 2602.18952)."""
+"""
+generate(), whatever runs the model: from audio features to token ids. Beside the model's own evaluations all of it is
+done in NumPy, by what PyTorch's models and ONNX Runtime's share.
+"""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
-from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
 
 from .alignment_mdm_asr import check_alignment_heads, token_timestamps
-from .canvas_mdm_asr import Canvas, OpenRows, denoise
 from .confidence_mdm_asr import calibrate, utterance_confidence
-from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
+from .drafting_mdm_asr import to_numpy
 from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
 from .hypothesis_mdm_asr import Hypothesis
 from .language_mdm_asr import settle_languages
 from .prompt_mdm_asr import build_prompt_ids
 from .safeguards_mdm_asr import is_refused, is_suspicious, mean_log_prob, repeats_itself
-from .sampling_mdm_asr import make_sampler
+from .sampler_configuration_mdm_asr import make_sampler
 from .verified_decoding_mdm_asr import VerifiedDecoder, VerifiedText
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # What callers of other models pass by habit and what has no meaning here.
 _IGNORED_ARGUMENTS = ("labels", "use_cache", "input_ids", "decoder_attention_mask")
@@ -42,10 +41,15 @@ _PROMPT_SLOTS = ("language", "target_language", "task", "punctuation", "itn", "t
 STOCK_DURATION_S = 30.0
 
 
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 @dataclass
-class MDMASRGenerateOutput(ModelOutput):
+class GenerateOutput:
     """
-    Output of `generate(return_dict_in_generate=True)`.
+    Output of `generate(return_dict_in_generate=True)`: arrays, or tensors of PyTorch's models.
 
     Args:
         sequences (`torch.LongTensor` of shape (B, W)): text tokens and the first EOS, then padding.
@@ -72,79 +76,91 @@ class MDMASRGenerateOutput(ModelOutput):
         no_speech (`torch.FloatTensor` of shape (B,), *optional*): the donor's probability of <|nospeech|>.
     """
 
-    sequences: torch.LongTensor | None = None
-    confidence: torch.FloatTensor | None = None
-    commit_steps: torch.LongTensor | None = None
-    nfe: torch.LongTensor | None = None
+    sequences: Any = None
+    confidence: Any = None
+    commit_steps: Any = None
+    nfe: Any = None
     num_steps: int | None = None
-    tokens_per_evaluation: torch.FloatTensor | None = None
-    accepted_drafts: torch.LongTensor | None = None
-    rejected_drafts: torch.LongTensor | None = None
-    token_branches: torch.LongTensor | None = None
+    tokens_per_evaluation: Any = None
+    accepted_drafts: Any = None
+    rejected_drafts: Any = None
+    token_branches: Any = None
     struck_drafts: list | None = None
     languages: list[str] | None = None
-    token_timestamps: torch.FloatTensor | None = None
-    no_speech: torch.FloatTensor | None = None
+    token_timestamps: Any = None
+    no_speech: Any = None
 
 
-def _best_first(output: MDMASRGenerateOutput, num_samples: int) -> MDMASRGenerateOutput:
+def _best_first(output: GenerateOutput, num_samples: int) -> GenerateOutput:
     """Sorts each utterance's samples among B * n rows by falling confidence; equal ones keep their order."""
-    scores = torch.tensor([0.0 if one is None else one for one in utterance_confidence(output.confidence)])
-    order = scores.view(-1, num_samples).argsort(dim=-1, descending=True, stable=True)
-    rows = (order + torch.arange(0, len(scores), num_samples)[:, None]).flatten().to(output.sequences.device)
+    scores = np.array([0.0 if one is None else one for one in utterance_confidence(output.confidence)])
+    order = (-scores).reshape(-1, num_samples).argsort(axis=-1, kind="stable")
+    rows = (order + np.arange(0, len(scores), num_samples)[:, None]).ravel()
 
     def sort(name: str, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, np.ndarray):
             return value[rows]
-        return [value[row] for row in rows.tolist()] if name == "struck_drafts" else value
+        return [value[row] for row in rows.tolist()] if name == "struck_drafts" and value is not None else value
 
-    return MDMASRGenerateOutput(**{name: sort(name, value) for name, value in output.items()})
+    return GenerateOutput(**{name: sort(name, value) for name, value in vars(output).items()})
 
 
 @dataclass
-class _Batch:
-    """What is to be decoded: features (B, ...) and durations, and of the B * `num_samples` rows the encoder's outputs,
-    prompts, and which of them hold a signal."""
+class Batch:
+    """What is to be decoded: features (B, ...) and durations (B,), and of the B * `num_samples` rows the encoder's
+    outputs, prompts (B * n, P), and which of them hold a signal."""
 
-    input_features: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-    duration_s: torch.Tensor | None
+    input_features: Any
+    attention_mask: Any
+    duration_s: np.ndarray | None
     num_samples: int
-    encoder_outputs: MDMASREncoderOutput
-    prompt_ids: torch.LongTensor
-    has_speech: torch.BoolTensor
-    generator: torch.Generator | list[torch.Generator] | None
+    encoder_outputs: Any
+    prompt_ids: np.ndarray
+    has_speech: np.ndarray
+    generator: Any
     streamer: Any
     synced_gpus: bool
 
-    def features(self, rows: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def features(self, rows: np.ndarray) -> tuple[Any, Any]:
         """Features and mask of some rows."""
-        rows = (rows // self.num_samples).to(self.input_features.device)
-        mask = self.attention_mask
-        return self.input_features[rows], None if mask is None else mask[rows.to(mask.device)]
+        rows = rows // self.num_samples
+        return self.input_features[rows], None if self.attention_mask is None else self.attention_mask[rows]
 
 
-class MDMASRGenerationMixin:
-    """The part of the model that turns audio into text."""
+# What a text is decoded by: prompt and text, or canvas, (B * n, S); the positions of each row's own canvas; and where
+# the text begins.
+Read = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
-    @torch.no_grad()
+
+class GenerationMixin:
+    """
+    The part of a model that turns audio into text. What a model gives:
+    - `config`, `generation_config`,
+    - `encode`, `prepare_cross_attention`, `find_speech`, `audio_duration_s` and `take_rows` of its own arrays,
+    - `begin_steps`, see [`TorchSteps`]; `prompt_logits` and `cross_attention`, which take and return NumPy's,
+    - `to_output`, which makes arrays its own, and `draw_seeds`.
+    """
+
+    # What is raised where a batch does not fit.
+    memory_errors: tuple[type[Exception], ...] = (MemoryError,)
+
     def generate(
         self,
-        input_features: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
+        input_features: Any = None,
+        attention_mask: Any = None,
+        generation_config: Any = None,
         *,
-        decoder_input_ids: torch.LongTensor | None = None,
-        encoder_outputs: MDMASREncoderOutput | None = None,
+        decoder_input_ids: Any = None,
+        encoder_outputs: Any = None,
         previous_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         prefix_ids: Sequence[Sequence[int]] | None = None,
         draft_ids: Sequence[Sequence[int]] | None = None,
         hotword_ids: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Any = None,
         streamer: Any = None,
         synced_gpus: bool = False,
         **kwargs,
-    ) -> torch.LongTensor | MDMASRGenerateOutput:
+    ) -> Any:
         """
         Transcribes a batch:
         ```
@@ -171,8 +187,8 @@ class MDMASRGenerationMixin:
             hotword_ids (`list[list[int]]`, or B such lists, *optional*): words to expect, from
                 `processor.hotword_ids(words)`, for all rows or for each row its own. Their logits are raised where
                 they fit, by `hotword_boost`, see `hotwords_mdm_asr`.
-            generator (`torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM
-                samplers. Of a list, each row's samples depend on its own generator alone.
+            generator (`int`, `torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM
+                samplers; a number is a seed. Of a list, each row's samples depend on its own generator alone.
             streamer (*optional*): `put_draft(value=ids)` is called after every evaluation, if it has that, `put` and
                 `end` at the end. With drafts, `num_committed` (B,) tells how many of the ids are committed.
             synced_gpus (`bool`): keep stepping until all processes are done (FSDP, DeepSpeed ZeRO-3).
@@ -183,7 +199,7 @@ class MDMASRGenerationMixin:
         Returns:
             `torch.LongTensor` of shape (B, W): text tokens and the first EOS, then padding; or
             [`MDMASRGenerateOutput`]. With `num_return_sequences` n, B * n rows: the n samples of the first utterance,
-            best first, then those of the second.
+            best first, then those of the second. [`OnnxMDMASR`] takes and returns arrays of NumPy.
 
         Raises:
             ValueError: an unknown argument, one that the kind of checkpoint cannot use, features with NaN, audio
@@ -209,17 +225,16 @@ class MDMASRGenerationMixin:
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
         encoder_outputs = self.prepare_cross_attention(encoder_outputs)
-        device = encoder_outputs.last_hidden_state.device
         batch_size = len(encoder_outputs.last_hidden_state)
-        if has_speech is None:
-            has_speech = torch.ones(batch_size, dtype=torch.bool, device=device)
+        has_speech = np.ones(batch_size, dtype=bool) if has_speech is None else to_numpy(has_speech)
+        duration_s = self.audio_duration_s(input_features, attention_mask)
+        duration_s = None if duration_s is None else to_numpy(duration_s)
 
         # 3. Prompt.
         languages = None
         if decoder_input_ids is None:
             prompt_slots, languages = settle_languages(self, encoder_outputs, settings.prompt_template, prompt_slots)
-        prompt_ids = self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots).to(device)
-        duration_s = self.audio_duration_s(input_features, attention_mask)
+        prompt_ids = self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots)
         generator = self._check_generator(generator, batch_size)
         own = {name: self._check_rows(name, ids, batch_size) for name, ids in own.items()}
         hotwords = None
@@ -228,20 +243,17 @@ class MDMASRGenerationMixin:
         num_samples = settings.num_return_sequences
         if num_samples > 1:
             self._check_samples(settings)
-            rows = torch.arange(batch_size, device=device).repeat_interleave(num_samples)
-            prompt_ids, encoder_outputs, has_speech = (
-                prompt_ids[rows],
-                take_rows(encoder_outputs, rows),
-                has_speech[rows],
-            )
+            rows = np.arange(batch_size).repeat(num_samples)
+            prompt_ids, has_speech = prompt_ids[rows], has_speech[rows]
+            encoder_outputs = self.take_rows(encoder_outputs, rows)
             hotwords = hotwords and hotwords.take_rows(rows.tolist())
-            languages = languages and [one for one in languages for _ in range(num_samples)]
+            languages = languages and [languages[row] for row in rows]
             own = {name: ids and [ids[row] for row in rows.tolist()] for name, ids in own.items()}
         if streamer is not None:
-            streamer.put(prompt_ids.cpu())
+            streamer.put(self.to_output(prompt_ids))
 
         # 4. Decode.
-        batch = _Batch(
+        batch = Batch(
             input_features,
             attention_mask,
             duration_s,
@@ -276,67 +288,36 @@ class MDMASRGenerationMixin:
         if num_samples > 1:
             output = _best_first(output, num_samples)
         if streamer is not None:
-            streamer.put(output.sequences.cpu())
+            streamer.put(self.to_output(output.sequences))
             streamer.end()
-        return output if settings.return_dict_in_generate else output.sequences
-
-    def _decode_canvas(
-        self, batch: _Batch, settings: MDMASRGenerationConfig
-    ) -> tuple[MDMASRGenerateOutput, tuple[torch.Tensor, ...]]:
-        """The paper's decoding. Returns the output, and what `token_timestamps` needs to read."""
-        prompt_ids, generator, num_samples = batch.prompt_ids, batch.generator, batch.num_samples
-        batch_size = len(prompt_ids) // num_samples
-        lengths = self.canvas_lengths(batch.duration_s, batch_size, prompt_ids.shape[1], settings)
-        lengths = [length for length in lengths for _ in range(num_samples)]
-        if isinstance(generator, list):
-            generator = [one for one in generator for _ in range(num_samples)]
-        canvas = Canvas.lay(
-            lengths,
-            prompt_ids.device,
-            mask_token_id=self.config.mask_token_id,
-            eos_token_id=self.config.eos_token_id,
-            has_speech=batch.has_speech,
-        )
-        open_rows = OpenRows(prompt_ids, batch.encoder_outputs)
-        denoise(self, canvas, open_rows, settings, lengths, generator, batch.streamer, batch.synced_gpus)
-        if num_full := canvas.num_full():
-            logger.warning(
-                f"{num_full} of {len(canvas.tokens)} canvases of up to {canvas.tokens.shape[1]} tokens filled up "
-                "without an end of text, so the end of their speech may be missing. Set a larger `canvas_length` (or "
-                "`canvas_tokens_per_s`, `max_new_tokens`), or split the audio."
-            )
-        sequences, confidence, commit_steps = canvas.cut(self._pad_token_id(settings))
-        visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask], dim=-1)
-        starts = torch.full((len(sequences),), prompt_ids.shape[1], device=prompt_ids.device)
-        read = (torch.cat([prompt_ids, canvas.tokens], dim=-1), visible, starts)
-        return self._make_output(sequences, confidence, commit_steps, canvas.nfe, settings), read
+        return self.to_output(output if settings.return_dict_in_generate else output.sequences, encoder_outputs)
 
     def _decode_verified(
         self,
-        batch: _Batch,
+        batch: Batch,
         settings: MDMASRGenerationConfig,
         hotwords: HotwordAutomaton | None,
         previous_ids: list[list[int]] | None,
         prefix_ids: list[list[int]] | None,
         draft_ids: list[list[int]] | None,
-    ) -> tuple[MDMASRGenerateOutput, tuple[torch.Tensor, ...]]:
+    ) -> tuple[GenerateOutput, Read]:
         """The donor's own text, and anew what Whisper's thresholds refuse: once with the silence that its encoder was
         trained with, then, where it still repeats itself, at rising temperatures. Of texts that are all refused, one
-        that does not repeat itself stays, of these the most probable.
-        Returns the output, and what `token_timestamps` needs to read."""
+        that does not repeat itself stays, of these the most probable."""
         prompts = self._with_previous(batch.prompt_ids.tolist(), previous_ids, settings)
         prefixes = prefix_ids or [[] for _ in prompts]
         limits = self._text_limits(prompts, prefixes, settings)
         temperatures = settings.temperatures
-        seeds = self._draw_seeds(batch, temperatures)
-        has_speech, streamer = batch.has_speech.numpy(force=True), batch.streamer
+        seeds = self._seeds(batch, temperatures)
+        has_speech, streamer = batch.has_speech, batch.streamer
 
         def show(texts: list[list[int]], committed: list[int]) -> None:
-            rows = [torch.tensor(ids, dtype=torch.long) for ids in texts]
-            value = pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
-            streamer.put_draft(value=value, num_committed=torch.tensor(committed))
+            value = np.full((len(texts), max(map(len, texts))), self.config.pad_token_id)
+            for row, ids in zip(value, texts, strict=True):
+                row[: len(ids)] = ids
+            streamer.put_draft(value=self.to_output(value), num_committed=self.to_output(np.array(committed)))
 
-        def write(rows: np.ndarray, outputs: MDMASREncoderOutput, is_open: np.ndarray, t: float) -> VerifiedText:
+        def write(rows: np.ndarray, outputs: Any, is_open: np.ndarray, t: float) -> VerifiedText:
             places = rows.tolist()
             its_limits = [limits[row] for row in places]
             text = VerifiedText.begin([prompts[row] for row in places], [prefixes[row] for row in places], max(limits))
@@ -377,21 +358,18 @@ class MDMASRGenerationMixin:
             else:
                 if stock is None:
                     stock_rows = rows
-                    stock = self.encode(*batch.features(torch.from_numpy(rows)), trailing_silence_s=STOCK_DURATION_S)
+                    stock = self.encode(*batch.features(rows), trailing_silence_s=STOCK_DURATION_S)
                     stock = self.prepare_cross_attention(stock)
                 at = (stock_rows[:, None] == rows).argmax(axis=0)
-            its_outputs = take_rows(stock, torch.from_numpy(at).to(batch.prompt_ids.device))
             every = np.ones(len(rows), dtype=bool)
-            again = write(rows, its_outputs, every, t)
+            again = write(rows, self.take_rows(stock, at), every, t)
             ranks = ((self._rank(again, i, settings), self._rank(text, row, settings)) for i, row in enumerate(rows))
             better = np.array([new >= old for new, old in ranks])
             still = self._refused(again, every, settings)
             text.replace(rows, again, better | ~still)
             refused[rows] = still & self._repeating(again, settings)
-        device = batch.prompt_ids.device
-        output = self._text_output(text, has_speech & ~self._silent(text, settings), settings, device)
-        tokens = torch.from_numpy(text.tokens[:, : text.lengths.max()]).to(device)
-        return output, (tokens, None, torch.from_numpy(text.starts).to(device))
+        output = self._text_output(text, has_speech & ~self._silent(text, settings), settings)
+        return output, (text.tokens[:, : text.lengths.max()], None, text.starts)
 
     def _with_previous(
         self, prompts: list[list[int]], previous_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
@@ -431,18 +409,6 @@ class MDMASRGenerationMixin:
         eos = self.config.eos_token_id
         return [Hypothesis([i for i in draft_ids[row] if i != eos], eos) for row in rows]
 
-    def _draw_seeds(self, batch: _Batch, temperatures: list[float]) -> np.ndarray:
-        """A seed for each row (B * n,). Texts that fall back to a temperature are drawn alike in every batch, unless
-        there are generators."""
-        generator, num_rows = batch.generator, len(batch.prompt_ids)
-        if generator is None and temperatures[0] == 0:
-            return np.zeros(num_rows, dtype=np.int64)
-        if isinstance(generator, list):
-            drawn = [torch.randint(2**31, (batch.num_samples,), generator=g, device=g.device).cpu() for g in generator]
-            return torch.cat(drawn).numpy()
-        where = "cpu" if generator is None else generator.device
-        return torch.randint(2**31, (num_rows,), generator=generator, device=where).numpy(force=True)
-
     def _refused(
         self, text: VerifiedText, decoded: np.ndarray, settings: MDMASRGenerationConfig, is_own: bool = False
     ) -> np.ndarray:
@@ -474,58 +440,6 @@ class MDMASRGenerationMixin:
         """What a refused text is better by than another: it does not repeat itself, and is more probable."""
         return not self._repeats(text, row, settings), mean_log_prob(text.row_log_probs(row))
 
-    def _text_output(
-        self, text: VerifiedText, has_text: np.ndarray, settings: MDMASRGenerationConfig, device: torch.device
-    ) -> MDMASRGenerateOutput:
-        """The texts without their prompts; an end of text alone, of confidence 0, for rows (B,) without one."""
-        eos, num_full = self.config.eos_token_id, 0
-        lengths = np.where(has_text, text.lengths - text.starts, 1)
-        blanks = {"tokens": self._pad_token_id(settings), "log_probs": -np.inf, "commit_steps": 0, "branches": 0}
-        shape = len(lengths), int(lengths.max())
-        rows = {name: np.full(shape, blank, getattr(text, name).dtype) for name, blank in blanks.items()}
-        for row, (has, length) in enumerate(zip(has_text, lengths, strict=True)):
-            if not has:
-                rows["tokens"][row, 0], rows["commit_steps"][row, 0] = eos, text.nfe[row]
-                continue
-            for name, values in rows.items():
-                values[row, :length] = getattr(text, name)[row, text.starts[row] : text.lengths[row]]
-            num_full += rows["tokens"][row, length - 1] != eos
-        if num_full:
-            logger.warning(
-                f"{num_full} of {len(has_text)} texts filled up without an end of text, so the end of their speech "
-                "may be missing. Raise `max_new_tokens` or `max_length`, or split the audio."
-            )
-        # Of improbable draws, too, there is something left.
-        has_log_prob = np.isfinite(rows["log_probs"])
-        rows["confidence"] = np.where(has_log_prob, np.exp(rows["log_probs"]).clip(1e-30), np.float32(0))
-        tensors = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
-        nfe, accepted, rejected, no_speech = (
-            torch.from_numpy(values).to(device) for values in (text.nfe, text.accepted, text.rejected, text.no_speech)
-        )
-        output = self._make_output(tensors["tokens"], tensors["confidence"], tensors["commit_steps"], nfe, settings)
-        output.accepted_drafts, output.rejected_drafts = accepted, rejected
-        output.token_branches, output.struck_drafts = tensors["branches"], text.struck
-        output.no_speech = None if settings.no_speech_token_id is None else no_speech
-        return output
-
-    def _make_output(
-        self,
-        sequences: torch.LongTensor,
-        confidence: torch.Tensor,
-        commit_steps: torch.LongTensor,
-        nfe: torch.LongTensor,
-        settings: MDMASRGenerationConfig,
-    ) -> MDMASRGenerateOutput:
-        num_tokens = (commit_steps > 0).sum(dim=-1)
-        return MDMASRGenerateOutput(
-            sequences=sequences,
-            confidence=calibrate(confidence, settings.confidence_temperature),
-            commit_steps=commit_steps,
-            nfe=nfe,
-            num_steps=int(nfe.max()),
-            tokens_per_evaluation=torch.where(nfe > 0, num_tokens / nfe.clamp(min=1), 0.0),
-        )
-
     def _pad_token_id(self, settings: MDMASRGenerationConfig) -> int:
         return self.config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
 
@@ -551,17 +465,8 @@ class MDMASRGenerationMixin:
                 + ("." if self.config.has_drafts else ", or take the sampler 'random' or 'dfm'.")
             )
 
-    def _check_generator(self, generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
-        if not isinstance(generator, (list, tuple)):
-            return generator
-        if len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row."
-            )
-        return list(generator)
-
     def _settle_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], given: set[str]
+        self, generation_config: Any, kwargs: dict[str, Any], given: set[str]
     ) -> tuple[MDMASRGenerationConfig, dict[str, Any]]:
         """
         Merges the sources of settings; returns them and the prompt's slots. Leaves the originals untouched. It is not
@@ -572,7 +477,7 @@ class MDMASRGenerationMixin:
         if isinstance(generation_config, MDMASRGenerationConfig):
             settings = copy.copy(generation_config)
         elif generation_config is not None:
-            # A plain GenerationConfig, as stock code makes them: take over what has a meaning here.
+            # A plain GenerationConfig of transformers, as stock code makes them: take over what has a meaning here.
             for key, value in generation_config.to_diff_dict().items():
                 if hasattr(settings, key) and value is not None and key != "transformers_version":
                     setattr(settings, key, value)
@@ -608,7 +513,7 @@ class MDMASRGenerationMixin:
         settings.validate()
         self._check_kind(settings)
         if settings.num_beams not in (None, 1):
-            logger.warning_once(f"`num_beams={settings.num_beams}` is ignored: masked diffusion has no beams.")
+            _warn_once(f"`num_beams={settings.num_beams}` is ignored: masked diffusion has no beams.")
         eos = settings.eos_token_id
         if eos is not None and self.config.eos_token_id not in (eos if isinstance(eos, list) else [eos]):
             raise ValueError(
@@ -638,147 +543,130 @@ class MDMASRGenerationMixin:
         if settings.draft_length is not None and settings.draft_length > most:
             raise ValueError(f"`draft_length` ({settings.draft_length}) must be at most the checkpoint's {most}.")
 
-    def find_speech(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, min_duration_s: float
-    ) -> tuple[torch.BoolTensor, torch.Tensor | None]:
-        """
-        Which rows (B,) hold a signal at all. Digital silence gives features that do not change over time. Rows without
-        one have their mask opened, since an encoder returns NaN for a row of padding only.
-        """
-        if not torch.isfinite(input_features).all():
-            raise ValueError(
-                "`input_features` hold NaN or infinity. Check the audio, and that it went through this model's "
-                "processor."
-            )
-        features = input_features if input_features.dim() == 3 else input_features[..., None]
-        if features.dim() != 3 or features.shape[1] == 0:
-            raise ValueError(
-                f"`input_features` of shape {tuple(input_features.shape)} must be (B, T, mel bins) or waveforms (B, "
-                "N), T or N at "
-                "least 1. Hand the audio to this model's processor, which pads short clips."
-            )
-        inside = torch.ones(features.shape[:2]) if attention_mask is None else attention_mask
-        if inside.shape != features.shape[:2]:
-            raise ValueError(
-                f"`attention_mask` of shape {tuple(inside.shape)} must be {tuple(features.shape[:2])}, as "
-                "`input_features` have it."
-            )
-        inside = inside.to(features.device).bool()
-        outside = ~inside[..., None]
-        highest = features.masked_fill(outside, -torch.inf).amax(dim=1)
-        lowest = features.masked_fill(outside, torch.inf).amin(dim=1)
-        long_enough = inside.sum(dim=-1) > min_duration_s * self.config.input_frames_per_s
-        has_speech = ((highest - lowest) > 0).any(dim=-1) & long_enough
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool() | ~has_speech[:, None].to(attention_mask.device)
-        return has_speech, attention_mask
+    def _seeds(self, batch: Batch, temperatures: list[float]) -> np.ndarray:
+        """A seed for each row (B * n,). Texts that fall back to a temperature are drawn alike in every batch, unless
+        there are generators."""
+        generator, num_rows = batch.generator, len(batch.prompt_ids)
+        if generator is None and temperatures[0] == 0:
+            return np.zeros(num_rows, dtype=np.int64)
+        if isinstance(generator, list):
+            return np.concatenate([self.draw_seeds(one, batch.num_samples) for one in generator])
+        return self.draw_seeds(generator, num_rows)
 
-    def audio_duration_s(
-        self, input_features: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Seconds of audio in each row (B,), or None if nothing tells."""
-        if attention_mask is not None:
-            num_frames = attention_mask.sum(dim=-1)
-        elif input_features is not None:
-            num_frames = torch.full(input_features.shape[:1], input_features.shape[1])
-        else:
-            return None
-        return num_frames / self.config.input_frames_per_s
+    def draw_seeds(self, generator: Any, number: int) -> np.ndarray:
+        """Seeds (N,) by a generator, a number, or None."""
+        if not isinstance(generator, np.random.Generator):
+            generator = np.random.default_rng(generator)
+        return generator.integers(2**31, size=number)
+
+    def _text_output(
+        self, text: VerifiedText, has_text: np.ndarray, settings: MDMASRGenerationConfig
+    ) -> GenerateOutput:
+        """The texts without their prompts; an end of text alone, of confidence 0, for rows (B,) without one."""
+        eos, num_full = self.config.eos_token_id, 0
+        lengths = np.where(has_text, text.lengths - text.starts, 1)
+        blanks = {"tokens": self._pad_token_id(settings), "log_probs": -np.inf, "commit_steps": 0, "branches": 0}
+        shape = len(lengths), int(lengths.max())
+        rows = {name: np.full(shape, blank, getattr(text, name).dtype) for name, blank in blanks.items()}
+        for row, (has, length) in enumerate(zip(has_text, lengths, strict=True)):
+            if not has:
+                rows["tokens"][row, 0], rows["commit_steps"][row, 0] = eos, text.nfe[row]
+                continue
+            for name, values in rows.items():
+                values[row, :length] = getattr(text, name)[row, text.starts[row] : text.lengths[row]]
+            num_full += rows["tokens"][row, length - 1] != eos
+        if num_full:
+            logger.warning(
+                f"{num_full} of {len(has_text)} texts filled up without an end of text, so the end of their speech "
+                "may be missing. Raise `max_new_tokens` or `max_length`, or split the audio."
+            )
+        # Of improbable draws, too, there is something left.
+        has_log_prob = np.isfinite(rows["log_probs"])
+        confidence = np.where(has_log_prob, np.exp(rows["log_probs"]).clip(1e-30), np.float32(0))
+        output = self._make_output(rows["tokens"], confidence, rows["commit_steps"], text.nfe, settings)
+        output.accepted_drafts, output.rejected_drafts = text.accepted, text.rejected
+        output.token_branches, output.struck_drafts = rows["branches"], text.struck
+        output.no_speech = None if settings.no_speech_token_id is None else text.no_speech
+        return output
+
+    def _make_output(
+        self,
+        sequences: np.ndarray,
+        confidence: np.ndarray,
+        commit_steps: np.ndarray,
+        nfe: np.ndarray,
+        settings: MDMASRGenerationConfig,
+    ) -> GenerateOutput:
+        num_tokens = (commit_steps > 0).sum(axis=-1)
+        return GenerateOutput(
+            sequences=sequences,
+            confidence=calibrate(confidence, settings.confidence_temperature),
+            commit_steps=commit_steps,
+            nfe=nfe,
+            num_steps=int(nfe.max()),
+            tokens_per_evaluation=(num_tokens / np.maximum(nfe, 1)).astype(np.float32),
+        )
 
     def _prepare_prompt(
-        self,
-        decoder_input_ids: torch.LongTensor | None,
-        batch_size: int,
-        settings: MDMASRGenerationConfig,
-        slots: dict[str, Any],
-    ) -> torch.LongTensor:
+        self, decoder_input_ids: Any, batch_size: int, settings: MDMASRGenerationConfig, slots: dict[str, Any]
+    ) -> np.ndarray:
         """The visible prompt (B, P): the one given, or the one the settings' template makes of the slots."""
-        if decoder_input_ids is not None:
-            if slots:
-                raise ValueError(f"`decoder_input_ids` and {sorted(slots)} both set the prompt. Pass one of them.")
-            if decoder_input_ids.dim() != 2 or decoder_input_ids.shape[0] not in (1, batch_size):
-                raise ValueError(
-                    f"`decoder_input_ids` of shape {tuple(decoder_input_ids.shape)} must be a prompt of shape "
-                    f"({batch_size}, P)."
-                )
-            return decoder_input_ids.expand(batch_size, -1)
-        template = settings.prompt_template or {"tokens": [self.config.decoder_start_token_id]}
-        return build_prompt_ids(template, batch_size, **slots)
-
-    def canvas_lengths(
-        self,
-        duration_s: torch.Tensor | None,
-        batch_size: int,
-        prompt_length: int,
-        settings: MDMASRGenerationConfig,
-    ) -> list[int]:
-        """
-        Canvas tokens of each row, from the settings and the rows' durations (B,) in seconds.
-
-        Raises:
-            ValueError: an utterance may need a longer canvas than the decoder has positions for.
-        """
-        capacity = self.config.decoder_config.max_position_embeddings - prompt_length
-        if settings.canvas_length is None and duration_s is None:
-            raise ValueError("The canvas needs `input_features`, `attention_mask` or a fixed `canvas_length`.")
-        lengths = self.planned_tokens(duration_s, batch_size, settings).tolist()
-        if max(lengths) > capacity:
-            remedy = "Split the audio into shorter pieces, or set `canvas_length` if it holds little speech."
-            if settings.canvas_length is not None:
-                remedy = "Set a shorter `canvas_length`."
+        if decoder_input_ids is None:
+            template = settings.prompt_template or {"tokens": [self.config.decoder_start_token_id]}
+            return build_prompt_ids(template, batch_size, **slots)
+        if slots:
+            raise ValueError(f"`decoder_input_ids` and {sorted(slots)} both set the prompt. Pass one of them.")
+        prompt_ids = to_numpy(decoder_input_ids)
+        if prompt_ids.ndim != 2 or prompt_ids.shape[0] not in (1, batch_size):
             raise ValueError(
-                f"A canvas of {max(lengths)} tokens is needed, but the decoder has positions for {capacity}. {remedy}"
+                f"`decoder_input_ids` of shape {prompt_ids.shape} must be a prompt of shape ({batch_size}, P)."
             )
-        limit = self.canvas_limit(prompt_length, settings)
-        return [max(min(length, limit), 1) for length in lengths]
+        return np.broadcast_to(prompt_ids, (batch_size, prompt_ids.shape[1]))
 
-    def canvas_limit(self, prompt_length: int, settings: MDMASRGenerationConfig) -> int:
-        """The most tokens a canvas behind a prompt may have, by the decoder's positions and by the settings."""
-        capacity = self.config.decoder_config.max_position_embeddings - prompt_length
-        return max(min(settings.max_length - prompt_length, settings.max_new_tokens or capacity, capacity), 1)
-
-    def planned_tokens(
-        self, duration_s: torch.Tensor | None, batch_size: int, settings: MDMASRGenerationConfig
-    ) -> torch.LongTensor:
-        """Tokens (B,) that the settings plan for utterances of these durations, on the durations' device."""
-        if settings.canvas_length is not None:
-            device = None if duration_s is None else duration_s.device
-            return torch.full((batch_size,), settings.canvas_length, device=device)
-        # Rounded first: 0.6 s is 0.60000002 in fp32, which must not cost a token.
-        tokens = torch.round(duration_s.double() * settings.canvas_tokens_per_s, decimals=3)
-        return tokens.ceil().long() + settings.canvas_extra_tokens
+    def _check_generator(self, generator: Any, batch_size: int) -> Any:
+        if not isinstance(generator, (list, tuple)):
+            return generator
+        if len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row."
+            )
+        return list(generator)
 
     def _any_unfinished(self, unfinished: bool, synced_gpus: bool) -> bool:
-        """Whether this process has rows that are open, or with `synced_gpus` any."""
-        if synced_gpus and torch.distributed.is_available() and torch.distributed.is_initialized():
-            # A process that stopped early would leave the others waiting in the sharded layers.
-            flag = torch.tensor(float(unfinished), device=self.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            unfinished = bool(flag > 0)
+        """Whether there are rows that are open."""
         return unfinished
 
-    def adjust_generation_fn(
-        self,
-        generation_config,
-        from_auto_class,
-        from_pipeline,
-        pretrained_model_name_or_path,
-        *args,
-        **kwargs,
-    ):
-        """Called by `from_pretrained` to load generation_config.json."""
-        if generation_config is not None:
-            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
-            return
-        names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        loading = {**dict(zip(names, args, strict=False)), **kwargs}
-        loading.pop("trust_remote_code", None)
-        try:
-            self.generation_config = self.generation_config_class.from_pretrained(
-                pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **loading
-            )
-        except OSError:
-            logger.info("generation_config.json not found: the default generation settings are used.")
+
+def find_speech(
+    features: np.ndarray, mask: np.ndarray | None, least_length: float
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """
+    Which rows (B,) of features (B, T, mel bins) or waveforms (B, N) hold a signal at all, and are longer than so many
+    frames. Digital silence gives features that do not change over time. Rows without one have their mask opened, since
+    an encoder returns NaN for a row of padding only.
+
+    Raises:
+        ValueError: features that are not finite, or of another shape; a mask of another shape.
+    """
+    if not np.isfinite(features).all():
+        raise ValueError(
+            "`input_features` hold NaN or infinity. Check the audio, and that it went through this model's processor."
+        )
+    frames = features if features.ndim == 3 else features[..., None]
+    if frames.ndim != 3 or frames.shape[1] == 0:
+        raise ValueError(
+            f"`input_features` of shape {features.shape} must be (B, T, mel bins) or waveforms (B, N), T or N at "
+            "least 1. Hand the audio to this model's processor, which pads short clips."
+        )
+    inside = np.ones(frames.shape[:2], dtype=bool) if mask is None else mask.astype(bool)
+    if inside.shape != frames.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` of shape {inside.shape} must be {frames.shape[:2]}, as `input_features` have it."
+        )
+    highest = np.where(inside[..., None], frames, -np.inf).max(axis=1)
+    lowest = np.where(inside[..., None], frames, np.inf).min(axis=1)
+    has_speech = (highest > lowest).any(axis=-1) & (inside.sum(axis=-1) > least_length)
+    return has_speech, None if mask is None else inside | ~has_speech[:, None]
 
 
-__all__ = ["MDMASRGenerateOutput", "MDMASRGenerationMixin"]
+__all__ = ["Batch", "GenerateOutput", "GenerationMixin", "Read", "find_speech"]

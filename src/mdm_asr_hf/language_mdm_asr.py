@@ -4,9 +4,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
-from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
 from .prompt_mdm_asr import PromptTemplate, can_detect_language, detection_prefix, prompt_values, slot_value
 
 
@@ -18,19 +17,16 @@ class DetectedLanguages:
     Args:
         languages (`list[str]`): the most probable one of each utterance, by its code.
         codes (`list[str]`): those that were to choose from.
-        probabilities (`torch.FloatTensor` of shape (B, N)): of the codes, given that it is one of them. Their products
+        probabilities (`np.ndarray` of shape (B, N)): of the codes, given that it is one of them. Their products
             over the windows of a recording tell its language.
     """
 
     languages: list[str]
     codes: list[str]
-    probabilities: torch.FloatTensor
+    probabilities: np.ndarray
 
 
-@torch.no_grad()
-def detect_languages(
-    model: Any, encoder_outputs: MDMASREncoderOutput, template: PromptTemplate | None = None
-) -> DetectedLanguages:
+def detect_languages(model: Any, encoder_outputs: Any, template: PromptTemplate | None = None) -> DetectedLanguages:
     """
     One evaluation of the decoder on the prompt up to its language, whose token it predicts. With drafts that is what
     the donor computes; on a canvas with `shift_logits` too, as long as its weights are the donor's, but diffusion
@@ -62,20 +58,21 @@ def detect_languages(
     prefix = detection_prefix(template)
     if not (model.config.has_drafts or model.config.shift_logits):
         prefix = [*prefix, model.config.mask_token_id]
-    frames = encoder_outputs.last_hidden_state
-    prompt_ids = torch.tensor([prefix], device=frames.device).expand(len(frames), -1)
-    logits = model(decoder_input_ids=prompt_ids, encoder_outputs=encoder_outputs).logits[:, -1].float()
+    prompt_ids = np.broadcast_to(np.array(prefix), (len(encoder_outputs.last_hidden_state), len(prefix)))
+    logits = model.prompt_logits(prompt_ids, encoder_outputs)
     # Of these ids alone: `suppress_tokens` keeps languages out of texts, and has no say here.
-    probabilities = logits[:, list(ids.values())].softmax(dim=-1).cpu()
+    logits = logits[:, list(ids.values())]
+    probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
     codes = list(ids)
     return DetectedLanguages(
-        languages=[codes[i] for i in probabilities.argmax(dim=-1).tolist()], codes=codes, probabilities=probabilities
+        languages=[codes[i] for i in probabilities.argmax(axis=-1)], codes=codes, probabilities=probabilities
     )
 
 
 def settle_languages(
     model: Any,
-    encoder_outputs: MDMASREncoderOutput,
+    encoder_outputs: Any,
     template: PromptTemplate | None,
     slots: dict[str, Any],
 ) -> tuple[dict[str, Any], list[str] | None]:
@@ -94,13 +91,10 @@ def settle_languages(
     if not template or "language" not in template["tokens"]:
         return slots, None
     languages = [values["language"] for values in prompt_values(template, batch_size, **slots)]
-    is_open = torch.tensor([language is None for language in languages])
-    if bool(is_open.any()):
-        rows = is_open.nonzero().flatten()
-        detected = detect_languages(
-            model, take_rows(encoder_outputs, rows.to(encoder_outputs.last_hidden_state.device)), template
-        )
-        for row, language in zip(rows.tolist(), detected.languages, strict=True):
+    rows = [row for row, language in enumerate(languages) if language is None]
+    if rows:
+        detected = detect_languages(model, model.take_rows(encoder_outputs, np.array(rows)), template)
+        for row, language in zip(rows, detected.languages, strict=True):
             languages[row] = language
     return {**slots, "language": languages}, languages
 

@@ -6,7 +6,6 @@ canvas, or as drafts which the donor's own causal decoder verifies.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import masked_diffusion_loss
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .generation_mdm_asr import MDMASRGenerationMixin
 from .objective_mdm_asr import (
     DiffusionObjective,
     DraftObjective,
@@ -33,7 +31,7 @@ from .objective_mdm_asr import (
     lay_hints,
     logit_loss,
 )
-from .stepping_mdm_asr import TorchSteps
+from .torch_generation_mdm_asr import MDMASRGenerationMixin
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this
 # file, so that it also runs when the file is loaded as remote code.
@@ -260,10 +258,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     def draft_token_ids(self) -> torch.LongTensor:
         """The N ids that can be drafted."""
         return self.model.decoder.drafts.head.token_ids
-
-    def begin_steps(self, encoder_outputs: MDMASREncoderOutput, rows: Any, num_slots: int) -> TorchSteps:
-        """What [`VerifiedDecoder`] makes its steps by."""
-        return TorchSteps(self, encoder_outputs, rows, num_slots)
 
     @can_return_tuple
     def forward(
@@ -587,7 +581,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         return self._draft_loss(outputs.draft_hidden_states, sequences, behind, objective)[0]
 
     def _default_prompt(self, batch_size: int) -> torch.LongTensor:
-        return self._prepare_prompt(None, batch_size, self.generation_config, {})
+        return torch.from_numpy(self._prepare_prompt(None, batch_size, self.generation_config, {}))
 
     def _lay_canvas(
         self, labels: torch.LongTensor, duration_s: torch.Tensor | None, longest_s: float, prompt_length: int

@@ -17,6 +17,7 @@ from .cache_mdm_asr import BehindDonor, KeyValue
 from .decoder_mdm_asr import entropy
 from .encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from .onnx_mdm_asr import DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE, ENCODER_FILE, layer_names, require
+from .onnx_processing_mdm_asr import MEL_FILE
 
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
@@ -181,7 +182,8 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
     - drafts.onnx: what they verify, see [`DraftsGraph`];
     - embeddings.npy: of all token ids (V + E, D), in fp16 beside int8 graphs;
-    - settings, tokenizer and processor, as `save_pretrained` writes them.
+    - settings, tokenizer and processor, as `save_pretrained` writes them; and mel_filters.npy (frequencies, mel bins)
+      of Whisper's features.
 
     Args:
         model ([`MDMASRForConditionalGeneration`], folder or id).
@@ -191,9 +193,9 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
 
     Raises:
         ValueError: `output` is in use, the model has no processor, decodes on a canvas, or cannot be exported.
-        ImportError: the extra `onnx` is not installed.
+        ImportError: the extra `export` is not installed.
     """
-    require("onnx", "onnxscript", *(["onnxruntime"] if int8 else []))
+    require("onnx", "onnxscript", *(["onnxruntime"] if int8 else []), extra="export")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output` {str(output)!r} exists and is not an empty folder. Remove it or choose another.")
@@ -222,6 +224,8 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     model.config.save_pretrained(output)
     model.generation_config.save_pretrained(output)
     processor.save_pretrained(output)
+    if model.config.encoder_config.model_type == "whisper":
+        np.save(output / MEL_FILE, processor.feature_extractor.frontend.mel_filters.astype(np.float32))
     decoder = model.get_decoder()
     embeddings = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach().numpy()
     np.save(output / EMBEDDINGS_FILE, embeddings.astype(np.float16) if int8 else embeddings)

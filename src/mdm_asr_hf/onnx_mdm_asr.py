@@ -1,22 +1,19 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""OnnxMDMASR: `generate` on the graphs that `export_onnx` wrote, by ONNX Runtime."""
+"""OnnxMDMASR: `generate` on the graphs that `export_onnx` wrote, by ONNX Runtime and NumPy, without PyTorch."""
 
+import json
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from transformers.modeling_outputs import ModelOutput
 
-from .cache_mdm_asr import KeyValue
-from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
-from .drafting_mdm_asr import DraftTree
-from .encoder_mdm_asr import WHISPER_FRAMES_PER_S, MDMASREncoderOutput
+from .drafting_mdm_asr import DraftTree, to_numpy
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .generation_mdm_asr import MDMASRGenerateOutput, MDMASRGenerationMixin
+from .generation_mdm_asr import GenerationMixin, find_speech
 
 # What is in a folder.
 ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
@@ -25,19 +22,20 @@ ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
     "drafts.onnx",
     "embeddings.npy",
 )
+WHISPER_FRAMES_PER_S = 100
 SPINNING_STOP, EXACT_INT8 = "session.force_spinning_stop", "session.x64quantprecision"
 # Slots and frames come in such numbers, and rows of text by two at least: sums then have the same order, to the bit,
 # however many there are.
 MULTIPLE, LEAST_ROWS = 64, 2
 
 
-def require(*modules: str) -> None:
-    """Raises an ImportError that says what to install, if one of the modules is missing."""
+def require(*modules: str, extra: str = "onnx") -> None:
+    """Raises an ImportError that says which of the package's extras to install, if one of the modules is missing."""
     for module in modules:
         try:
             __import__(module)
         except ImportError as error:
-            raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[onnx]"`.') from error
+            raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[{extra}]"`.') from error
 
 
 def layer_names(kind: str, layers: range) -> list[str]:
@@ -50,6 +48,22 @@ def is_onnx_folder(folder: str | Path) -> bool:
     return (Path(folder) / DECODER_FILE).is_file()
 
 
+@dataclass
+class OnnxEncoderOutput:
+    """
+    What the encoder gives for B utterances.
+
+    Attributes:
+        last_hidden_state (`np.ndarray` of shape (B, T, encoder width)): the acoustic frames.
+        attention_mask (`np.ndarray` of shape (B, T)): which frames count.
+        cross_attention_states: keys and values of the cross-attention (B, heads, T, head_dim), a pair for each layer.
+    """
+
+    last_hidden_state: np.ndarray
+    attention_mask: np.ndarray
+    cross_attention_states: list[tuple[np.ndarray, np.ndarray]]
+
+
 class OnnxDecoder:
     """
     The decoder's graphs.
@@ -57,9 +71,10 @@ class OnnxDecoder:
     Args:
         session, drafts (`onnxruntime.InferenceSession`): of the causal rows, and of the masks.
         embeddings (`np.ndarray` of shape (V + E, D)): of all token ids.
+        config: of the decoder.
     """
 
-    def __init__(self, session: Any, drafts: Any, embeddings: np.ndarray, config: MDMASRDecoderConfig):
+    def __init__(self, session: Any, drafts: Any, embeddings: np.ndarray, config: Any):
         self.session, self.drafts, self.embeddings, self.config = session, drafts, embeddings, config
         # What the masks take of the encoder: of the layers beside which there are draft layers.
         self.first_draft_layer = config.num_hidden_layers - config.draft_layers
@@ -67,24 +82,14 @@ class OnnxDecoder:
         self.draft_cross = ["frame_mask", *layer_names("cross_key", layers), *layer_names("cross_value", layers)]
 
     def __call__(
-        self,
-        input_ids: torch.LongTensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        cross_attention_states: tuple[KeyValue, ...] | None = None,
-        columns: torch.LongTensor | None = None,
-        output_cross_queries: bool = False,
-    ) -> dict[str, Any]:
+        self, input_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput, columns: np.ndarray, name: str
+    ) -> np.ndarray:
         """
-        Args:
-            input_ids (`torch.LongTensor` of shape (R, Q)): whole texts, of which there is no mask.
-            encoder_hidden_states: not needed; the keys and values of the cross-attention are.
-            encoder_attention_mask, cross_attention_states: as in [`MDMASRDecoder`].
-            columns (`torch.LongTensor` of shape (R, N), *optional*): those whose logits are needed. Default: none.
+        One output of the graph for whole texts.
 
-        Returns:
-            `logits` (R, N, V), and on request `cross_queries`: of every layer (R, Q, heads * head_dim).
+        Args:
+            input_ids (`np.ndarray` of shape (R, Q)), columns (R, N): those whose logits are computed.
+            name (`str`): `logits` (R, N, V), or `cross_queries` (layers, R, Q, heads * head_dim).
         """
         (num_rows, width), config = input_ids.shape, self.config
         if width > config.max_position_embeddings:
@@ -96,13 +101,10 @@ class OnnxDecoder:
         keys = np.zeros(
             (config.num_hidden_layers, num_rows, config.num_key_value_heads, width, config.head_dim), np.float32
         )
-        feed = cross_feed(cross_attention_states, encoder_attention_mask)
-        feed |= {"embeds": self.embed(input_ids.numpy()), "position_ids": places, "slots": places}
+        feed = cross_feed(encoder_outputs)
+        feed |= {"embeds": self.embed(input_ids), "position_ids": places, "slots": places}
         feed |= {"visible": np.broadcast_to(np.tri(width, dtype=bool), (num_rows, width, width))}
-        feed |= {"columns": np.zeros((num_rows, 0), np.int64) if columns is None else columns.numpy()}
-        names = ["logits", *(["cross_queries"] if output_cross_queries else [])]
-        outputs = run(self.session, names, feed | {"keys": keys, "values": keys})
-        return {name: torch.from_numpy(values) for name, values in outputs.items()}
+        return run(self.session, [name], feed | {"columns": columns, "keys": keys, "values": keys})[name]
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Embeddings (..., D) of ids."""
@@ -115,14 +117,13 @@ class OnnxSteps:
     tokens and frames alone, to the bit.
     """
 
-    def __init__(self, decoder: OnnxDecoder, encoder_outputs: MDMASREncoderOutput, rows: np.ndarray, num_slots: int):
+    def __init__(self, decoder: OnnxDecoder, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int):
         self.decoder, self.config, self.num_rows = decoder, decoder.config, len(rows)
-        self.cross = cross_feed(encoder_outputs.cross_attention_states, encoder_outputs.attention_mask)
-        num_frames = _multiple(self.cross["frame_mask"].shape[1])
-        are_all = np.array_equal(rows, np.arange(len(self.cross["frame_mask"])))
-        for name, values in self.cross.items():
-            kept = values if are_all else values[rows]
-            self.cross[name] = pad(kept, num_frames, 1 if name == "frame_mask" else 2)
+        self.cross = cross_feed(encoder_outputs)
+        # Those of the encoder's outputs may be read again by others.
+        self.is_own = not np.array_equal(rows, np.arange(len(encoder_outputs.attention_mask)))
+        if self.is_own:
+            self.cross = {name: values[rows] for name, values in self.cross.items()}
         # Stands for the last slot there is, whose number grows.
         self.padding_slot = num_slots
         shape = self.config.num_hidden_layers, self.num_rows, self.config.num_key_value_heads, 0, self.config.head_dim
@@ -161,8 +162,15 @@ class OnnxSteps:
     def keep_rows(self, rows: np.ndarray) -> None:
         """Keeps some rows, by their indices."""
         self.num_rows = len(rows)
-        self.cross = {name: values[rows] for name, values in self.cross.items()}
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        if not self.is_own:
+            self.cross, self.is_own = {name: values[rows] for name, values in self.cross.items()}, True
+            return
+        for name, values in self.cross.items():
+            # Most rows stay where they are, and are too large to be copied without need.
+            for place in np.flatnonzero(rows != np.arange(len(rows))):
+                values[place] = values[rows[place]]
+            self.cross[name] = values[: len(rows)]
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies keys and values from slots (R, N) to others (R, N)."""
@@ -172,29 +180,29 @@ class OnnxSteps:
             states[:, rows, :, target] = states[:, rows, :, source]
 
 
-class OnnxMDMASR(MDMASRGenerationMixin):
+class OnnxMDMASR(GenerationMixin):
     """
     MDM-ASR by ONNX Runtime: the folder that `mdm-asr export` or `export_onnx` wrote, with the `generate` of
-    [`MDMASRForConditionalGeneration`], its settings and its outputs. [`Transcriber`] and streaming take it as a model.
+    [`MDMASRForConditionalGeneration`], its settings and its outputs, as arrays of NumPy. [`Transcriber`] and streaming
+    take it as a model.
 
     Args:
         sessions (`dict[str, onnxruntime.InferenceSession]`): by the names of the graphs' files.
         embeddings (`np.ndarray` of shape (V + E, D)): of all token ids.
-        config ([`MDMASRConfig`]), generation_config ([`MDMASRGenerationConfig`]): of the checkpoint.
+        config: what the checkpoint's config.json holds.
+        generation_config ([`MDMASRGenerationConfig`]): of the checkpoint.
     """
 
-    generation_config_class = MDMASRGenerationConfig
     # What is exported is worth exporting.
     has_trained_drafts = True
-    main_input_name = "input_features"
-    # What goes in and comes out; quantised graphs, too, convert by themselves.
-    device, dtype = torch.device("cpu"), torch.float32
+    # Where arrays lie, and what they are; quantised graphs convert by themselves.
+    device, dtype = "cpu", "float32"
 
     def __init__(
         self,
         sessions: dict[str, Any],
         embeddings: np.ndarray,
-        config: MDMASRConfig,
+        config: SimpleNamespace,
         generation_config: MDMASRGenerationConfig,
     ):
         self.config, self.generation_config = config, generation_config
@@ -226,7 +234,7 @@ class OnnxMDMASR(MDMASRGenerationMixin):
                 f"`folder` {str(folder)!r} has no {', '.join(missing)}. Write it with `mdm-asr export --model MODEL "
                 "--output FOLDER`."
             )
-        config, options = MDMASRConfig.from_pretrained(folder), session_options(num_threads)
+        options = session_options(num_threads)
         providers = list(providers or ["CPUExecutionProvider"])
         try:
             # Of a text, a few rows are read.
@@ -234,135 +242,135 @@ class OnnxMDMASR(MDMASRGenerationMixin):
             sessions = {
                 name: onnxruntime.InferenceSession(str(folder / name), options, providers=providers) for name in names
             }
+            config = json.loads((folder / "config.json").read_text(), object_hook=lambda one: SimpleNamespace(**one))
+            config.vocab_size, config.has_drafts = config.decoder_config.vocab_size, True
+            settings = MDMASRGenerationConfig(**json.loads((folder / "generation_config.json").read_text()))
         except Exception as error:
             # ONNX Runtime raises classes of its own, one for every kind of damage.
             raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {error}. Export it again.") from error
-        model = cls(sessions, embeddings, config, MDMASRGenerationConfig.from_pretrained(folder))
+        model = cls(sessions, embeddings, config, settings)
         model.name_or_path = str(folder)
         return model
 
-    def generate(self, *args: Any, **kwargs: Any) -> torch.LongTensor | MDMASRGenerateOutput:
-        """See [`MDMASRGenerationMixin.generate`]."""
-        with one_torch_thread():
-            return super().generate(*args, **kwargs)
-
-    def get_decoder(self) -> OnnxDecoder:
-        return self.decoder
-
-    def to(self, *where: Any, **more: Any) -> "OnnxMDMASR":
-        """The model itself: where it runs, `providers` say, and its graphs are as they were exported."""
-        for one in (*where, *more.values()):
-            if (
-                one is None
-                or one == self.dtype
-                or (not isinstance(one, torch.dtype) and torch.device(one) == self.device)
-            ):
-                continue
-            raise ValueError(f"An ONNX model cannot be moved to {str(one)!r}. Leave it on 'cpu', in float32.")
-        return self
-
-    def eval(self) -> "OnnxMDMASR":
-        return self
-
-    def can_generate(self) -> bool:
-        return True
-
     def encode(
-        self,
-        input_features: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        trailing_silence_s: float | None = None,
-    ) -> MDMASREncoderOutput:
-        """Runs the encoder, with so much silence behind the audio, by default the configuration's, and the
-        cross-attention's keys and values with it."""
-        input_features, attention_mask = self._check_features(input_features, attention_mask)
+        self, input_features: Any, attention_mask: Any = None, trailing_silence_s: float | None = None
+    ) -> OnnxEncoderOutput:
+        """Runs the encoder on features (B, T, mel bins) or (B, N), with so much silence behind the audio, by default
+        the configuration's, and the cross-attention's keys and values with it."""
+        input_features, lengths = self._check_features(input_features, attention_mask)
         layers = range(self.config.decoder_config.num_hidden_layers)
-        names = [layer_names(kind, layers) for kind in ("cross_key", "cross_value")]
-        names = ["frames", *names[0], *names[1]]
+        names = ["frames", *layer_names("cross_key", layers), *layer_names("cross_value", layers)]
         feed = {}
         if self.config.encoder_config.model_type == "whisper":
             silence_s = self.config.encoder_trailing_silence_s if trailing_silence_s is None else trailing_silence_s
             feed["trailing_silence"] = np.array(round(silence_s * WHISPER_FRAMES_PER_S))
         rows = []
         # One by one: a row is enough for a CPU, and padding takes time. Of no audio, a row of nothing.
-        for features, length in zip(input_features.float(), attention_mask.long().sum(dim=1).tolist(), strict=True):
+        for features, length in zip(input_features, lengths, strict=True):
             rows.append(run(self.encoder, names, feed | {"input_features": features[None, : length or None]}))
-        lengths = torch.tensor([row["frames"].shape[1] for row in rows])
+        lengths = np.array([row["frames"].shape[1] for row in rows])
         num_frames = _multiple(int(lengths.max()))
-        axes = [1, *[2] * 2 * len(layers)]
-        frames, *cross = (
-            torch.from_numpy(np.concatenate([pad(row[name], num_frames, axis) for row in rows]))
-            for name, axis in zip(names, axes, strict=True)
-        )
-        keys, values = cross[: len(layers)], cross[len(layers) :]
-        return MDMASREncoderOutput(
-            last_hidden_state=frames,
-            attention_mask=torch.arange(num_frames) < lengths[:, None],
-            cross_attention_states=tuple(zip(keys, values, strict=True)),
+        joined = {name: _join([row.pop(name) for row in rows], num_frames) for name in names}
+        return OnnxEncoderOutput(
+            last_hidden_state=joined["frames"],
+            attention_mask=np.arange(num_frames) < lengths[:, None],
+            cross_attention_states=[
+                (joined[f"cross_key.{layer}"], joined[f"cross_value.{layer}"]) for layer in layers
+            ],
         )
 
-    def _check_features(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of the layout that the graph takes, and no longer than it takes, with their mask."""
+    def _check_features(self, input_features: Any, attention_mask: Any) -> tuple[np.ndarray, list[int]]:
+        """Features of the layout that the graph takes, and no longer than it takes, with their lengths."""
+        input_features = to_numpy(input_features).astype(np.float32, copy=False)
         layout = self.encoder.get_inputs()[0].shape
-        if input_features.dim() != len(layout) or (len(layout) == 3 and input_features.shape[2] != layout[2]):
+        if input_features.ndim != len(layout) or (len(layout) == 3 and input_features.shape[2] != layout[2]):
             wanted = f"(B, T, {layout[2]})" if len(layout) == 3 else "(B, N)"
             raise ValueError(
-                f"`input_features` of shape {tuple(input_features.shape)} must be {wanted}, as this model's own "
-                "feature extractor returns them."
+                f"`input_features` of shape {input_features.shape} must be {wanted}, as this model's own feature "
+                "extractor returns them."
             )
-        if attention_mask is None:
-            attention_mask = torch.ones(input_features.shape[:2], dtype=torch.long)
+        lengths = np.full(len(input_features), input_features.shape[1])
+        if attention_mask is not None:
+            lengths = to_numpy(attention_mask).astype(bool).sum(axis=-1)
         encoder_config = self.config.encoder_config
         if encoder_config.model_type == "whisper":
             capacity = 2 * encoder_config.max_source_positions
-            longest = int(attention_mask.long().sum(dim=-1).max())
-            if longest > capacity:
+            if lengths.max() > capacity:
                 raise ValueError(
-                    f"`input_features` hold {longest / WHISPER_FRAMES_PER_S:.1f} s of audio, but this encoder takes "
-                    f"at most {capacity / WHISPER_FRAMES_PER_S:.1f} s. Split the audio into shorter pieces."
+                    f"`input_features` hold {lengths.max() / WHISPER_FRAMES_PER_S:.1f} s of audio, but this encoder "
+                    f"takes at most {capacity / WHISPER_FRAMES_PER_S:.1f} s. Split the audio into shorter pieces."
                 )
-            input_features, attention_mask = input_features[:, :capacity], attention_mask[:, :capacity]
-        return input_features, attention_mask
+            input_features = input_features[:, :capacity]
+        return input_features, lengths.tolist()
 
-    def prepare_cross_attention(self, encoder_outputs: MDMASREncoderOutput) -> MDMASREncoderOutput:
+    # What `generate` asks of a model, see [`GenerationMixin`].
+
+    def prepare_cross_attention(self, encoder_outputs: OnnxEncoderOutput) -> OnnxEncoderOutput:
         """The outputs of `encode`, which have the keys and values."""
-        if getattr(encoder_outputs, "cross_attention_states", None) is None:
-            raise ValueError("`encoder_outputs` have no `cross_attention_states`. Pass what `encode` returned.")
+        if not isinstance(encoder_outputs, OnnxEncoderOutput):
+            raise ValueError("`encoder_outputs` must be what this model's `encode` returned.")
         return encoder_outputs
 
-    def begin_steps(self, encoder_outputs: MDMASREncoderOutput, rows: np.ndarray, num_slots: int) -> OnnxSteps:
+    def take_rows(self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray) -> OnnxEncoderOutput:
+        """The encoder's outputs for some rows, by their indices, which may repeat."""
+        return OnnxEncoderOutput(
+            encoder_outputs.last_hidden_state[rows],
+            encoder_outputs.attention_mask[rows],
+            [(key[rows], value[rows]) for key, value in encoder_outputs.cross_attention_states],
+        )
+
+    def find_speech(
+        self, input_features: Any, attention_mask: Any, min_duration_s: float
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Which rows (B,) hold a signal at all, and the mask with those opened that don't; see [`find_speech`]."""
+        mask = None if attention_mask is None else to_numpy(attention_mask)
+        return find_speech(to_numpy(input_features), mask, min_duration_s * self.config.input_frames_per_s)
+
+    def audio_duration_s(self, input_features: Any, attention_mask: Any) -> np.ndarray | None:
+        """Seconds of audio in each row (B,), or None if nothing tells."""
+        if input_features is None and attention_mask is None:
+            return None
+        mask = np.ones(input_features.shape[:2]) if attention_mask is None else to_numpy(attention_mask)
+        return mask.sum(axis=-1) / self.config.input_frames_per_s
+
+    def begin_steps(self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int) -> OnnxSteps:
         """What [`VerifiedDecoder`] makes its steps by."""
         return OnnxSteps(self.decoder, encoder_outputs, rows, num_slots)
 
-    def __call__(
-        self,
-        decoder_input_ids: torch.LongTensor,
-        encoder_outputs: MDMASREncoderOutput | None = None,
-        logits_to_keep: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> ModelOutput:
-        """Logits (R, N, V) of columns (R, N), by default of all; see [`MDMASRForConditionalGeneration.forward`]."""
-        if logits_to_keep is None:
-            logits_to_keep = torch.arange(decoder_input_ids.shape[1]).expand(len(decoder_input_ids), -1)
-        outputs = self.decoder(
-            decoder_input_ids,
-            encoder_attention_mask=encoder_outputs.attention_mask,
-            cross_attention_states=encoder_outputs.cross_attention_states,
-            columns=logits_to_keep,
-            **kwargs,
-        )
-        return ModelOutput(logits=outputs["logits"])
+    def prompt_logits(self, prompt_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput) -> np.ndarray:
+        """Logits (B, V) behind prompts (B, P)."""
+        last = np.full((len(prompt_ids), 1), prompt_ids.shape[1] - 1)
+        return self.decoder(prompt_ids, encoder_outputs, last, "logits")[:, 0]
+
+    def cross_attention(
+        self, input_ids: np.ndarray, visible: None, encoder_outputs: OnnxEncoderOutput
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """Queries of texts (B, S) by all layers, keys, and which frames count, see [`MDMASRGenerationMixin`]."""
+        none = np.zeros((len(input_ids), 0), dtype=np.int64)
+        queries = self.decoder(input_ids, encoder_outputs, none, "cross_queries")
+        return queries, [key for key, _ in encoder_outputs.cross_attention_states], encoder_outputs.attention_mask
+
+    def to_output(self, values: Any, encoder_outputs: OnnxEncoderOutput | None = None) -> Any:
+        """An array, or an output of arrays, as it is."""
+        return values
 
 
-def cross_feed(states: tuple[KeyValue, ...], mask: torch.BoolTensor | None) -> dict[str, np.ndarray]:
+def cross_feed(encoder_outputs: OnnxEncoderOutput) -> dict[str, np.ndarray]:
     """What the decoder's graphs take of the encoder: keys and values of the frames, and which of them count."""
-    keys, values = zip(*states, strict=True)
-    feed = {"frame_mask": np.ones(keys[0].shape[::2], bool) if mask is None else mask.bool().numpy()}
-    for kind, tensors in (("cross_key", keys), ("cross_value", values)):
-        feed |= zip(layer_names(kind, range(len(states))), (one.numpy(force=True) for one in tensors), strict=True)
+    feed = {"frame_mask": encoder_outputs.attention_mask}
+    for layer, (key, value) in enumerate(encoder_outputs.cross_attention_states):
+        feed |= {f"cross_key.{layer}": key, f"cross_value.{layer}": value}
     return feed
+
+
+def _join(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """Rows (1, ..., T, D) of any lengths T as (B, ..., length, D), with zeros behind them."""
+    if len(rows) == 1 and rows[0].shape[-2] == length:
+        return rows[0]
+    joined = np.zeros((len(rows), *rows[0].shape[1:-2], length, rows[0].shape[-1]), rows[0].dtype)
+    for place, row in zip(joined, rows, strict=True):
+        place[..., : row.shape[-2], :] = row[0]
+    return joined
 
 
 def pad(values: np.ndarray, length: int, axis: int, value: float = 0) -> np.ndarray:
@@ -406,24 +414,10 @@ def _has_vnni() -> bool:
         return False
 
 
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """
-    What is left to PyTorch beside ONNX Runtime takes one thread. The idle threads of two pools, which spin while they
-    wait, would keep each other from the cores.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
 def run(session: Any, names: Sequence[str], feed: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Runs a graph on arrays, or tensors of the CPU. No data is copied but what does not lie in one piece."""
+    """Runs a graph on arrays. No data is copied but what does not lie in one piece."""
     arrays = {name: np.asarray(values, order="C") for name, values in feed.items()}
     return dict(zip(names, session.run(names, arrays), strict=True))
 
 
-__all__ = ["OnnxDecoder", "OnnxMDMASR", "OnnxSteps", "is_onnx_folder", "layer_names", "one_torch_thread", "require"]
+__all__ = ["OnnxEncoderOutput", "OnnxMDMASR", "OnnxSteps", "is_onnx_folder", "layer_names", "require"]

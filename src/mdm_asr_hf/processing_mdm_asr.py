@@ -145,7 +145,7 @@ class MDMASRProcessor(ProcessorMixin):
         if self.prompt_template is None:
             raise ValueError("This processor has no `prompt_template`. Give it the one of generation_config.json.")
         slots.update(language=language, target_language=target_language, punctuation=punctuation)
-        return build_prompt_ids(self.prompt_template, batch_size, **slots)
+        return torch.from_numpy(build_prompt_ids(self.prompt_template, batch_size, **slots))
 
     def hotword_ids(self, words: list[str], language: str | None = None) -> HotwordIds:
         """

@@ -5,8 +5,13 @@ import difflib
 from collections.abc import Collection
 from typing import Any
 
-import torch
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+import numpy as np
+
+try:
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+except ImportError:
+    # Where exported models run without it, languages go by their codes alone.
+    TO_LANGUAGE_CODE = {}
 
 # A template is plain JSON, so that generation_config.json and processor_config.json can hold the same one:
 #   {"tokens": [7, "language", 9],               an int is a fixed token id, a str names a slot
@@ -61,7 +66,7 @@ def validate_prompt_template(template: PromptTemplate) -> None:
             )
 
 
-def build_prompt_ids(template: PromptTemplate, batch_size: int = 1, **slots: Any) -> torch.LongTensor:
+def build_prompt_ids(template: PromptTemplate, batch_size: int = 1, **slots: Any) -> np.ndarray:
     """
     Builds the decoder prompts of a batch.
 
@@ -71,7 +76,7 @@ def build_prompt_ids(template: PromptTemplate, batch_size: int = 1, **slots: Any
         slots: a value per slot (`language="de"`, `punctuation=False`), or a list of B values. None means the default.
 
     Returns:
-        `torch.LongTensor` of shape (B, P). Every row has one token per item of the template.
+        `np.ndarray` of shape (B, P). Every row has one token per item of the template.
 
     Raises:
         ValueError: an unknown slot or value, a list of another length than B, or a language that is not known yet.
@@ -84,7 +89,7 @@ def build_prompt_ids(template: PromptTemplate, batch_size: int = 1, **slots: Any
                 f"{_choices(template['slots']['language'])}; to train, make `prompt_ids` with it."
             )
         ids.append([t if isinstance(t, int) else template["slots"][t][values[t]] for t in template["tokens"]])
-    return torch.tensor(ids, dtype=torch.long).reshape(batch_size, len(template["tokens"]))
+    return np.array(ids, dtype=np.int64).reshape(batch_size, len(template["tokens"]))
 
 
 def prompt_values(template: PromptTemplate, batch_size: int = 1, **slots: Any) -> list[dict[str, str | None]]:

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from transformers.utils import logging
-
 from .audio_mdm_asr import AudioStream
 from .confidence_mdm_asr import utterance_confidence
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
@@ -20,8 +17,6 @@ from .prompt_mdm_asr import prompt_values
 from .transcript_mdm_asr import Transcript, text_length, token_texts
 from .voice_activity_mdm_asr import make_vad
 from .windows_mdm_asr import Window, cut_windows
-
-logger = logging.get_logger(__name__)
 
 # Seconds of audio that wait to be batched with others of their length: 38 MB of samples.
 POOL_S = 600.0
@@ -189,7 +184,7 @@ class Transcriber:
             return []
         try:
             return self._generate(windows)
-        except (ValueError, torch.OutOfMemoryError) as error:
+        except (ValueError, *self.model.memory_errors) as error:
             if len(windows) > 1:
                 return [result for window in windows for result in self._decode([window])]
             if isinstance(error, ValueError):
@@ -204,12 +199,11 @@ class Transcriber:
     def _generate(self, windows: Sequence[Window]) -> list[DecodedWindow]:
         with_times = self.timestamps or any(window.needs_times for window in windows)
         inputs = self.processor([window.samples for window in windows], sampling_rate=self.rate_hz)
-        # Temperatures and some samplers draw: a generator per row gives a window the same text in every batch.
-        generators = [torch.Generator().manual_seed(0) for _ in windows]
         output = self.model.generate(
             **inputs.to(self.model.device),
             generation_config=self.settings,
-            generator=generators,
+            # Temperatures and some samplers draw: a seed for each row gives a window the same text in every batch.
+            generator=[0] * len(windows),
             return_token_timestamps=with_times,
             **self.arguments,
         )

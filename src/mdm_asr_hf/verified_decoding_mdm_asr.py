@@ -225,7 +225,7 @@ class VerifiedDecoder:
         if self.settings.no_speech_threshold is not None:
             # Where nobody speaks, nothing more is written.
             has_ended |= text.no_speech[rows] > self.settings.no_speech_threshold
-        left = (~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero()[0]
+        left = _moved_up((~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero()[0])
         if len(left) < len(rows):
             self.rows = rows[left]
             if len(left) or self.synced_gpus:
@@ -384,6 +384,14 @@ class VerifiedDecoder:
             zeros = np.zeros(self.steps.num_rows, dtype=np.int64)
             self.steps.propose(self._blocks(zeros), zeros, zeros, self.most_drafts)
         return self._nothing()
+
+
+def _moved_up(left: np.ndarray) -> np.ndarray:
+    """Rows that are left (R,), in the order in which the fewest change their places: the last ones fill the gaps."""
+    number = len(left)
+    order = np.arange(number)
+    order[np.setdiff1d(order, left)] = left[left >= number]
+    return order
 
 
 __all__ = ["VerifiedDecoder", "VerifiedText"]

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
 
 VAD_NAMES = ("auto", "silero", "energy", "none")
 FRAME_S = 0.032
@@ -87,15 +86,17 @@ class SileroVAD:
         """Forgets the recording."""
         self._before = np.zeros(0, dtype=np.float32)
 
-    @torch.no_grad()
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Scores (number of frames,) of the next samples (N,) of a recording; the last frame may be incomplete."""
+        import torch
+
         num_before = len(self._before) // SILERO_FRAME
         heard = np.concatenate([self._before, samples]).astype(np.float32, copy=False)
         self._before = heard[-SILERO_WARM_UP_FRAMES * SILERO_FRAME :]
         if isinstance(self._model, torch.jit.ScriptModule):
             padded = np.pad(heard, (0, -len(heard) % SILERO_FRAME))
-            scores = self._model.audio_forward(torch.from_numpy(padded), SILERO_RATE_HZ)[0].numpy()
+            with torch.no_grad():
+                scores = self._model.audio_forward(torch.from_numpy(padded), SILERO_RATE_HZ)[0].numpy()
         else:
             scores = self._model.audio_forward(heard, SILERO_RATE_HZ)
         return scores[num_before:]
@@ -125,6 +126,9 @@ def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:
 
 @lru_cache(maxsize=1)
 def _load_silero() -> Any:
+    # Which silero-vad brings along.
+    import torch
+
     num_threads = torch.get_num_threads()
     try:
         from silero_vad import load_silero_vad
