@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from mdm_asr_hf import MDMASRGenerateOutput, OnnxProcessor, onnx_export_mdm_asr
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
 from mdm_asr_hf.onnx_export_mdm_asr import export_onnx
-from mdm_asr_hf.onnx_mdm_asr import OnnxEncoderOutput, OnnxMDMASR, session_options
+from mdm_asr_hf.onnx_mdm_asr import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, session_options
 from mdm_asr_hf.streaming_mdm_asr import StreamingTranscriber
 from mdm_asr_hf.transcript_mdm_asr import token_texts
 from mdm_asr_hf.transcription_mdm_asr import Transcriber
@@ -282,6 +283,11 @@ def test_golden(golden):
     torch.testing.assert_close(output.confidence, expected.confidence, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(output.token_timestamps, expected.token_timestamps, rtol=0, atol=0.021)
     assert processor.decode(output.sequences[0]).startswith("He had found where his treasure was")
+    # Rows of a batch are encoded side by side.
+    batch = onnx.generate(**processor([str(RECORDING), load_audio(RECORDING)[:32_000]]))
+    assert isinstance(onnx.encoders, RowEncoders) or os.cpu_count() == 1
+    assert batch[0, : output.sequences.shape[1]].tolist() == output.sequences[0].tolist()
+    assert processor.decode(batch[1]).startswith("He had found where his") and batch.shape[0] == 2
 
 
 def test_transcriber_and_stream(golden):
