@@ -82,6 +82,21 @@ def test_a_donor_and_its_drafts_learn_transcripts(run_train, data, tmp_path, lor
     assert not any("encoder." in name for name in changed - {n for n in changed if "decoder." in n})
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_share_of_what_was_learnt(run_train, data, tmp_path, lora_rank):
+    """Half of the way from the first weights to the trained ones; with adapters, of what they add."""
+    model, saved = tiny_drafts_model(dtype=torch.float32), []
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    for share in ("1", "0.5"):
+        more = ["--lora_rank", str(lora_rank), "--learning_rate", "1e-3", "--trained_share", share]
+        run_train.main(arguments(tmp_path / "model", data, tmp_path / share, *more))
+        saved.append(AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / share / "out").state_dict())
+    before, name = model.state_dict(), "model.decoder.layers.0.cross_attn.q_proj.weight"
+    assert not torch.equal(saved[0][name], before[name])
+    torch.testing.assert_close(saved[1][name], (saved[0][name] + before[name]) / 2)
+
+
 def test_the_recipe_of_drafts_is_the_command(run_train, data, tmp_path, monkeypatch):
     """The settings that are given reach the stages, and no others."""
     called = {}

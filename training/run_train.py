@@ -62,6 +62,10 @@ class ModelArguments:
         default=0,
         metadata={"help": "Train adapters of this rank in the decoder's projections instead of all its weights."},
     )
+    trained_share: float = field(
+        default=1.0,
+        metadata={"help": "Save this share of what was learnt, the rest as it was before (arXiv 2109.01903)."},
+    )
     shift_logits: bool | None = field(
         default=None,
         metadata={
@@ -158,6 +162,15 @@ def with_adapters(model: MDMASRForConditionalGeneration, rank: int) -> "PeftMode
 
     projections = r"model\.decoder\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections))
+
+
+@torch.no_grad()
+def keep_share(model: torch.nn.Module, start: dict[str, torch.Tensor], share: float) -> None:
+    """Moves the trained weights back towards `start`; of adapters, what they add."""
+    for name, parameter in model.named_parameters():
+        # An adapter adds B A, and starts with B = 0.
+        if name in start and ".lora_A." not in name:
+            parameter.lerp_(start[name].to(parameter), 1.0 - share)
 
 
 def benchmark_input(trainer: ISCTTrainer, num_batches: int) -> dict[str, float]:
@@ -270,9 +283,12 @@ def main(argv: list[str]) -> dict:
     if is_growing(train):
         # A stream without an end that changes meanwhile cannot be brought to the place where a run stopped.
         arguments.ignore_data_skip = True
+    start = {}
+    if model_arguments.trained_share != 1:
+        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     resume = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    trained = trainer.train(resume_from_checkpoint=resume)
-    results["train"] = trained.metrics
+    results["train"] = trainer.train(resume_from_checkpoint=resume).metrics
+    keep_share(model, start, model_arguments.trained_share)
     if evaluation is not None:
         results["after"] = trainer.evaluate()
     if model_arguments.lora_rank and trainer.is_world_process_zero():
