@@ -226,9 +226,9 @@ def test_steps_are_short_until_a_window_has_its_first_text():
     updates = list(transcriber_of(Listener(), step_s=0.6).stream(cut(samples, [160])))
     texts = [update.time_s for update in updates if update.committed or update.partial]
     # The first word begins at 0.2 s and is one from 0.12 s on; then the steps are long, to the pause.
-    assert texts[:3] == pytest.approx([0.4, 1.0, 1.6])
+    assert texts[:3] == pytest.approx([0.48, 1.08, 1.68])
     later = next(one.time_s for one in updates if one.partial and one.time_s > times[2][0])
-    assert times[2][0] + 0.12 < later <= times[2][0] + 0.12 + 0.2
+    assert times[2][0] + 0.12 < later <= times[2][0] + 0.12 + 0.16
     even = StreamingPolicy(first_step_s=5.0)
     updates = list(transcriber_of(Listener(), step_s=0.6, policy=even).stream(cut(samples, [160])))
     assert all(round(update.time_s % 0.6, 3) in (0.0, 0.6) for update in updates[:-1])
@@ -267,8 +267,8 @@ def test_fallbacks_are_for_the_last_decoding_of_a_window():
     assert 2 <= temperatures.count([0.0, 0.4]) <= 4
     assert settings_.return_token_timestamps is False, "the caller's settings stay as they were"
     behind = [call["max_new_tokens"] - len((call["prefix_ids"] or [[]])[0]) for call in model.calls]
-    # Of the first 0.4 s of audio, 15 a second and 20.
-    assert behind[0] == 26 and max(behind) == 50
+    # Of the first 0.32 s of audio, 15 a second and 20.
+    assert behind[0] == 25 and max(behind) == 50
 
 
 def test_a_text_that_repeats_itself_is_neither_shown_nor_committed():
@@ -640,8 +640,8 @@ def test_ctrl_c_amid_decoding_loses_no_word():
                 time.sleep(0.01)
             return super().generate(*arguments, **named)
 
-    chunks = iter(cut(samples, [1600]))
-    updates = list(cli_streaming._updates(transcriber_of(Interrupted()), chunks, RATE))
+    chunks, policy = iter(cut(samples, [1600])), StreamingPolicy(first_step_s=0.2)
+    updates = list(cli_streaming._updates(transcriber_of(Interrupted(), policy=policy), chunks, RATE))
     # The third hypothesis, of 1.4 s, came to its end; what came later was not heard.
     assert [word.text for word in check_updates(updates)][:2] == [word_of(1), word_of(2)]
     assert updates[-2].time_s == updates[-1].time_s == 1.4

@@ -58,7 +58,7 @@ class StreamingPolicy:
         start_floor_db (`float`): the noise floor at the start, in dB of full scale.
     """
 
-    first_step_s: float = 0.2
+    first_step_s: float = 0.16
     agreement: int = 2
     margin_s: float = 0.6
     min_confidence: float = 0.5
