@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 SAMPLING_RATE = 16_000
+MODULES = {"faster-whisper": ("ctranslate2", "faster_whisper"), "whisper.cpp": ("pywhispercpp",)}
 INSTALL_PEERS = "pip install -r benchmarks/requirements.txt"
 
 
@@ -50,10 +51,12 @@ class Peer:
     What to load and how to call it.
 
     Args:
-        kind (`str`): "transformers", "compiled", "faster-whisper", "ours" or "onnx", which is ours in ONNX Runtime.
-        source (`str`): folder or id of the checkpoint; for faster-whisper the converted folder.
+        kind (`str`): "transformers", "compiled", "faster-whisper", "whisper.cpp", "ours" or "onnx", which is ours in
+            ONNX Runtime.
+        source (`str`): folder or id of the checkpoint; what was converted for faster-whisper and whisper.cpp.
         name (`str`): what tables call the checkpoint.
-        dtype (`str`): of torch, or the compute type of CTranslate2; the name of the exported folder for ONNX Runtime.
+        dtype (`str`): of torch, the compute type of CTranslate2, or the kind of ggml's matrices; the name of the
+            exported folder for ONNX Runtime.
         settings (`str`): of ours, as in "gamma=3,draft-length=4"; empty for the checkpoint's own.
         onnx (`str`): the exported folder, for ONNX Runtime; `source` then is where the processor comes from.
     """
@@ -72,6 +75,7 @@ class Peer:
             "transformers": "transformers",
             "compiled": "transformers, torch.compile",
             "faster-whisper": "faster-whisper",
+            "whisper.cpp": "whisper.cpp",
             "ours": settings,
             "onnx": f"ONNX Runtime, {settings}",
         }[self.kind]
@@ -82,6 +86,10 @@ class Peer:
         """Of the encoder alone, which does not know the settings it is decoded with."""
         engine = "ONNX Runtime, " if self.kind == "onnx" else ""
         return f"{self.name}, {engine}encoder alone, {self.dtype}"
+
+    def can_batch(self, batch_size: int) -> bool:
+        """whisper.cpp takes one recording after the other."""
+        return batch_size == 1 or self.kind != "whisper.cpp"
 
     @property
     def is_ours(self) -> bool:
@@ -221,6 +229,28 @@ class FasterWhisper:
         return " ".join(segment.text for segment in segments)
 
 
+class WhisperCpp:
+    """The donor's weights in whisper.cpp, by pywhispercpp."""
+
+    def __init__(self, peer: Peer, device: str, threads: int):
+        from pywhispercpp.model import Model
+
+        # The donor's configuration suppresses the same tokens in transformers and faster-whisper.
+        options = {"language": "en", "suppress_nst": True, "print_progress": False}
+        self.model = Model(peer.source, redirect_whispercpp_logs_to=None, n_threads=threads, **options)
+
+    def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
+        return [{"hypothesis": self._transcribe(clip, no_timestamps=True, temperature_inc=0.0)} for clip in clips]
+
+    def transcribe_recording(self, samples: np.ndarray, batch_size: int) -> str:
+        """As the library does it unasked: windows from timestamp to timestamp, hotter again where one looks wrong."""
+        return self._transcribe(samples, no_timestamps=False, temperature_inc=0.2)
+
+    def _transcribe(self, samples: np.ndarray, **options) -> str:
+        # The library keeps options for the next call, so that every call has all that differ.
+        return " ".join(segment.text for segment in self.model.transcribe(samples, **options)).strip()
+
+
 class OurModel:
     """MDM-ASR, with one way of decoding."""
 
@@ -334,17 +364,17 @@ def _torch(threads: int) -> Any:
     return torch
 
 
-def load_peer(peer: Peer, device: str, threads: int) -> TransformersWhisper | FasterWhisper | OurModel:
+def load_peer(peer: Peer, device: str, threads: int) -> TransformersWhisper | FasterWhisper | WhisperCpp | OurModel:
     """Raises ValueError or OSError where its checkpoint cannot be used."""
-    classes = {"faster-whisper": FasterWhisper, "ours": OurModel, "onnx": OurModel}
+    classes = {"faster-whisper": FasterWhisper, "whisper.cpp": WhisperCpp, "ours": OurModel, "onnx": OurModel}
     return classes.get(peer.kind, TransformersWhisper)(peer, device, threads)
 
 
-def require_faster_whisper() -> None:
-    """Raises ValueError where it is not installed."""
-    for module in ("ctranslate2", "faster_whisper"):
+def require_peer(kind: str) -> None:
+    """Raises ValueError where what it needs is not installed."""
+    for module in MODULES[kind]:
         if find_spec(module) is None:
-            raise ValueError(f"`{module}` is not installed: {INSTALL_PEERS}, or pass --skip faster-whisper.")
+            raise ValueError(f"`{module}` is not installed: {INSTALL_PEERS}, or pass --skip {kind}.")
 
 
 def require_onnx(folder: str) -> None:
@@ -437,12 +467,13 @@ __all__ = [
     "OurModel",
     "Peer",
     "TransformersWhisper",
+    "WhisperCpp",
     "convert_for_faster_whisper",
     "load_peer",
     "measure_memory",
     "parse_settings",
     "read_ours",
-    "require_faster_whisper",
     "require_onnx",
+    "require_peer",
     "split_off",
 ]

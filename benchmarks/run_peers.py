@@ -35,7 +35,9 @@ from statistics import median
 from typing import Any
 
 PACKAGES = ("mdm_asr_hf", "transformers", "torch", "tokenizers", "faster-whisper", "ctranslate2", "onnxruntime")
-PACKAGES += ("numpy", "jiwer")
+PACKAGES += ("pywhispercpp", "numpy", "jiwer")
+# What --skip can leave out.
+PEERS = ("transformers", "faster-whisper", "whisper.cpp")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MAX_CLIP_S = 30.0
 # An utterance counts as one of length n seconds from n less 15 % to n and 15 %.
@@ -180,6 +182,10 @@ def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
             peers.append(Peer("faster-whisper", str(work / "float32"), donor_name, dtype))
     if "faster-whisper" not in args.skip:
         peers.append(Peer("faster-whisper", str(work / "int8"), donor_name, "int8"))
+    # The wheels are built for CPUs.
+    if "whisper.cpp" not in args.skip and 1 in args.batch_sizes and args.device == "cpu":
+        for kind in ("f16", "q8_0"):
+            peers.append(Peer("whisper.cpp", str(work / f"ggml-{kind}.bin"), donor_name, kind))
     source, name = args.model or str(default_checkpoint()), args.model and Path(args.model).name
     name = name or DEFAULT_CHECKPOINT_NAME
     ours = [read_ours(settings) for settings in args.ours]
@@ -196,8 +202,8 @@ def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
 
 def measure_memory(peers: list[Any], args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     """Each system in a fresh process that loads only that system."""
-    batch_sizes = sorted(args.batch_sizes)
     for peer in peers:
+        batch_sizes = list(filter(peer.can_batch, sorted(args.batch_sizes)))
         request = {"peer": peer.to_dict(), "batch_sizes": batch_sizes, "device": args.device}
         request |= {"threads": args.threads, "clips": str(work / "longest.npz")}
         command = [sys.executable, __file__, "--memory-of", json.dumps(request)]
@@ -248,14 +254,15 @@ def run_rounds(
         seen = set()
         for peer in progress.track(peers, description="loading"):
             system = load_peer(peer, args.device, args.threads)
-            tasks.append(("transcribe", peer.label, peer.is_ours, system))
+            tasks.append(("transcribe", peer.label, peer, system))
             if peer.kind in ("transformers", "ours", "onnx") and peer.encoder_label not in seen:
                 seen.add(peer.encoder_label)
-                tasks.append(("encode", peer.encoder_label, peer.is_ours, system))
+                tasks.append(("encode", peer.encoder_label, peer, system))
         shapes = [(batch_size, length_s) for batch_size in args.batch_sizes for length_s in clips]
         # Round 0 is the warm-up: one batch of every shape, not written.
-        steps = [(r, *shape, task) for r in range(args.rounds + 1) for shape in shapes for task in tasks]
-        for round_number, batch_size, length_s, (task, label, is_ours, system) in progress.track(
+        turns = [(*shape, task) for shape in shapes for task in tasks if task[2].can_batch(shape[0])]
+        steps = [(r, *turn) for r in range(args.rounds + 1) for turn in turns]
+        for round_number, batch_size, length_s, (task, label, peer, system) in progress.track(
             steps, description="rounds"
         ):
             batches = batches_of(clips[length_s], batch_size)[: None if round_number else 1]
@@ -270,7 +277,7 @@ def run_rounds(
             wall_s, outputs = time_calls(call, inputs, synchronize)
             if not round_number:
                 continue
-            row = {"kind": "time", "task": task, "system": label, "is_ours": is_ours, "batch_size": batch_size}
+            row = {"kind": "time", "task": task, "system": label, "is_ours": peer.is_ours, "batch_size": batch_size}
             row |= {"length_s": length_s, "round": round_number, "wall_s": round(wall_s, 5)}
             row["audio_s"] = round(sum(clip["duration_s"] for batch in batches for clip in batch), 3)
             if stages and task == "transcribe":
@@ -289,11 +296,11 @@ def run_rounds(
             recording, batch_size = make_recording(args.data, args.recording), max(args.batch_sizes)
             systems = [task for task in tasks if task[0] == "transcribe" and hasattr(task[3], "transcribe_recording")]
             steps = [(r, *task[1:]) for r in range(args.rounds) for task in systems]
-            for round_number, label, is_ours, system in progress.track(steps, description="recording"):
+            for round_number, label, peer, system in progress.track(steps, description="recording"):
                 time.sleep(SETTLE_S)
                 call, inputs = partial(system.transcribe_recording, batch_size=batch_size), [recording["samples"]]
                 wall_s, (text,) = time_calls(call, inputs, synchronize)
-                row = {"kind": "recording", "system": label, "is_ours": is_ours, "batch_size": batch_size}
+                row = {"kind": "recording", "system": label, "is_ours": peer.is_ours, "batch_size": batch_size}
                 row |= {"round": round_number + 1, "wall_s": round(wall_s, 5), "audio_s": recording["duration_s"]}
                 if not round_number:
                     row |= {"reference": recording["reference"], "hypothesis": text}
@@ -541,14 +548,16 @@ def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
         work = Path(work)
         work.mkdir(parents=True, exist_ok=True)
         import numpy as np
+        from ggml import write_ggml
         from peers import (
+            MODULES,
             WINDOW,
             convert_for_faster_whisper,
             parse_settings,
             read_ours,
             read_window_s,
-            require_faster_whisper,
             require_onnx,
+            require_peer,
             split_off,
         )
         from rich.console import Console
@@ -562,13 +571,16 @@ def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
             parse_settings(settings)
             if folder:
                 require_onnx(folder)
-        if "faster-whisper" not in args.skip:
-            require_faster_whisper()
+        peers = list_peers(args, work)
+        for kind in sorted({peer.kind for peer in peers} & MODULES.keys()):
+            require_peer(kind)
         clips = make_clips(args.data, args.lengths, args.clips)
         np.savez(work / "longest.npz", *(clip["samples"] for clip in clips[max(clips)]))
-        peers = list_peers(args, work)
         for quantization in ("float32", "int8") if "faster-whisper" not in args.skip else ():
             convert_for_faster_whisper(args.donor, work / quantization, quantization)
+        for peer in peers:
+            if peer.kind == "whisper.cpp":
+                write_ggml(args.donor, Path(peer.source), peer.dtype)
         with (args.output / "raw.jsonl").open("w", encoding="utf-8") as file:
 
             def write(row: dict[str, Any]) -> None:
@@ -577,7 +589,8 @@ def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
 
             write(description)
             memory = measure_memory(peers, args, work)
-            for row in track(memory, "memory", total=len(peers) * len(args.batch_sizes), console=Console(stderr=True)):
+            total = sum(peer.can_batch(batch_size) for peer in peers for batch_size in args.batch_sizes)
+            for row in track(memory, "memory", total=total, console=Console(stderr=True)):
                 write(row)
             run_rounds(peers, clips, args, write)
     return write_results(args.output)
@@ -592,7 +605,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--rescore", type=Path, metavar="OUT", help="only make the tables of OUT/raw.jsonl again")
     parser.add_argument("--model", help="ours, folder or id; default: the checkpoint of the package")
     parser.add_argument("--ours", action="append", metavar="SETTINGS", help=OURS_HELP)
-    parser.add_argument("--skip", nargs="+", default=[], choices=("transformers", "faster-whisper"))
+    parser.add_argument("--skip", nargs="+", default=[], choices=PEERS)
     parser.add_argument("--compile", action="store_true", help="the donor with torch.compile, too")
     parser.add_argument("--lengths", type=float, nargs="+", default=[2.0, 5.0, 10.0, 20.0], help="of the clips, in s")
     parser.add_argument("--clips", type=int, default=16, help="per length")
@@ -616,8 +629,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     if min(args.batch_sizes) < 1:
         parser.error("--batch-sizes must be at least 1")
     is_whole = args.data and args.output and not args.rescore
-    if is_whole and not args.donor and set(args.skip) != {"transformers", "faster-whisper"}:
-        parser.error("--donor is needed, or --skip transformers faster-whisper")
+    if is_whole and not args.donor and set(args.skip) != set(PEERS):
+        parser.error(f"--donor is needed, or --skip {' '.join(PEERS)}")
     return run_or_rescore(parser, args, lambda: run(args, arguments), write_results, to_markdown)
 
 

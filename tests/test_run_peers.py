@@ -20,6 +20,7 @@ from mdm_asr_hf import onnx_mdm_asr, onnx_processing_mdm_asr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import ggml  # noqa: E402
 import peers  # noqa: E402
 import run_peers  # noqa: E402
 
@@ -263,7 +264,7 @@ def test_transformers_and_ours(setting, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_peers, "SETTLE_S", 0.0)
     measure_memory_of(monkeypatch, slice(1))
     output = tmp_path / "output"
-    arguments = ["--donor", str(setting / "tiny-donor"), "--skip", "faster-whisper", "--rounds", "2"]
+    arguments = ["--donor", str(setting / "tiny-donor"), "--skip", "faster-whisper", "whisper.cpp", "--rounds", "2"]
     arguments += ["--batch-sizes", "1", "3", "--ours", "steps=4", "--ours", "sampler=conf_top_k,k=2"]
     rows = run(setting, output, *arguments)
     first, memory, times = rows[0], rows[1:3], rows[3:]
@@ -317,7 +318,7 @@ def test_faster_whisper(setting, tmp_path, monkeypatch):
         monkeypatch.setenv(name, "1")
     work = tmp_path / "work"
     arguments = ["--donor", str(setting / "tiny-donor"), "--rounds", "1", "--batch-sizes", "2", "--work", str(work)]
-    rows = run(setting, tmp_path / "output", *arguments, "--skip", "transformers")
+    rows = run(setting, tmp_path / "output", *arguments, "--skip", "transformers", "whisper.cpp")
     found = {
         one["id"]: one["hypothesis"]
         for row in rows
@@ -339,6 +340,62 @@ def test_faster_whisper(setting, tmp_path, monkeypatch):
     for name, hypothesis in found.items():
         samples = soundfile.read(setting / "data" / name, dtype="float32")[0]
         assert "".join(part.text for part in model.transcribe(samples, **options)[0]).strip() == hypothesis != ""
+
+
+def test_whisper_cpp(setting, tmp_path, monkeypatch):
+    pytest.importorskip("pywhispercpp")
+    monkeypatch.setattr(run_peers, "SETTLE_S", 0.0)
+    measure_memory_of(monkeypatch, slice(1, 2))
+    for name in run_peers.THREAD_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    # The library has Whisper's ids in its code, and stops after half the positions less 4: here 12 tokens.
+    config = WhisperConfig(
+        vocab_size=51864,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=1,
+        decoder_attention_heads=1,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        max_target_positions=32,
+        decoder_start_token_id=50257,
+    )
+    donor = randomize(WhisperForConditionalGeneration(config))
+    tokenizer = save_tokenizer(tmp_path / "donor", multilingual=False)
+    letters = [i for token, i in tokenizer.get_vocab().items() if token.isascii() and token.isalpha()]
+    with torch.no_grad():
+        # So that no token comes that either would suppress, and that one text differs from another.
+        donor.model.decoder.embed_tokens.weight[[i for i in range(config.vocab_size) if i not in letters]] = 0
+        donor.model.decoder.layer_norm.bias.zero_()
+        donor.model.decoder.embed_positions.weight.mul_(3)
+        donor.model.decoder.embed_tokens.weight.mul_(0.2)
+        for name, weight in donor.named_parameters():
+            # The library attends to keys of zero behind the last one, too, which high scores leave no weight.
+            weight.mul_(10 if "q_proj" in name else 1)
+    ids = {"eos_token_id": 50256, "pad_token_id": 50256, "decoder_start_token_id": 50257}
+    donor.generation_config = GenerationConfig(**ids, max_length=12, no_timestamps_token_id=50362)
+    donor.save_pretrained(tmp_path / "donor")
+    WhisperFeatureExtractor().save_pretrained(tmp_path / "donor")
+    arguments = ["--donor", str(tmp_path / "donor"), "--rounds", "1", "--batch-sizes", "2", "1", "--recording", "0.02"]
+    rows = run(setting, tmp_path / "output", *arguments, "--skip", "faster-whisper")
+    system = "donor, whisper.cpp, "
+    # One clip at a time, whatever the others do.
+    assert {(row["system"], row["batch_size"]) for row in rows if row["kind"] == "memory"} == {(system + "f16", 1)}
+    assert {row["batch_size"] for row in rows if row["kind"] == "time" and system in row["system"]} == {1}
+    texts = {}
+    for row in rows:
+        if row["kind"] == "time" and row["batch_size"] == 1:
+            texts.setdefault(row["system"], []).extend(one["hypothesis"] for one in row.get("utterances", ()))
+    assert texts[system + "f16"] == texts["donor, transformers, float32"] and all(texts[system + "q8_0"])
+    assert len(texts[system + "f16"]) == 4 and len(set(texts[system + "f16"])) > 1
+    recordings = {row["system"]: row["hypothesis"] for row in rows if row["kind"] == "recording"}
+    assert recordings[system + "f16"] and recordings[system + "q8_0"]
+
+
+def test_a_vocabulary_that_whisper_cpp_does_not_know(setting, tmp_path):
+    with pytest.raises(ValueError, match="vocabularies only.*--skip whisper.cpp"):
+        ggml.write_ggml(str(setting / "tiny-donor"), tmp_path / "ggml.bin", "f16")
 
 
 class Exported:
@@ -366,7 +423,7 @@ def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
     measure_memory_of(monkeypatch, slice(0))
     for name in run_peers.THREAD_VARIABLES:
         monkeypatch.setenv(name, "1")
-    arguments = ["--skip", "transformers", "faster-whisper", "--rounds", "1", "--batch-sizes", "2"]
+    arguments = ["--skip", *run_peers.PEERS, "--rounds", "1", "--batch-sizes", "2"]
     arguments += ["--recording", "0.02"]
     arguments += ["--ours", "steps=4", "--ours", f"onnx={tmp_path / 'fast'},steps=4", "--dtypes", "float32"]
     rows = run(setting, tmp_path / "output", *arguments)
