@@ -78,12 +78,12 @@ def install_torch() -> None:
 
 
 def set_up(extra: str) -> None:
-    """Makes .venv hold the package, editable, with the optional dependencies `extra` ("" for none)."""
+    """Makes .venv hold the package, editable, with the optional dependencies `extra`."""
     place = f"{ROOT}\n{sys.version}\n{os.environ.get('MDM_ASR_TORCH', '')}"
     content = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     place_stamp = VENV / ".place"
     # The tests' installation serves the demo too.
-    stamps = [VENV / f".installed-{name}" for name in {extra or "base", "test"}]
+    stamps = [VENV / f".installed-{name}" for name in {extra, "test"}]
     is_new = not place_stamp.is_file() or place_stamp.read_text() != place
     if not is_new and any(stamp.is_file() and stamp.read_text() == content for stamp in stamps):
         return
@@ -98,13 +98,13 @@ def set_up(extra: str) -> None:
         install_torch()
         place_stamp.write_text(place)
     say("2/2 mdm_asr_hf and its dependencies ...")
-    if pip("--quiet", "--editable", f"{ROOT}[{extra}]" if extra else str(ROOT)).returncode:
+    if pip("--quiet", "--editable", f"{ROOT}[{extra}]").returncode:
         fail("pip could not install the package, see above. Is there a network connection?")
-    (VENV / f".installed-{extra or 'base'}").write_text(content)
+    (VENV / f".installed-{extra}").write_text(content)
 
 
 def demo() -> int:
-    set_up("")
+    set_up("torch")
     say(f"$ mdm-asr transcribe {RECORDING}")
     command = [str(BIN / "mdm-asr"), "transcribe", RECORDING]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
