@@ -225,8 +225,9 @@ class VerifiedDecoder:
         if self.settings.no_speech_threshold is not None:
             # Where nobody speaks, nothing more is written.
             has_ended |= text.no_speech[rows] > self.settings.no_speech_threshold
-        left = _moved_up((~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero()[0])
+        left = (~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero()[0]
         if len(left) < len(rows):
+            left = _moved_up(left)
             self.rows = rows[left]
             if len(left) or self.synced_gpus:
                 self.steps.keep_rows(left if len(left) else np.zeros(1, dtype=np.int64))
