@@ -16,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mdm_asr_hf.audio_mdm_asr import is_audio_batch, load_audio, load_audio_batch
+from mdm_asr_hf import audio_mdm_asr
+from mdm_asr_hf.audio_mdm_asr import (
+    DECISION_SIZE,
+    FADE_SIZE,
+    AudioStream,
+    is_audio_batch,
+    load_audio,
+    load_audio_batch,
+)
 
 RATE = 16_000
 
@@ -133,6 +141,106 @@ def test_channels_are_averaged_whichever_axis_they_are_on():
     # One entry is one channel, however short the clip.
     np.testing.assert_array_equal(load_audio(np.array([[0.5, 0.25]]), sampling_rate=RATE), [0.5, 0.25])
     np.testing.assert_array_equal(load_audio(np.array([[0.5], [0.25]]), sampling_rate=RATE), [0.5, 0.25])
+
+
+# --- channels that cancel each other ---
+
+
+def voice(seconds=3.0, seed=0):
+    """Noise of the band of speech, in syllables."""
+    size = round(seconds * RATE)
+    band = np.fft.rfft(np.random.default_rng(seed).standard_normal(size))
+    band[np.abs(np.fft.rfftfreq(size, 1 / RATE) - 550) > 450] = 0
+    syllables = 0.2 + np.sin(2 * np.pi * 2 * np.arange(size) / RATE) ** 2
+    return (0.2 * np.fft.irfft(band, size) * syllables).astype(np.float32)
+
+
+def mixed(*channels):
+    return load_audio(np.stack(channels), sampling_rate=RATE)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    told = []
+    monkeypatch.setattr(audio_mdm_asr.logger, "warning", told.append)
+    audio_mdm_asr._warn_once.cache_clear()
+    return told
+
+
+def test_channels_that_cancel_leave_the_louder_one_and_say_so_once(warnings):
+    x = voice()
+    for channels, kept in (
+        ((x, -x), x),
+        ((-0.8 * x, x), x),
+        ((x + 0.3, 0.1 - x), x + 0.3),
+        ((x, -x, 0 * x), x / 2),
+        ((x, -x, x, -x), x),
+        ((x, -0.5 * x, -0.5 * x), (x - 0.5 * x) / 2),
+    ):
+        np.testing.assert_allclose(mixed(*channels), kept, atol=1e-7)
+        assert len(warnings) == 1 and "cancel each other" in warnings[0]
+    # Two microphones of three, beside one that is louder than they and has nothing to do with them.
+    noise = voice(seed=1)
+    np.testing.assert_allclose(mixed(x, 4 * noise, -x), (x + 4 * noise) / 2, atol=1e-7)
+
+
+def test_channels_that_do_not_cancel_are_averaged(warnings):
+    x, y = voice(), voice(seed=1)
+    offset, noise = np.full_like(x, 0.4), 0.3 * np.random.default_rng(2).standard_normal(len(x)).astype(np.float32)
+    hum = (0.3 * np.sin(2 * np.pi * 50 * np.arange(len(x)) / RATE)).astype(np.float32)
+    for channels in (
+        (x, x),
+        (x, y),
+        (x, 0 * x),
+        (x, offset),
+        (x, -offset),
+        (x, noise),
+        (x, -0.3 * x),
+        # The hum is what cancels.
+        (x + hum, x - hum),
+        (x, y, 0 * x, noise, offset, -0.3 * y),
+        (0 * x, 0 * x),
+        (offset, -offset),
+        (x[:9], -y[:9]),
+    ):
+        np.testing.assert_allclose(mixed(*channels), np.mean(channels, axis=0), atol=1e-7)
+    assert warnings == []
+
+
+@pytest.mark.parametrize("format", ["WAV", "OGG", "MP3"])
+def test_files_whose_channels_cancel(format, warnings, tmp_path):
+    x = voice()
+    path = tmp_path / "phase"
+    path.write_bytes(encode(np.stack([x, -x], axis=1), format=format))
+    for read in (load_audio, lambda path: np.concatenate(list(AudioStream(path, block_s=0.5)))):
+        assert read(path).std() == pytest.approx(x.std(), rel=0.1)
+    assert len(warnings) == 1 and "phase" in warnings[0]
+
+
+@pytest.mark.parametrize("block_s", [0.1, 1.0, 30.0])
+def test_a_recording_that_changes_its_phase_fades_over_without_a_click(block_s, warnings):
+    seconds = 20
+    x = 0.2 * np.sin(2 * np.pi * 200 * np.arange(seconds * RATE) / RATE).astype(np.float32) + 0.1 * voice(seconds)
+    right = np.where(np.arange(len(x)) < len(x) // 2, x, -x)
+    stream = AudioStream((np.stack([x, right]), RATE), block_s=block_s)
+    result = np.concatenate(list(stream))
+    # After two decisions, beside the one that the change is in, the second half is there.
+    heard = np.ones(len(x), bool)
+    heard[len(x) // 2 : len(x) // 2 + 3 * DECISION_SIZE + FADE_SIZE] = False
+    np.testing.assert_allclose(result[heard], x[heard], atol=1e-6)
+    # No step between samples is larger than the signal's own.
+    assert np.abs(np.diff(result[len(x) // 2 + 1 :])).max() < 1.1 * np.abs(np.diff(x)).max()
+    assert len(warnings) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([-1.0, -0.9, -0.5, -0.1, 0.0, 0.2, 1.0]), min_size=2, max_size=8))
+def test_one_voice_on_any_channels_is_never_lost(gains):
+    """Of the loudest channel's level it keeps its share of the number of channels, or it was cancelled before."""
+    x = voice(0.5)
+    result = mixed(*(gain * x for gain in gains))
+    loudest = max(map(abs, gains))
+    assert result.std() >= 0.4 * loudest * x.std() / len(gains) - 1e-9
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 96_000])
@@ -252,18 +360,11 @@ def test_a_truncated_file_is_never_read_as_if_it_were_whole(format, part, noise,
     one_line_error(path.read_bytes(), "truncated|not audio")
 
 
-def test_a_truncated_ogg_is_reported(noise, caplog):
-    from mdm_asr_hf import audio_mdm_asr
-
+def test_a_truncated_ogg_is_reported(noise, warnings):
     whole = encode(np.tile(noise, 5), format="OGG")
-    warnings = []
-    original, audio_mdm_asr.logger.warning = audio_mdm_asr.logger.warning, warnings.append
-    try:
-        assert len(load_audio(whole)) == 5 * RATE and warnings == []
-        assert 0 < len(load_audio(whole[: len(whole) // 2])) < 5 * RATE
-        assert "may be cut off" in warnings[0]
-    finally:
-        audio_mdm_asr.logger.warning = original
+    assert len(load_audio(whole)) == 5 * RATE and warnings == []
+    assert 0 < len(load_audio(whole[: len(whole) // 2])) < 5 * RATE
+    assert "may be cut off" in warnings[0]
 
 
 def test_wav_headers_with_unknown_sizes(noise):

@@ -35,6 +35,13 @@ UNKNOWN_SIZE = 0x7FFF0000
 MP3_TOLERANCE_S = 0.1
 # How much of a recording is read at once where it is not read whole.
 BLOCK_S = 30.0
+# Channels cancel where their sum has less than this share of their energies: 1 if they are unrelated, 2 of two alike.
+CANCELLED = 0.2
+# They are compared by the differences of means of so many samples: the band below a 16th of the sampling rate, where
+# lossy codecs keep the phase, without an offset and with little hum.
+COMPARED_SIZE = 8
+# Samples between two decisions on which channels to mix, and those over which one fades into the next.
+DECISION_SIZE, FADE_SIZE = 2**14, 2**8
 
 CONVERT = "convert it first, for example with `ffmpeg -i INPUT output.wav`"
 
@@ -54,6 +61,64 @@ class _Content(io.BytesIO):
             return self.tell()
 
 
+class Downmix:
+    """
+    Mixes the channels of one recording, part by part: their mean, without those that would cancel it.
+
+    With one wire turned round, right is -left, and their mean is nothing at all. So channels are added one by one,
+    the louder ones first, and one that takes away nearly all of the energy, of another one or of all so far, is left
+    out; a warning says so. It is decided anew every `DECISION_SIZE` samples, on these and those before, which
+    count a quarter for each `DECISION_SIZE` that they are older: what is kept stays the same unless the recording
+    changes, and then fades over.
+
+    Args:
+        name (`str`): of the recording, for the warning.
+    """
+
+    def __init__(self, name: str = "`audio`"):
+        self.name = name
+        self._kept: list[int] = []
+        self._products = np.zeros((0, 0))
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """The next samples (N, channels), float32, as (N,)."""
+        num_channels = samples.shape[1]
+        if len(self._products) != num_channels:
+            self._kept, self._products = [], np.zeros((num_channels, num_channels))
+        if num_channels == 1 or not len(samples):
+            return samples.mean(axis=1, dtype=np.float32)
+        parts = [samples[start : start + DECISION_SIZE] for start in range(0, len(samples), DECISION_SIZE)]
+        return np.concatenate([self._mix(part) for part in parts])
+
+    def _mix(self, samples: np.ndarray) -> np.ndarray:
+        num_means = len(samples) // COMPARED_SIZE
+        means = samples[: num_means * COMPARED_SIZE].reshape(num_means, COMPARED_SIZE, samples.shape[1]).mean(axis=1)
+        differences = np.diff(means, axis=0)
+        self._products = 0.25 ** (len(samples) / DECISION_SIZE) * self._products + differences.T @ differences
+        before, self._kept = self._kept, self._choose()
+        mixed = samples[:, self._kept].mean(axis=1, dtype=np.float32)
+        if before and before != self._kept:
+            head = samples[:FADE_SIZE]
+            share = np.linspace(1.0, 0.0, len(head), endpoint=False, dtype=np.float32)
+            mixed[: len(head)] += share * (head[:, before].mean(axis=1, dtype=np.float32) - mixed[: len(head)])
+        return mixed
+
+    def _choose(self) -> list[int]:
+        """The channels to mix."""
+        products, kept = self._products, []
+        # Of two that are as loud, not now the one and now the other.
+        dropped = set(range(len(products))) - set(self._kept) if self._kept else set()
+        for i in sorted(range(len(products)), key=lambda i: (i in dropped, -products[i, i])):
+            for others in [*([j] for j in kept), kept]:
+                together = products[np.ix_([*others, i], [*others, i])]
+                if together.sum() < CANCELLED * together.trace():
+                    _warn_once(f"{self.name} has channels that cancel each other (out of phase): the louder is taken.")
+                    break
+            else:
+                kept.append(i)
+        return sorted(kept)
+
+
 def load_audio(
     audio: Any,
     *,
@@ -62,7 +127,7 @@ def load_audio(
     max_duration_s: float | None = None,
 ) -> np.ndarray:
     """
-    Reads one clip, mixes it to mono, then resamples it.
+    Reads one clip, mixes it to mono (see [`Downmix`]), then resamples it.
 
     Args:
         audio: one of
@@ -188,7 +253,7 @@ def check_duration(num_samples: int, rate: float, max_duration_s: float | None, 
         )
 
 
-def to_mono_float32(samples: Any, channel_axis: int | None = None) -> np.ndarray:
+def to_mono_float32(samples: Any, channel_axis: int | None = None, downmix: Downmix | None = None) -> np.ndarray:
     """
     Checks samples in memory and brings them to one float32 channel.
 
@@ -196,6 +261,7 @@ def to_mono_float32(samples: Any, channel_axis: int | None = None) -> np.ndarray
         samples: a NumPy array, torch tensor, or list, of one or two dimensions.
         channel_axis (`int`, *optional*): which axis of two counts the channels. By default the one with at most
             8 entries: torchcodec and transformers write (channels, samples), soundfile (samples, channels).
+        downmix ([`Downmix`], *optional*): of the recording that these samples go on with.
     """
     samples = _to_numpy(samples)
     if samples.ndim not in (1, 2):
@@ -216,7 +282,7 @@ def to_mono_float32(samples: Any, channel_axis: int | None = None) -> np.ndarray
         )
     if samples.ndim == 2:
         axis = _channel_axis(samples.shape) if channel_axis is None else channel_axis
-        samples = samples.mean(axis=axis, dtype=np.float32)
+        samples = (downmix or Downmix())(samples if axis == 1 else samples.T)
     return samples
 
 
@@ -267,9 +333,9 @@ def _read_samples(samples: Any, rate: float, max_duration_s: float | None, block
     by_time = samples.T if channel_axis == 0 else samples
     check_duration(len(by_time), rate, max_duration_s)
     yield from (rate, len(by_time))
-    block_size = max(round(block_s * rate), 1)
+    block_size, downmix = max(round(block_s * rate), 1), Downmix()
     for start in range(0, len(by_time), block_size):
-        yield to_mono_float32(by_time[start : start + block_size], channel_axis=1)
+        yield to_mono_float32(by_time[start : start + block_size], channel_axis=1, downmix=downmix)
 
 
 def _read_mapping(
@@ -372,10 +438,12 @@ def _read_file(
                 sound.read(1)
                 sound.seek(0)
             yield from (rate, num_frames)
-            block_size = -1 if block_s is None else max(round(block_s * rate), 1)
+            # Some codecs of WAV want to be told the number.
+            block_size = num_frames if block_s is None else max(round(block_s * rate), 1)
+            downmix = Downmix(name)
             while len(samples := sound.read(block_size, dtype="float32", always_2d=True)):
                 num_read += len(samples)
-                yield _mono_of_file(samples, name)
+                yield _mono_of_file(samples, name, downmix)
                 if block_s is None:
                     break
     except (soundfile.SoundFileError, RuntimeError, TypeError, MemoryError) as error:
@@ -394,9 +462,9 @@ def _read_file(
         )
 
 
-def _mono_of_file(samples: np.ndarray, name: str) -> np.ndarray:
+def _mono_of_file(samples: np.ndarray, name: str, downmix: Downmix) -> np.ndarray:
     try:
-        return to_mono_float32(samples, channel_axis=1)
+        return to_mono_float32(samples, channel_axis=1, downmix=downmix)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -516,6 +584,7 @@ def _one_line(error: Any) -> str:
 
 __all__ = [
     "AudioStream",
+    "Downmix",
     "check_duration",
     "check_rate",
     "is_audio_batch",

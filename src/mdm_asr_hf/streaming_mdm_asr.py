@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import soxr
 
-from .audio_mdm_asr import check_rate, to_mono_float32
+from .audio_mdm_asr import Downmix, check_rate, to_mono_float32
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .safeguards_mdm_asr import repeats_itself
 from .transcript_mdm_asr import Word, group_words, token_texts
@@ -284,6 +284,7 @@ class StreamingTranscriber:
         """Forgets the stream so far; the next audio starts at second 0."""
         self._gate = EnergyGate(self.policy)
         self._window = _Window()
+        self._downmix = Downmix("The stream")
         self._resampler: soxr.ResampleStream | None = None
         self._source_rate_hz: float | None = None
         self._pending: list[np.ndarray] = []
@@ -346,7 +347,7 @@ class StreamingTranscriber:
         """Mono samples at the model's rate, as many as the resampler has ready."""
         if self._is_finished:
             raise ValueError("The stream has been finished. Call `reset` to start another.")
-        samples = to_mono_float32(samples)
+        samples = to_mono_float32(samples, downmix=self._downmix)
         rate = self.rate_hz if sampling_rate is None else check_rate(sampling_rate, "sampling_rate")
         if self._source_rate_hz not in (None, rate):
             raise ValueError(
