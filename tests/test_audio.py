@@ -21,6 +21,7 @@ from mdm_asr_hf.audio_mdm_asr import (
     DECISION_SIZE,
     FADE_SIZE,
     AudioStream,
+    audio_duration_s,
     is_audio_batch,
     load_audio,
     load_audio_batch,
@@ -367,14 +368,90 @@ def test_a_truncated_ogg_is_reported(noise, warnings):
     assert "may be cut off" in warnings[0]
 
 
-def test_wav_headers_with_unknown_sizes(noise):
-    wav = bytearray(encode(noise, subtype="PCM_16"))
-    assert wav[36:40] == b"data"
-    for size in (0xFFFFFFFF, 0x7FFFF000):  # as ffmpeg and sox write to a pipe
-        wav[40:44] = struct.pack("<I", size)
-        assert len(load_audio(bytes(wav))) == RATE
-    wav[40:44] = struct.pack("<I", 0)
-    one_line_error(bytes(wav), "says it holds no audio")
+def riff(*chunks, size=None):
+    """A WAV file of (name, content, or its size by the header and content); content is padded."""
+    body = b"WAVE"
+    for name, content, *its_size in chunks:
+        body += name + struct.pack("<I", *(its_size or [len(content)])) + content + bytes(len(content) % 2)
+    return b"RIFF" + struct.pack("<I", len(body) if size is None else size) + body
+
+
+def wav_format(tag, bits, valid_bits=None):
+    """The content of a `fmt ` chunk; with `valid_bits` of WAVE_FORMAT_EXTENSIBLE, as its GUID."""
+    content = struct.pack("<HHIIHH", tag, 1, RATE, RATE * bits // 8, bits // 8, bits)
+    if valid_bits is None:
+        return content
+    guid = struct.pack("<H", tag) + bytes.fromhex("000000001000800000aa00389b71")
+    return struct.pack("<H", 0xFFFE) + content[2:] + struct.pack("<HHI", 22, valid_bits, 4) + guid
+
+
+def wav_codecs(samples):
+    """(`fmt ` chunk, bytes of the samples, precision)"""
+    whole = np.round(samples * 2**23).astype("<i4")
+    pcm_24 = whole.view("u1").reshape(-1, 4)[:, :3].tobytes()
+    files = {name: encode(samples, subtype=name) for name in ("ALAW", "ULAW")}
+    law = {name: file.partition(b"data")[2][4 : 4 + len(samples)] for name, file in files.items()}
+    return {
+        "8 bit": (wav_format(1, 8), np.uint8(np.round(samples * 128) + 128).tobytes(), 2**-7),
+        "16 bit": (wav_format(1, 16), np.round(samples * 2**15).astype("<i2").tobytes(), 2**-15),
+        "24 bit": (wav_format(1, 24), pcm_24, 2**-23),
+        "float64": (wav_format(3, 64), samples.astype("<f8").tobytes(), 0),
+        "A-law": (wav_format(6, 8), law["ALAW"], 2**-5),
+        "mu-law": (wav_format(7, 8), law["ULAW"], 2**-5),
+        "extensible 24 bit": (wav_format(1, 24, 24), pcm_24, 2**-23),
+        "extensible 24 bit of 32": (wav_format(1, 32, 24), (whole << 8).tobytes(), 2**-23),
+        "extensible float64": (wav_format(3, 64, 64), samples.astype("<f8").tobytes(), 0),
+    }
+
+
+WAV_CODECS = ("8 bit", "16 bit", "24 bit", "float64", "A-law", "mu-law")
+WAV_CODECS += ("extensible 24 bit", "extensible 24 bit of 32", "extensible float64")
+
+
+@pytest.mark.parametrize("codec", WAV_CODECS)
+def test_any_usual_wav_gives_its_samples(codec, noise, warnings, tmp_path):
+    # An odd number of samples of 8 or 24 bits is padded.
+    noise = noise[:9999]
+    form, samples, precision = wav_codecs(noise)[codec]
+    fmt, data, notes = (b"fmt ", form), (b"data", samples), (b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")
+    whole = {
+        "plain": riff(fmt, data),
+        "odd chunks around": riff(fmt, notes, data, (b"note", b"odd")),
+        "loose bytes behind": riff(fmt, data) + b"\xff\x13loose" * 50,
+        "a chunk that never ends behind": riff(fmt, data, (b"\x01\xff?!", b"abcd", 0xFFFFFFF0)),
+    }
+    # As recorders that were killed, ffmpeg, sox and others leave it where they cannot seek.
+    unfinished = {
+        f"{size:#x}": riff(fmt, notes, (b"data", samples, size), size=min(size, 0xFFFFFFFF))
+        for size in (0, 6, 0x7FFFF000, 0xFFFFFFFF)
+    }
+    path = tmp_path / "clip.wav"
+    for name, content in (whole | unfinished).items():
+        path.write_bytes(content)
+        for form in (content, path):
+            warnings.clear()
+            read = load_audio(form), np.concatenate(list(AudioStream(form, block_s=0.25)))
+            for result in read:
+                # What is behind the samples of a stream can only be its padding.
+                assert len(result) - len(noise) in ((0, 1) if name in unfinished else (0,)), name
+                np.testing.assert_allclose(result[: len(noise)], noise, rtol=0, atol=precision, err_msg=name)
+            assert audio_duration_s(form) == len(read[0]) / RATE
+            is_short = name in ("0x0", "0x6")
+            assert len(warnings) == 3 * is_short and all("was not ended properly" in one for one in warnings)
+
+
+def test_wavs_without_samples_are_empty_and_damaged_ones_refused(noise):
+    fmt, data = (b"fmt ", wav_format(1, 16)), (b"data", np.int16(noise * 2**15).tobytes())
+    for content in (riff(fmt, (b"data", b"")), riff(fmt, (b"data", b""), (b"LIST", b"INFOISFT\4\0\0\0abc\0"))):
+        assert load_audio(content).shape == (0,)
+    # A chunk of odd size that is not padded, one that never ends, no format, nothing but zeros, or chunks.
+    one_line_error(riff(fmt, (b"junk", b"abc"), data).replace(b"abc\0", b"abc"), "damaged")
+    one_line_error(riff(fmt, (b"junk", b"abcd", 0xFFFFFFF0), data), "damaged")
+    one_line_error(riff(data), "damaged")
+    one_line_error(riff() + bytes(10**5), "damaged")
+    one_line_error(riff() + b"abcd\0\0\0\0" * 10**5, "damaged")
+    one_line_error(riff((b"fmt ", wav_format(3, 16)), data), "damaged")
+    one_line_error(riff((b"fmt ", wav_format(1, 24, 24)[:-2] + b"??"), data), "damaged")
 
 
 def test_a_flac_of_unknown_length_is_refused(noise):

@@ -4,10 +4,12 @@
 import io
 import logging
 import math
+import mmap
 import numbers
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, BinaryIO
@@ -31,6 +33,8 @@ DURATION_TOLERANCE_S = 1e-3
 MAX_FRAMES_PER_BYTE = 2**14
 # WAV writers that cannot seek (pipes) put a size like 0x7FFFF000 or 0xFFFFFFFF where the true one is unknown.
 UNKNOWN_SIZE = 0x7FFF0000
+# Of a WAV file, to be looked at for its samples: a damaged one may have any number.
+MAX_NUM_CHUNKS = 1000
 # Without a Xing header the length of an MP3 is an estimate from its size, good to a frame or two.
 MP3_TOLERANCE_S = 0.1
 # How much of a recording is read at once where it is not read whole.
@@ -51,14 +55,23 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-class _Content(io.BytesIO):
-    """Bytes of a file for libsndfile, which may seek before the start of a damaged one and expects no exception."""
+class _AnySeek:
+    """For libsndfile, which may seek before the start of a damaged file and expects no exception."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         try:
-            return super().seek(offset, whence)
+            super().seek(offset, whence)
         except (ValueError, OverflowError):
-            return self.tell()
+            pass
+        return self.tell()
+
+
+class _Content(_AnySeek, io.BytesIO):
+    """Bytes of a file."""
+
+
+class _Mapped(_AnySeek, mmap.mmap):
+    """A file whose bytes can be changed in memory."""
 
 
 class Downmix:
@@ -210,6 +223,19 @@ class AudioStream:
     def close(self) -> None:
         """Closes the file. The end of the iteration does so, too."""
         self._reading.close()
+
+
+def audio_duration_s(audio: Any) -> float:
+    """
+    Seconds of a clip that comes with its rate, as its header says: files are not decoded.
+
+    Raises:
+        ValueError: as [`load_audio`] does, as far as a header tells.
+    """
+    reading = _decode(audio, None, 16_000, None)
+    rate_hz, num_samples = next(reading), next(reading)
+    reading.close()
+    return num_samples / rate_hz
 
 
 def load_audio_batch(audio: Any, **kwargs: Any) -> list[np.ndarray]:
@@ -425,6 +451,13 @@ def _read_file(
         raise ValueError(f"{name} is empty (0 bytes). Record or download it again.")
     if _is_unfinished_ogg(file, num_bytes):
         logger.warning(f"{name} has no end-of-stream mark: it may be cut off. What it holds is read.")
+    if (place := _unfinished_size(file, num_bytes)) is not None:
+        logger.warning(f"{name} has more samples than its header says: it was not ended properly. All are read.")
+        if not isinstance(file, _Content):
+            file = source = _Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        file.seek(place)
+        file.write(struct.pack("<I", 0xFFFFFFFF))
+        file.seek(0)
     num_read = 0
     try:
         with soundfile.SoundFile(source, closefd=False) as sound:
@@ -494,6 +527,45 @@ def _is_unfinished_ogg(file: BinaryIO, num_bytes: int) -> bool:
     file.seek(0)
     last = tail.rfind(b"OggS")
     return last >= 0 and len(tail) > last + 5 and not tail[last + 5] & 4
+
+
+def _unfinished_size(file: BinaryIO, num_bytes: int) -> int | None:
+    """
+    Where a WAV file tells the size of its samples, if more than that follows which is no chunk. Recorders that are
+    killed, and pipes, leave 0 or an earlier size, and behind 4 GiB it starts anew.
+    """
+
+    def chunk(place: int) -> tuple[bytes, int, int]:
+        """Its name, its size and its end."""
+        file.seek(place)
+        name, size = struct.unpack("<4sI", file.read(8))
+        return name, size, place + 8 + size
+
+    try:
+        file.seek(0)
+        head, place = file.read(12), 12
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return None
+        for _ in range(MAX_NUM_CHUNKS):
+            if place + 8 > num_bytes:
+                return None
+            name, size, end = chunk(place)
+            if name == b"data":
+                break
+            place = end + size % 2
+        else:
+            return None
+        size_place, loose = place + 4, end
+        for _ in range(MAX_NUM_CHUNKS):
+            if loose + 8 > num_bytes:
+                break
+            name, its_size, end = chunk(loose)
+            if end > num_bytes or not all(32 <= byte < 127 for byte in name):
+                break
+            loose = end + its_size % 2
+        return size_place if num_bytes - loose > size else None
+    finally:
+        file.seek(0)
 
 
 def _is_recognised(file: BinaryIO) -> bool:

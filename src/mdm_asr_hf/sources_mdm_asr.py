@@ -4,7 +4,6 @@
 import csv
 import gzip
 import importlib.util
-import io
 import json
 import math
 import time
@@ -19,6 +18,8 @@ import soundfile
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
+
+from .audio_mdm_asr import audio_duration_s
 
 logger = logging.get_logger(__name__)
 
@@ -365,14 +366,10 @@ def _as_text(value: Any) -> str | None:
 
 def header_duration_s(audio: Any, row_name: str) -> float:
     """Seconds that a file's header tells."""
-    if isinstance(audio, dict):
-        audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
     try:
-        info = soundfile.info(audio)
-    except (soundfile.SoundFileError, TypeError, OSError) as error:
-        detail = f"{audio if isinstance(audio, str) else 'Its content'}: {' '.join(str(error).split())}"
-        raise BadRowError.of(row_name, UNREADABLE, detail) from error
-    return info.frames / info.samplerate
+        return audio_duration_s(audio)
+    except ValueError as error:
+        raise BadRowError.of(row_name, UNREADABLE, str(error)) from error
 
 
 def load_undecoded(source: Source, streaming: bool) -> Any:
