@@ -131,8 +131,8 @@ def test_hub_data_set_with_audio_not_decoded(tmp_path, monkeypatch):
     streamed = list(load_sources({**source, "streaming": True}))
     assert sorted(row["text"] for row in streamed) == ["hello a", "hello b"]
     assert [row["duration_s"] for row in streamed] == [0.5, 0.5]
-    with pytest.raises(ValueError, match=r"`text_column` 'text' is not in .*\['audio', 'sentence'\]"):
-        load_sources({**source, "text_column": "text", "streaming": True})
+    with pytest.raises(ValueError, match=r"`text_column` 'words' is not in .*\['audio', 'sentence'\]"):
+        load_sources({**source, "text_column": "words", "streaming": True})
 
 
 def test_a_wrong_column_names_those_there_are(tmp_path):
@@ -146,6 +146,13 @@ def test_a_wrong_column_names_those_there_are(tmp_path):
     ("line", "reason", "message"),
     [
         ('{"file_name": "audio/0.wav", "text": " "}', "empty transcript", "line 4: empty transcript"),
+        ('{"file_name": "audio/0.wav", "text": "..."}', "empty transcript", "line 4: empty transcript. It is '...'"),
+        ('{"file_name": "audio/0.wav", "text": null}', "no transcript", "line 4: no transcript.*'text' holds None"),
+        ('{"file_name": "audio/0.wav", "text": 1984}', "no transcript", "'text' holds 1984"),
+        ('{"file_name": "audio/0.wav", "text": NaN}', "no transcript", "'text' holds nan"),
+        ('{"file_name": "audio/0.wav", "text": ["x"]}', "no transcript", "holds .'x'.*not text"),
+        ('{"file_name": "audio/0.wav"}', "no transcript", "'text' holds None"),
+        ('{"text": "x"}', "unreadable audio", "'file_name' holds None, not a path"),
         ('{"file_name": "audio/9.wav", "text": "x"}', "unreadable audio", "line 4: unreadable audio.*9.wav"),
         ('{"file_name": "audio/bad.wav", "text": "x"}', "unreadable audio", "line 4: unreadable audio.*bad.wav"),
         ('{"file_name": null, "text": "x"}', "unreadable audio", "not a path"),
@@ -164,12 +171,52 @@ def test_bad_rows_raise_or_are_counted(tmp_path, line, reason, message):
     assert len(data) == 3 and data.skipped == {reason: 1}
 
 
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_manifests_of_other_programs(tmp_path, form):
+    """A byte order mark, line ends of Windows, another name of the text, and two files put together."""
+    write_folder(tmp_path)
+    rows = [{"audio": f"audio/{i}.wav", "sentence": text} for i, text in enumerate(("größer", "größer", "x"))]
+    if form == "jsonl":
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    else:
+        separator = {"csv": ",", "tsv": "\t"}[form]
+        lines = [separator.join(row) for row in (rows[0], *(row.values() for row in rows))]
+    marks = ["\ufeff" if form == "jsonl" or not i else "" for i in range(len(lines))]
+    content = "".join(f"{mark}{line}\r\n" for mark, line in zip(marks, lines, strict=True))
+    manifest = tmp_path / f"m.{form}"
+    manifest.write_bytes((content + "\r\n").encode())
+    data = load_sources(manifest)
+    assert [row["text"] for row in data] == ["größer", "größer", "x"]
+    assert [row["audio"] for row in data] == [str(tmp_path / row["audio"]) for row in rows]
+    manifest.write_bytes(content.encode("utf-16"))
+    with pytest.raises(ValueError, match=f"m.{form}' is not in UTF-8.*Save it so"):
+        load_sources(manifest)
+
+
+def test_usual_columns_of_texts_are_found(tmp_path):
+    write_folder(tmp_path)
+
+    def text(source=None, **columns):
+        row = {"audio": "audio/0.wav", **columns}
+        (tmp_path / "m.jsonl").write_text(json.dumps(row))
+        return load_sources({"path": str(tmp_path / "m.jsonl"), **(source or {})})[0]["text"]
+
+    for name in ("text", "sentence", "transcription", "transcript", "raw_text"):
+        assert text(**{name: "x"}) == "x"
+        assert name == "text" or text(**{name: "x", "text": "y"}) == "y"
+    assert text({"text_column": "raw_text"}, raw_text="x", sentence="y") == "x"
+    with pytest.raises(ValueError, match=r"`text_column` is not told, and .*\['sentence', 'raw_text'\]. Name"):
+        text(raw_text="x", sentence="y")
+    with pytest.raises(ValueError, match=r"`text_column` 'text' is not in .*\['audio', 'words'\]"):
+        text(words="x")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("nonsense\n", "line 1 is not JSON"),
         ("[1]\n", "line 1 is not a JSON object"),
-        ('{"audio": "x.wav", "text": 7}\n', "line 1: `text_column` 'text' holds 7"),
+        ('{"audio": "x.wav", "text": 7}\n', "line 1: no transcript. `text_column` 'text' holds 7"),
         ('{"audio": "x.wav", "text": "x", "duration": "long"}\n', "line 1: `duration_column` 'duration' holds"),
         ("\n", "has no rows"),
     ],
@@ -183,6 +230,7 @@ def test_bad_manifests(tmp_path, content, message):
 def test_bad_specs(tmp_path):
     folder = write_folder(tmp_path / "a")
     (tmp_path / "m.csv").write_text("audio,text\nx.wav,one, two\n")
+    (tmp_path / "quote.csv").write_text('audio,text\nx.wav,"one\n' + "y.wav,two\n" * 20_000)
     for specs, message in (
         ([], "is empty"),
         ({"path": str(folder), "colour": 1}, "A source must be"),
@@ -192,6 +240,7 @@ def test_bad_specs(tmp_path):
         (str(tmp_path / "none.jsonl"), "does not exist"),
         ({"path": str(tmp_path / "m.csv"), "split": "test"}, "has no splits"),
         (str(tmp_path / "m.csv"), "more or fewer fields"),
+        (str(tmp_path / "quote.csv"), "quote.csv' cannot be read as a table.*Is a quote not closed"),
         ({"path": str(tmp_path / "none"), "growing": True}, "`growing` needs a folder"),
     ):
         with pytest.raises(ValueError, match=message):

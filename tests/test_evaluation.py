@@ -123,8 +123,33 @@ def test_manifest_with_other_columns(folder):
     assert {row["language"] for row in load_data(folder / "test.csv", text_column="sentence", language="nl").rows} == {
         "nl"
     }
-    with pytest.raises(ValueError, match="`text_column`.*'sentence'"):
-        load_data(folder / "test.csv")
+    assert [row["text"] for row in load_data(folder / "test.csv").rows] == ["eins", "zwei", "drei"]
+    with pytest.raises(ValueError, match="`text_column` 'words' is not in .*'sentence'"):
+        load_data(folder / "test.csv", text_column="words")
+
+
+def test_a_row_without_a_transcript_is_no_empty_reference(folder):
+    entries = [{"file_name": "audio/0.wav", "text": text} for text in ("yes no", "", "...", None, 1984, float("nan"))]
+    write_metadata(folder, [*entries, {"file_name": "audio/0.wav"}, {"text": "no audio"}])
+    data = load_data(folder)
+    assert [row["text"] for row in data.rows] == ["yes no", "", "..."]
+    assert [one["id"] for one in data.skipped[:4]] == [f"audio/0.wav#{i}" for i in (4, 5, 6, 7)]
+    assert ["no transcript" in one["reason"] for one in data.skipped] == [True] * 4 + [False]
+    assert "unreadable audio" in data.skipped[4]["reason"]
+    with pytest.raises(ValueError, match="line 4: no transcript. `text_column` 'text' holds None, not text"):
+        load_data(folder, on_bad_row="raise")
+    # Of two words there is one; what is heard where there is none is inserted.
+    rows = [{"reference": row["text"], "hypothesis": "yes", "duration_s": 1.0, "nfe": 1} for row in data.rows]
+    assert score(rows)["metrics"]["wer"] == 150.0
+
+
+def test_every_row_has_an_id_of_its_own(folder):
+    names = ["a.wav", "a.wav#2", "a.wav", "a.wav", "b.wav", "b.wav"]
+    for name in set(names):
+        shutil.copy(folder / "audio" / "0.wav", folder / name)
+    write_metadata(folder, [{"file_name": name, "text": "x"} for name in names])
+    ids = [row["id"] for row in load_data(folder).rows]
+    assert ids == ["a.wav", "a.wav#2", "a.wav#3", "a.wav#4", "b.wav", "b.wav#2"]
 
 
 def test_the_test_split_is_the_default(folder, tmp_path):

@@ -81,6 +81,7 @@ def test_normalisers():
     assert normaliser("en", {"colour": "color"})("colour") == "color"
     assert normaliser("de")("Straße, Nr. 5!") == "straße nr 5 "
     assert normaliser(None)("can't") == "can not"
+    assert [normaliser(language)(text) for language in ("en", "de") for text in ("...", "?!", "…", "-")] == [""] * 8
     assert describe_normaliser("en") == "transformers EnglishTextNormalizer({}), no spelling table"
     assert describe_normaliser("en", {"colour": "color"}) == "transformers EnglishTextNormalizer, 1 spellings"
     assert describe_normaliser("de") == "transformers BasicTextNormalizer()"

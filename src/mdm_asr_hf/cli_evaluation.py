@@ -55,7 +55,10 @@ def evaluate(
     model: Model = None,
     split: Annotated[str | None, typer.Option(help="Of the data. Default: test, where it has splits.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a data set of `datasets`.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the transcripts. Default: text.")] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the transcripts. Default: text, or its like."),
+    ] = None,
     language: Annotated[
         str | None, typer.Option(help="Of the speech, such as de: chooses prompt and normaliser. Default: en.")
     ] = None,

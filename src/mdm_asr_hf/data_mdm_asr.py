@@ -22,7 +22,6 @@ from .mixing_mdm_asr import (
 from .processing_mdm_asr import IGNORED_LABEL
 from .sources_mdm_asr import (
     BAD_ROW_REASONS,
-    EMPTY_TEXT,
     LONG_AUDIO,
     LONG_TEXT,
     UNREADABLE,
@@ -30,6 +29,7 @@ from .sources_mdm_asr import (
     Source,
     StreamedSources,
     check_on_bad_row,
+    check_text,
     describe_skipped,
     load_utterances,
     shared_integer,
@@ -438,11 +438,8 @@ class DataCollatorForMDMASR:
 
     def _text(self, row: dict[str, Any], name: str) -> str:
         text = _column(row, self.text_column, "text_column", name)
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"{name}: `text_column` {self.text_column!r} holds {text!r:.60}, not text. Name another.")
-        if not (text or "").strip() and not self.allow_empty_text:
-            raise BadRowError.of(name, EMPTY_TEXT, "Write what is said, or set `allow_empty_text` if nothing is.")
-        return (text or "").strip()
+        check_text(text, name, self.text_column, allow_empty=self.allow_empty_text)
+        return text.strip()
 
     def _load(self, row: dict[str, Any], name: str) -> np.ndarray:
         audio = _column(row, self.audio_column, "audio_column", name)

@@ -14,6 +14,7 @@ from .sources_mdm_asr import (
     BadRowError,
     Source,
     check_on_bad_row,
+    check_text,
     find_manifests,
     header_duration_s,
     load_undecoded,
@@ -122,7 +123,8 @@ def load_data(
         settings: of [`Source`], such as `name`, `split` ("test" by default), `text_column`, `language`; None is not
             set.
 
-    Empty texts are kept: what is recognised there counts as insertions.
+    Empty texts, and those of punctuation alone, are kept: what is recognised there counts as insertions. A row whose
+    text is missing, or null, cannot be measured.
 
     Raises:
         ValueError: no such data, no such column, and what `on_bad_row` says.
@@ -139,25 +141,24 @@ def load_data(
 
     rows, skipped, columns, taken = [], [], None, Counter()
     try:
-        values_of_rows, audio, sha256 = _read_values(source, limit)
+        values_of_rows, column, sha256 = _read_values(source, limit)
     except ValueError as error:
         if source.is_local or is_preset or "/" in source.path:
             raise
         raise ValueError(f"{error} The data sets that have a name here are {', '.join(PRESETS)}.") from error
     for row_name, values, folder in values_of_rows:
-        if columns is None or not {columns.audio, columns.text} <= values.keys():
-            columns = source.columns(list(values))
-        audio_path = None
-        if folder is not None and isinstance(values[columns.audio], str) and values[columns.audio]:
-            audio_path = _relative(folder / values[columns.audio], Path(source.path))
-        one_id = str(audio_path or next((values[c] for c in ID_COLUMNS if values.get(c) is not None), row_name))
-        taken[one_id] += 1
-        if taken[one_id] > 1:
-            one_id = f"{one_id}#{taken[one_id]}"
+        columns = source.columns(list(values), columns)
+        audio, audio_path = values.get(columns.audio), None
+        if folder is not None and isinstance(audio, str) and audio:
+            audio_path = _relative(folder / audio, Path(source.path))
+        one_id = str(audio_path or next((values[c] for c in ID_COLUMNS if values.get(c) not in (None, "")), row_name))
+        one_id = _unique(one_id, taken)
         try:
             row = make_row(source, columns, row_name, values, folder)
+            if columns.text:
+                check_text(row["text"], row_name, columns.text, allow_empty=True)
             if row["duration_s"] is None:
-                its_audio = row["audio"] if audio is None else audio[row["audio"]]
+                its_audio = row["audio"] if column is None else column[row["audio"]]
                 row["duration_s"] = header_duration_s(its_audio, row_name)
         except BadRowError as error:
             if on_bad_row == "raise":
@@ -170,7 +171,17 @@ def load_data(
     if sha256 is None:
         lines = "".join(f"{row['id']}\t{row['text']}\n" for row in rows)
         sha256 = hashlib.sha256(lines.encode()).hexdigest()
-    return EvaluationData(label, source.path, rows, audio, skipped, sha256)
+    return EvaluationData(label, source.path, rows, column, skipped, sha256)
+
+
+def _unique(one_id: str, taken: Counter) -> str:
+    """The id, with a number behind it where it was taken before."""
+    unique = one_id
+    while unique in taken:
+        taken[one_id] += 1
+        unique = f"{one_id}#{taken[one_id]}"
+    taken[unique] += 1
+    return unique
 
 
 def _with_test_split(source: Source) -> Source:

@@ -142,7 +142,8 @@ class JoinSettings:
         return {
             "parts": list(rows),
             "pauses_s": list(pauses_s),
-            "text": self.separator.join(row["text"] for row in rows),
+            # A text that is none, the collator finds.
+            "text": self.separator.join(row["text"] for row in rows if isinstance(row["text"], str)),
             "separator": self.separator,
             "language": rows[0].get("language"),
             "duration_s": float(sum(row["duration_s"] for row in rows) + sum(pauses_s)),

@@ -28,15 +28,19 @@ _RESAMPLES_AT_ONCE = 100
 
 def normaliser(language: str | None = "en", spellings: dict[str, str] | None = None) -> Callable[[str], str]:
     """
-    Whisper's normaliser of `language`: the English one for "en" (or None), its basic one for every other.
+    Whisper's normaliser of `language`: the English one for "en" (or None), its basic one for every other. A text of
+    punctuation alone has no words.
 
     Args:
         spellings (`dict`, *optional*): British to American spellings. They come with Whisper's tokenizers and not with
             transformers, so there are none by default, and scores do not depend on which tokenizer is at hand.
     """
     if not _is_english(language):
-        return _basic_normaliser()
-    return EnglishTextNormalizer(spellings) if spellings else _english_normaliser()
+        normalise = _basic_normaliser()
+    else:
+        normalise = EnglishTextNormalizer(spellings) if spellings else _english_normaliser()
+    # The English one leaves a word "." of "...".
+    return lambda text: normalise(text) if any(map(str.isalnum, text)) else ""
 
 
 def describe_normaliser(language: str | None = "en", spellings: dict[str, str] | None = None) -> str:

@@ -24,6 +24,7 @@ from .audio_mdm_asr import audio_duration_s
 logger = logging.get_logger(__name__)
 
 AUDIO_COLUMNS = ("audio", "file_name", "audio_filepath", "path")
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_text")
 LANGUAGE_COLUMNS = ("language", "lang")
 SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
 DURATION_COLUMNS = ("duration_s", "duration")
@@ -33,9 +34,9 @@ POLL_S = 2.0
 # Files, as it were, of a data set on disk that is streamed.
 NUM_PARTS = 64
 
-UNREADABLE, EMPTY_TEXT = "unreadable audio", "empty transcript"
+UNREADABLE, NO_TEXT, EMPTY_TEXT = "unreadable audio", "no transcript", "empty transcript"
 LONG_TEXT, LONG_AUDIO = "transcript longer than the canvas", "audio too long"
-BAD_ROW_REASONS = (UNREADABLE, EMPTY_TEXT, LONG_TEXT, LONG_AUDIO)
+BAD_ROW_REASONS = (UNREADABLE, NO_TEXT, EMPTY_TEXT, LONG_TEXT, LONG_AUDIO)
 
 
 def read_sentences(path: str | Path, name: str = "text") -> list[str]:
@@ -47,7 +48,7 @@ def read_sentences(path: str | Path, name: str = "text") -> list[str]:
     """
     path = Path(path)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             sentences = [" ".join(line.split()) for line in file if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"`{name}` {str(path)!r} cannot be read: {error}") from error
@@ -82,8 +83,8 @@ class Source:
             sources have one or none, which means every row once per epoch.
         name, split: configuration and split of a data set of `datasets`; the split is "train" by default.
         audio_column, text_column, language_column, speaker_column, duration_column (`str`, *optional*): by default
-            the text is in "text", and the others are looked for under their usual names. Without a `text_column`
-            (None) rows have an empty text, and a folder need hold nothing but audio files.
+            they are looked for under their usual names; without a "text", just one other name of `TEXT_COLUMNS` may be
+            there. Without a `text_column` (None) rows have an empty text, and a folder need hold nothing but audio.
         language (`str`, *optional*): of all rows, if no column tells.
         lowercase (`bool`): for transcripts in capitals.
         streaming (`bool`): read a data set of `datasets` as it is downloaded.
@@ -95,7 +96,7 @@ class Source:
     name: str | None = None
     split: str | None = None
     audio_column: str | None = None
-    text_column: str | None = "text"
+    text_column: str | None = TEXT_COLUMNS[0]
     language_column: str | None = None
     speaker_column: str | None = None
     duration_column: str | None = None
@@ -130,8 +131,21 @@ class Source:
     def is_local(self) -> bool:
         return Path(self.path).exists() or Path(self.path).suffix in MANIFESTS
 
-    def columns(self, available: Sequence[str]) -> "Columns":
-        """Which column holds what. Raises ValueError, naming the columns there are, if a wanted one is missing."""
+    def columns(self, available: Sequence[str], known: "Columns | None" = None) -> "Columns":
+        """
+        Which column holds what, of a row with these columns; `known` is the answer for the rows before it.
+
+        Raises:
+            ValueError: one that is wanted is missing, and nothing is `known`. It names the columns there are.
+        """
+        if known is not None:
+            if {known.audio, known.text} - {None} <= set(available):
+                return known
+            try:
+                return self.columns(available)
+            except ValueError:
+                # Only this row lacks it, which makes it a bad one.
+                return known
 
         def find(setting: str, usual: tuple[str, ...], needed: bool = False) -> str | None:
             wanted = getattr(self, setting)
@@ -145,11 +159,21 @@ class Source:
 
         return Columns(
             audio=find("audio_column", AUDIO_COLUMNS, needed=True),
-            text=find("text_column", (), needed=True) if self.text_column else None,
+            text=self._find_text(available) or find("text_column", ()),
             language=find("language_column", LANGUAGE_COLUMNS if self.language is None else ()),
             speaker=find("speaker_column", SPEAKER_COLUMNS),
             duration=find("duration_column", DURATION_COLUMNS),
         )
+
+    def _find_text(self, available: Sequence[str]) -> str | None:
+        if self.text_column != TEXT_COLUMNS[0] or self.text_column in available:
+            return None
+        found = [column for column in TEXT_COLUMNS if column in available]
+        if len(found) > 1:
+            raise ValueError(
+                f"`text_column` is not told, and {self.path!r} has the columns {found}. Name the right one."
+            )
+        return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -231,14 +255,13 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
 
     rows, skipped, causes, columns = [], Counter(), [], None
     for row_name, values, folder in raw:
-        if columns is None or not {columns.audio, columns.text} - {None} <= values.keys():
-            columns = source.columns(list(values))
+        columns = source.columns(list(values), columns)
         try:
             row = make_row(source, columns, row_name, values, folder)
             if audio is not None:
                 row["index"] = row.pop("audio")
-            if columns.text and not row["text"].strip():
-                raise BadRowError.of(row_name, EMPTY_TEXT, "Write what is said, or leave the row out.")
+            if columns.text:
+                check_text(row["text"], row_name, columns.text)
             if row["duration_s"] is None:
                 its_audio = row["audio"] if audio is None else audio[row["index"]]
                 row["duration_s"] = header_duration_s(its_audio, row_name)
@@ -307,18 +330,24 @@ def find_audio_files(source: Source) -> list[Path]:
 
 def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
     """Yields (name of the row, its values, folder its paths are relative to)."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix in (".csv", ".tsv"):
-            for row in (reader := csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")):
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path} line {reader.line_num} has more or fewer fields than the header. Quote commas."
-                    )
-                yield f"{path} line {reader.line_num}", row, path.parent
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path} line {number}", _parse_line(line, f"{path} line {number}"), path.parent
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix in (".csv", ".tsv"):
+                for row in (reader := csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")):
+                    if None in row or None in row.values():
+                        raise ValueError(
+                            f"{path} line {reader.line_num} has more or fewer fields than the header. Quote commas."
+                        )
+                    yield f"{path} line {reader.line_num}", row, path.parent
+                return
+            for number, line in enumerate(file, start=1):
+                # Files with a byte order mark may have been put together.
+                if line := line.strip("\ufeff \t\r\n"):
+                    yield f"{path} line {number}", _parse_line(line, f"{path} line {number}"), path.parent
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}). Save it so.") from error
+    except csv.Error as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a table ({error}). Is a quote not closed?") from error
 
 
 def _parse_line(line: str | bytes, name: str) -> dict[str, Any]:
@@ -332,16 +361,17 @@ def _parse_line(line: str | bytes, name: str) -> dict[str, Any]:
 
 
 def make_row(source: Source, columns: Columns, row_name: str, values: dict[str, Any], folder: Path | None) -> dict:
-    text, audio = values[columns.text] if columns.text else "", values[columns.audio]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{row_name}: `text_column` {columns.text!r} holds {text!r:.60}, not text. Name another.")
+    """A row of [`Utterances`]. Its text may still be none, see [`check_text`]."""
+    text, audio = values.get(columns.text) if columns.text else "", values.get(columns.audio)
     if folder is not None:
         if not isinstance(audio, str) or not audio:
             raise BadRowError.of(
                 row_name, UNREADABLE, f"The column {columns.audio!r} holds {audio!r:.60}, not a path."
             )
         audio = str(folder / audio)
-    text = " ".join((text or "").split())
+    if isinstance(text, str):
+        text = " ".join(text.split())
+        text = text.lower() if source.lowercase else text
     duration_s = values.get(columns.duration) if columns.duration else None
     try:
         duration_s = None if duration_s in (None, "") else float(duration_s)
@@ -352,12 +382,25 @@ def make_row(source: Source, columns: Columns, row_name: str, values: dict[str, 
         raise ValueError(f"{row_name}: `duration_column` {columns.duration!r} holds {duration_s!r}, not seconds.")
     return {
         "audio": audio,
-        "text": text.lower() if source.lowercase else text,
+        "text": text,
         "language": (values.get(columns.language) if columns.language else None) or source.language,
         "speaker": _as_text(values.get(columns.speaker)) if columns.speaker else None,
         "duration_s": duration_s,
         "row": row_name,
     }
+
+
+def check_text(text: Any, row_name: str, column: str, allow_empty: bool = False) -> None:
+    """
+    Raises BadRowError where a transcript is missing, or a number; and unless `allow_empty`, where it has no words:
+    neither a letter nor a digit.
+    """
+    if not isinstance(text, str):
+        detail = f"`text_column` {column!r} holds {text!r:.60}, not text. Write what is said, or name another column."
+        raise BadRowError.of(row_name, NO_TEXT, detail)
+    if not allow_empty and not any(map(str.isalnum, text)):
+        detail = f"It is {text!r:.60}. Write what is said, or leave the row out."
+        raise BadRowError.of(row_name, EMPTY_TEXT, detail)
 
 
 def _as_text(value: Any) -> str | None:
