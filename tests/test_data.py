@@ -35,7 +35,7 @@ from mdm_asr_hf.data_mdm_asr import (
     max_label_tokens,
 )
 from mdm_asr_hf.mixing_mdm_asr import JoinedStream
-from mdm_asr_hf.sources_mdm_asr import BadRowError, Utterances
+from mdm_asr_hf.sources_mdm_asr import BadRowError, BadRows, Utterances
 
 RATE = 16_000
 EOS = 1
@@ -167,7 +167,9 @@ def test_bad_rows_raise_or_are_counted(tmp_path, line, reason, message):
     with pytest.raises(BadRowError, match=message) as info:
         load_sources(folder, max_duration_s=30.0)
     assert info.value.reason == reason and str(folder) in str(info.value)
-    data = load_sources(folder, max_duration_s=30.0, on_bad_row="skip")
+    with pytest.raises(ValueError, match=f"^1 of 4 rows of .* cannot be used, more than 20 %: 1 like: .*{message}"):
+        load_sources(folder, max_duration_s=30.0, on_bad_row="skip", max_bad_share=0.2)
+    data = load_sources(folder, max_duration_s=30.0, on_bad_row="skip", max_bad_share=0.25)
     assert len(data) == 3 and data.skipped == {reason: 1}
 
 
@@ -628,6 +630,77 @@ def test_a_batch_of_bad_rows_becomes_silence_and_says_so(tmp_path, prompted, cap
         collator(on_bad_row="skip", max_label_tokens=1)([{"input_features": np.zeros((2, 80)), "labels": [4, 1]}])
 
 
+def test_a_source_of_bad_rows_ends_with_its_causes(tmp_path):
+    """All paths are wrong, though the manifest knows the durations; and one row of a hundred, or two."""
+    folder = write_folder(tmp_path / "a", seconds=[0.1] * 100, duration_s=[0.1] * 100)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lost = [line.replace("audio/", "sound/") for line in lines]
+    manifest = folder / "m.jsonl"
+    for growing in ({}, {"streaming": True}):
+        manifest.write_text("\n".join(lost[:98] + ['{"file_name": "audio/0.wav", "text": ""}'] * 2))
+        with pytest.raises(ValueError) as error:
+            load_sources({"path": str(manifest), **growing}, on_bad_row="skip")
+        first, second = str(error.value).split("; ")[:2]
+        assert first.startswith(f"100 of 100 rows of {str(manifest)!r} cannot be used, more than 1 %: 98 like: ")
+        assert "m.jsonl line 1: unreadable audio" in first and "sound/0.wav' does not exist" in first
+        assert second.startswith("2 like: ") and "line 99: empty transcript" in second and "\n" not in str(error.value)
+        manifest.write_text("\n".join(lost[:1] + lines[1:]))
+        data = load_sources({"path": str(manifest), **growing}, on_bad_row="skip")
+        assert data.skipped == {"unreadable audio": 1}
+        manifest.write_text("\n".join(lost[:2] + lines[2:]))
+        with pytest.raises(ValueError, match="2 of 100 rows.*more than 1 %"):
+            load_sources({"path": str(manifest), **growing}, on_bad_row="skip")
+    with pytest.raises(ValueError, match="None|has no rows to train on. They were left out: 1 like"):
+        manifest.write_text(lost[0])
+        load_sources(manifest, on_bad_row="skip", max_bad_share=1.0)
+
+
+def test_batches_of_bad_rows_end_with_their_causes(tmp_path):
+    good, (unreadable, empty, *_) = {"audio": (tone(0.1), RATE), "text": "a"}, bad_rows(tmp_path).values()
+
+    def seen(rows, **settings):
+        """How many rows were collated, one by one, and the error."""
+        collate = collator(on_bad_row="skip", **settings)
+        for number, row in enumerate(rows, start=1):
+            try:
+                collate([row])
+            except ValueError as error:
+                return number, str(error)
+        return number, ""
+
+    # Where nothing can be used it shows at once, and nothing stands in for more than three batches.
+    number, message = seen([unreadable, unreadable, empty, unreadable] * 5)
+    assert number == 4 and message.startswith(
+        "4 of 4 rows of the batches cannot be used, more than 1 %: 3 like: row 0"
+    )
+    assert "bad.wav" in message and "; 1 like: m.jsonl line 7: empty transcript" in message
+    assert seen([unreadable, good] * 20)[0] < 16
+    # One of a hundred may come first, or thrice; not four of a hundred for ever.
+    rare = [empty, *[good] * 99]
+    assert seen([*[empty] * 3, *[good] * 97]) == (100, "")
+    assert seen(rare * 10) == (1000, "")
+    assert 150 < seen([empty, *[good] * 24] * 20)[0] < 300
+    assert seen([unreadable, good] * 20, max_bad_share=0.5) == (40, "")
+    # So few that nothing ends it in between.
+    collate = collator(on_bad_row="skip")
+    collate([unreadable, empty])
+    with pytest.raises(ValueError, match="Nothing was learnt: 2 of 2 rows skipped: .*1 like: row 0.*bad.wav"):
+        collate.check_any()
+    collate([good])
+    collate.check_any()
+
+
+def test_causes_are_counted_whatever_the_names():
+    messages = [f"a/m.jsonl line {i}: unreadable audio. 'x{i}.wav' does not exist. Check the path." for i in range(9)]
+    messages.insert(1, "a/m.jsonl line 77: empty transcript. It is '...'.")
+    bad = BadRows([*messages, "third", "fourth", "fifth"])
+    assert len(bad) == 13
+    assert str(bad) == (
+        "9 like: a/m.jsonl line 0: unreadable audio. 'x0.wav' does not exist. Check the path; 1 like: a/m.jsonl line "
+        "77: empty transcript. It is '...'; 1 like: third; and 2 causes more."
+    )
+
+
 def test_empty_text_can_be_allowed():
     rows = [{"audio": (np.zeros(8000, np.float32), RATE), "text": ""}]
     assert collator(allow_empty_text=True)(rows)["labels"].tolist() == [[EOS]]
@@ -693,7 +766,7 @@ def test_bad_row_errors_come_back_from_workers():
 
 def test_what_a_worker_counts_is_not_lost(tmp_path):
     rows = [{"audio": (tone(0.2), RATE), "text": text} for text in ("a", "", "a", "")]
-    collate = collator(on_bad_row="skip")
+    collate = collator(on_bad_row="skip", max_bad_share=0.5)
     collate(rows)
     list(DataLoader(rows, batch_size=2, collate_fn=collate, num_workers=2))
     assert collate.skipped == {"empty transcript": 4} and collate.num_rows == 8
@@ -713,6 +786,8 @@ def test_longest_label_of_a_model():
 def test_collator_settings():
     for settings, message in (
         ({"on_bad_row": "drop"}, "`on_bad_row`"),
+        ({"max_bad_share": 1.1}, "`max_bad_share`.*1.1"),
+        ({"max_bad_share": "1%"}, "`max_bad_share`.*'1%'"),
         ({"max_label_tokens": 0}, "`max_label_tokens`"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -142,18 +142,23 @@ def test_what_nothing_can_be_learnt_from_is_left_out_and_counted(speech, tmp_pat
     assert f"{len(SpeechClips(speech).plan(0))} without speech" in said[-1]
 
 
-def test_recordings_that_cannot_be_read_stop_it_with_their_causes(speech, tmp_path):
+def test_recordings_that_cannot_be_read_stop_it_with_their_causes(speech, tmp_path, monkeypatch):
     paths = sorted(speech.glob("*.wav"))
     manifest = speech / "speech.jsonl"
     manifest.write_text("".join(json.dumps({"audio": path.name, "duration": 1.0}) + "\n" for path in paths))
     clips = SpeechClips(manifest)
     for path in paths[::2]:
         path.write_bytes(b"no sound")
-    with pytest.raises(ValueError, match=r"\d of \d+ pieces of .* cannot be read: .*wav.*Mend or remove"):
+    with pytest.raises(ValueError, match=r"\d of \d+ rows of .* cannot be used, more than 5 %: .*wav.*Mend or remove"):
         write_cache(short_model(), tiny_processor(), clips, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("block-*"))
+    said = []
+    monkeypatch.setattr("mdm_asr_hf.train.clips.MOST_UNREADABLE", 1.0)
+    write_cache(short_model(), tiny_processor(), clips, tmp_path / "cache", report=said.append)
+    assert re.search(r"[1-9] unreadable.* \([1-9] like: '.*wav' is not audio", said[-1])
+    monkeypatch.undo()
     # Their headers are read, where nothing tells how long they are.
-    with pytest.raises(ValueError, match="6 of 12 pieces of .* cannot be read: .*00.wav"):
+    with pytest.raises(ValueError, match="6 of 12 rows of .* cannot be used, more than 5 %: 6 like: .*00.wav"):
         SpeechClips(speech)
 
 

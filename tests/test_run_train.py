@@ -173,6 +173,40 @@ def test_the_input_pipeline_can_be_measured_alone(run_train, model_folder, data,
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_rows_that_were_skipped_are_in_the_log_and_the_result(run_train, model_folder, data, tmp_path):
+    """One of twelve is found when the source is read, and one when its audio is."""
+    rows = [json.loads(line) for line in (data / "train" / "metadata.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["file_name"] = str(data / "train" / row["file_name"])
+        row["text"] = "" if i == 0 else row["text"]
+    rows[1]["file_name"] = str(tmp_path / "bad.flac")
+    (tmp_path / "bad.flac").write_bytes(b"no audio")
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = arguments(model_folder, data, tmp_path, "--on_bad_row", "skip", "--num_train_epochs", "1")
+    argv[argv.index("--train_sources") + 1] = str(tmp_path / "m.jsonl")
+    argv[argv.index("--max_steps") + 1] = "-1"
+    with pytest.raises(
+        ValueError, match="1 of 12 rows of .*m.jsonl' cannot be used, more than 1 %: 1 like: .*line 1: e"
+    ):
+        run_train.main(argv)
+    results = run_train.main([*argv, "--max_bad_share", "0.1"])
+    assert [entry["rows_skipped"] for entry in results["log"] if "rows_skipped" in entry][-1] == 1
+    assert results["train"]["train_rows_skipped"] == 2
+    assert "1 of 11 rows skipped: 1 unreadable audio. Left out of the sources before: 1 empty" in results["skipped"]
+    # Nothing but bad audio, whose durations are told.
+    for row in rows:
+        row["file_name"] = str(tmp_path / "bad.flac")
+        row["text"] = "a"
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"of \d+ rows of the batches cannot be used, more than 1 %: \d+ like: .*bad.flac"
+    ):
+        run_train.main(argv)
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    with pytest.raises(ValueError, match="Nothing was learnt: 1 of 1 rows skipped: .*bad.flac"):
+        run_train.main(argv)
+
+
 def test_clear_errors(run_train, model_folder, data, tmp_path):
     source = json.dumps({"path": str(data / "train"), "text_column": "transcript"})
     argv = arguments(model_folder, data, tmp_path)

@@ -28,6 +28,7 @@ from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor, __versio
 from mdm_asr_hf.augmentation_mdm_asr import Augmenter
 from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR, load_sources, max_label_tokens
 from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
+from mdm_asr_hf.sources_mdm_asr import MAX_BAD_SHARE, describe_skipped
 from mdm_asr_hf.train.distillation import train_drafts
 from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
 
@@ -91,6 +92,9 @@ class DataArguments:
         metadata={"help": "Of rows whose source tells none; what the saved model's prompt says unless it is told."},
     )
     on_bad_row: str = field(default="raise", metadata={"help": "'raise' at rows that cannot be used, or 'skip'."})
+    max_bad_share: float = field(
+        default=MAX_BAD_SHARE, metadata={"help": "With 'skip': more bad rows than this share end the training."}
+    )
     benchmark_input: int = field(
         default=0, metadata={"help": "Only measure the input pipeline, over so many batches, and stop."}
     )
@@ -226,7 +230,8 @@ def main(argv: list[str]) -> dict:
     # Each row's own, if the data tell.
     language_column = "language" if takes_language else None
     prompt_length = len((processor.prompt_template or {"tokens": [0]})["tokens"])
-    limits = {"on_bad_row": data_arguments.on_bad_row, "max_duration_s": processor.feature_extractor.max_duration_s}
+    bad_rows = {"on_bad_row": data_arguments.on_bad_row, "max_bad_share": data_arguments.max_bad_share}
+    limits = {**bad_rows, "max_duration_s": processor.feature_extractor.max_duration_s}
     join = None
     if data_arguments.join_utterances:
         join = {"min_s": data_arguments.join_min_s, "max_s": data_arguments.join_max_s}
@@ -245,7 +250,7 @@ def main(argv: list[str]) -> dict:
         processor,
         language_column=language_column,
         augment=Augmenter(seed=arguments.seed) if data_arguments.augment else None,
-        on_bad_row=data_arguments.on_bad_row,
+        **bad_rows,
         max_label_tokens=max_label_tokens(config, prompt_length),
         seed=arguments.seed,
         **slots,
@@ -253,7 +258,7 @@ def main(argv: list[str]) -> dict:
     plain_collator = DataCollatorForMDMASR(
         processor,
         language_column=language_column,
-        on_bad_row=data_arguments.on_bad_row,
+        **bad_rows,
         max_label_tokens=max_label_tokens(config, prompt_length),
         **slots,
     )
@@ -299,6 +304,8 @@ def main(argv: list[str]) -> dict:
         trainer.save_model(arguments.output_dir)
     results["log"] = trainer.state.log_history
     results["skipped"] = collator.report()
+    if left_out := getattr(train, "skipped", {}):
+        results["skipped"] += f" Left out of the sources before: {describe_skipped(left_out)}."
     if trainer.is_world_process_zero():
         Path(arguments.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         shown = {name: results[name] for name in ("before", "after") if name in results}

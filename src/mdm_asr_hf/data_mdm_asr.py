@@ -24,10 +24,13 @@ from .sources_mdm_asr import (
     BAD_ROW_REASONS,
     LONG_AUDIO,
     LONG_TEXT,
+    MAX_BAD_SHARE,
     UNREADABLE,
     BadRowError,
+    BadRows,
     Source,
     StreamedSources,
+    check_bad_share,
     check_on_bad_row,
     check_text,
     describe_skipped,
@@ -56,6 +59,7 @@ def load_sources(
     seed: int = 0,
     on_bad_row: str = "raise",
     max_duration_s: float | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
     shuffle_buffer_rows: int = 256,
     process_index: int = 0,
     num_processes: int = 1,
@@ -70,6 +74,7 @@ def load_sources(
         on_bad_row (`str`): "raise", or "skip" rows that cannot be trained on and count them (`.skipped`). In streams
             the collator finds them.
         max_duration_s (`float`, *optional*): rows that last longer are bad. Not for streams.
+        max_bad_share (`float`): more bad rows than this share of a source's are an error, also with "skip".
         shuffle_buffer_rows, process_index, num_processes: for streams, see [`StreamedSources`].
 
     Returns:
@@ -80,7 +85,7 @@ def load_sources(
     Raises:
         ValueError: a missing file or column, bad rows (see above), weights for some sources only.
     """
-    check_on_bad_row(on_bad_row)
+    check_on_bad_row(on_bad_row, max_bad_share)
     sources = [Source.of(spec) for spec in (specs if isinstance(specs, (list, tuple)) else [specs])]
     if not sources:
         raise ValueError("`specs` is empty. Pass at least one source.")
@@ -95,12 +100,14 @@ def load_sources(
             seed=seed,
             on_bad_row=on_bad_row,
             max_duration_s=max_duration_s,
+            max_bad_share=max_bad_share,
             shuffle_buffer_rows=shuffle_buffer_rows,
             process_index=process_index,
             num_processes=num_processes,
         )
         return JoinedStream(stream, join, seed) if join else stream
-    parts = [load_utterances(source, on_bad_row=on_bad_row, max_duration_s=max_duration_s) for source in sources]
+    limits = {"max_duration_s": max_duration_s, "max_bad_share": max_bad_share}
+    parts = [load_utterances(source, on_bad_row=on_bad_row, **limits) for source in sources]
     if join:
         parts = [JoinedUtterances(part, join, seed + i) for i, part in enumerate(parts)]
     return Mixture(parts, None if None in weights else weights, seed)
@@ -310,6 +317,8 @@ class DataCollatorForMDMASR:
             `takes_other_clips` also gets those of the batch as `other_clips`.
         on_bad_row (`str`): "raise" at rows that cannot be trained on, or "skip" them, see `skipped`. A batch of which
             no row is left becomes half a second of silence without text, with a warning.
+        max_bad_share (`float`): more bad rows than this share of those so far, by more than chance, are an error, also
+            with "skip".
         max_label_tokens (`int`, *optional*): longest transcript in tokens, its end of text included, that the model's
             canvas can hold; see [`max_label_tokens`]. Longer ones are bad rows: nothing is cut off.
         max_duration_s (`float`, *optional*): longer audio makes a row bad. Default: the feature extractor's.
@@ -332,17 +341,19 @@ class DataCollatorForMDMASR:
         language_column: str | None = None,
         augment: Callable[..., np.ndarray] | None = None,
         on_bad_row: str = "raise",
+        max_bad_share: float = MAX_BAD_SHARE,
         max_label_tokens: int | None = None,
         max_duration_s: float | None = None,
         allow_empty_text: bool = False,
         seed: int = 0,
         **prompt_slots: Any,
     ):
-        check_on_bad_row(on_bad_row)
+        check_on_bad_row(on_bad_row, max_bad_share)
         if max_label_tokens is not None and max_label_tokens < 1:
             raise ValueError(f"`max_label_tokens` must be at least 1 or None, got {max_label_tokens!r}.")
         self.processor, self.augment, self.on_bad_row, self.seed = processor, augment, on_bad_row, seed
         self.audio_column, self.text_column, self.language_column = audio_column, text_column, language_column
+        self.max_bad_share, self._bad_rows = max_bad_share, BadRows()
         self.max_label_tokens, self.allow_empty_text = max_label_tokens, allow_empty_text
         self.max_duration_s = max_duration_s or getattr(processor.feature_extractor, "max_duration_s", None)
         self.prompt_slots = prompt_slots
@@ -362,10 +373,19 @@ class DataCollatorForMDMASR:
         totals = self._counts.sum(dim=0).tolist()
         return {name: count for name, count in zip(COUNTED[1:], totals[1:], strict=True) if count}
 
+    @property
+    def num_skipped(self) -> int:
+        """Rows of these that were skipped."""
+        return sum(count for name, count in self.skipped.items() if name != EMPTY_BATCH)
+
+    def check_any(self) -> None:
+        """Raises ValueError if there were rows and none could be trained on: too few to end it in between."""
+        if self.num_rows and self.num_skipped == self.num_rows:
+            raise ValueError(f"Nothing was learnt: {self.report()} {self._bad_rows if self._bad_rows else ''}".strip())
+
     def report(self) -> str:
         """One line about the rows skipped so far."""
-        num_skipped = sum(count for name, count in self.skipped.items() if name != EMPTY_BATCH)
-        return f"{num_skipped} of {self.num_rows} rows skipped: {describe_skipped(self.skipped)}."
+        return f"{self.num_skipped} of {self.num_rows} rows skipped: {describe_skipped(self.skipped)}."
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         # Streams come as batches of one list of rows.
@@ -520,6 +540,12 @@ class DataCollatorForMDMASR:
         count = self._count(error.reason)
         if count <= NUM_REPORTED or math.log10(count).is_integer():
             logger.warning(f"Skipped (no. {count} for this reason): {error}")
+        # Those of the other workers count, too.
+        self._bad_rows.add(str(error))
+        num_bad = self.num_skipped
+        check_bad_share(
+            self._bad_rows, self.num_rows, "the batches", self.max_bad_share, num_bad=num_bad, is_sample=True
+        )
 
     def _count(self, what: str, number: int = 1) -> int:
         worker = get_worker_info()

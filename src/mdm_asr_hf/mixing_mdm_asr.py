@@ -275,6 +275,10 @@ class JoinedStream(IterableDataset):
     def epoch(self) -> int:
         return int(self._epoch)
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        return getattr(self.rows, "skipped", {})
+
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(int(epoch))
         if hasattr(self.rows, "set_epoch"):

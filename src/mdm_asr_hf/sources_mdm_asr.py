@@ -6,9 +6,11 @@ import gzip
 import importlib.util
 import json
 import math
+import os
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ NUM_PARTS = 64
 
 UNREADABLE, NO_TEXT, EMPTY_TEXT = "unreadable audio", "no transcript", "empty transcript"
 LONG_TEXT, LONG_AUDIO = "transcript longer than the canvas", "audio too long"
+# More bad rows than this are no accident: paths or columns are wrong.
+MAX_BAD_SHARE = 0.01
 BAD_ROW_REASONS = (UNREADABLE, NO_TEXT, EMPTY_TEXT, LONG_TEXT, LONG_AUDIO)
 
 
@@ -55,6 +59,61 @@ def read_sentences(path: str | Path, name: str = "text") -> list[str]:
     if not sentences:
         raise ValueError(f"`{name}` {str(path)!r} has no sentences. Give one a line.")
     return sentences
+
+
+class BadRows:
+    """
+    What was wrong with rows that were left out: how many there are of each cause, and the first of each.
+
+    Args:
+        messages: of the errors. Those that differ in names, paths and numbers alone are of one cause.
+    """
+
+    def __init__(self, messages: Iterable[str] = ()):
+        self._counts, self._first = Counter(), {}
+        for message in messages:
+            self.add(message)
+
+    def add(self, message: str) -> None:
+        cause = re.sub(r"'[^']*'|\S*[/\\\d]\S*", "", message)
+        self._counts[cause] += 1
+        self._first.setdefault(cause, message)
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def __str__(self) -> str:
+        shown = [f"{self._counts[cause]} like: {first.removesuffix('.')}" for cause, first in self._first.items()][:3]
+        more = [f"and {len(self._first) - 3} causes more"] if len(self._first) > 3 else []
+        return "; ".join([*shown, *more]) + "."
+
+
+def check_bad_share(
+    bad: BadRows,
+    num_rows: int,
+    name: str,
+    most: float,
+    *,
+    num_bad: int | None = None,
+    is_sample: bool = False,
+    remedy: str = "Mend these rows or leave them out; `max_bad_share` allows more of them.",
+) -> None:
+    """
+    Raises ValueError, with the first causes, where more than the share `most` of the rows are bad.
+
+    Args:
+        num_rows (`int`): good and bad ones.
+        name (`str`): of the rows, for the message.
+        num_bad (`int`, *optional*): where others than `bad` count, too.
+        is_sample (`bool`): more are to come. So few as these may be worse than all by chance, which is allowed for.
+        remedy (`str`): the last words of the message.
+    """
+    num_bad = len(bad) if num_bad is None else num_bad
+    allowed = most * num_rows
+    if num_bad > allowed + (3 * math.sqrt(allowed) + 3 if is_sample else 0):
+        raise ValueError(
+            f"{num_bad} of {num_rows} rows of {name} cannot be used, more than {100 * most:g} %: {bad} {remedy}"
+        )
 
 
 class BadRowError(ValueError):
@@ -195,7 +254,7 @@ class Utterances(Dataset):
         rows: dicts with at least "audio", "text" and "duration_s".
         audio (*optional*): what to take the audio of row i from instead, by `audio[i]`, such as a `datasets` column.
         skipped (`dict`, *optional*): how many rows were left out on the way, per reason.
-        causes (`list[str]`): what was wrong with the first of them.
+        bad_rows ([`BadRows`], *optional*): what was wrong with them.
     """
 
     def __init__(
@@ -204,17 +263,17 @@ class Utterances(Dataset):
         audio: Any = None,
         skipped: dict[str, int] | None = None,
         path: str = "",
-        causes: Sequence[str] = (),
+        bad_rows: BadRows | None = None,
     ):
+        self.bad_rows = bad_rows or BadRows()
         if not len(rows):
-            why = f" The first were left out: {'; '.join(causes)}" if causes else ""
+            why = f" They were left out: {bad_rows}" if bad_rows else ""
             raise ValueError(f"{path or 'The data set'!r} has no rows to train on.{why}")
         for i, row in enumerate(rows):
             missing = sorted({"text", "duration_s"} - set(row) | ({"audio"} - set(row) if audio is None else set()))
             if missing:
                 raise ValueError(f"Row {i} has no {missing[0]!r}, but {sorted(row)}. Use `load_sources` to make rows.")
         self.rows, self.audio, self.path, self.skipped = rows, audio, path, dict(skipped or {})
-        self.causes = list(causes)
 
     @property
     def durations_s(self) -> np.ndarray:
@@ -230,15 +289,22 @@ class Utterances(Dataset):
         return row
 
 
-def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s: float | None = None) -> Utterances:
+def load_utterances(
+    source: Source,
+    *,
+    on_bad_row: str = "raise",
+    max_duration_s: float | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> Utterances:
     """
     Reads one source whole: its transcripts and durations, not yet its audio.
 
     Raises:
-        ValueError: a missing file or column; and, with `on_bad_row="raise"`, an empty transcript, audio whose header
-            cannot be read, or audio longer than `max_duration_s`.
+        ValueError: a missing file or column; with `on_bad_row="raise"`, an empty transcript, audio that is missing or
+            whose header cannot be read, or audio longer than `max_duration_s`; otherwise, more than `max_bad_share` of
+            such rows.
     """
-    check_on_bad_row(on_bad_row)
+    check_on_bad_row(on_bad_row, max_bad_share)
     audio = None
     if source.is_local and (manifests := find_manifests(source)):
         raw = (entry for manifest in manifests for entry in read_manifest(manifest))
@@ -253,7 +319,7 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
             texts = ({} for _ in range(len(data)))
         raw = ((f"{source.path} row {i}", dict(row, **{audio_name: i}), None) for i, row in enumerate(texts))
 
-    rows, skipped, causes, columns = [], Counter(), [], None
+    rows, skipped, bad, columns = [], Counter(), BadRows(), None
     for row_name, values, folder in raw:
         columns = source.columns(list(values), columns)
         try:
@@ -265,6 +331,8 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
             if row["duration_s"] is None:
                 its_audio = row["audio"] if audio is None else audio[row["index"]]
                 row["duration_s"] = header_duration_s(its_audio, row_name)
+            elif folder is not None and not os.path.isfile(row["audio"]):
+                raise BadRowError.of(row_name, UNREADABLE, f"{row['audio']!r} does not exist. Check the path.")
             if max_duration_s is not None and row["duration_s"] > max_duration_s:
                 detail = f"It lasts {row['duration_s']:.2f} s, more than {max_duration_s:g} s. Split it."
                 raise BadRowError.of(row_name, LONG_AUDIO, detail)
@@ -272,15 +340,14 @@ def load_utterances(source: Source, *, on_bad_row: str = "raise", max_duration_s
             if on_bad_row == "raise":
                 raise
             skipped[error.reason] += 1
-            if skipped[error.reason] <= 3:
-                causes.append(str(error))
-                logger.warning(f"Skipped: {error}")
+            bad.add(str(error))
             continue
         rows.append(row)
     if skipped:
         num_rows = len(rows) + skipped.total()
-        logger.warning(f"{source.path!r}: {skipped.total()} of {num_rows} rows skipped: {describe_skipped(skipped)}.")
-    return Utterances(rows, audio, skipped, source.path, causes)
+        check_bad_share(bad, num_rows, repr(source.path), max_bad_share)
+        logger.warning(f"{source.path!r}: {len(bad)} of {num_rows} rows skipped: {bad}")
+    return Utterances(rows, audio, skipped, source.path, bad)
 
 
 def shared_integer() -> torch.Tensor:
@@ -292,9 +359,11 @@ def describe_skipped(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
 
 
-def check_on_bad_row(on_bad_row: str) -> None:
+def check_on_bad_row(on_bad_row: str, max_bad_share: float = MAX_BAD_SHARE) -> None:
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"`on_bad_row` must be 'raise' or 'skip', got {on_bad_row!r}.")
+    if not isinstance(max_bad_share, (int, float)) or not 0 <= max_bad_share <= 1:
+        raise ValueError(f"`max_bad_share` must be a share of the rows, from 0 to 1, got {max_bad_share!r}.")
 
 
 def find_manifests(source: Source) -> list[Path]:
@@ -452,7 +521,7 @@ class StreamedSources(IterableDataset):
     Args:
         sources: each with a weight, unless there is but one.
         seed (`int`)
-        on_bad_row, max_duration_s: for [`load_utterances`].
+        on_bad_row, max_duration_s, max_bad_share: for [`load_utterances`].
         shuffle_buffer_rows (`int`): rows of a streamed data set to shuffle among; all their audio is in memory.
         process_index, num_processes (`int`): reads this process's share only. For a DataLoader that is not handed to
             `accelerate`, which deals out the rows of a stream by itself.
@@ -465,6 +534,7 @@ class StreamedSources(IterableDataset):
         seed: int = 0,
         on_bad_row: str = "raise",
         max_duration_s: float | None = None,
+        max_bad_share: float = MAX_BAD_SHARE,
         shuffle_buffer_rows: int = 256,
         process_index: int = 0,
         num_processes: int = 1,
@@ -481,7 +551,8 @@ class StreamedSources(IterableDataset):
             if source.growing:
                 self._opened.append(None)
             elif source.is_local and find_manifests(source):
-                self._opened.append(load_utterances(source, on_bad_row=on_bad_row, max_duration_s=max_duration_s))
+                settings = {"max_duration_s": max_duration_s, "max_bad_share": max_bad_share}
+                self._opened.append(load_utterances(source, on_bad_row=on_bad_row, **settings))
             else:
                 stream = _HubStream(source, seed, shuffle_buffer_rows, process_index, num_processes)
                 self._opened.append(stream)
@@ -489,6 +560,11 @@ class StreamedSources(IterableDataset):
     @property
     def epoch(self) -> int:
         return int(self._epoch)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many rows were left out when local sources were read, per reason."""
+        return dict(sum((Counter(getattr(one, "skipped", {})) for one in self._opened), Counter()))
 
     def set_epoch(self, epoch: int) -> None:
         """Reaches the copies in persistent DataLoader workers too."""
@@ -608,6 +684,7 @@ class _Follower:
 __all__ = [
     "BAD_ROW_REASONS",
     "BadRowError",
+    "BadRows",
     "Columns",
     "Source",
     "StreamedSources",

@@ -199,7 +199,9 @@ class ISCTTrainer(Seq2SeqTrainer):
       `eval_loss_step_1` can be compared between runs, and depends neither on the order of batches nor on what came
       before. With `predict_with_generate` it transcribes by `generate()`, without Whisper's safeguards, and, with a
       processor, reports WER and CER.
-    - `train()` reports `train_rows_per_s` and `train_audio_s_per_s`, what one process worked through.
+    - `train()` reports `train_rows_per_s` and `train_audio_s_per_s`, what one process worked through, and with
+      [`DataCollatorForMDMASR`] `train_rows_skipped`, of the sources and in its batches of all epochs; these are in the
+      log, too, as `rows_skipped` so far. Training on bad rows alone raises a ValueError.
     - `max_minutes` ends training by the clock, with the learning rate following it.
     - A loss that is NaN or infinite raises a ValueError before the optimizer's step.
     - `ema_decay`: the averaged weights are evaluated and saved as the weights of every checkpoint; what training goes
@@ -466,6 +468,8 @@ class ISCTTrainer(Seq2SeqTrainer):
             self._step_sums, self._num_summed = None, 0
             if (visibility := self.future_visibility()) is not None:
                 logs["future_visibility"] = visibility
+            if hasattr(self.data_collator, "num_skipped"):
+                logs["rows_skipped"] = self.data_collator.num_skipped
         super().log(logs, start_time)
 
     def _step_metrics(self, values: list[float]) -> dict[str, float]:
@@ -538,6 +542,10 @@ class ISCTTrainer(Seq2SeqTrainer):
         runtime_s = output.metrics["train_runtime"]
         output.metrics["train_rows_per_s"] = round(self._num_rows / runtime_s, 3)
         output.metrics["train_audio_s_per_s"] = round(float(self._audio_s) / runtime_s, 3)
+        if hasattr(self.data_collator, "num_skipped"):
+            self.data_collator.check_any()
+            left_out = sum(getattr(self.train_dataset, "skipped", {}).values())
+            output.metrics["train_rows_skipped"] = left_out + self.data_collator.num_skipped
         if self.weight_average is not None:
             # The best checkpoint, once loaded, has its own averaged weights.
             if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):

@@ -1,7 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Clips of speech that has no transcripts: recordings joined, cut in the middle of words, with silence and noise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import soundfile
 
 from ..audio_mdm_asr import load_audio
 from ..augmentation_mdm_asr import Augmenter
-from ..sources_mdm_asr import Source, load_utterances
+from ..sources_mdm_asr import BadRows, Source, check_bad_share, load_utterances
 
 # Whisper hears 30 s: a clip may grow by a tenth when it is played more slowly.
 MIN_S, MAX_S = 1.0, 27.0
@@ -26,15 +26,6 @@ WHOLE_S = 60.0
 MOST_UNREADABLE = 0.05
 # Of so many recordings one is held out, of fewer the last.
 HELD_OUT_EVERY = 40
-
-
-def check_readable(causes: Sequence[str], num_bad: int, number: int, path: str) -> None:
-    """Raises ValueError where more of the recordings or clips are bad than a source has: it is the wrong one."""
-    if num_bad > MOST_UNREADABLE * number:
-        raise ValueError(
-            f"{num_bad} of {number} pieces of {path!r} cannot be read: {'; '.join(dict.fromkeys(causes[:3]))}. Mend "
-            "or remove these recordings."
-        )
 
 
 @dataclass(frozen=True)
@@ -91,8 +82,8 @@ class SpeechClips:
         if type(passes) is not int or passes < 1:
             raise ValueError(f"`passes` must be an integer of at least 1, got {passes!r}.")
         self.source = replace(Source.of(source), text_column=None)
-        self.utterances = load_utterances(self.source, on_bad_row="skip")
-        check_readable(self.utterances.causes, sum(self.skipped.values()), self.num_rows, self.source.path)
+        self.utterances = load_utterances(self.source, on_bad_row="skip", max_bad_share=1.0)
+        self.check_readable(self.utterances.bad_rows, self.num_rows)
         self.held_out, self.passes, self.seed = held_out, passes, seed
         self.max_s, self.min_s = min(max_duration_s, MAX_S), MIN_S
         self.augment = Augmenter(noises=("white", "pink"))
@@ -122,6 +113,11 @@ class SpeechClips:
 
     def __len__(self) -> int:
         return len(self._blocks) * self.passes
+
+    def check_readable(self, bad: BadRows, number: int, is_sample: bool = False) -> None:
+        """Raises ValueError where so many of the recordings, or clips, are bad that this is the wrong source."""
+        remedy = "Mend or remove these recordings."
+        check_bad_share(bad, number, repr(self.source.path), MOST_UNREADABLE, is_sample=is_sample, remedy=remedy)
 
     def plan(self, block: int) -> list[Clip]:
         """The clips of a block."""
@@ -216,4 +212,4 @@ class SpeechClips:
         return samples[round(span.start_s * sampling_rate) : round(span.stop_s * sampling_rate)]
 
 
-__all__ = ["Clip", "Span", "SpeechClips", "check_readable"]
+__all__ = ["Clip", "Span", "SpeechClips"]

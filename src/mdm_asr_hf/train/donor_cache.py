@@ -21,8 +21,8 @@ from transformers.utils import logging
 from ..encoder_mdm_asr import MDMASREncoderOutput
 from ..objective_mdm_asr import TeacherOutput
 from ..safeguards_mdm_asr import NO_SAFEGUARDS, is_suspicious
-from ..sources_mdm_asr import describe_skipped
-from .clips import SpeechClips, check_readable
+from ..sources_mdm_asr import BadRows, describe_skipped
+from .clips import SpeechClips
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +36,6 @@ TOKENS_PER_S, TOKENS_BESIDE = 7.0, 12
 # A longer clip with fewer tokens than that is one of which the donor left a part out.
 SPARSE_TOKENS_PER_S, SPARSE_S = 1.0, 4.0
 UNREADABLE, NO_SPEECH, LOOPS, GAPS = "unreadable", "without speech", "whose text loops", "whose text has gaps"
-# So many clips are tried before a source is given up.
-FEWEST_READ = 20
 
 
 def write_cache(
@@ -72,7 +70,7 @@ def write_cache(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _settle_description(folder, {"version": VERSION, **describe_donor(model), "source": _describe(clips)})
-    num_clips, causes = 0, []
+    num_clips, bad = 0, BadRows()
     for block in range(process_index, len(clips), num_processes):
         path = folder / f"block-{block:05d}.safetensors"
         if path.exists():
@@ -85,7 +83,7 @@ def write_cache(
                     samples.append(clips.read(clip, processor.feature_extractor.sampling_rate))
                 except ValueError as error:
                     left_out[UNREADABLE] += 1
-                    causes.append(str(error))
+                    bad.add(str(error))
             if samples:
                 languages = [clips.utterances.rows[clip.spans[0].row].get("language") for clip in batch]
                 slots = dict(prompt_slots)
@@ -93,11 +91,11 @@ def write_cache(
                     slots["language"] = languages
                 rows += list(_transcribe(model, processor, samples, slots, left_out))
             num_clips += len(batch)
-            if num_clips >= FEWEST_READ:
-                check_readable(causes, len(causes), num_clips, clips.source.path)
-        check_readable(causes, len(causes), num_clips, clips.source.path)
+            clips.check_readable(bad, num_clips, is_sample=True)
+        clips.check_readable(bad, num_clips)
         _write(path, rows, left_out)
-        report(_said(block, len(clips), rows, left_out))
+        causes = f" ({bad})" if left_out[UNREADABLE] else ""
+        report(_said(block, len(clips), rows, left_out) + causes)
 
 
 def describe_donor(model: Any) -> dict[str, Any]:
