@@ -105,9 +105,16 @@ def test_folder(folder):
     assert limited.name == "two" and limited.sha256 == data.sha256
     with pytest.raises(ValueError, match="`limit`"):
         load_data(folder, limit=0)
-    with pytest.raises(ValueError, match="no rows that can be measured"):
-        (folder / "bad.jsonl").write_text('{"file_name": "audio/bad.wav", "text": "a"}')
+    bad = '{"file_name": "audio/bad.wav", "text": "a"}\n' * 3 + '{"file_name": "audio/no.wav", "text": null}\n'
+    (folder / "bad.jsonl").write_text(bad)
+    message = (
+        r"None of the 4 rows of .*bad.jsonl' can be measured: 3 like: .*line 1: unreadable audio.*; 1 like: .*null"
+    )
+    with pytest.raises(ValueError, match=message.replace("null", "line 4: no transcript")):
         load_data(folder / "bad.jsonl")
+    (folder / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="empty.jsonl' has no rows"):
+        load_data(folder / "empty.jsonl")
 
 
 def test_manifest_with_other_columns(folder):
@@ -560,3 +567,17 @@ def test_what_goes_wrong_is_one_line(folder, checkpoint, tmp_path, run_command):
         assert (code, out, len(lines)) == (1, "", 1)
         assert lines[0].startswith("error: ") and message in lines[0]
     assert not (tmp_path / "x").exists()
+
+
+def test_an_evaluation_of_bad_rows_tells_their_causes(folder, checkpoint, tmp_path, run_command):
+    """Durations are told, so that the audio is read only when it is its turn."""
+    names = ["lost/0.wav", "lost/1.wav", "audio/bad.wav", "audio/empty.wav"]
+    soundfile.write(folder / "audio" / "empty.wav", np.zeros(0), RATE_HZ)
+    write_metadata(folder, [{"file_name": name, "text": "a", "duration": 1.0} for name in names])
+    code, out, err = run_command(
+        "evaluate", "--data", folder, "--model", checkpoint, "--device", "cpu", "--output", tmp_path / "x"
+    )
+    (line,) = err.splitlines()
+    assert (code, out) == (1, "") and line.startswith(f"error: None of the 4 rows of {str(folder)!r} could be transcr")
+    assert ": 2 like: '" in line and "lost/0.wav' does not exist" in line
+    assert "1 like: '" in line and "is not audio" in line and "1 like: The audio is empty" in line

@@ -172,6 +172,7 @@ def run_evaluation(
         process_index_and_number,
         write_evaluation,
     )
+    from .sources_mdm_asr import BadRows
 
     index, _ = process_index_and_number(device)
     path = model or str(default_checkpoint())
@@ -187,7 +188,8 @@ def run_evaluation(
         if index != 0:
             continue
         if not rows:
-            raise ValueError(f"{one.path!r}: none of {len(one)} rows could be transcribed. Check its audio.")
+            causes = BadRows(skipped["reason"] for skipped in one.skipped)
+            raise ValueError(f"None of the {len(causes)} rows of {one.path!r} could be transcribed: {causes}")
         batch_1 = measure_batch_1(loaded, processor, one, num_rows=batch_1_rows, **common) if batch_1_rows else None
         results[name] = write_evaluation(
             output if len(data) == 1 else output / name,

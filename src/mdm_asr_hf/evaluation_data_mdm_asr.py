@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .sources_mdm_asr import (
     BadRowError,
+    BadRows,
     Source,
     check_on_bad_row,
     check_text,
@@ -167,7 +168,10 @@ def load_data(
             continue
         rows.append({"id": one_id, "audio_path": audio_path, **row})
     if not rows:
-        raise ValueError(f"{source.path!r} has no rows that can be measured. Check its audio.")
+        if not skipped:
+            raise ValueError(f"{source.path!r} has no rows. Check the file.")
+        causes = BadRows(one["reason"] for one in skipped)
+        raise ValueError(f"None of the {len(skipped)} rows of {source.path!r} can be measured: {causes}")
     if sha256 is None:
         lines = "".join(f"{row['id']}\t{row['text']}\n" for row in rows)
         sha256 = hashlib.sha256(lines.encode()).hexdigest()
