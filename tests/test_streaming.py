@@ -434,6 +434,11 @@ def test_integers_and_stereo_are_taken_as_load_audio_takes_them():
     transcriber.feed(np.stack([samples, samples]))
     transcriber.feed((samples * 32767).astype(np.int16))
     assert transcriber.finish().committed.split() == [word_of(i) for i in (1, 2, 3, 1, 2, 3)]
+    # Channels that cancel each other, in chunks of any size.
+    transcriber.reset()
+    for chunk in cut(samples, [333, 1600]):
+        transcriber.feed(np.stack([chunk, -chunk]))
+    assert transcriber.finish().committed.split() == [word_of(i) for i in (1, 2, 3)]
 
 
 def test_arguments_reach_generate():
