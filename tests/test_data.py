@@ -35,7 +35,7 @@ from mdm_asr_hf.data_mdm_asr import (
     max_label_tokens,
 )
 from mdm_asr_hf.mixing_mdm_asr import JoinedStream
-from mdm_asr_hf.sources_mdm_asr import BadRowError, BadRows, Utterances
+from mdm_asr_hf.sources_mdm_asr import BadRowError, BadRows, Utterances, read_manifest
 
 RATE = 16_000
 EOS = 1
@@ -195,6 +195,12 @@ def test_manifests_of_other_programs(tmp_path, form):
         load_sources(manifest)
 
 
+def test_quotes_are_taken_as_they_come(tmp_path):
+    (tmp_path / "m.tsv").write_text('path\ttext\na\t"one\n\ntwo"\nb\tsay "x"\n\nc\t"say" "x"\n"d"\t"say ""x"""\n')
+    texts = [row["text"] for _, row, _ in read_manifest(tmp_path / "m.tsv")]
+    assert texts == ["one\n\ntwo", 'say "x"', 'say "x"', 'say "x"']
+
+
 def test_usual_columns_of_texts_are_found(tmp_path):
     write_folder(tmp_path)
 
@@ -218,6 +224,7 @@ def test_usual_columns_of_texts_are_found(tmp_path):
     [
         ("nonsense\n", "line 1 is not JSON"),
         ("[1]\n", "line 1 is not a JSON object"),
+        ("[" * 10**5, "line 1 is not JSON"),
         ('{"audio": "x.wav", "text": 7}\n', "line 1: no transcript. `text_column` 'text' holds 7"),
         ('{"audio": "x.wav", "text": "x", "duration": "long"}\n', "line 1: `duration_column` 'duration' holds"),
         ("\n", "has no rows"),
@@ -232,7 +239,9 @@ def test_bad_manifests(tmp_path, content, message):
 def test_bad_specs(tmp_path):
     folder = write_folder(tmp_path / "a")
     (tmp_path / "m.csv").write_text("audio,text\nx.wav,one, two\n")
-    (tmp_path / "quote.csv").write_text('audio,text\nx.wav,"one\n' + "y.wav,two\n" * 20_000)
+    rows = {"end": "y.wav,two\n", "later": 'y.wav,"two", and\n', "many": "y.wav,two\n" * 20_000}
+    for name, more in rows.items():
+        (tmp_path / f"{name}.csv").write_text(f'audio,text\nx.wav,"one\n{more}')
     for specs, message in (
         ([], "is empty"),
         ({"path": str(folder), "colour": 1}, "A source must be"),
@@ -242,7 +251,7 @@ def test_bad_specs(tmp_path):
         (str(tmp_path / "none.jsonl"), "does not exist"),
         ({"path": str(tmp_path / "m.csv"), "split": "test"}, "has no splits"),
         (str(tmp_path / "m.csv"), "more or fewer fields"),
-        (str(tmp_path / "quote.csv"), "quote.csv' cannot be read as a table.*Is a quote not closed"),
+        *((str(tmp_path / f"{name}.csv"), f"{name}.csv line [12] is no row .*Is a quote not closed") for name in rows),
         ({"path": str(tmp_path / "none"), "growing": True}, "`growing` needs a folder"),
     ):
         with pytest.raises(ValueError, match=message):

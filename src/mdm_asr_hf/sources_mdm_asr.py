@@ -402,12 +402,8 @@ def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix in (".csv", ".tsv"):
-                for row in (reader := csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")):
-                    if None in row or None in row.values():
-                        raise ValueError(
-                            f"{path} line {reader.line_num} has more or fewer fields than the header. Quote commas."
-                        )
-                    yield f"{path} line {reader.line_num}", row, path.parent
+                for name, row in _read_table(file, str(path), "\t" if path.suffix == ".tsv" else ","):
+                    yield name, row, path.parent
                 return
             for number, line in enumerate(file, start=1):
                 # Files with a byte order mark may have been put together.
@@ -415,14 +411,35 @@ def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
                     yield f"{path} line {number}", _parse_line(line, f"{path} line {number}"), path.parent
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}). Save it so.") from error
+
+
+def _read_table(lines: Iterable[str], path: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (name of the row, its values)."""
+    taken: list[str] = []
+    reader = csv.DictReader((taken.append(line) or line for line in lines), delimiter=delimiter)
+    try:
+        if reader.fieldnames:
+            taken.clear()
+        for row in reader:
+            if sum(map(bool, map(str.strip, taken))) > 1:
+                # Quotes are read as they come, unless one that is not closed makes one row of many.
+                list(csv.reader(taken, delimiter=delimiter, strict=True))
+            taken.clear()
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path} line {reader.line_num} has more or fewer fields than the header. Quote commas."
+                )
+            yield f"{path} line {reader.line_num}", row
     except csv.Error as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a table ({error}). Is a quote not closed?") from error
+        raise ValueError(
+            f"{path} line {max(reader.line_num - len(taken), 0) + 1} is no row ({error}). Is a quote not closed?"
+        ) from error
 
 
 def _parse_line(line: str | bytes, name: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({error}). Write one object per line.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{name} is not a JSON object. Write one object per line.")
