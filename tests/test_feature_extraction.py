@@ -118,6 +118,14 @@ def test_layout_names_and_types(name, extractor):
     assert "attention_mask" not in extractor(noise(800), sampling_rate=RATE, return_attention_mask=False)
 
 
+def test_features_have_their_precision_under_autocast(name, extractor):
+    clip = np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10
+    expected = extractor(clip, sampling_rate=16_000)["input_features"]
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert np.array_equal(extractor(clip, sampling_rate=16_000)["input_features"], expected)
+
+
 # --- short, empty and silent clips ---
 
 

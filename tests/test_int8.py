@@ -54,6 +54,15 @@ def test_int8_layers_are_close_to_theirs():
     assert torch.allclose(Int8Linear(linear)(states)[..., 3], linear.bias[3])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_int8_what_it_is(dtype):
+    linear = nn.Linear(64, 48)
+    layer, states = Int8Linear(linear), torch.randn(3, 5, 64).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(layer(states), layer(states.float()))
+    assert torch.allclose(layer(states), linear(states.float()), atol=0.1)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("engines", [int8_mdm_asr.FIXED_STEPS_ENGINES, ()], ids=["fixed steps", "other kernels"])
 def test_a_position_depends_on_no_other(monkeypatch, bias, engines):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -430,6 +431,49 @@ def test_autocast_decodes_with_weights_in_single_precision():
     assert output.confidence.dtype == torch.float32 and output.confidence.isfinite().all()
     assert output.sequences[:, :4].tolist() == plain.sequences[:, :4].tolist()
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, None), (torch.float16, None), (None, torch.bfloat16)])
+def test_frames_and_keys_are_taken_into_and_out_of_autocast(encoder, weights, dtypes):
+    model = tiny_drafts_model(encoder, dtype=torch.float32)
+    features, mask = tiny_inputs(encoder)
+    with torch.no_grad():
+        for parameter in model.model.decoder.parameters():
+            parameter.mul_(0.5)
+        expected = model(features, mask, decoder_input_ids=text_inputs()).logits.softmax(-1)
+        model.to(weights)
+
+        def under(dtype):
+            return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+
+        if {weights, *dtypes} >= {torch.bfloat16, torch.float16}:
+            message = "`torch.autocast` to torch.float16 .* weights of torch.bfloat16 .*`dtype=torch.float32`"
+            outputs = model.encode(features, mask)
+            with under(dtypes[0]), pytest.raises(ValueError, match=message):
+                model.encode(features, mask)
+            with under(dtypes[0]), pytest.raises(ValueError, match=message):
+                model.generate(encoder_outputs=outputs)
+            return
+        with under(dtypes[0]):
+            frames = model.encode(features, mask)
+            with_keys = model.prepare_cross_attention(frames)
+        for outputs in (frames, with_keys):
+            with under(dtypes[1]):
+                logits = model(encoder_outputs=outputs, decoder_input_ids=text_inputs()).logits
+                text = model.generate(encoder_outputs=outputs, max_new_tokens=6)
+            assert (logits.float().softmax(-1) - expected).abs().max() < 0.05
+            # Half precision may turn a near tie.
+            first = expected[:, 0]
+            assert (first.gather(1, text[:, :1])[:, 0] > first.amax(-1) - 0.05).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cache_holds_what_autocast_computes(dtype):
+    model = tiny_drafts_model(dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        outputs = model.prepare_cross_attention(model.encode(*tiny_inputs()))
+        assert model.begin_steps(outputs, np.arange(3), 10).cache.keys.dtype == dtype
 
 
 def test_save_and_load_with_drafts(tmp_path):

@@ -113,6 +113,19 @@ def test_gradient_accumulation_gives_the_same_gradients_as_one_batch(tmp_path):
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("make_model", [trainable_model, lambda: tiny_drafts_model(dtype=torch.float32)])
+def test_seq2seq_trainer_predicts_in_half_precision(tmp_path, make_model):
+    model, data = make_model(), Clips()
+    settings = dict(predict_with_generate=True, generation_max_length=20, bf16=True)
+    trainer = Seq2SeqTrainer(
+        model, arguments(Seq2SeqTrainingArguments, tmp_path, **settings), processing_class=tiny_processor()
+    )
+    predictions = trainer.predict(data).predictions
+    # The trainer has put autocast around `forward`, and not around what encodes.
+    expected = model.generate(data.features, attention_mask=data.mask, max_length=20)
+    assert predictions[:, : expected.shape[1]].tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("generation_max_length", [None, 20])
 def test_seq2seq_trainer_predicts_with_generate(tmp_path, generation_max_length):
     model, data = trainable_model(), Clips()

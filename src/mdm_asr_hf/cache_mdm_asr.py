@@ -43,16 +43,16 @@ class DraftingCache:
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> KeyValue:
         """Writes a layer's keys and values (R, heads, Q, head_dim), and returns those of all slots looked at (R,
         heads, K, head_dim)."""
-        # By position, all heads at once: on a CPU a quarter of the time of scatter_. Under autocast, what comes is of
-        # another type than what is kept.
+        # By position, all heads at once: on a CPU a quarter of the time of scatter_. What comes may be of another type
+        # than what is kept, where one of the two was computed under autocast.
         self.keys[layer_idx][self._rows, self.slots] = keys.transpose(1, 2).to(self.keys.dtype)
         self.values[layer_idx][self._rows, self.slots] = values.transpose(1, 2).to(self.values.dtype)
-        return self.layer(layer_idx, keys.dtype)
+        return self.layer(layer_idx)
 
-    def layer(self, layer_idx: int, dtype: torch.dtype) -> KeyValue:
+    def layer(self, layer_idx: int) -> KeyValue:
         """A layer's keys and values (R, heads, K, head_dim) of all slots looked at."""
         keys, values = (states[layer_idx, :, : self.num_keys].transpose(1, 2) for states in (self.keys, self.values))
-        return keys.to(dtype), values.to(dtype)
+        return keys, values
 
     def move(self, source: torch.LongTensor, target: torch.LongTensor) -> None:
         """Copies slots (R, N) to others (R, N) in all layers."""

@@ -94,11 +94,14 @@ class MDMASRAttention(nn.Module):
         if attention_mask is not None and attention_mask.dim() == 4 and "flash" in implementation:
             # Its kernels take no mask of pairs, which rows with branches of drafts need.
             implementation = "sdpa"
+        # Those of frames, and of a cache, may have been computed under another autocast, or none.
+        key, value = (states.to(query.dtype) for states in key_value)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
-            *key_value,
+            key,
+            value,
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
@@ -449,7 +452,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             if input_ids.shape[1]:
                 hidden_states = layer(hidden_states, key_value, cache, self_mask, cross_mask, behind, **kwargs)
             else:
-                behind.of_donor.append(cache.layer(index, masks.dtype))
+                behind.of_donor.append(cache.layer(index))
             if frontiers is not None and index >= first:
                 masks = self.drafts.layers[index - first](masks, key_value, behind, mask_mask, cross_mask, **kwargs)
         if masks is not None:

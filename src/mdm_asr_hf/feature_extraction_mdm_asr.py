@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from transformers import BatchFeature, SequenceFeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import DummyObject, logging
@@ -126,7 +127,9 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
         num_samples = self._padded_num_samples([len(c) for c in clips], padding, max_length, pad_to_multiple_of)
         # Each clip goes alone: what the stock extractors do at the end of a clip depends on the batch around it.
         extract = self._extract_whisper if self._is_whisper else self._extract_other
-        features, num_valid_frames, silences = zip(*(extract(clip, kwargs) for clip in clips), strict=True)
+        # Under autocast, a log-mel would have the three digits of its half precision.
+        with torch.autocast(torch.device(kwargs.get("device") or "cpu").type, enabled=False):
+            features, num_valid_frames, silences = zip(*(extract(clip, kwargs) for clip in clips), strict=True)
         for i, one in enumerate(features):
             if not np.isfinite(one).all():
                 raise ValueError(

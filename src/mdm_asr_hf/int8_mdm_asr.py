@@ -89,6 +89,8 @@ class Int8Linear(nn.Linear):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if states.numel() == 0:
             return states.new_zeros((*states.shape[:-1], self.out_features))
+        # The kernels take no other type, which autocast gives what comes from layers that are not int8.
+        states = states.float()
         largest = states.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         product = self._multiply(states / largest)
         return product * largest if self.late_bias is None else torch.addcmul(self.late_bias, product, largest)

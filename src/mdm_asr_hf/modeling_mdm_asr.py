@@ -81,6 +81,7 @@ class MDMASRModel(MDMASRPreTrainedModel):
     ) -> MDMASREncoderOutput:
         """Runs the encoder, with so much silence behind the audio, by default the configuration's. Returns frames (B,
         T, encoder width) and their mask (B, T)."""
+        self._check_autocast()
         config = self.config
         return run_encoder(
             self.encoder,
@@ -93,7 +94,20 @@ class MDMASRModel(MDMASRPreTrainedModel):
 
     def project(self, frames: torch.Tensor) -> torch.Tensor:
         """Brings frames to the decoder's width."""
+        # They may come from an encoder under autocast, to a decoder without.
+        frames = frames.to(self.dtype)
         return frames if self.encoder_projection is None else self.encoder_projection(frames)
+
+    def _check_autocast(self) -> None:
+        """Raises ValueError where PyTorch cannot mix the weights' type and autocast's: two halves, on a CPU."""
+        if self.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return
+        wanted = torch.get_autocast_dtype("cpu")
+        if self.dtype != wanted and {self.dtype, wanted} == {torch.float16, torch.bfloat16}:
+            raise ValueError(
+                f"`torch.autocast` to {wanted} cannot run weights of {self.dtype} on a CPU. Leave it out, or load the "
+                "model with `dtype=torch.float32`."
+            )
 
     @can_return_tuple
     def forward(
@@ -114,8 +128,10 @@ class MDMASRModel(MDMASRPreTrainedModel):
             if input_features is None:
                 raise ValueError("Pass `input_features` or `encoder_outputs`.")
             encoder_outputs = self.encode(input_features, attention_mask, **kwargs)
-        elif isinstance(encoder_outputs, (tuple, list)):
-            encoder_outputs = MDMASREncoderOutput(*encoder_outputs)
+        else:
+            self._check_autocast()
+            if isinstance(encoder_outputs, (tuple, list)):
+                encoder_outputs = MDMASREncoderOutput(*encoder_outputs)
         decoder_outputs = self.decoder(
             decoder_input_ids,
             self.project(encoder_outputs.last_hidden_state),

@@ -229,7 +229,8 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
     decoder = model.get_decoder()
     embeddings = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach().numpy()
     np.save(output / EMBEDDINGS_FILE, embeddings.astype(np.float16) if int8 else embeddings)
-    with _quiet():
+    # A graph that is traced under autocast has its types.
+    with _quiet(), torch.autocast("cpu", enabled=False):
         _export_encoder(model, output / ENCODER_FILE)
         _export_decoder(model, output / DECODER_FILE)
         _export_drafts(model, output / DRAFTS_FILE)

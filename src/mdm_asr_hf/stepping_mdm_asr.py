@@ -32,7 +32,8 @@ class TorchSteps:
         self.cache = DraftingCache(
             config.num_hidden_layers,
             (len(rows), config.num_key_value_heads, num_slots, config.head_dim),
-            dtype=model.dtype,
+            # Of what is computed, which under autocast is not the weights' type.
+            dtype=encoder_outputs.cross_attention_states[0][0].dtype,
             device=self.device,
         )
 

@@ -95,7 +95,7 @@ class SileroVAD:
         self._before = heard[-SILERO_WARM_UP_FRAMES * SILERO_FRAME :]
         if isinstance(self._model, torch.jit.ScriptModule):
             padded = np.pad(heard, (0, -len(heard) % SILERO_FRAME))
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 scores = self._model.audio_forward(torch.from_numpy(padded), SILERO_RATE_HZ)[0].numpy()
         else:
             scores = self._model.audio_forward(heard, SILERO_RATE_HZ)
