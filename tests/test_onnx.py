@@ -6,6 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jiwer
@@ -105,6 +109,32 @@ def test_encoder(pair, seconds, silence_s):
         for one, other in zip(ours, theirs, strict=True):
             assert (one[:, :, :num_frames] - other).transpose(1, 2)[inside].abs().max() < 1e-4
     assert onnx.prepare_cross_attention(output) is output
+
+
+def test_threads_share_a_model(pair):
+    # Rows of a batch are encoded side by side, for which the first thread makes what it takes, once.
+    onnx = OnnxMDMASR.from_pretrained(pair[2], num_threads=2)
+    made, make = [], onnx.encoders
+
+    def make_slowly():
+        made.append(time.sleep(0.1))
+        return make()
+
+    onnx.encoders = partial(make_slowly)
+    batches = [tiny_inputs(seconds=(1.0, 0.4 + 0.03 * i), seed=i) for i in range(20)]
+    barrier = threading.Barrier(8)
+
+    def call(i):
+        if i < 8:
+            barrier.wait()
+        output = onnx.generate(*batches[i], max_new_tokens=20, return_dict_in_generate=True)
+        return output.sequences.tolist(), output.confidence.tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, range(len(batches))))
+    assert len(made) == 1
+    barrier = threading.Barrier(1)
+    assert found == [call(i) for i in range(len(batches))]
 
 
 def test_encoder_of_waveforms(tmp_path):

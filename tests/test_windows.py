@@ -3,6 +3,7 @@
 
 import importlib.util
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,11 @@ def test_silero_by_torch_gives_the_same(monkeypatch):
     vad = make_vad("silero", RATE)
     assert isinstance(vad._model, torch.jit.ScriptModule)
     np.testing.assert_allclose(vad(speech), expected, atol=1e-3)
+    # The model keeps its state in itself, and there is one for all threads.
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda k: make_vad("silero", RATE)(speech[k * 4000 :]), range(4))
+        for k, scores in enumerate(found):
+            assert np.array_equal(scores, make_vad("silero", RATE)(speech[k * 4000 :]))
     voice_activity_mdm_asr._load_silero.cache_clear()
 
 

@@ -261,9 +261,11 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             return weight.index_select(0, ids), bias
         # Kept as long as they are the same: 25 MB, copied for each text of one clip, would be a twentieth of its time.
         key = (weight.data_ptr(), weight.dtype, weight.device, weight._version, ids._version)
-        if self._short_list is None or self._short_list[0] != key:
-            self._short_list = key, weight.index_select(0, ids)
-        return self._short_list[1], bias
+        # By a name of its own: other threads may put another in its place.
+        short_list = self._short_list
+        if short_list is None or short_list[0] != key:
+            short_list = self._short_list = key, weight.index_select(0, ids)
+        return short_list[1], bias
 
     @property
     def has_trained_drafts(self) -> bool:

@@ -4,6 +4,7 @@
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ class OnnxMDMASR(GenerationMixin):
         generation_config: MDMASRGenerationConfig,
     ):
         self.config, self.generation_config = config, generation_config
-        self.encoder, self.encoders = sessions[ENCODER_FILE], None
+        self.encoder, self.encoders, self.lock = sessions[ENCODER_FILE], None, threading.Lock()
         self.decoder = OnnxDecoder(sessions[DECODER_FILE], sessions[DRAFTS_FILE], embeddings, config.decoder_config)
         self.name_or_path = ""
 
@@ -280,8 +281,9 @@ class OnnxMDMASR(GenerationMixin):
         if len(feeds) == 1 or self.encoders is None:
             rows = [run(self.encoder, names, one) for one in feeds]
         else:
-            if isinstance(self.encoders, partial):
-                self.encoders = self.encoders()
+            with self.lock:
+                if isinstance(self.encoders, partial):
+                    self.encoders = self.encoders()
             rows = self.encoders(names, feeds)
         lengths = np.array([row["frames"].shape[1] for row in rows])
         num_frames = _multiple(int(lengths.max()))

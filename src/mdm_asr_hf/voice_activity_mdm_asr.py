@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Voice activity: where somebody speaks, by silero-vad where it is installed, else by energy above the noise."""
 
+import threading
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -24,6 +25,8 @@ RISE_SHARE, MIN_RISE_DB, MAX_RISE_DB = 0.25, 3.0, 10.0
 SILENCE_DB, STEADY_DB = -95.0, 10.0
 # What energy is measured of: speech, but neither hum nor rumble nor hiss.
 BAND_HZ = (150.0, 6000.0)
+# There is one model of silero-vad, whose torch form keeps its state in itself; and loading it sets torch's threads.
+_SILERO_LOCK = threading.Lock()
 
 
 class EnergyVAD:
@@ -79,7 +82,8 @@ class SileroVAD:
     frame_size = SILERO_FRAME
 
     def __init__(self):
-        self._model = _load_silero()
+        with _SILERO_LOCK:
+            self._model = _load_silero()
         self.reset()
 
     def reset(self) -> None:
@@ -95,7 +99,7 @@ class SileroVAD:
         self._before = heard[-SILERO_WARM_UP_FRAMES * SILERO_FRAME :]
         if isinstance(self._model, torch.jit.ScriptModule):
             padded = np.pad(heard, (0, -len(heard) % SILERO_FRAME))
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with _SILERO_LOCK, torch.no_grad(), torch.autocast("cpu", enabled=False):
                 scores = self._model.audio_forward(torch.from_numpy(padded), SILERO_RATE_HZ)[0].numpy()
         else:
             scores = self._model.audio_forward(heard, SILERO_RATE_HZ)

@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Cuts a recording of any length, while it is read, into windows that the model can decode: at pauses if it can."""
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -76,7 +77,7 @@ def cut_windows(blocks: Iterable[np.ndarray], rate_hz: float, vad: Any, max_wind
     Args:
         blocks (iterable of `np.ndarray`): mono samples, in order; held no longer than some windows.
         rate_hz (`float`): their rate.
-        vad: a detector of `voice_activity_mdm_asr`, or None: everything is speech.
+        vad: a detector of `voice_activity_mdm_asr`, which stays as it is, or None: everything is speech.
         max_window_s (`float`): the longest window.
     """
     windows = _Cutter(rate_hz, vad, max_window_s).cut(blocks)
@@ -97,10 +98,11 @@ class _Cutter:
     """
 
     def __init__(self, rate_hz: float, vad: Any, max_window_s: float):
-        self.rate_hz, self.vad = rate_hz, vad
+        # What a detector remembers is of one recording, and others may be cut by the same one at the same time.
+        self.rate_hz, self.vad = rate_hz, copy.copy(vad)
         self.frame_size = round(FRAME_S * rate_hz) if vad is None else vad.frame_size
         if vad is not None:
-            vad.reset()
+            self.vad.reset()
         self.max_frames = int(max_window_s * rate_hz / self.frame_size)
         self.max_samples = int(max_window_s * rate_hz)
         self.overlap_frames = self._frames(min(OVERLAP_SHARE * max_window_s, MAX_OVERLAP_S))
