@@ -23,6 +23,7 @@ from mdm_asr_hf.audio_mdm_asr import (
     AudioStream,
     audio_duration_s,
     is_audio_batch,
+    is_audio_stream,
     load_audio,
     load_audio_batch,
 )
@@ -264,7 +265,7 @@ def test_own_rate_goes_before_the_argument():
 
 
 def test_empty_clips_are_empty_arrays(tmp_path):
-    for audio in (np.zeros(0), [[]], np.zeros((0, 2)), np.zeros((2, 0)), torch.zeros(0), encode(np.zeros(0))):
+    for audio in (np.zeros(0), [], np.zeros((0, 2)), np.zeros((2, 0)), torch.zeros(0), encode(np.zeros(0))):
         waveform = load_audio(audio, sampling_rate=44_100)
         assert waveform.shape == (0,) and waveform.dtype == np.float32
 
@@ -278,8 +279,58 @@ def test_what_is_a_batch():
         assert not is_audio_batch(one)
     for batch in ([clip], [clip, clip], (clip, clip), ["a.wav"], [(clip, RATE)], [[0.0], [0.1]], [{"array": clip}]):
         assert is_audio_batch(batch)
+        one_line_error(batch, "several clips.* one by one")
+    for one in ((RATE, clip), "", b"", memoryview(b""), bytearray(), io.BytesIO(), torch.zeros(3), {}):
+        assert not is_audio_batch(one) and not is_audio_stream(one)
     with pytest.raises(ValueError, match="empty list"):
         is_audio_batch([])
+
+
+@pytest.mark.parametrize("entries", ["paths", "undecoded", "arrays"])
+def test_data_sets_and_their_columns_are_batches(noise, tmp_path, entries):
+    datasets = pytest.importorskip("datasets")
+    paths = [str(tmp_path / f"{size}.wav") for size in (4000, 1000)]
+    for path, size in zip(paths, (4000, 1000), strict=True):
+        soundfile.write(path, noise[:size], RATE, subtype="FLOAT")
+    rows = [{"audio": path, "path": "elsewhere.mp3", "sentence": "no"} for path in paths]
+    if entries == "arrays":
+        rows = [{"audio": {"array": noise[:size].tolist(), "sampling_rate": RATE}} for size in (4000, 1000)]
+    data = datasets.Dataset.from_list(rows)
+    if entries == "undecoded":
+        data = data.cast_column("audio", datasets.Audio(decode=False))
+    expected = [noise[:4000], noise[:1000]]
+    for batch in (data, data["audio"]):
+        found = load_audio_batch(batch)
+        assert all(np.allclose(one, other, atol=1e-6) for one, other in zip(found, expected, strict=True))
+        one_line_error(batch, f"type {type(batch).__name__} holds several clips")
+    np.testing.assert_allclose(load_audio(data[1]), expected[1], atol=1e-6)
+    stream = data.to_iterable_dataset()
+    for one in (stream, stream["audio"], (row for row in data)):
+        assert is_audio_stream(one) and not is_audio_batch(one)
+        one_line_error(one, "several clips")
+    one_line_error(datasets.DatasetDict(test=data), "a DatasetDict, but has neither")
+    with pytest.raises(ValueError, match="empty list"):
+        load_audio_batch(data.select([])["audio"])
+
+
+@given(hnp.arrays(np.int16, st.tuples(st.integers(9, 40), st.integers(1, 2))), st.sampled_from([8_000, 16_000]))
+def test_samples_and_rate_in_either_order(samples, rate):
+    expected = load_audio((samples, rate))
+    assert np.array_equal(load_audio((rate, samples)), expected) and len(expected) == len(samples) * (RATE // rate)
+    assert np.array_equal(load_audio((np.int64(rate), torch.from_numpy(samples))), expected)
+    assert np.array_equal(load_audio({"audio": (rate, samples)}), expected)
+    assert np.array_equal(load_audio({"audio": samples, "sampling_rate": rate}), expected)
+
+
+def test_files_that_give_no_bytes(noise, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise, RATE)
+    with soundfile.SoundFile(tmp_path / "a.wav") as sound:
+        one_line_error(sound, "SoundFile that reads no bytes.* path")
+    closed = open(tmp_path / "a.wav", "rb")
+    closed.close()
+    one_line_error(closed, "cannot be read .*closed")
+    one_line_error({"path": None, "bytes": None, "array": None}, "neither 'array'")
+    assert len(load_audio({"path": str(tmp_path / "a.wav"), "array": None, "sampling_rate": None})) == len(noise)
 
 
 def test_a_batch_names_the_clip_at_fault():
@@ -305,7 +356,7 @@ def test_samples_that_are_no_audio():
     one_line_error(np.zeros(10, complex), "dtype complex", sampling_rate=RATE)
     one_line_error(np.array([None, 1]), "dtype object", sampling_rate=RATE)
     one_line_error(np.zeros(10, np.int64), "dtype int64", sampling_rate=RATE)
-    one_line_error([[0.0, 1.0], [0.0]], "not an array", sampling_rate=RATE)
+    one_line_error([[0.0, 1.0], [0.0]], "several clips", sampling_rate=RATE)
     one_line_error(np.float32(0.5), "one or two dimensions", sampling_rate=RATE)
     one_line_error(np.zeros((1, 2, 10)), "one or two dimensions", sampling_rate=RATE)
     one_line_error(np.zeros((2, 8)), "both axes could", sampling_rate=RATE)
@@ -326,7 +377,8 @@ def test_rates_that_are_none(rate):
 def test_a_dict_must_know_its_rate():
     one_line_error({"array": np.zeros(10)}, "without a `sampling_rate`")
     assert len(load_audio({"array": np.zeros(10)}, sampling_rate=8_000)) == 20
-    one_line_error({"audio": np.zeros(10)}, "neither 'array'")
+    one_line_error({"audio": np.zeros(10)}, "without a `sampling_rate`")
+    one_line_error({"samples": np.zeros(10)}, "neither 'array'")
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -89,6 +89,17 @@ def test_windows_of_several_recordings_share_batches(tiny, monkeypatch):
     assert sizes == [4, 3]
 
 
+def test_data_sets_columns_and_pairs_of_rate_and_samples(tiny):
+    clips = [noise(0.25 + 0.05 * i, i) for i in range(3)]
+    rows = [{"audio": entry(clip.tolist())} for clip in clips]
+    data, expected = Dataset.from_list(rows), [tiny((clip, RATE)) for clip in clips]
+    for inputs in (data["audio"], data, rows, [(RATE, clip) for clip in clips]):
+        assert tiny(inputs) == expected
+    for inputs in (data.to_iterable_dataset(), data.to_iterable_dataset()["audio"]):
+        assert list(tiny(inputs)) == expected
+    assert tiny((RATE, clips[0])) == expected[0]
+
+
 def test_no_speech_has_no_text(tiny):
     for samples in (np.zeros(0), np.zeros(2 * RATE), np.zeros(90 * RATE)):
         out = tiny(entry(samples.astype(np.float32)), return_timestamps="word", vad="energy")

@@ -147,9 +147,9 @@ def load_audio(
             - a path of an audio file, its content as `bytes`, or a file opened in binary mode;
             - samples as a NumPy array, a torch tensor or a list of floats, mono or (channels, samples) or
               (samples, channels); float samples lie in -1..1, int8, uint8, int16 and int32 are scaled to that;
-            - `(samples, sampling rate)`;
+            - `(samples, sampling rate)`, or `(sampling rate, samples)`, as Gradio gives it;
             - a dict with `"array"` or `"raw"`, and `"sampling_rate"`; or with `"bytes"` or `"path"`, as `datasets`
-              gives undecoded audio;
+              gives undecoded audio; or a row of a data set, which has one of all these as `"audio"`;
             - an `AudioDecoder` of torchcodec, as `datasets` >= 4 gives.
         sampling_rate (`float`, *optional*): rate in Hz of samples that do not carry their own. None says they are at
             `target_sampling_rate` already, except in a dict, where it is an error. Files and decoders know theirs.
@@ -252,12 +252,19 @@ def load_audio_batch(audio: Any, **kwargs: Any) -> list[np.ndarray]:
 
 
 def is_audio_batch(audio: Any) -> bool:
-    """Whether `audio` is a list or tuple of clips, and not one clip (a list of floats, or `(samples, rate)`)."""
-    if not isinstance(audio, (list, tuple)) or _is_samples_and_rate(audio):
+    """Whether `audio` is a list, tuple, data set or column of clips, and not one clip (a list of floats, or `(samples,
+    rate)`)."""
+    is_list = isinstance(audio, (list, tuple))
+    if not (is_list or _is_collection(audio)) or _samples_and_rate(audio) is not None:
         return False
     if len(audio) == 0:
         raise ValueError("`audio` is an empty list. Pass at least one clip; a clip without samples is `np.zeros(0)`.")
-    return not _is_number(audio[0])
+    return not (is_list and _is_number(audio[0]))
+
+
+def is_audio_stream(audio: Any) -> bool:
+    """Whether `audio` gives clips one by one, and nobody knows how many: a generator or a streamed data set."""
+    return hasattr(audio, "__iter__") and not hasattr(audio, "__len__") and not _is_clip(audio)
 
 
 def check_rate(rate: Any, name: str) -> float:
@@ -331,11 +338,15 @@ def _decode(
         yield from _read_decoder(audio, max_duration_s)
     elif hasattr(audio, "read"):
         yield from _read_bytes(_content(audio), max_duration_s, block_s)
+    elif _holds_clips(audio):
+        raise ValueError(
+            f"`audio` of type {type(audio).__name__} holds several clips, where one is taken. Pass them one by one."
+        )
     elif isinstance(audio, Mapping) or (not _is_array_like(audio) and hasattr(audio, "__getitem__")):
         yield from _read_mapping(audio, sampling_rate, target_sampling_rate, max_duration_s, block_s)
     else:
-        if _is_samples_and_rate(audio):
-            audio, sampling_rate = audio[0], check_rate(audio[1], "sampling_rate")
+        if (pair := _samples_and_rate(audio)) is not None:
+            audio, sampling_rate = pair[0], check_rate(pair[1], "sampling_rate")
         if sampling_rate is None and _is_array_like(audio):
             _warn_once(
                 f"Audio samples came without `sampling_rate`: they are taken to be at {target_sampling_rate} Hz."
@@ -378,19 +389,26 @@ def _read_mapping(
             return None
 
     samples = get("array") if get("array") is not None else get("raw")
+    entry = get("audio")
+    if samples is None and _is_array_like(entry) and _samples_and_rate(entry) is None:
+        samples = entry
     if samples is not None:
         rate = get("sampling_rate") if get("sampling_rate") is not None else sampling_rate
         if rate is None:
             raise ValueError("`audio` is a dict without a `sampling_rate`. Add the rate of its samples in Hz.")
         yield from _read_samples(samples, check_rate(rate, "sampling_rate"), max_duration_s, block_s)
         return
+    # A row may have a path beside it, which is that on another machine.
+    if entry is not None:
+        yield from _decode(entry, sampling_rate, target_sampling_rate, max_duration_s, block_s)
+        return
     for key in ("bytes", "path"):
         if isinstance(get(key), (str, bytes, os.PathLike)):
             yield from _decode(get(key), None, target_sampling_rate, max_duration_s, block_s)
             return
     raise ValueError(
-        "`audio` is a dict, but has neither 'array' (or 'raw') and 'sampling_rate' nor 'bytes' or 'path'. "
-        "Pass one of these."
+        f"`audio` is a {type(audio).__name__}, but has neither 'array' (or 'raw') and 'sampling_rate' nor 'bytes', "
+        "'path' or 'audio'. Pass one of these."
     )
 
 
@@ -583,10 +601,14 @@ def _formats() -> list[str]:
 def _content(file: Any) -> bytes:
     try:
         content = file.read()
-    except (OSError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`audio` is a file that cannot be read ({_one_line(error)}).") from error
-    if not isinstance(content, bytes):
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`audio` is a file that cannot be read ({_one_line(error)}). Open it anew.") from error
+    if isinstance(content, str):
         raise ValueError("`audio` is a file opened as text. Open it in binary mode: `open(path, 'rb')`.")
+    if not isinstance(content, bytes):
+        raise ValueError(
+            f"`audio` is a {type(file).__name__} that reads no bytes. Pass the file's path, or `(samples, rate)`."
+        )
     return content
 
 
@@ -645,9 +667,31 @@ def _is_array_like(value: Any) -> bool:
     return isinstance(value, (list, tuple)) or hasattr(value, "__array__")
 
 
-def _is_samples_and_rate(value: Any) -> bool:
-    is_pair = isinstance(value, tuple) and len(value) == 2
-    return is_pair and _is_number(value[1]) and _is_array_like(value[0]) and not _is_number(value[0])
+def _samples_and_rate(value: Any) -> tuple[Any, Any] | None:
+    """A pair of samples and their rate in this order, whichever it had; None of all else."""
+    if isinstance(value, tuple) and len(value) == 2:
+        for samples, rate in (value, value[::-1]):
+            if _is_number(rate) and _is_array_like(samples) and not _is_number(samples):
+                return samples, rate
+    return None
+
+
+def _is_clip(value: Any) -> bool:
+    """Whether a value that has entries is one clip, in any form but a list."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)) or hasattr(value, "__array__"):
+        return True
+    return any(hasattr(value, name) for name in ("read", "get_all_samples"))
+
+
+def _holds_clips(value: Any) -> bool:
+    """Whether a value is clips where one is wanted; an empty list is one without samples."""
+    is_list = isinstance(value, (list, tuple))
+    return is_audio_stream(value) or ((not is_list or len(value) > 0) and is_audio_batch(value))
+
+
+def _is_collection(value: Any) -> bool:
+    """Whether a value is a data set, or a column of one: known by their methods, so that none need be installed."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not _is_clip(value)
 
 
 def _one_line(error: Any) -> str:
@@ -660,6 +704,7 @@ __all__ = [
     "check_duration",
     "check_rate",
     "is_audio_batch",
+    "is_audio_stream",
     "load_audio",
     "load_audio_batch",
     "to_mono_float32",

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
-from .audio_mdm_asr import AudioStream, is_audio_batch
+from .audio_mdm_asr import AudioStream, is_audio_batch, is_audio_stream
 from .joining_mdm_asr import DecodedWindow, join_windows, keep_once
 from .processing_mdm_asr import MDMASRProcessor
 from .transcript_mdm_asr import Transcript
@@ -89,6 +90,12 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
             if not is_audio_batch(inputs):
                 return super().__call__([inputs], **kwargs)[0]
             inputs = list(inputs)
+        elif not isinstance(inputs, torch.utils.data.Dataset):
+            # Of a data set, no more is read at once than is decoded; the stock pipeline would take it for a recording.
+            if is_audio_batch(inputs):
+                return list(super().__call__((one for one in inputs), **kwargs))
+            if is_audio_stream(inputs):
+                return super().__call__((one for one in inputs), **kwargs)
         return super().__call__(inputs, **kwargs)
 
     @property

@@ -78,7 +78,8 @@ class MDMASRProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Args:
-            audio: one clip, or a list of B clips, of any form [`load_audio`] takes. Other rates are resampled.
+            audio: one clip, or a list, data set or column of B clips, of any form [`load_audio`] takes. Other rates
+                are resampled.
             text (`str` or `list[str]`, *optional*): transcripts, for training.
             sampling_rate (`int`): rate in Hz of samples that do not carry their own.
             return_tensors (`str`, *optional*): `"pt"`, `"np"`, or None for NumPy arrays and lists.
