@@ -2,6 +2,7 @@
 """`mdm-asr transcribe` with files as output: formats, batches with bad files, and going on after a kill."""
 
 import html
+import io
 import json
 import os
 import shutil
@@ -15,12 +16,17 @@ import pytest
 import soundfile
 import srt
 import webvtt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_models import tiny_model, tiny_processor
 
 from mdm_asr_hf import cli, cli_journal, cli_output
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.cli_journal import Journal, whole_lines, write_atomically
-from mdm_asr_hf.cli_transcribe import ProgressBar
+from mdm_asr_hf.cli_transcribe import ProgressBar, _header_duration_s
+from mdm_asr_hf.encoding_mdm_asr import print_anything
+from mdm_asr_hf.subtitles_mdm_asr import to_json
+from mdm_asr_hf.transcript_mdm_asr import Segment, Transcript, Word
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
@@ -89,6 +95,70 @@ def same_lines(lines, others):
         return round(value, 4) if isinstance(value, float) else value
 
     return rounded(lines) == rounded(others)
+
+
+# --- encodings ---
+
+
+@pytest.fixture
+def stdout(monkeypatch):
+    """Gives stdout an encoding, and what returns the bytes that it got since."""
+
+    def make(encoding):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+        monkeypatch.setattr(sys, "stdout", out)
+        print_anything()
+        return out.buffer.getvalue
+
+    return make
+
+
+# A byte that is no UTF-8, and characters that most encodings lack, one of them of four bytes.
+NAMES = [b"caf\xe9.wav", "\u65e5\u672c\U0001f600.wav".encode(), "\U0001f600".encode() * 60 + b".wav"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_of_any_bytes(run, tiny, recordings, tmp_path):
+    files = [tmp_path / os.fsdecode(name) for name in NAMES]
+    for file in files:
+        shutil.copy(recordings[0], file)
+    folder, lines = tmp_path / "out", tmp_path / "all.jsonl"
+    for place in (("--output", lines), ("--output-dir", folder, "--format", "json", "--format", "srt")):
+        for resume in ((), ("--resume",)):
+            assert run("transcribe", *files, "--model", tiny, *WINDOWS, *place, *resume) == (0, [], [])
+    assert [row["file"] for row in lines_of(lines)] == list(map(str, files))
+    assert [json.loads((folder / f"{one.stem}.json").read_text())["file"] for one in files] == list(map(str, files))
+    # The journals were read again: what is done is not done anew.
+    journals = [path.read_bytes() for path in tmp_path.rglob("*.jsonl") if path.is_file() and path != lines]
+    assert len(journals) == 6 and all(content.endswith(b'{"done": true}\n') for content in journals)
+    # As the progress bar asks.
+    assert [round(_header_duration_s(file)) for file in files] == [1, 1, 1]
+    code, _, err = run("transcribe", tmp_path / os.fsdecode(b"\xff.wav"), "--model", tiny)
+    assert code == 1 and "\\udcff.wav' does not exist" in err[0]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "shift_jis", "utf-8"])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20), name=st.binary(min_size=1, max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_transcript_is_printed_in_every_encoding(stdout, encoding, text, name):
+    text, path = " ".join(text.split()), Path(os.fsdecode(name.replace(b"\0", b"a")))
+    words = [Word(text, 0.0, 1.0, 0.5)] if text else []
+    transcript = Transcript(text, 1.0, [Segment(0.0, 1.0, text, words, 0.5, 1)])
+    printed = stdout(encoding)
+    cli_output.Writer([path, path], True, None).write(path, transcript)
+    row = json.loads(printed().decode(encoding))
+    assert (row["file"], row["text"]) == (str(path), text)
+    printed = stdout(encoding)
+    cli_output.Writer([path, path], False, None).write(path, transcript)
+    if encoding == "utf-8":
+        # As the file system has it.
+        assert printed() == os.fsencode(path) + b"\t" + text.encode() + b"\n"
+    elif text.isascii():
+        assert printed().endswith(b"\t" + text.encode() + b"\n")
+    printed = stdout(encoding)
+    cli_output.SubtitlePrinter([path], cli_output.Format.srt).write(path, transcript)
+    assert printed().isascii() or not text.isascii()
+    assert json.loads(to_json(transcript, str(path)).encode())["file"] == str(path)
 
 
 # --- formats ---

@@ -4,9 +4,11 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
@@ -16,6 +18,7 @@ import soundfile
 
 from mdm_asr_hf import report_mdm_asr
 from mdm_asr_hf.cli import main
+from mdm_asr_hf.encoding_mdm_asr import json_text
 from mdm_asr_hf.report_mdm_asr import make_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -111,7 +114,7 @@ ROWS = [
 
 def write(folder, rows, metrics=None):
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
+    lines = "".join(json_text(one) + "\n" for one in rows)
     (folder / "hypotheses.jsonl").write_text(lines, encoding="utf-8")
     if metrics is not None:
         (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
@@ -375,6 +378,15 @@ def test_relative_audio_paths(tmp_path):
     shutil.copytree(data / "audio", tmp_path / "results" / "beside" / "audio")
     beside = write(tmp_path / "results" / "beside", rows[:1])
     assert players(make_report(beside)) == {"1": (beside / "audio" / odd.name).resolve()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.wav")
+    silence(tmp_path / "run" / "a.wav").rename(tmp_path / "run" / name)
+    folder = write(tmp_path / "run", [row(name, "a", "a", audio=name)])
+    page = make_report(folder)
+    assert 'src="caf%E9.wav"' in page.read_text() and "caf\\udce9.wav" in page.read_text()
 
 
 def test_embedded_audio(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import cli_evaluation, cli_export, cli_streaming, cli_training, cli_transcribe
+from .encoding_mdm_asr import print_anything
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -345,6 +346,7 @@ def options(
 
 
 def main() -> None:
+    print_anything()
     try:
         app()
     except Failure as error:

@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .encoding_mdm_asr import json_text
+
 
 def write_atomically(path: Path, content: str) -> None:
     """Writes a file that, whenever the process is killed, is there as a whole or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(content)
@@ -47,7 +49,7 @@ def whole_lines(path: Path) -> list[str]:
 
 def fingerprint(values: dict[str, Any]) -> str:
     """A short name of settings: another one if any of them is."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -66,7 +68,8 @@ class Journal:
 
     def __init__(self, folder: Path, recording: Path, settings: str, *, keep: bool):
         where = os.path.abspath(recording)
-        name = f"{recording.stem[:60]}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:12]}.jsonl"
+        # A name has 255 bytes at most, and a character up to four.
+        name = f"{recording.stem[:40]}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:12]}.jsonl"
         self.path = folder / name
         self.head = {"recording": where, "settings": settings, **_identity(recording)}
         self.entries: list[dict[str, Any]] = []
@@ -91,7 +94,7 @@ class Journal:
         """Notes one window's result."""
         self.entries.append(entry)
         if self._is_begun:
-            append_line(self.path, json.dumps(entry, ensure_ascii=False))
+            append_line(self.path, json_text(entry))
         else:
             # Whatever else was there, such as a torn line, goes.
             self._write(self.entries)
@@ -103,7 +106,7 @@ class Journal:
         self._write([{"done": True}])
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in [self.head, *entries]]
+        lines = [json_text(one) + "\n" for one in [self.head, *entries]]
         write_atomically(self.path, "".join(lines))
 
 

@@ -2,12 +2,14 @@
 """Where `mdm-asr transcribe` puts its results: on stdout, into a file per recording, or into one of JSON lines."""
 
 import json
+import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_journal import Journal, append_line, whole_lines, write_atomically
+from .encoding_mdm_asr import json_text
 
 if TYPE_CHECKING:
     from .transcript_mdm_asr import Transcript
@@ -49,7 +51,7 @@ class Writer:
 
     def write(self, path: Path, transcript: "Transcript") -> None:
         if self.as_json:
-            print(json.dumps(json_row(path, transcript, self.timestamps), ensure_ascii=False), flush=True)
+            print(json_text(json_row(path, transcript, self.timestamps), sys.stdout.encoding), flush=True)
         else:
             print(transcript.text if self.is_single else f"{path}\t{transcript.text}", flush=True)
 
@@ -177,7 +179,7 @@ class LinesWriter(JournalingWriter):
         return super().is_done(path) and str(path) in self.present
 
     def write(self, path: Path, transcript: "Transcript") -> None:
-        append_line(self.target, json.dumps(json_row(path, transcript, self.timestamps), ensure_ascii=False))
+        append_line(self.target, json_text(json_row(path, transcript, self.timestamps)))
         self.finish(path)
 
 

@@ -2,7 +2,6 @@
 """`mdm-asr stream`: text of a microphone, a file or raw samples, while the speech goes on."""
 
 import dataclasses
-import json
 import queue
 import signal
 import sys
@@ -17,6 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from .cli_options import Device, DType, Model, Precision, TrustRemoteCode, split_words
+from .encoding_mdm_asr import json_text
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _show_json(update: "StreamUpdate") -> None:
     text = values.pop("committed")
     if update.is_final:
         values["text"] = text
-    print(json.dumps(values, ensure_ascii=False), flush=True)
+    print(json_text(values, sys.stdout.encoding), flush=True)
 
 
 class _Lines:

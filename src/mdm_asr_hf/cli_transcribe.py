@@ -271,7 +271,11 @@ def _header_duration_s(path: Path) -> float:
     import soundfile
 
     try:
-        return soundfile.info(str(path)).duration if path.is_file() else 0.0
+        if not path.is_file():
+            return 0.0
+        # soundfile takes no name that is not UTF-8.
+        with open(path, "rb") as file:
+            return soundfile.info(file).duration
     except (soundfile.SoundFileError, RuntimeError, OSError, TypeError):
         return 0.0
 

@@ -3,7 +3,6 @@
 
 import copy
 import hashlib
-import json
 import os
 import platform
 import time
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from .audio_mdm_asr import load_audio
 from .confidence_mdm_asr import utterance_confidence
 from .encoder_mdm_asr import MDMASREncoderOutput
+from .encoding_mdm_asr import json_text
 from .evaluation_data_mdm_asr import PRESETS, EvaluationData, load_data, report_skipped
 from .generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from .int8_mdm_asr import is_int8
@@ -593,7 +593,7 @@ def write_evaluation(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(json_text(row) + "\n" for row in rows)
     (folder / HYPOTHESES_NAME).write_text(lines, encoding="utf-8")
     scored = score(rows, num_bootstrap=num_bootstrap)
     described = data.describe() | {"num_utterances": len(rows)} if isinstance(data, EvaluationData) else data
@@ -621,7 +621,7 @@ def write_evaluation(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": machine(model.device),
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = json_text(content, indent=2)
     (folder / METRICS_NAME).write_text(text + "\n", encoding="utf-8")
     return content
 

@@ -248,9 +248,11 @@ class OnnxMDMASR(GenerationMixin):
             # Of a text, a few rows are read.
             embeddings = np.load(folder / EMBEDDINGS_FILE, mmap_mode="r")
             sessions = {name: load(name, options) for name in names}
-            config = json.loads((folder / "config.json").read_text(), object_hook=lambda one: SimpleNamespace(**one))
+            config = json.loads(
+                (folder / "config.json").read_text("utf-8"), object_hook=lambda one: SimpleNamespace(**one)
+            )
             config.vocab_size, config.has_drafts = config.decoder_config.vocab_size, True
-            settings = MDMASRGenerationConfig(**json.loads((folder / "generation_config.json").read_text()))
+            settings = MDMASRGenerationConfig(**json.loads((folder / "generation_config.json").read_text("utf-8")))
         except Exception as error:
             # ONNX Runtime raises classes of its own, one for every kind of damage.
             raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {error}. Export it again.") from error

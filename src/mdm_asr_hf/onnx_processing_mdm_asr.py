@@ -121,8 +121,8 @@ class OnnxProcessor:
                 f"`folder` {str(folder)!r} has no {', '.join(missing)}. Export it again; of other encoders than "
                 "Whisper's, load the processor by transformers' AutoProcessor."
             )
-        settings = json.loads((folder / "processor_config.json").read_text())
-        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings = json.loads((folder / "processor_config.json").read_text("utf-8"))
+        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
         extractor = settings["feature_extractor"]
         return cls(
             WhisperLogMel(
@@ -138,7 +138,8 @@ class OnnxProcessor:
     def __call__(self, audio: Any, sampling_rate: float | None = None, return_tensors: None = None) -> Features:
         """
         Args:
-            audio: one clip, or a list of B clips, of any form [`load_audio`] takes. Other rates are resampled.
+            audio: one clip, or a list, data set or column of B clips, of any form [`load_audio`] takes. Other rates
+                are resampled.
             sampling_rate (`int`): rate in Hz of samples that do not carry their own.
             return_tensors: taken for the sake of other processors' callers; arrays are what there is.
 

@@ -135,7 +135,8 @@ def make_report(
         has_drafts=any("items" in decoding for decoding in decodings.values()),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(html, encoding="utf-8")
+    # Names of files need not be UTF-8.
+    output.write_text(html, encoding="utf-8", errors="backslashreplace")
     return output
 
 
@@ -273,7 +274,7 @@ def _add_audio(
         else:
             # Both ends resolved, or a link among the folders would make the way between them wrong.
             relative = os.path.relpath(path.parent.resolve() / path.name, output_folder.resolve())
-            utterance["audio"] = quote(Path(relative).as_posix())
+            utterance["audio"] = quote(os.fsencode(Path(relative).as_posix()))
 
 
 def _dataset_names(rows: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:

@@ -1,12 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """A transcript as SRT or WebVTT subtitles, JSON or plain text."""
 
-import json
 import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .encoding_mdm_asr import json_text
 from .transcript_mdm_asr import Segment, Transcript
 
 # What broadcasters ask of subtitles: two lines of 42 columns, a cue of at most 7 s, none that only flashes up.
@@ -117,7 +117,7 @@ def to_vtt(transcript: Transcript) -> str:
 def to_json(transcript: Transcript, file: str | None = None) -> str:
     """`Transcript.to_dict()`, with the recording's name under "file" if there is one."""
     values = transcript.to_dict() if file is None else {"file": file, **transcript.to_dict()}
-    return json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+    return json_text(values, indent=2) + "\n"
 
 
 def to_txt(transcript: Transcript) -> str:
