@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from mdm_asr_hf.cli_transcribe import ProgressBar, _header_duration_s
 from mdm_asr_hf.encoding_mdm_asr import print_anything
 from mdm_asr_hf.subtitles_mdm_asr import to_json
 from mdm_asr_hf.transcript_mdm_asr import Segment, Transcript, Word
+from mdm_asr_hf.transcription_mdm_asr import Transcriber
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
@@ -95,6 +97,41 @@ def same_lines(lines, others):
         return round(value, 4) if isinstance(value, float) else value
 
     return rounded(lines) == rounded(others)
+
+
+# --- stdin and URLs ---
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_a_file_on_stdin(run, tiny, recordings, monkeypatch, format):
+    content = io.BytesIO()
+    soundfile.write(content, soundfile.read(recordings[0])[0], RATE_HZ, format=format)
+
+    def on_stdin(content, *arguments, is_terminal=False):
+        stdin = SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: is_terminal)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        return run("transcribe", *arguments, "--model", tiny)
+
+    code, (line, other), err = on_stdin(content.getvalue(), "-", recordings[2])
+    transcriber = Transcriber(*cli.load_model(str(tiny)))
+    assert (code, err) == (0, []) and line == f"-\t{transcriber.transcribe(content.getvalue()).text}"
+    assert other == f"{recordings[2]}\t{transcriber.transcribe(recordings[2]).text}"
+    if format == "WAV":
+        for content, options, message in (
+            (b"", ["-"], "empty"),
+            (bytes(3200), ["-"], "not audio of a format that can be read"),
+            (b"", ["-", "-"], "given twice"),
+            (b"", ["-", "--resume", "--output", "x.jsonl"], "--resume"),
+        ):
+            code, out, err = on_stdin(content, *options)
+            assert (code, out, len(err)) == (1, [], 1) and message in err[0]
+        assert "is a terminal" in on_stdin(b"", "-", is_terminal=True)[2][0]
+
+
+def test_urls_are_named(run, tiny):
+    for url in ("https://example.com/a.wav", "http://h/x", "s3://b/k", "file:///tmp/a.wav", f"https://h/{'x' * 5000}"):
+        code, out, err = run("transcribe", url, "--model", tiny)
+        assert (code, out, len(err)) == (1, [], 1) and "is a URL. Download it first" in err[0]
 
 
 # --- encodings ---

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.live import Live
@@ -20,7 +21,8 @@ from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import BatchFeature
 
 from mdm_asr_hf import MDMASRGenerationConfig, cli, cli_streaming, default_checkpoint
-from mdm_asr_hf.audio_mdm_asr import load_audio
+from mdm_asr_hf.audio_mdm_asr import MAGIC, load_audio, to_mono_float32
+from mdm_asr_hf.pipe_mdm_asr import read_pipe
 from mdm_asr_hf.streaming_mdm_asr import EnergyGate, StreamingPolicy, StreamingTranscriber, StreamUpdate
 from mdm_asr_hf.transcript_mdm_asr import Word
 
@@ -592,6 +594,88 @@ def test_stream_reads_raw_samples_in_pieces_of_any_size(run_command, fake_models
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Pipe(data + b"\0")))
     code, out, _ = run_command("stream", "-")
     assert (code, out.split()) == (0, ["w5ly", "w6ly", "w7ly"])
+
+
+def as_file(samples, format, **options):
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format=format, **options)
+    return file.getvalue()
+
+
+class Pipe(io.BytesIO):
+    """Gives a few bytes at once, and cannot be sought in."""
+
+    def __init__(self, data, at_once=4097):
+        super().__init__(data)
+        self.at_once, self.seek = at_once, None
+
+    def read1(self, size):
+        return super().read(min(size, self.at_once))
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+@given(at_once=st.integers(1, 900), num_channels=st.integers(1, 3), size=st.integers(1, 300), extensible=st.booleans())
+def test_wav_is_read_as_it_comes(subtype, at_once, num_channels, size, extensible):
+    samples = np.random.default_rng(size).uniform(-0.5, 0.5, (size, num_channels))
+    content = as_file(samples, "WAVEX" if extensible else "WAV", subtype=subtype)
+    expected = to_mono_float32(soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)[0], channel_axis=1)
+    at = content.index(b"data")
+    # Chunks behind the samples, and of an odd size before them; a size that is not known, as ffmpeg has it in a pipe.
+    behind = content + b"LIST" + struct.pack("<I", 4) + b"abcd"
+    before = content[:at] + b"junk" + struct.pack("<I", 3) + b"abc\0" + content[at:]
+    unknown = content[: at + 4] + b"\xff\xff\xff\xff" + content[at + 8 : at + 8 + content_size(content, at)]
+    for one in (content, behind, before, unknown):
+        rate_hz, chunks = read_pipe(Pipe(one, at_once))
+        found = list(chunks)
+        assert rate_hz == RATE and all(chunk.dtype == np.float32 for chunk in found)
+        np.testing.assert_allclose(np.concatenate([*found, np.zeros(0)]), expected, atol=1e-7)
+
+
+def content_size(content, at):
+    return struct.unpack("<I", content[at + 4 : at + 8])[0]
+
+
+def test_formats_that_are_not_read_as_they_come(caplog):
+    noise = 0.1 * np.random.default_rng(0).standard_normal(RATE)
+    contents = {name: as_file(noise, name) for name in ("FLAC", "OGG", "MP3", "AIFF", "AU", "CAF")}
+    contents |= {"MP4": b"\0\0\0\x20ftypM4A " + bytes(99), "WebM": b"\x1aE\xdf\xa3" + bytes(99)}
+    contents["MP3 "] = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + contents["MP3"]
+    for name, content in contents.items():
+        with pytest.raises(ValueError, match=f"^`-` is {name.strip()}, .*`ffmpeg [^\\n]*FILE.$"):
+            read_pipe(Pipe(content, 7))
+    whole = as_file(noise, "WAV")
+    for content, message in (
+        (whole[:30], "ends before its samples"),
+        (as_file(noise, "WAV", subtype="ULAW"), "format 7 with 8 bits and 1 channels"),
+        (whole[:12] + whole[whole.index(b"data") :], "does not say what"),
+        (whole[:12] + b"LIST\xff\xff\xff\x7f", "damaged"),
+    ):
+        with pytest.raises(ValueError, match=f"`-` is WAV .*{message}"):
+            read_pipe(Pipe(content))
+    assert sum(map(len, read_pipe(Pipe(whole[:-100]))[1])) == RATE - 50
+    assert "cut off: 100 of 32000 bytes" in caplog.text
+
+
+@given(st.binary(max_size=60), st.sampled_from([b"", b"\xff\xfb", b"ID3", b"RIFF", b"ID3\xff", b"\xff\xfb\x90\x64"]))
+def test_all_else_is_raw_samples(data, start):
+    data = start + data + bytes(2000)
+    assume(data[:4] not in MAGIC and data[4:8] != b"ftyp")
+    rate_hz, chunks = read_pipe(Pipe(data, 5))
+    assert rate_hz == RATE and np.concatenate(list(chunks)).tobytes() == data[: len(data) // 2 * 2]
+    assert not list(read_pipe(Pipe(start[:1]))[1])
+
+
+def test_stream_reads_wav_of_a_pipe(run_command, fake_models, monkeypatch):
+    samples, _ = speak([5, 6, 7])
+    file = io.BytesIO()
+    # Played as raw samples of 16 kHz, it would be four times as long.
+    soundfile.write(file, np.repeat(samples, 2)[:, None].repeat(2, axis=1), 2 * RATE, format="WAV")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Pipe(file.getvalue())))
+    code, out, _ = run_command("stream", "-")
+    assert (code, out.split()) == (0, ["w5ly", "w6ly", "w7ly"])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Pipe(as_file(samples, "OGG"))))
+    code, out, err = run_command("stream", "-")
+    assert (code, out) == (1, "") and err.startswith("error: `-` is OGG") and err.count("\n") == 1
 
 
 def test_stream_says_in_one_line_what_is_wrong(run_command, fake_models, wav, monkeypatch, tmp_path):

@@ -47,6 +47,24 @@ COMPARED_SIZE = 8
 # Samples between two decisions on which channels to mix, and those over which one fades into the next.
 DECISION_SIZE, FADE_SIZE = 2**14, 2**8
 
+# First bytes of formats.
+MAGIC = {
+    b"fLaC": "FLAC",
+    b"OggS": "OGG",
+    b"FORM": "AIFF",
+    b"caff": "CAF",
+    b".snd": "AU",
+    b"RIFX": "WAV of big endian",
+    b"#!AM": "AMR",
+    b"\x1aE\xdf\xa3": "WebM",
+}
+# Of MPEG audio's layer III: rates of its first version, and kbit/s of the others and of the first.
+MP3_RATES_HZ = (44_100, 48_000, 32_000)
+MP3_KBITS = (
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
+
 CONVERT = "convert it first, for example with `ffmpeg -i INPUT output.wav`"
 
 
@@ -430,7 +448,8 @@ def _read_path(path: str | bytes, max_duration_s: float | None, block_s: float |
     name = f"{os.fsdecode(path)!r}"
     # Such as text where a path should be; no file system takes longer ones.
     name = name if len(name) <= 4200 else f"{name[:100]}...{name[-20:]}"
-    if re.match(r"[a-z][a-z0-9+.-]+://", os.fsdecode(path), flags=re.IGNORECASE):
+    # Where a path was made of it, one of the slashes is gone.
+    if re.match(r"[a-z][a-z0-9+.-]+:/", os.fsdecode(path), flags=re.IGNORECASE) and not os.path.exists(path):
         raise ValueError(f"{name} is a URL. Download it first and pass the file.")
     try:
         mode = os.stat(path).st_mode
@@ -588,8 +607,36 @@ def _unfinished_size(file: BinaryIO, num_bytes: int) -> int | None:
 
 def _is_recognised(file: BinaryIO) -> bool:
     file.seek(0)
-    head = file.read(12)
-    return head[:4] in (b"fLaC", b"OggS", b"FORM", b"caff", b".snd") or (head[:4] == b"RIFF" and head[8:] == b"WAVE")
+    return name_format(file.read(12)) in ("WAV", "FLAC", "OGG", "AIFF", "CAF", "AU")
+
+
+def name_format(head: bytes) -> str | None:
+    """The format of audio by its first bytes, 12 at least; None of raw samples, which MP3 is told from by its second
+    frame, if that is there."""
+    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
+        return "WAV"
+    if head[4:8] == b"ftyp":
+        return "MP4"
+    if head[:3] == b"ID3" and len(head) >= 10 and head[3] in (2, 3, 4) and max(head[6:10]) < 128:
+        return "MP3"
+    if head[:4] in MAGIC:
+        return MAGIC[head[:4]]
+    length = _mp3_frame_length(head)
+    if length is None or (len(head) > length + 4 and _mp3_frame_length(head[length:]) is None):
+        return None
+    return "MP3"
+
+
+def _mp3_frame_length(head: bytes) -> int | None:
+    """Bytes of a frame of MPEG audio's layer III (ISO/IEC 11172-3, 13818-3) that has this head, if it is one."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2 or head[1] & 0x18 == 0x08:
+        return None
+    is_first = head[1] & 0x18 == 0x18
+    rate_code, bit_code = head[2] >> 2 & 3, head[2] >> 4
+    if rate_code == 3 or bit_code in (0, 15):
+        return None
+    rate_hz = MP3_RATES_HZ[rate_code] // {0x18: 1, 0x10: 2, 0x00: 4}[head[1] & 0x18]
+    return (144 if is_first else 72) * MP3_KBITS[is_first][bit_code - 1] * 1000 // rate_hz + (head[2] >> 1 & 1)
 
 
 def _formats() -> list[str]:
@@ -707,5 +754,6 @@ __all__ = [
     "is_audio_stream",
     "load_audio",
     "load_audio_batch",
+    "name_format",
     "to_mono_float32",
 ]

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 # What is read, slept or recorded at once.
 BLOCK_S = 0.1
-RAW_RATE_HZ = 16_000
-RAW_INPUT = "-"
+PIPE = "-"
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +36,8 @@ def register(app: typer.Typer) -> None:
 
 def stream(
     source: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="An audio file, or - for raw s16le at 16 kHz on stdin.")
+        str | None,
+        typer.Argument(metavar="[FILE]", help="An audio file, or - for WAV or raw s16le at 16 kHz on stdin."),
     ] = None,
     model: Model = None,
     as_json: Annotated[
@@ -74,13 +74,14 @@ def stream(
     speech leaves steps out and goes on with the newest audio.
     """
     from . import cli, default_checkpoint
+    from .pipe_mdm_asr import read_pipe
     from .prompt_mdm_asr import build_prompt_ids
     from .streaming_mdm_asr import StreamingTranscriber
 
     # What can go wrong without the model comes first.
     try:
         microphone = None if source is not None else _open_microphone(input_device)
-        chunks_of_file = None if source in (None, RAW_INPUT) else _open_file(source)
+        chunks_of_file = None if source in (None, PIPE) else _open_file(source)
     except ValueError as error:
         raise cli.Failure(error) from error
     with cli.quiet_libraries() as collector:
@@ -89,7 +90,7 @@ def stream(
             loaded, processor = cli.load_named_model(folder, device, trust_remote_code, dtype.value)
             if language not in (None, "auto"):
                 build_prompt_ids(loaded.generation_config.prompt_template or {"tokens": [0]}, language=language)
-            is_live = source is None or source == RAW_INPUT or realtime
+            is_live = source is None or source == PIPE or realtime
             transcriber = StreamingTranscriber(
                 loaded,
                 processor,
@@ -101,8 +102,8 @@ def stream(
             )
             if microphone is not None:
                 chunks, rate_hz = _record(*microphone), microphone[1]
-            elif source == RAW_INPUT:
-                chunks, rate_hz = _read_raw(sys.stdin.buffer), RAW_RATE_HZ
+            elif source == PIPE:
+                rate_hz, chunks = read_pipe(sys.stdin.buffer)
             else:
                 chunks, rate_hz = chunks_of_file, chunks_of_file.target_rate_hz
                 chunks = _play(iter(chunks), rate_hz) if realtime else iter(chunks)
@@ -167,12 +168,12 @@ def _open_microphone(name: str | None) -> tuple[Any, float]:
         import sounddevice
     except ImportError as error:
         raise ValueError(
-            "The microphone needs sounddevice: `pip install mdm_asr_hf[stream]`. Or name a FILE, or - for raw samples."
+            "The microphone needs sounddevice: `pip install mdm_asr_hf[stream]`. Or name a FILE, or - for a pipe."
         ) from error
     except OSError as error:
         raise ValueError(
             f"sounddevice cannot be used ({error}): install PortAudio (`apt-get install libportaudio2`). Or name a "
-            "FILE, or - for raw samples."
+            "FILE, or - for a pipe."
         ) from error
     device = int(name) if name is not None and name.isdigit() else name
     blocks: queue.SimpleQueue = queue.SimpleQueue()
@@ -189,7 +190,7 @@ def _open_microphone(name: str | None) -> tuple[Any, float]:
         )
     except (sounddevice.PortAudioError, ValueError) as error:
         raise ValueError(
-            f"No microphone can be opened ({error}). Check `--input-device`, or name a FILE, or - for raw samples."
+            f"No microphone can be opened ({error}). Check `--input-device`, or name a FILE, or - for a pipe."
         ) from error
     microphone.blocks = blocks
     return microphone, rate_hz
@@ -205,19 +206,6 @@ def _record(microphone: Any, rate_hz: float) -> Iterator["np.ndarray"]:
             while not microphone.blocks.empty():
                 blocks.append(microphone.blocks.get())
             yield np.concatenate(blocks)
-
-
-def _read_raw(file: Any) -> Iterator["np.ndarray"]:
-    """Samples of raw s16le, as many as are there, until the end."""
-    import numpy as np
-
-    rest = b""
-    while data := file.read1(2 * RAW_RATE_HZ * 60):
-        data = rest + data
-        whole = len(data) // 2 * 2
-        rest = data[whole:]
-        if whole:
-            yield np.frombuffer(data[:whole], dtype="<i2")
 
 
 def _play(blocks: Iterator["np.ndarray"], rate_hz: float) -> Iterator["np.ndarray"]:

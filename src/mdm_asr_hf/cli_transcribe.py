@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """`mdm-asr transcribe`: recordings of any length to text, subtitles or JSON, going on where a killed run stopped."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # Of one file, on stderr; its JSON has all.
 MAX_WARNINGS = 3
+PIPE = Path("-")
 
 
 class Vad(StrEnum):
@@ -54,7 +56,8 @@ def register(app: typer.Typer) -> None:
 
 def transcribe(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="Audio files of any length: WAV, FLAC, OGG, MP3, ...")
+        list[Path],
+        typer.Argument(metavar="FILE", help="Audio of any length: WAV, FLAC, OGG, MP3, ...; - for a file on stdin."),
     ],
     model: Model = None,
     formats: Annotated[
@@ -112,6 +115,8 @@ def transcribe(
 
     formats = list(dict.fromkeys(formats or []))
     try:
+        if PIPE in files:
+            _check_stdin(files, resume)
         writer = make_writer(
             files, formats, as_json=as_json, output_dir=output_dir, output=output, resume=resume, timestamps=timestamps
         )
@@ -185,7 +190,8 @@ def _results(
     bar = ProgressBar(todo)
     with bar.shown():
         results = transcriber.transcribe_all(
-            todo,
+            # Read when its turn comes.
+            (sys.stdin.buffer if path == PIPE else path for path in todo),
             on_progress=bar.advance,
             on_window=lambda i, window: writer.keep_window(todo[i], window),
             known_window=lambda i, window: writer.known_window(todo[i], window),
@@ -199,6 +205,15 @@ def _results(
             with bar.paused():
                 collector.flush_to_stderr()
                 yield todo[i], result
+
+
+def _check_stdin(files: list[Path], resume: bool) -> None:
+    if files.count(PIPE) > 1:
+        raise ValueError("`FILE` - is given twice, but stdin holds one recording. Name it once.")
+    if resume:
+        raise ValueError("`--resume` cannot tell whether what comes on stdin is the same. Name a file instead of -.")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("`FILE` - is an audio file on stdin, but that is a terminal. Pipe one in, or name it.")
 
 
 def _model_identity(source: str) -> list[Any]:
