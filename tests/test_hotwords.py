@@ -209,7 +209,9 @@ def test_hotword_ids_are_tokens_as_in_a_text():
     assert processor.hotword_ids([]) == []
 
 
-@pytest.mark.parametrize("words", ["Quilter", None, 3, [""], ["ok", " "], ["?!"], [None], [["a"]], ["a" * 30]])
+@pytest.mark.parametrize(
+    "words", ["Quilter", None, 3, [""], ["ok", " "], ["?!"], [None], [["a"]], ["a" * 30], ["caf\udce9"]]
+)
 def test_what_is_no_word_raises(words):
     with pytest.raises(ValueError, match="`hotwords`"):
         tiny_processor().hotword_ids(words)

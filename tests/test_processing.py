@@ -283,6 +283,12 @@ def test_saved_and_loaded(processor, tmp_path, registered):
     assert tokenizer.encode(" hello there") == processor.tokenizer.encode(" hello there")
 
 
+def test_texts_that_are_not_unicode(processor):
+    for call in (lambda: processor(text=["a", "caf\udce9"]), lambda: processor.previous_ids("caf\udce9")):
+        with pytest.raises(ValueError, match="`text` holds 'caf.udce9', which is not Unicode. Pass it in UTF-8"):
+            call()
+
+
 def test_loaded_as_remote_code_without_the_package(processor, tmp_path, monkeypatch):
     """A folder saved after `register_for_auto_class` brings its code with it."""
     monkeypatch.setattr(MDMASRProcessor, "_auto_class", "AutoProcessor")

@@ -1,8 +1,9 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Text on its way out: names that are not UTF-8, and transcripts that a terminal's encoding does not have."""
+"""Text that meets an encoding: names that are not UTF-8, and transcripts that a terminal's encoding does not have."""
 
 import codecs
 import json
+import re
 import sys
 from typing import Any
 
@@ -29,6 +30,13 @@ def print_anything() -> None:
             stream.reconfigure(errors=errors)
 
 
+def check_unicode(text: str, name: str) -> str:
+    """Returns the text, or raises ValueError: halves of characters, as bytes of another encoding come in."""
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"`{name}` holds {text!r:.80}, which is not Unicode. Pass it in UTF-8.")
+    return text
+
+
 def json_text(values: Any, encoding: str | None = "utf-8", **options: Any) -> str:
     """JSON for a file or a stream of this encoding, escaped where that does not have its characters: read again, it is
     the same, names that are not UTF-8 among them."""
@@ -40,4 +48,4 @@ def json_text(values: Any, encoding: str | None = "utf-8", **options: Any) -> st
         return json.dumps(values, **options)
 
 
-__all__ = ["ERRORS", "json_text", "print_anything"]
+__all__ = ["ERRORS", "check_unicode", "json_text", "print_anything"]

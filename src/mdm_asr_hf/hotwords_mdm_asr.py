@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .drafting_mdm_asr import choose_tokens
+from .encoding_mdm_asr import check_unicode
 
 # A word of more tokens than this is a sentence, which the text should not be forced into.
 MAX_HOTWORD_TOKENS = 24
@@ -69,7 +70,7 @@ def encode_hotwords(words: Sequence[str], tokenizer: Any, text_prefix: str = "",
     for index, word in enumerate(words):
         if not isinstance(word, str) or not any(letter.isalnum() for letter in word):
             raise ValueError(f"`hotwords` holds {word!r:.80} at {index}, which is no word. Take it out.")
-        for spelling in spellings(" ".join(word.split())):
+        for spelling in spellings(" ".join(check_unicode(word, "hotwords").split())):
             ids = tuple(tokenizer.encode(text_prefix + spelling, add_special_tokens=False, **arguments))
             if len(ids) > MAX_HOTWORD_TOKENS and spelling == word:
                 raise ValueError(

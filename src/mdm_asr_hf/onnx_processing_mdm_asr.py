@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .audio_mdm_asr import load_audio_batch
+from .encoding_mdm_asr import check_unicode
 from .hotwords_mdm_asr import HotwordIds, encode_hotwords
 
 # Whisper's log-mel lies within 8 / 4 of its loudest value and above (-10 + 4) / 4 (arXiv 2212.04356).
@@ -165,7 +166,8 @@ class OnnxProcessor:
 
     def previous_ids(self, text: str) -> list[int]:
         """See [`~MDMASRProcessor.previous_ids`]."""
-        return self.tokenizer.encode(self.text_prefix + text.strip()) if text.strip() else []
+        text = check_unicode(text, "text").strip()
+        return self.tokenizer.encode(self.text_prefix + text) if text else []
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:
         """Text of token ids (L,)."""

@@ -9,6 +9,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_mdm_asr import load_audio_batch
+from .encoding_mdm_asr import check_unicode
 from .hotwords_mdm_asr import HotwordIds, encode_hotwords
 from .prompt_mdm_asr import build_prompt_ids, prompt_values, validate_prompt_template
 
@@ -166,7 +167,7 @@ class MDMASRProcessor(ProcessorMixin):
 
     def previous_ids(self, text: str) -> list[int]:
         """The tokens of the text before an audio, for `generate(previous_ids=...)`, as a Whisper donor takes them."""
-        text = text.strip() and self.text_prefix + text.strip()
+        text = check_unicode(text, "text").strip() and self.text_prefix + text.strip()
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:
@@ -201,7 +202,7 @@ class MDMASRProcessor(ProcessorMixin):
         for one, its_language in zip(texts, languages, strict=True):
             arguments = {} if its_language is None else {"language": its_language}
             # Nothing said has no tokens, not the prefix's.
-            text = one.strip() and self.text_prefix + one.strip()
+            text = check_unicode(one, "text").strip() and self.text_prefix + one.strip()
             ids = self.tokenizer.encode(text, add_special_tokens=False, **arguments) if text else []
             rows.append([*ids, eos_token_id])
         labels = np.full((len(rows), max(map(len, rows))), IGNORED_LABEL, dtype=np.int64)
