@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .audio_mdm_asr import MAX_NUM_CHANNELS, UNKNOWN_SIZE, check_rate, name_format, to_mono_float32
+from .audio_mdm_asr import MAX_NUM_CHANNELS, UNKNOWN_SIZE, Downmix, check_rate, name_format, to_mono_float32
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +97,14 @@ def _read_wav(pipe: _Pipe) -> tuple[float, Iterator[np.ndarray]]:
 def _wav_samples(pipe: _Pipe, kind: int, bits: int, num_channels: int, num_bytes: int | None) -> Iterator[np.ndarray]:
     size = bits // 8 * num_channels
     left = None if num_bytes is None else num_bytes // size * size
+    downmix = Downmix("`-`")
     for data in pipe.frames(size):
         # Behind the samples there may be other chunks.
         data = data if left is None else data[:left]
         if bits == 24:
             data = np.pad(np.frombuffer(data, np.uint8).reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
         samples = np.frombuffer(data, dtype=WAV_TYPES[kind, bits]).reshape(-1, num_channels)
-        yield to_mono_float32(samples, channel_axis=1)
+        yield to_mono_float32(samples, channel_axis=1, downmix=downmix)
         if left is not None:
             left -= len(samples) * size
             if left <= 0:
