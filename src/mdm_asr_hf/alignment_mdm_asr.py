@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .drafting_mdm_asr import to_numpy
+from .drafting_mdm_asr import one_thread_product, to_numpy
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def cross_attention_weights(
     size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     for layer, head in heads:
         query = queries[layer][..., head * size : (head + 1) * size]
-        scores.append(query @ keys[layer][:, head // group].transpose(0, 2, 1) * size**-0.5)
+        scores.append(one_thread_product(query, keys[layer][:, head // group].transpose(0, 2, 1)) * size**-0.5)
     scores = np.stack(scores, axis=1)
     if mask is not None:
         scores = np.where(mask.astype(bool)[:, None, None], scores, -np.inf)

@@ -20,6 +20,8 @@ START_MEAN, MEAN_RATE = 0.6, 0.3
 # Under this mean none are asked for, since they cost more than they spare, but for so many after so many evaluations,
 # and after twice as many where these were of no use either.
 LEAST_MEAN, RETRY_AFTER, NUM_RETRIED = 0.25, 8, 2
+# OpenBLAS, NumPy's, computes so many products of numbers on the calling thread.
+MOST_PRODUCTS = 2**18
 
 # Ids of shape (R, M), and how many of them each row has, (R,).
 Drafts = tuple[np.ndarray, np.ndarray]
@@ -264,6 +266,16 @@ def to_numpy(values: Any) -> np.ndarray:
     return (values.float() if is_reduced else values).numpy(force=True)
 
 
+def one_thread_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """
+    left (..., N, K) @ right (..., K, M), in blocks that are too small for BLAS to share among its threads: these spin
+    for a while after a product, and what runs next, on threads of its own, takes several times as long.
+    """
+    size = max(MOST_PRODUCTS // (right.shape[-2] * right.shape[-1]), 1)
+    blocks = [left[..., start : start + size, :] @ right for start in range(0, left.shape[-2], size)]
+    return np.concatenate(blocks, axis=-2)
+
+
 __all__ = [
     "Acceptance",
     "DraftAllowance",
@@ -274,5 +286,6 @@ __all__ = [
     "entropy_bounded_length",
     "gumbel_noise",
     "log_probs_of",
+    "one_thread_product",
     "to_numpy",
 ]

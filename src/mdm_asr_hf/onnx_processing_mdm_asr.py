@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .audio_mdm_asr import load_audio_batch
+from .drafting_mdm_asr import one_thread_product
 from .encoding_mdm_asr import check_unicode
 from .hotwords_mdm_asr import HotwordIds, encode_hotwords
 
@@ -64,7 +65,7 @@ class WhisperLogMel:
         samples = np.pad(np.pad(clip, (0, num_samples - len(clip))), half, mode="reflect")
         frames = np.lib.stride_tricks.sliding_window_view(samples, self.window_length)[:: self.hop_length]
         spectrum = np.fft.rfft(frames[: num_samples // self.hop_length] * self.window)
-        mel = (spectrum.real**2 + spectrum.imag**2).astype(np.float32) @ self.filters
+        mel = one_thread_product((spectrum.real**2 + spectrum.imag**2).astype(np.float32), self.filters)
         log_mel = np.log10(np.maximum(mel, LEAST_POWER))
         return (np.maximum(log_mel, log_mel.max() - 4 * DYNAMIC_RANGE) + 4) / 4
 
