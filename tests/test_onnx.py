@@ -279,6 +279,18 @@ def test_rows_do_not_depend_on_their_batch(pair):
         assert alone[0].tolist() == together[row, : alone.shape[1]].tolist()
 
 
+def test_outputs_of_the_encoder_stay_as_they_were(pair):
+    _, onnx, _ = pair
+    features, mask = tiny_inputs(seconds=(0.5, 1.0, 0.3, 0.8))
+    expected = onnx.generate(features, mask).tolist()
+    outputs = onnx.encode(features, mask)
+    before = [value.copy() for pair in outputs.cross_attention_states for value in pair]
+    for _ in range(2):
+        assert onnx.generate(features, mask, encoder_outputs=outputs).tolist() == expected
+    after = [value for pair in outputs.cross_attention_states for value in pair]
+    assert all(map(np.array_equal, before, after))
+
+
 def test_canary_like_models(tmp_path, monkeypatch):
     # Grouped heads, fixed positions, a bias on the logits, fewer draft layers; and weights in a file of their own.
     monkeypatch.setattr(onnx_export_mdm_asr, "MAX_EMBEDDED_BYTES", 0)
