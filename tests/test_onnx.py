@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import jiwer
@@ -114,13 +113,13 @@ def test_encoder(pair, seconds, silence_s):
 def test_threads_share_a_model(pair):
     # Rows of a batch are encoded side by side, for which the first thread makes what it takes, once.
     onnx = OnnxMDMASR.from_pretrained(pair[2], num_threads=2)
-    made, make = [], onnx.encoders
+    made, make = [], onnx.encoders.load
 
-    def make_slowly():
+    def make_slowly(options):
         made.append(time.sleep(0.1))
-        return make()
+        return make(options)
 
-    onnx.encoders = partial(make_slowly)
+    onnx.encoders.load = make_slowly
     batches = [tiny_inputs(seconds=(1.0, 0.4 + 0.03 * i), seed=i) for i in range(20)]
     barrier = threading.Barrier(8)
 
@@ -329,7 +328,7 @@ def test_golden(golden):
     assert processor.decode(output.sequences[0]).startswith("He had found where his treasure was")
     # Rows of a batch are encoded side by side.
     batch = onnx.generate(**processor([str(RECORDING), load_audio(RECORDING)[:32_000]]))
-    assert isinstance(onnx.encoders, RowEncoders) or os.cpu_count() == 1
+    assert os.cpu_count() == 1 or (isinstance(onnx.encoders, RowEncoders) and onnx.encoders.session is not None)
     assert batch[0, : output.sequences.shape[1]].tolist() == output.sequences[0].tolist()
     assert processor.decode(batch[1]).startswith("He had found where his") and batch.shape[0] == 2
 

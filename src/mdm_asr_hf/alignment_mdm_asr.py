@@ -105,12 +105,13 @@ def cross_attention_weights(
     Returns:
         `np.ndarray` of shape (B, A, P + L, T): probabilities over each row's own frames, in fp32.
     """
-    queries, keys, mask = model.cross_attention(input_ids, visible, encoder_outputs)
+    read, mask = model.cross_attention(input_ids, visible, encoder_outputs, {layer for layer, _ in heads})
     config, scores = model.config.decoder_config, []
     size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     for layer, head in heads:
-        query = queries[layer][..., head * size : (head + 1) * size]
-        scores.append(one_thread_product(query, keys[layer][:, head // group].transpose(0, 2, 1)) * size**-0.5)
+        queries, keys = read[layer]
+        query = queries[..., head * size : (head + 1) * size]
+        scores.append(one_thread_product(query, keys[:, head // group].transpose(0, 2, 1)) * size**-0.5)
     scores = np.stack(scores, axis=1)
     if mask is not None:
         scores = np.where(mask.astype(bool)[:, None, None], scores, -np.inf)

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +210,7 @@ class OnnxMDMASR(GenerationMixin):
         generation_config: MDMASRGenerationConfig,
     ):
         self.config, self.generation_config = config, generation_config
-        self.encoder, self.encoders, self.lock = sessions[ENCODER_FILE], None, threading.Lock()
+        self.encoder, self.encoders = sessions[ENCODER_FILE], None
         self.decoder = OnnxDecoder(sessions[DECODER_FILE], sessions[DRAFTS_FILE], embeddings, config.decoder_config)
         self.name_or_path = ""
 
@@ -260,7 +260,7 @@ class OnnxMDMASR(GenerationMixin):
         model.name_or_path = str(folder)
         num_workers = num_threads or os.cpu_count() or 1
         if num_workers > 1 and providers == ["CPUExecutionProvider"]:
-            model.encoders = partial(RowEncoders, partial(load, ENCODER_FILE), num_workers)
+            model.encoders = RowEncoders(partial(load, ENCODER_FILE), num_workers)
         return model
 
     def encode(
@@ -283,9 +283,6 @@ class OnnxMDMASR(GenerationMixin):
         if len(feeds) == 1 or self.encoders is None:
             rows = [run(self.encoder, names, one) for one in feeds]
         else:
-            with self.lock:
-                if isinstance(self.encoders, partial):
-                    self.encoders = self.encoders()
             rows = self.encoders(names, feeds)
         lengths = np.array([row["frames"].shape[1] for row in rows])
         num_frames = _multiple(int(lengths.max()))
@@ -362,12 +359,13 @@ class OnnxMDMASR(GenerationMixin):
         return self.decoder(prompt_ids, encoder_outputs, last, "logits")[:, 0]
 
     def cross_attention(
-        self, input_ids: np.ndarray, visible: None, encoder_outputs: OnnxEncoderOutput
-    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        """Queries of texts (B, S) by all layers, keys, and which frames count, see [`MDMASRGenerationMixin`]."""
+        self, input_ids: np.ndarray, visible: None, encoder_outputs: OnnxEncoderOutput, layers: Iterable[int]
+    ) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """Queries and keys of texts (B, S) by layers, and which frames count, see [`MDMASRGenerationMixin`]."""
         none = np.zeros((len(input_ids), 0), dtype=np.int64)
         queries = self.decoder(input_ids, encoder_outputs, none, "cross_queries")
-        return queries, [key for key, _ in encoder_outputs.cross_attention_states], encoder_outputs.attention_mask
+        states = encoder_outputs.cross_attention_states
+        return {layer: (queries[layer], states[layer][0]) for layer in layers}, encoder_outputs.attention_mask
 
     def to_output(self, values: Any, encoder_outputs: OnnxEncoderOutput | None = None) -> Any:
         """An array, or an output of arrays, as it is."""
@@ -379,15 +377,18 @@ class RowEncoders:
     Encodes rows side by side, a thread for each, which is a sixth to a third faster than all threads for each in turn.
 
     Args:
-        load (`Callable`): makes the encoder's session, of options.
+        load (`Callable`): makes the encoder's session, of options; called for the first batch, which may never come.
         num_threads (`int`)
     """
 
     def __init__(self, load: Callable[[Any], Any], num_threads: int):
-        self.session, self.pool = load(session_options(1)), ThreadPoolExecutor(num_threads)
+        self.load, self.session, self.lock = load, None, threading.Lock()
+        self.pool = ThreadPoolExecutor(num_threads)
 
     def __call__(self, names: Sequence[str], feeds: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
         """The outputs of all rows, in their order."""
+        with self.lock:
+            self.session = self.session or self.load(session_options(1))
         return list(self.pool.map(partial(run, self.session, names), feeds))
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """What `generate` asks of a model of PyTorch, and its decoding on the canvas of MDM-ASR (arXiv 2602.18952)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,10 +48,14 @@ class MDMASRGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def cross_attention(
-        self, input_ids: np.ndarray, visible: np.ndarray | None, encoder_outputs: MDMASREncoderOutput
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray | None]:
-        """Queries (B, S, heads * head_dim) of texts (B, S), of which positions (B, S) may be visible alone; keys (B,
-        heads, T, head_dim), both of every layer; and which frames (B, T) count."""
+        self,
+        input_ids: np.ndarray,
+        visible: np.ndarray | None,
+        encoder_outputs: MDMASREncoderOutput,
+        layers: Iterable[int],
+    ) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], np.ndarray | None]:
+        """Of some layers, queries (B, S, heads * head_dim) of texts (B, S), of which positions (B, S) may be visible
+        alone, and keys (B, heads, T, head_dim); and which frames (B, T) count."""
         device, mask = encoder_outputs.last_hidden_state.device, encoder_outputs.attention_mask
         outputs = self.get_decoder()(
             torch.tensor(input_ids, device=device),
@@ -60,9 +65,9 @@ class MDMASRGenerationMixin(GenerationMixin):
             cross_attention_states=encoder_outputs.cross_attention_states,
             output_cross_queries=True,
         )
-        queries = [to_numpy(one) for one in outputs["cross_queries"]]
-        keys = [to_numpy(key) for key, _ in encoder_outputs.cross_attention_states]
-        return queries, keys, None if mask is None else to_numpy(mask)
+        queries, states = outputs["cross_queries"], encoder_outputs.cross_attention_states
+        read = {layer: (to_numpy(queries[layer]), to_numpy(states[layer][0])) for layer in layers}
+        return read, None if mask is None else to_numpy(mask)
 
     def to_output(self, values: Any, encoder_outputs: MDMASREncoderOutput | None = None) -> Any:
         """An array, or those of an output, as tensors where the encoder's outputs lie, or on the CPU."""
