@@ -255,7 +255,7 @@ class OurModel:
     """MDM-ASR, with one way of decoding."""
 
     def __init__(self, peer: Peer, device: str, threads: int):
-        from mdm_asr_hf.cli import generation_settings
+        from mdm_asr_hf.loading import generation_settings
 
         self.no_grad = nullcontext
         if peer.kind == "onnx":
@@ -296,7 +296,7 @@ class OurModel:
             return self._new_transcriber(batch_size).transcribe(samples, sampling_rate=SAMPLING_RATE).text
 
     def _new_transcriber(self, batch_size: int) -> Any:
-        from mdm_asr_hf.transcription_mdm_asr import Transcriber
+        from mdm_asr_hf.transcribe.transcriber import Transcriber
 
         window = {} if self.window_s is None else {"max_window_s": self.window_s}
         return Transcriber(self.model, self.processor, settings=self.settings, batch_size=batch_size, **window)
@@ -340,15 +340,15 @@ def watch_stages(model: Any, seconds: dict[str, float]) -> Iterator[None]:
 # Several settings of ours share one model.
 @cache
 def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
-    from mdm_asr_hf.cli import load_model
+    from mdm_asr_hf.loading import load_model
 
     return load_model(source, device, dtype=dtype)
 
 
 @cache
 def _load_onnx(folder: str, threads: int) -> tuple[Any, Any]:
-    from mdm_asr_hf.onnx_mdm_asr import OnnxMDMASR
-    from mdm_asr_hf.onnx_processing_mdm_asr import OnnxProcessor
+    from mdm_asr_hf.onnx.model import OnnxMDMASR
+    from mdm_asr_hf.onnx.processing import OnnxProcessor
 
     return OnnxMDMASR.from_pretrained(folder, num_threads=threads), OnnxProcessor.from_pretrained(folder)
 
@@ -379,7 +379,7 @@ def require_peer(kind: str) -> None:
 
 def require_onnx(folder: str) -> None:
     """Raises ValueError where ONNX Runtime is not installed or there is no such folder."""
-    for module in ("onnxruntime", "mdm_asr_hf.onnx_mdm_asr"):
+    for module in ("onnxruntime", "mdm_asr_hf.onnx.model"):
         if find_spec(module) is None:
             raise ValueError(f"`--ours` onnx={folder}: {module!r} cannot be found. Install it, or leave this out.")
     if not Path(folder).is_dir():

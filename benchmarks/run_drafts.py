@@ -31,9 +31,9 @@ from run_peers import table
 import mdm_asr_hf
 from mdm_asr_hf import stepping_mdm_asr, verified_decoding_mdm_asr
 from mdm_asr_hf.drafting_mdm_asr import cut_drafts
-from mdm_asr_hf.evaluation_mdm_asr import decode_encoded, encode_dataset
+from mdm_asr_hf.evaluate.evaluation import decode_encoded, encode_dataset
+from mdm_asr_hf.evaluate.scoring import count_errors, most_in_a_row, normaliser
 from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS
-from mdm_asr_hf.scoring_mdm_asr import count_errors, most_in_a_row, normaliser
 
 MASKS = ["masks"]
 # Silence behind the audio, at least, and audio and silence together, at least.

@@ -39,7 +39,7 @@ MIN_LETTERS = 4
 
 def common_words(path: Path, number: int) -> set[str]:
     """The most frequent words of a text file, which may be gzipped."""
-    from mdm_asr_hf.sources_mdm_asr import read_sentences
+    from mdm_asr_hf.data.sources import read_sentences
 
     counts: Counter[str] = Counter()
     for sentence in read_sentences(path, "--texts"):
@@ -82,7 +82,7 @@ def take(lists: dict[str, list[str]], name: str) -> list[str]:
 
 def biased_counts(rows: list[dict[str, Any]], lists: list[set[str]]) -> dict[str, float | int | None]:
     """U-WER, B-WER, recall and precision in per cent of rows and the words their lists hold."""
-    from mdm_asr_hf.scoring_mdm_asr import align
+    from mdm_asr_hf.evaluate.scoring import align
 
     said, errors = {True: 0, False: 0}, {True: 0, False: 0}
     correct = recognised = 0
@@ -147,9 +147,9 @@ def measure(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
     import mdm_asr_hf
-    from mdm_asr_hf.evaluation_data_mdm_asr import load_data
-    from mdm_asr_hf.evaluation_mdm_asr import encode_dataset
-    from mdm_asr_hf.scoring_mdm_asr import normaliser
+    from mdm_asr_hf.evaluate.data import load_data
+    from mdm_asr_hf.evaluate.evaluation import encode_dataset
+    from mdm_asr_hf.evaluate.scoring import normaliser
 
     torch.set_num_threads(arguments.threads)
     folder = arguments.model or str(mdm_asr_hf.default_checkpoint())
@@ -201,7 +201,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def summarise(folder: Path) -> list[dict[str, Any]]:
     """One entry per data set, list and setting, from OUT/raw.jsonl; writes results.json and results.md."""
-    from mdm_asr_hf.scoring_mdm_asr import compare, score
+    from mdm_asr_hf.evaluate.scoring import compare, score
 
     words: dict[tuple[str, str], dict[str, list[str]]] = {}
     runs: dict[tuple[str, str, float, float], list[dict[str, Any]]] = {}

@@ -121,7 +121,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from mdm_asr_hf import default_checkpoint
-    from mdm_asr_hf.cli import load_model
+    from mdm_asr_hf.loading import load_model
 
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
@@ -174,7 +174,7 @@ def measure_lengths(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def measure_joined(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The clips one by one, then the same clips as files."""
-    from mdm_asr_hf.transcription_mdm_asr import Transcriber
+    from mdm_asr_hf.transcribe.transcriber import Transcriber
 
     model, processor = load(arguments)
     clips = read_clips(arguments.data)
@@ -235,8 +235,8 @@ def measure_memory(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import soundfile
     import soxr
 
-    from mdm_asr_hf.evaluation_mdm_asr import peak_memory_mib
-    from mdm_asr_hf.transcription_mdm_asr import Transcriber
+    from mdm_asr_hf.evaluate.evaluation import peak_memory_mib
+    from mdm_asr_hf.transcribe.transcriber import Transcriber
 
     clips = read_clips(arguments.data)[: arguments.clips_per_file]
     with tempfile.TemporaryDirectory() as folder:
@@ -301,7 +301,7 @@ def measure_memory(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Results of the rows of raw.jsonl."""
-    from mdm_asr_hf.scoring_mdm_asr import count_errors, normaliser
+    from mdm_asr_hf.evaluate.scoring import count_errors, normaliser
 
     normalise = normaliser("en")
     groups: dict[str, list[dict[str, Any]]] = {}

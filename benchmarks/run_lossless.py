@@ -32,9 +32,9 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 import mdm_asr_hf
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
-from mdm_asr_hf.evaluation_mdm_asr import load_data
+from mdm_asr_hf.evaluate.evaluation import load_data
+from mdm_asr_hf.evaluate.scoring import count_errors, most_in_a_row, normaliser
 from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS, compression_ratio
-from mdm_asr_hf.scoring_mdm_asr import count_errors, most_in_a_row, normaliser
 
 PACKAGES = ("mdm_asr_hf", "transformers", "torch", "tokenizers")
 # A phrase so many times in a row is a loop.

@@ -169,7 +169,7 @@ def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
     """What is compared, ours last."""
     from peers import Peer, read_ours
 
-    from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME, default_checkpoint
+    from mdm_asr_hf.loading import DEFAULT_CHECKPOINT_NAME, default_checkpoint
 
     donor_name = Path(args.donor).name if args.donor else ""
     peers = []
@@ -246,7 +246,7 @@ def run_rounds(
     from rich.console import Console
     from rich.progress import Progress
 
-    from mdm_asr_hf.cli import quiet_libraries
+    from mdm_asr_cli.terminal import quiet_libraries
 
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     with quiet_libraries(), Progress(console=Console(stderr=True)) as progress:

@@ -28,9 +28,9 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import mdm_asr_hf
 from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.evaluation_mdm_asr import load_data
+from mdm_asr_hf.evaluate.evaluation import load_data
+from mdm_asr_hf.evaluate.scoring import most_in_a_row
 from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS
-from mdm_asr_hf.scoring_mdm_asr import most_in_a_row
 
 RATE_HZ = 16_000
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}

@@ -31,7 +31,7 @@ from statistics import mean, median
 from types import SimpleNamespace
 from typing import Any
 
-from mdm_asr_hf.cli_options import DType
+from mdm_asr_cli.options import DType
 
 PACKAGES = ("mdm_asr_hf", "transformers", "torch", "numpy", "jiwer")
 
@@ -174,14 +174,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     import numpy as np
     import torch
 
-    from mdm_asr_hf import default_checkpoint, streaming_mdm_asr
+    from mdm_asr_hf import default_checkpoint
     from mdm_asr_hf.audio_mdm_asr import load_audio
-    from mdm_asr_hf.cli import load_model
-    from mdm_asr_hf.evaluation_data_mdm_asr import load_data
-    from mdm_asr_hf.streaming_mdm_asr import StreamingPolicy, StreamingTranscriber
+    from mdm_asr_hf.evaluate.data import load_data
+    from mdm_asr_hf.loading import load_model
+    from mdm_asr_hf.transcribe import streaming
+    from mdm_asr_hf.transcribe.streaming import StreamingPolicy, StreamingTranscriber
 
     if arguments.clock == "process":
-        streaming_mdm_asr.time = SimpleNamespace(perf_counter=time.process_time)
+        streaming.time = SimpleNamespace(perf_counter=time.process_time)
     torch.set_num_threads(arguments.threads)
     model, processor = load_model(
         arguments.model or str(default_checkpoint()), arguments.device, dtype=arguments.dtype

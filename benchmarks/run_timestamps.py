@@ -35,12 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
-
-import mdm_asr_hf
-from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.evaluation_data_mdm_asr import load_data
-from mdm_asr_hf.timing_mdm_asr import (
+from timing import (
     ForcedAligner,
     TimedSpeech,
     join_clips,
@@ -48,7 +43,12 @@ from mdm_asr_hf.timing_mdm_asr import (
     speech_span,
     summarise_errors,
 )
-from mdm_asr_hf.transcript_mdm_asr import group_words, token_texts
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
+
+import mdm_asr_hf
+from mdm_asr_hf.audio_mdm_asr import load_audio
+from mdm_asr_hf.evaluate.data import load_data
+from mdm_asr_hf.transcribe.transcript import group_words, token_texts
 
 RATE_HZ = 16000
 LONGEST_JOINED_S = 7.0

@@ -31,7 +31,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.cli import generation_settings, load_model
+from mdm_asr_hf.loading import generation_settings, load_model
 
 try:
     from normalizer import data_utils

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
-from mdm_asr_hf.scoring_mdm_asr import normaliser
+from mdm_asr_hf.evaluate.scoring import normaliser
 
 TEXT_COLUMNS = ("text", "sentence", "normalized_text", "transcript", "transcription")
 ID_COLUMNS = ("id", "file_name")

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timing import ForcedAligner, join_clips, match_words, speech_span, summarise_errors
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 
 import mdm_asr_hf
@@ -27,8 +28,7 @@ from mdm_asr_hf.alignment_mdm_asr import (
     token_timestamps,
     warp,
 )
-from mdm_asr_hf.timing_mdm_asr import ForcedAligner, join_clips, match_words, speech_span, summarise_errors
-from mdm_asr_hf.transcript_mdm_asr import group_words, token_texts
+from mdm_asr_hf.transcribe.transcript import group_words, token_texts
 
 ROOT = Path(__file__).parents[1]
 RECORDING = ROOT / "demo" / "common_voice_en_48.flac"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_asr_hf.augmentation_mdm_asr import (
+from mdm_asr_hf.data.augmentation import (
     Augmenter,
     add_noise,
     add_room,

@@ -39,8 +39,8 @@ from mdm_asr_hf import (
     MDMASRProcessor,
     default_checkpoint,
 )
-from mdm_asr_hf.cli import generation_settings
 from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
+from mdm_asr_hf.loading import generation_settings
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
@@ -230,15 +230,15 @@ def run_python(code, *arguments, cwd=None, **environment):
 
 def test_a_fresh_process_prints_nothing_else(silence):
     """No load bars, library logs or deprecations, on neither stream."""
-    command = "from mdm_asr_command import main; main()"
+    command = "from mdm_asr_cli import main; main()"
     done = run_python(command, "transcribe", RECORDING, silence)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{RECORDING}\t{TEXT}\n{silence}\t\n", "")
 
 
 def test_threads_that_wait_sleep_unless_one_wants_them_to_spin(monkeypatch):
-    code = "import mdm_asr_command, os, sys; assert 'torch' not in sys.modules; sys.argv[1:] = ['--version']\n"
+    code = "import mdm_asr_cli, os, sys; assert 'torch' not in sys.modules; sys.argv[1:] = ['--version']\n"
     code += (
-        "try: mdm_asr_command.main()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        "try: mdm_asr_cli.main()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     )
     os.environ.pop("OMP_WAIT_POLICY", None)
     assert run_python(code).stdout.split()[-2:] == ["PASSIVE", "True"]

@@ -21,14 +21,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model, tiny_processor
 
-from mdm_asr_hf import cli, cli_journal, cli_output
+import mdm_asr_cli.main as cli
+from mdm_asr_cli import journal, output
+from mdm_asr_cli.journal import Journal, whole_lines, write_atomically
+from mdm_asr_cli.transcribe import ProgressBar, _header_duration_s
 from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.cli_journal import Journal, whole_lines, write_atomically
-from mdm_asr_hf.cli_transcribe import ProgressBar, _header_duration_s
 from mdm_asr_hf.encoding_mdm_asr import print_anything
-from mdm_asr_hf.subtitles_mdm_asr import to_json
-from mdm_asr_hf.transcript_mdm_asr import Segment, Transcript, Word
-from mdm_asr_hf.transcription_mdm_asr import Transcriber
+from mdm_asr_hf.loading import load_model
+from mdm_asr_hf.transcribe.subtitles import to_json
+from mdm_asr_hf.transcribe.transcriber import Transcriber
+from mdm_asr_hf.transcribe.transcript import Segment, Transcript, Word
 
 DEMO = Path(__file__).parents[1] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
@@ -113,7 +115,7 @@ def test_a_file_on_stdin(run, tiny, recordings, monkeypatch, format):
         return run("transcribe", *arguments, "--model", tiny)
 
     code, (line, other), err = on_stdin(content.getvalue(), "-", recordings[2])
-    transcriber = Transcriber(*cli.load_model(str(tiny)))
+    transcriber = Transcriber(*load_model(str(tiny)))
     assert (code, err) == (0, []) and line == f"-\t{transcriber.transcribe(content.getvalue()).text}"
     assert other == f"{recordings[2]}\t{transcriber.transcribe(recordings[2]).text}"
     if format == "WAV":
@@ -182,18 +184,18 @@ def test_every_transcript_is_printed_in_every_encoding(stdout, encoding, text, n
     words = [Word(text, 0.0, 1.0, 0.5)] if text else []
     transcript = Transcript(text, 1.0, [Segment(0.0, 1.0, text, words, 0.5, 1)])
     printed = stdout(encoding)
-    cli_output.Writer([path, path], True, None).write(path, transcript)
+    output.Writer([path, path], True, None).write(path, transcript)
     row = json.loads(printed().decode(encoding))
     assert (row["file"], row["text"]) == (str(path), text)
     printed = stdout(encoding)
-    cli_output.Writer([path, path], False, None).write(path, transcript)
+    output.Writer([path, path], False, None).write(path, transcript)
     if encoding == "utf-8":
         # As the file system has it.
         assert printed() == os.fsencode(path) + b"\t" + text.encode() + b"\n"
     elif text.isascii():
         assert printed().endswith(b"\t" + text.encode() + b"\n")
     printed = stdout(encoding)
-    cli_output.SubtitlePrinter([path], cli_output.Format.srt).write(path, transcript)
+    output.SubtitlePrinter([path], output.Format.srt).write(path, transcript)
     assert printed().isascii() or not text.isascii()
     assert json.loads(to_json(transcript, str(path)).encode())["file"] == str(path)
 
@@ -344,7 +346,7 @@ def kill_after(monkeypatch):
             add(journal, entry)
             noted.append(entry)
 
-        monkeypatch.setattr(cli_journal.Journal, "add", add_or_die)
+        monkeypatch.setattr(journal.Journal, "add", add_or_die)
         return noted
 
     return kill_after
@@ -418,7 +420,7 @@ def test_killed_between_result_and_journal(run, tiny, recordings, uninterrupted,
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_journal.Journal, "finish", die)
+        patch.setattr(journal.Journal, "finish", die)
         assert outcome(run, *recordings, "--model", tiny, *WINDOWS, *target) is None
     assert run("transcribe", *recordings, "--model", tiny, *WINDOWS, *target, "--resume") == (0, [], [])
     if kind == "folder":
@@ -464,19 +466,20 @@ def test_sigkill_amid_a_long_recording(run, tiny, recordings, uninterrupted, tmp
     options = ("--model", tiny, *WINDOWS, "--batch-size", 1, "--output-dir", folder, *FORMATS)
     script = """
 import os, signal, sys
-from mdm_asr_hf import cli, cli_journal
-add, noted = cli_journal.Journal.add, []
+import mdm_asr_cli.main as cli
+from mdm_asr_cli import journal
+add, noted = journal.Journal.add, []
 def add_and_die(journal, entry):
     add(journal, entry)
     noted.append(entry)
     if len(noted) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-cli_journal.Journal.add = add_and_die
+journal.Journal.add = add_and_die
 cli.main()
 """
     command = [sys.executable, "-c", script, "transcribe", *map(str, [*recordings, *options])]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    journals = list((folder / cli_output.JOURNAL_FOLDER).iterdir())
+    journals = list((folder / output.JOURNAL_FOLDER).iterdir())
     assert sum(len(whole_lines(path)) - 1 for path in journals) == 5 and contents(folder) == {}
     assert run("transcribe", *recordings, *options, "--resume") == (0, [], [])
     assert contents(folder) == contents(uninterrupted / "out")
@@ -489,7 +492,7 @@ def test_files_are_whole_or_as_before(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(cli_journal.os, "replace", fail)
+    monkeypatch.setattr(journal.os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "after")
     assert path.read_text() == "before" and list(path.parent.iterdir()) == [path]
@@ -516,7 +519,7 @@ def test_progress_counts_seconds_of_audio(recordings, monkeypatch):
 
 
 def test_the_whole_recording_is_counted(tiny, recordings):
-    from mdm_asr_hf.transcription_mdm_asr import Transcriber
+    from mdm_asr_hf.transcribe.transcriber import Transcriber
 
     seconds = []
     transcriber = Transcriber(tiny_model(), tiny_processor(), max_window_s=3.0, vad="energy")
@@ -525,7 +528,7 @@ def test_the_whole_recording_is_counted(tiny, recordings):
 
 
 def test_the_precision_is_an_option(run, tiny, recordings, monkeypatch):
-    import mdm_asr_hf.int8_mdm_asr as int8
+    import mdm_asr_hf.int8 as int8
 
     quantized = []
     monkeypatch.setattr(int8, "quantize_int8", lambda model: quantized.append(model) or model)

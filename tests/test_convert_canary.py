@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mdm_asr_hf.convert_canary import canary_processor, from_canary
+from mdm_asr_hf.convert.canary import canary_processor, from_canary
 from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.generation_configuration_mdm_asr import MDMASRGenerationConfig
 from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration

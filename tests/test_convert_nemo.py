@@ -34,7 +34,7 @@ from canary_donors import (
 from test_tokenization import ENGLISH, GERMAN, train
 from transformers import ParakeetFeatureExtractor
 
-from mdm_asr_hf.convert_canary import canary_processor, from_canary
+from mdm_asr_hf.convert.canary import canary_processor, from_canary
 from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
 from mdm_asr_hf.tokenization_mdm_asr import MDMASRAggregateTokenizer

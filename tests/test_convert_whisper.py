@@ -26,8 +26,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 import mdm_asr_hf  # registers the Auto classes
-from mdm_asr_hf import convert_common
-from mdm_asr_hf.convert_whisper import (
+from mdm_asr_hf.convert import common
+from mdm_asr_hf.convert.whisper import (
     whisper_processor,
     whisper_prompt_template,
     whisper_tokenizer,
@@ -234,7 +234,7 @@ def test_drafts_start_as_the_donors_last_layers(donor, draft_layers):
 
 
 def test_the_short_list_holds_the_commonest_tokens_and_the_end_of_text(english, monkeypatch):
-    monkeypatch.setattr(convert_common, "DRAFT_VOCAB_SIZE", 5)
+    monkeypatch.setattr(common, "DRAFT_VOCAB_SIZE", 5)
     model = from_whisper(english[0])
     # 256 bytes and 30 merges stand before the end of text.
     assert model.model.decoder.drafts.head.token_ids.tolist() == [0, 1, 2, 3, 286]

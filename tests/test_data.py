@@ -22,8 +22,10 @@ from tiny_models import VOCAB_SIZE, tiny_config, tiny_model, tiny_processor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from mdm_asr_hf.augmentation_mdm_asr import Augmenter
-from mdm_asr_hf.data_mdm_asr import (
+from mdm_asr_hf.data.augmentation import Augmenter
+from mdm_asr_hf.data.mixing import JoinedStream
+from mdm_asr_hf.data.sources import BadRowError, BadRows, Utterances, read_manifest
+from mdm_asr_hf.train.collator import (
     DataCollatorForMDMASR,
     JoinedUtterances,
     JoinSettings,
@@ -34,8 +36,6 @@ from mdm_asr_hf.data_mdm_asr import (
     load_sources,
     max_label_tokens,
 )
-from mdm_asr_hf.mixing_mdm_asr import JoinedStream
-from mdm_asr_hf.sources_mdm_asr import BadRowError, BadRows, Utterances, read_manifest
 
 RATE = 16_000
 EOS = 1
@@ -830,7 +830,7 @@ def test_streams_are_mixed_by_weight(tmp_path):
 
 @pytest.mark.parametrize("place", ["shard-00000", "."])
 def test_growing_folder_new_rows_first_then_again(tmp_path, monkeypatch, place):
-    monkeypatch.setattr("mdm_asr_hf.sources_mdm_asr.POLL_S", 0.0)
+    monkeypatch.setattr("mdm_asr_hf.data.sources.POLL_S", 0.0)
     folder = write_folder(tmp_path / "g" / place, seconds=[0.2] * 6)
     lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
     # Two whole lines and half of the third: what a reader may find at any time.

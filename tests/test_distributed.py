@@ -15,7 +15,7 @@ from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_process
 
 from mdm_asr_hf import MDMASRForConditionalGeneration, decoder_mdm_asr, objective_mdm_asr
 from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
-from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
+from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments
 
 HERE = Path(__file__).parent
 FSDP_CONFIG = HERE.parent / "training" / "configs" / "fsdp.yaml"

@@ -15,8 +15,8 @@ import torch
 from test_distributed import LAUNCHERS, launch
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_model, tiny_processor
 
-from mdm_asr_hf import evaluation_mdm_asr
-from mdm_asr_hf.evaluation_mdm_asr import (
+from mdm_asr_hf.evaluate import evaluation
+from mdm_asr_hf.evaluate.evaluation import (
     PRESETS,
     decode_encoded,
     describe_settings,
@@ -27,8 +27,8 @@ from mdm_asr_hf.evaluation_mdm_asr import (
     peak_memory_mib,
     write_evaluation,
 )
-from mdm_asr_hf.scoring_mdm_asr import read_rows, score
-from mdm_asr_hf.transcript_mdm_asr import token_texts
+from mdm_asr_hf.evaluate.scoring import read_rows, score
+from mdm_asr_hf.transcribe.transcript import token_texts
 
 ROOT = Path(__file__).parents[1]
 RATE_HZ = 16_000
@@ -392,13 +392,13 @@ def test_token_texts_make_the_text(processor):
 
 def test_batch_size_1_is_measured_over_all_lengths(folder, model, processor, monkeypatch):
     batches = []
-    encode = evaluation_mdm_asr._Runner._encode_together
+    encode = evaluation._Runner._encode_together
 
     def spy(self, clips):
         batches.append([round(len(clip) / RATE_HZ, 2) for clip in clips.values()])
         return encode(self, clips)
 
-    monkeypatch.setattr(evaluation_mdm_asr._Runner, "_encode_together", spy)
+    monkeypatch.setattr(evaluation._Runner, "_encode_together", spy)
     data = load_data(folder)
     result = measure_batch_1(model, processor, data, num_rows=3)
     # Sorted: 0.3 0.4 0.5 0.7 0.9 1.0 1.2; the first is the warm-up.
@@ -435,10 +435,10 @@ def test_folder_of_results(folder, model, processor, checkpoint, tmp_path):
     assert (settings["decoding"], settings["gamma"], settings["dtype"]) == ("drafts", 3.0, "float32")
     assert settings["draft_branches"] == ["masks", "hypothesis"] and settings["logprob_threshold"] is None
     assert content["model"] == "some name" and len(content["model_sha256"]) == 64
-    assert content["model_sha256"] != evaluation_mdm_asr.model_sha256(tmp_path)
+    assert content["model_sha256"] != evaluation.model_sha256(tmp_path)
     (described,) = content["data"]
     assert (described["name"], described["num_utterances"], described["num_skipped"]) == ("clips", 6, 1)
-    assert set(evaluation_mdm_asr.PACKAGES) < set(content["versions"])
+    assert set(evaluation.PACKAGES) < set(content["versions"])
     assert content["machine"]["device"] == "cpu" and content["machine"]["num_cores"] >= 1
     assert content["normaliser"] == "transformers EnglishTextNormalizer({}), no spelling table"
 
@@ -463,9 +463,9 @@ def test_processes_lose_and_double_nothing(folder, model, processor, monkeypatch
     shares = []
     for index in range(3):
         monkeypatch.setattr(
-            evaluation_mdm_asr, "process_index_and_number", lambda device=None, index=index: (index, 3)
+            evaluation, "process_index_and_number", lambda device=None, index=index: (index, 3)
         )
-        monkeypatch.setattr(evaluation_mdm_asr, "_merge", lambda data, rows, skipped: rows)
+        monkeypatch.setattr(evaluation, "_merge", lambda data, rows, skipped: rows)
         shares.append(evaluate_model(model, processor, data, batch_size=2))
     monkeypatch.undo()
     assert sorted(i for share in shares for i in share) == list(range(7))
@@ -473,8 +473,8 @@ def test_processes_lose_and_double_nothing(folder, model, processor, monkeypatch
 
     def merge(pairs):
         results = iter([pairs, []])
-        monkeypatch.setattr(evaluation_mdm_asr, "_gather", lambda values: next(results))
-        return evaluation_mdm_asr._merge(data, {}, [])
+        monkeypatch.setattr(evaluation, "_gather", lambda values: next(results))
+        return evaluation._merge(data, {}, [])
 
     assert timeless(merge(gathered)) == expected
     with pytest.raises(RuntimeError, match="6 rows of 6 utterances, 1 lack"):

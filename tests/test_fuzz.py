@@ -309,7 +309,7 @@ def run_cases(first, stop, folder):
     from transformers import pipeline
 
     from mdm_asr_hf.audio_mdm_asr import AudioStream, load_audio
-    from mdm_asr_hf.transcription_mdm_asr import Transcriber
+    from mdm_asr_hf.transcribe.transcriber import Transcriber
 
     torch.set_num_threads(1)
     model, processor = tiny_drafts_model(dtype=torch.float32), tiny_processor()

@@ -6,8 +6,8 @@ from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_process
 from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq
 
-from mdm_asr_hf import MDMASRInt8Config, default_checkpoint, int8_mdm_asr, quantize_int8
-from mdm_asr_hf.int8_mdm_asr import Int8Linear
+from mdm_asr_hf import MDMASRInt8Config, default_checkpoint, int8, quantize_int8
+from mdm_asr_hf.int8 import Int8Linear
 from mdm_asr_hf.objective_mdm_asr import lay_blocks
 
 
@@ -64,9 +64,9 @@ def test_autocast_leaves_int8_what_it_is(dtype):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("engines", [int8_mdm_asr.FIXED_STEPS_ENGINES, ()], ids=["fixed steps", "other kernels"])
+@pytest.mark.parametrize("engines", [int8.FIXED_STEPS_ENGINES, ()], ids=["fixed steps", "other kernels"])
 def test_a_position_depends_on_no_other(monkeypatch, bias, engines):
-    monkeypatch.setattr(int8_mdm_asr, "FIXED_STEPS_ENGINES", engines)
+    monkeypatch.setattr(int8, "FIXED_STEPS_ENGINES", engines)
     torch.manual_seed(0)
     # One huge, one of zeros.
     states = torch.randn(4, 5, 64) * torch.tensor([1.0, 1e4, 0.0, 0.1])[:, None, None]

@@ -12,7 +12,7 @@ from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, 
 from transformers import EvalPrediction, HfArgumentParser, TrainerCallback
 
 from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
-from mdm_asr_hf.training_mdm_asr import (
+from mdm_asr_hf.train.trainer import (
     TRAINING_WEIGHTS_NAME,
     ISCTTrainer,
     MDMASRTrainingArguments,

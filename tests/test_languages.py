@@ -31,13 +31,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 import mdm_asr_hf
-from mdm_asr_hf.convert_canary import _prompt_template, canary_processor, from_canary
-from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR
-from mdm_asr_hf.evaluation_mdm_asr import evaluate_model
+from mdm_asr_hf.convert.canary import _prompt_template, canary_processor, from_canary
+from mdm_asr_hf.evaluate.evaluation import evaluate_model
+from mdm_asr_hf.evaluate.scoring import normaliser
 from mdm_asr_hf.language_mdm_asr import detect_languages
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids, with_prompt_defaults
-from mdm_asr_hf.scoring_mdm_asr import normaliser
-from mdm_asr_hf.transcript_mdm_asr import token_texts
+from mdm_asr_hf.train.collator import DataCollatorForMDMASR
+from mdm_asr_hf.transcribe.transcript import token_texts
 
 RATE_HZ = 16_000
 NUM_MEL_BINS = test_convert_whisper.NUM_MEL_BINS

@@ -21,14 +21,15 @@ from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, 
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import mdm_asr_hf
-from mdm_asr_hf import MDMASRGenerateOutput, OnnxProcessor, onnx_export_mdm_asr
+from mdm_asr_hf import MDMASRGenerateOutput, OnnxProcessor
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
-from mdm_asr_hf.onnx_export_mdm_asr import export_onnx
-from mdm_asr_hf.onnx_mdm_asr import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, session_options
-from mdm_asr_hf.streaming_mdm_asr import StreamingTranscriber
-from mdm_asr_hf.transcript_mdm_asr import token_texts
-from mdm_asr_hf.transcription_mdm_asr import Transcriber
+from mdm_asr_hf.onnx import export
+from mdm_asr_hf.onnx.export import export_onnx
+from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, session_options
+from mdm_asr_hf.transcribe.streaming import StreamingTranscriber
+from mdm_asr_hf.transcribe.transcriber import Transcriber
+from mdm_asr_hf.transcribe.transcript import token_texts
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(module)
@@ -140,8 +141,8 @@ def test_encoder_of_waveforms(tmp_path):
     import onnxruntime
 
     model = tiny_drafts_model("wav2vec2", dtype=torch.float32)
-    with onnx_export_mdm_asr._quiet():
-        onnx_export_mdm_asr._export_encoder(model, tmp_path / "encoder.onnx")
+    with export._quiet():
+        export._export_encoder(model, tmp_path / "encoder.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"), session_options(1))
     for seconds in (0.35, 1.7):
         samples, mask = tiny_inputs("wav2vec2", (seconds,))
@@ -292,7 +293,7 @@ def test_outputs_of_the_encoder_stay_as_they_were(pair):
 
 def test_canary_like_models(tmp_path, monkeypatch):
     # Grouped heads, fixed positions, a bias on the logits, fewer draft layers; and weights in a file of their own.
-    monkeypatch.setattr(onnx_export_mdm_asr, "MAX_EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(export, "MAX_EMBEDDED_BYTES", 0)
     settings = {"num_key_value_heads": 1, "draft_layers": 1}
     model = tiny_drafts_model("parakeet", dtype=torch.float32, decoder_config=settings)
     export_onnx(model, tmp_path / "out", processor=tiny_processor())
@@ -363,7 +364,7 @@ def test_large_sums_of_int8_are_not_cut_off(tmp_path, by_rows):
     graph = helper.make_graph([helper.make_node("MatMul", ["in", "weight"], ["out"])], "sum", *zip(ends), [weight])
     file = tmp_path / "sum.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), file)
-    onnx_export_mdm_asr._quantize(file, by_rows)
+    export._quantize(file, by_rows)
     session = onnxruntime.InferenceSession(str(file), session_options(1))
     (sums,) = session.run(None, {"in": np.full((1, 8), 3.0, dtype=np.float32)})
     np.testing.assert_allclose(sums, [[48.0, -48.0]], rtol=1e-3)
@@ -374,7 +375,7 @@ def test_int8(golden, tmp_path, monkeypatch, run_command):
     for name in ("encoder", "decoder", "drafts"):
         # Quantising starts from the graphs that are there already.
         monkeypatch.setattr(
-            onnx_export_mdm_asr, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path)
+            export, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path)
         )
     folder = tmp_path / "int8"
     code, out, _ = run_command("export", "--format", "onnx", "--int8", "--output", folder)
@@ -444,7 +445,7 @@ import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 import mdm_asr_hf
 from mdm_asr_hf import OnnxMDMASR, OnnxProcessor, StreamingTranscriber, Transcriber
-from mdm_asr_hf.cli import main
+from mdm_asr_cli.main import main
 parts = OnnxMDMASR.from_pretrained({str(folder)!r}), OnnxProcessor.from_pretrained({str(folder)!r})
 words = Transcriber(*parts, vad="energy", timestamps=True, hotwords=["Zorblax"]).transcribe({str(RECORDING)!r}).words
 print([(word.text, word.start_s, word.end_s) for word in words])

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from mdm_asr_hf import MDMASRForConditionalGeneration
 from mdm_asr_hf.objective_mdm_asr import DiffusionObjective
-from mdm_asr_hf.training_mdm_asr import TRAINING_WEIGHTS_NAME, ISCTTrainer, MDMASRTrainingArguments
+from mdm_asr_hf.train.trainer import TRAINING_WEIGHTS_NAME, ISCTTrainer, MDMASRTrainingArguments
 
 peft = pytest.importorskip("peft")
 

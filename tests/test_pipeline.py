@@ -12,7 +12,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from mdm_asr_hf import MDMASRPipeline, default_checkpoint
 from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.transcription_mdm_asr import Transcriber
+from mdm_asr_hf.transcribe.transcriber import Transcriber
 
 RATE = 16_000
 RECORDING = next((Path(__file__).parent.parent / "demo").glob("*.flac"))

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from mdm_asr_hf import report_mdm_asr
-from mdm_asr_hf.cli import main
+from mdm_asr_cli.main import main
 from mdm_asr_hf.encoding_mdm_asr import json_text
-from mdm_asr_hf.report_mdm_asr import make_report
+from mdm_asr_hf.evaluate import report
+from mdm_asr_hf.evaluate.report import make_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "input", "line", "rect", "circle", "polyline", "br"}
@@ -395,7 +395,7 @@ def test_embedded_audio(tmp_path, monkeypatch):
     (player,) = parse(make_report(folder, embed_audio=True)).all("audio")
     kind, content = player["src"].split(",")
     assert kind == "data:audio/wav;base64" and base64.b64decode(content) == clip.read_bytes()
-    monkeypatch.setattr(report_mdm_asr, "_MAX_EMBEDDED_MIB", 1e-3)
+    monkeypatch.setattr(report, "_MAX_EMBEDDED_MIB", 1e-3)
     with pytest.raises(ValueError, match="`embed_audio` would put"):
         make_report(folder, embed_audio=True)
     make_report(folder)
@@ -447,7 +447,7 @@ def test_command(tmp_path, capsys):
 
 def test_contrast_of_colours():
     """WCAG's contrast of text and its ground, at least 4.5, in the light and in the dark scheme."""
-    schemes = re.findall(r":root \{(.*?)\}", report_mdm_asr._TEMPLATE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    schemes = re.findall(r":root \{(.*?)\}", report._TEMPLATE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(schemes) == 2
     for scheme in schemes:
         colours = {name: value for name, value in re.findall(r"--([\w-]+): #(\w{6})", scheme)}

@@ -16,8 +16,8 @@ from test_convert_whisper import save_tokenizer
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from mdm_asr_hf.evaluation_mdm_asr import evaluate_model
-from mdm_asr_hf.scoring_mdm_asr import compare, score
+from mdm_asr_hf.evaluate.evaluation import evaluate_model
+from mdm_asr_hf.evaluate.scoring import compare, score
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "training"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mdm_asr_hf.scoring_mdm_asr import read_rows, score
+from mdm_asr_hf.evaluate.scoring import read_rows, score
 
 ROOT = Path(__file__).parents[1]
 RECORDING = ROOT / "demo" / "common_voice_en_48.flac"

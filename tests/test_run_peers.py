@@ -15,7 +15,8 @@ from test_convert_whisper import save_tokenizer
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from mdm_asr_hf import onnx_mdm_asr, onnx_processing_mdm_asr
+from mdm_asr_hf.onnx import model as onnx_model
+from mdm_asr_hf.onnx import processing as onnx_processing
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -415,8 +416,8 @@ class Exported:
 
 def test_ours_in_onnx_runtime(setting, tmp_path, monkeypatch):
     (tmp_path / "fast").mkdir()
-    monkeypatch.setattr(onnx_mdm_asr, "OnnxMDMASR", Exported)
-    monkeypatch.setattr(onnx_processing_mdm_asr.OnnxProcessor, "from_pretrained", lambda folder: tiny_processor())
+    monkeypatch.setattr(onnx_model, "OnnxMDMASR", Exported)
+    monkeypatch.setattr(onnx_processing.OnnxProcessor, "from_pretrained", lambda folder: tiny_processor())
     find_spec = peers.find_spec
     monkeypatch.setattr(peers, "find_spec", lambda name: "onnx" in name or find_spec(name))
     monkeypatch.setattr(run_peers, "SETTLE_S", 0.0)

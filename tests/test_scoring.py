@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm_asr_hf.scoring_mdm_asr import (
+from mdm_asr_hf.evaluate.scoring import (
     align,
     compare,
     count_errors,

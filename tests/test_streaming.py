@@ -20,11 +20,14 @@ from rich.live import Live
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import BatchFeature
 
-from mdm_asr_hf import MDMASRGenerationConfig, cli, cli_streaming, default_checkpoint
+from mdm_asr_cli import streaming as cli_streaming
+from mdm_asr_cli.terminal import quiet_libraries
+from mdm_asr_hf import MDMASRGenerationConfig, default_checkpoint
 from mdm_asr_hf.audio_mdm_asr import MAGIC, load_audio, to_mono_float32
-from mdm_asr_hf.pipe_mdm_asr import read_pipe
-from mdm_asr_hf.streaming_mdm_asr import EnergyGate, StreamingPolicy, StreamingTranscriber, StreamUpdate
-from mdm_asr_hf.transcript_mdm_asr import Word
+from mdm_asr_hf.loading import load_model
+from mdm_asr_hf.transcribe.pipe import read_pipe
+from mdm_asr_hf.transcribe.streaming import EnergyGate, StreamingPolicy, StreamingTranscriber, StreamUpdate
+from mdm_asr_hf.transcribe.transcript import Word
 
 RATE = 16_000
 DEMO = "demo/common_voice_en_48.flac"
@@ -529,8 +532,8 @@ def test_a_tiny_random_model_streams_the_same_text_for_all_chunks():
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    with cli.quiet_libraries():
-        return cli.load_model(str(default_checkpoint()))
+    with quiet_libraries():
+        return load_model(str(default_checkpoint()))
 
 
 def test_a_real_recording_streams_early_and_ends_near_the_offline_text(checkpoint):
@@ -554,7 +557,7 @@ def test_a_real_recording_streams_early_and_ends_near_the_offline_text(checkpoin
 @pytest.fixture
 def fake_models(monkeypatch):
     model = Listener()
-    monkeypatch.setattr(cli, "load_model", lambda *arguments: (model, Processor()))
+    monkeypatch.setattr("mdm_asr_hf.loading.load_model", lambda *arguments: (model, Processor()))
     return model
 
 

@@ -11,8 +11,8 @@ import webvtt
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mdm_asr_hf.subtitles_mdm_asr import WRITERS, make_cues, to_json, to_srt, to_txt, to_vtt
-from mdm_asr_hf.transcript_mdm_asr import Segment, Transcript, Word
+from mdm_asr_hf.transcribe.subtitles import WRITERS, make_cues, to_json, to_srt, to_txt, to_vtt
+from mdm_asr_hf.transcribe.transcript import Segment, Transcript, Word
 
 
 def timed(text, start_s, seconds_a_word=0.5):

@@ -11,7 +11,7 @@ from tiny_models import tiny_drafts_model, tiny_processor
 from tone_models import RATE, ToneModel, ToneProcessor, recording, text_of
 
 from mdm_asr_hf import MDMASRPipeline
-from mdm_asr_hf.transcription_mdm_asr import Transcriber
+from mdm_asr_hf.transcribe.transcriber import Transcriber
 
 NUM_THREADS, NUM_FILES = 8, 20
 

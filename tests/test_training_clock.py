@@ -6,7 +6,7 @@ from test_isct_trainer import Timed, arguments, collate, logged, make_trainer, w
 from test_trainers import trainable_model
 from tiny_models import tiny_inputs, tiny_model
 
-from mdm_asr_hf.training_mdm_asr import ISCTTrainer, TrainingClock
+from mdm_asr_hf.train.trainer import ISCTTrainer, TrainingClock
 
 
 class FakeTime:
@@ -14,7 +14,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch, step_s):
         self.now, self.step_s = 100.0, step_s
-        monkeypatch.setattr("mdm_asr_hf.training_mdm_asr.time.monotonic", self)
+        monkeypatch.setattr("mdm_asr_hf.train.trainer.time.monotonic", self)
         look = TrainingClock.look
 
         def moving_look(clock, step):
@@ -57,7 +57,7 @@ def test_warmup_counts_steps_also_by_the_clock(tmp_path, monkeypatch):
 
 
 def test_a_clock_that_others_share_looks_only_now_and_then(monkeypatch):
-    monkeypatch.setattr("mdm_asr_hf.training_mdm_asr.broadcast_object_list", lambda values: [0.5])
+    monkeypatch.setattr("mdm_asr_hf.train.trainer.broadcast_object_list", lambda values: [0.5])
     clock = TrainingClock(1.0, is_distributed=True)
     clock.look(3)
     assert clock.share == 0.0

@@ -26,11 +26,12 @@ from tone_models import (
 )
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from mdm_asr_hf import MDMASRGenerateOutput, MDMASRGenerationConfig, default_checkpoint, transcription_mdm_asr
+from mdm_asr_hf import MDMASRGenerateOutput, MDMASRGenerationConfig, default_checkpoint
 from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.joining_mdm_asr import DecodedWindow, join_texts, join_windows, keep_once
-from mdm_asr_hf.scoring_mdm_asr import count_errors, normaliser
-from mdm_asr_hf.transcription_mdm_asr import Transcriber, batches, longest_window_s, read_output
+from mdm_asr_hf.evaluate.scoring import count_errors, normaliser
+from mdm_asr_hf.transcribe import transcriber
+from mdm_asr_hf.transcribe.joining import DecodedWindow, join_texts, join_windows, keep_once
+from mdm_asr_hf.transcribe.transcriber import Transcriber, batches, longest_window_s, read_output
 
 REPOSITORY = Path(__file__).parent.parent
 RECORDING = next((REPOSITORY / "demo").glob("*.flac"))
@@ -278,7 +279,7 @@ def test_windows_of_all_recordings_share_batches(monkeypatch):
 
 
 def test_recordings_are_taken_as_the_pool_has_room(monkeypatch):
-    monkeypatch.setattr(transcription_mdm_asr, "POOL_S", 10.0)
+    monkeypatch.setattr(transcriber, "POOL_S", 10.0)
     taken = []
 
     def inputs():
@@ -286,8 +287,8 @@ def test_recordings_are_taken_as_the_pool_has_room(monkeypatch):
             taken.append(i)
             yield recording([[i, 1, 2, 3, 4, 5, 6]], [0.5]), RATE
 
-    transcriber = Transcriber(ToneModel(), ToneProcessor(), max_window_s=5.0, vad="energy")
-    results = transcriber.transcribe_all(inputs())
+    listener = Transcriber(ToneModel(), ToneProcessor(), max_window_s=5.0, vad="energy")
+    results = listener.transcribe_all(inputs())
     assert next(results)[0] == 0 and len(taken) == 4  # of 3.0 s each
     assert [i for i, _ in results] == list(range(1, 12))
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm_asr_hf import voice_activity_mdm_asr, windows_mdm_asr
 from mdm_asr_hf.audio_mdm_asr import AudioStream, load_audio
-from mdm_asr_hf.voice_activity_mdm_asr import EnergyVAD, make_vad, speech_runs, weakest_frame
-from mdm_asr_hf.windows_mdm_asr import cut_windows
+from mdm_asr_hf.transcribe import voice_activity, windows
+from mdm_asr_hf.transcribe.voice_activity import EnergyVAD, make_vad, speech_runs, weakest_frame
+from mdm_asr_hf.transcribe.windows import cut_windows
 
 RATE = 16_000
 RECORDING = next((Path(__file__).parent.parent / "demo").glob("*.flac"))
@@ -211,7 +211,7 @@ def test_names_of_detectors(monkeypatch):
         make_vad("webrtc", RATE)
     with pytest.raises(ValueError, match="16000 Hz"):
         make_vad("silero", 8_000)
-    monkeypatch.setattr(voice_activity_mdm_asr, "find_spec", lambda name: None)
+    monkeypatch.setattr(voice_activity, "find_spec", lambda name: None)
     assert make_vad("auto", RATE).name == "energy"
     with pytest.raises(ValueError, match=r"mdm_asr_hf\[vad\]"):
         make_vad("silero", RATE)
@@ -221,7 +221,7 @@ def test_names_of_detectors(monkeypatch):
 def test_silero_finds_speech_in_blocks_as_in_one():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    voice_activity_mdm_asr._load_silero.cache_clear()
+    voice_activity._load_silero.cache_clear()
     vad = make_vad("auto", RATE)
     # Importing it changes the number of threads, which would slow the recogniser down.
     assert vad.name == "silero" and torch.get_num_threads() == 2
@@ -243,8 +243,8 @@ def test_silero_finds_speech_in_blocks_as_in_one():
 def test_silero_by_torch_gives_the_same(monkeypatch):
     speech = load_audio(RECORDING)
     expected = make_vad("silero", RATE)(speech)
-    voice_activity_mdm_asr._load_silero.cache_clear()
-    monkeypatch.setattr(voice_activity_mdm_asr, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    voice_activity._load_silero.cache_clear()
+    monkeypatch.setattr(voice_activity, "find_spec", lambda name: None if name == "onnxruntime" else name)
     vad = make_vad("silero", RATE)
     assert isinstance(vad._model, torch.jit.ScriptModule)
     np.testing.assert_allclose(vad(speech), expected, atol=1e-3)
@@ -253,7 +253,7 @@ def test_silero_by_torch_gives_the_same(monkeypatch):
         found = pool.map(lambda k: make_vad("silero", RATE)(speech[k * 4000 :]), range(4))
         for k, scores in enumerate(found):
             assert np.array_equal(scores, make_vad("silero", RATE)(speech[k * 4000 :]))
-    voice_activity_mdm_asr._load_silero.cache_clear()
+    voice_activity._load_silero.cache_clear()
 
 
 # --- cutting ---
@@ -331,13 +331,13 @@ def test_the_cheapest_way_by_hand():
     runs = [(0, 10), (12, 22), (24, 34), (40, 50), (52, 62)]
     starts, ends = [start for start, _ in runs], [end for _, end in runs]
     # Two windows are enough, and of 34 + 22 and 22 + 38 frames the first has the free cut.
-    assert windows_mdm_asr._first_window(runs, starts, ends, 40, 10.0) == 2
+    assert windows._first_window(runs, starts, ends, 40, 10.0) == 2
     # If all fit, there is no cut; if only one fits, each is alone.
-    assert windows_mdm_asr._first_window(runs, starts, ends, 62, 10.0) == 4
-    assert windows_mdm_asr._first_window(runs, starts, ends, 10, 10.0) == 0
+    assert windows._first_window(runs, starts, ends, 62, 10.0) == 4
+    assert windows._first_window(runs, starts, ends, 10, 10.0) == 0
     # A pause of more than 1.5 s is in no window.
     far = [(0, 10), (26, 36)]
-    assert windows_mdm_asr._first_window(far, [0, 26], [10, 36], 100, 10.0) == 0
+    assert windows._first_window(far, [0, 26], [10, 36], 100, 10.0) == 0
 
 
 def test_sound_without_a_pause_gives_windows_that_overlap():

@@ -22,7 +22,7 @@ from ablation_tables import (
     tabulate_speed,
 )
 
-from mdm_asr_hf.scoring_mdm_asr import describe_normaliser
+from mdm_asr_hf.evaluate.scoring import describe_normaliser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

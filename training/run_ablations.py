@@ -43,10 +43,10 @@ from plot_ablations import PARTS, RAW_NAME, read_raw, write_part
 from rich.console import Console
 from rich.progress import track
 
+from mdm_asr_cli.terminal import quiet_libraries
 from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.cli import load_model, quiet_libraries
-from mdm_asr_hf.evaluation_data_mdm_asr import EvaluationData, load_data
-from mdm_asr_hf.evaluation_mdm_asr import (
+from mdm_asr_hf.evaluate.data import EvaluationData, load_data
+from mdm_asr_hf.evaluate.evaluation import (
     PACKAGES,
     decode_encoded,
     describe_settings,
@@ -54,6 +54,7 @@ from mdm_asr_hf.evaluation_mdm_asr import (
     machine,
     model_sha256,
 )
+from mdm_asr_hf.loading import load_model
 from mdm_asr_hf.sampler_configuration_mdm_asr import SAMPLERS as SAMPLER_CONFIGS
 from mdm_asr_hf.sampler_configuration_mdm_asr import make_sampler
 

@@ -24,10 +24,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mdm_asr_hf import DEFAULT_CHECKPOINT_NAME
-from mdm_asr_hf.cli_evaluation import leave_processes, run_evaluation
-from mdm_asr_hf.evaluation_mdm_asr import load_data
-from mdm_asr_hf.scoring_mdm_asr import read_rows, score
+from mdm_asr_cli.evaluation import leave_processes, run_evaluation
+from mdm_asr_hf.evaluate.evaluation import load_data
+from mdm_asr_hf.evaluate.scoring import read_rows, score
+from mdm_asr_hf.loading import DEFAULT_CHECKPOINT_NAME
 
 SAMPLER_SETTINGS = ("sampler", "gamma", "lambda_", "max_denoising_steps", "canvas_length")
 PRINTED = ("wer", "cer", "mean_nfe", "rtfx", "num_utterances")

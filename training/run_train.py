@@ -25,12 +25,12 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentPar
 from transformers.trainer_utils import get_last_checkpoint
 
 from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor, __version__, default_checkpoint
-from mdm_asr_hf.augmentation_mdm_asr import Augmenter
-from mdm_asr_hf.data_mdm_asr import DataCollatorForMDMASR, load_sources, max_label_tokens
+from mdm_asr_hf.data.augmentation import Augmenter
+from mdm_asr_hf.data.sources import MAX_BAD_SHARE, describe_skipped
 from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
-from mdm_asr_hf.sources_mdm_asr import MAX_BAD_SHARE, describe_skipped
+from mdm_asr_hf.train.collator import DataCollatorForMDMASR, load_sources, max_label_tokens
 from mdm_asr_hf.train.distillation import train_drafts
-from mdm_asr_hf.training_mdm_asr import ISCTTrainer, MDMASRTrainingArguments
+from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -2,14 +2,14 @@
 """MDM-ASR (arXiv 2602.18952): masked-diffusion speech recognition as a transformers model. Importing registers it."""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .onnx_mdm_asr import OnnxMDMASR
-from .onnx_processing_mdm_asr import OnnxProcessor
+from .loading import default_checkpoint
+from .onnx.model import OnnxMDMASR
+from .onnx.processing import OnnxProcessor
 from .sampler_configuration_mdm_asr import ConfTopKConfig, DFMConfig, EBConfConfig, PBEBConfConfig, RandomConfig
-from .streaming_mdm_asr import StreamingTranscriber
-from .transcription_mdm_asr import Transcriber
+from .transcribe.streaming import StreamingTranscriber
+from .transcribe.transcriber import Transcriber
 
 # Exported models run without PyTorch, and where it is missing.
 if find_spec("torch") is not None:
@@ -24,14 +24,14 @@ if find_spec("torch") is not None:
     from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
     from .decoder_mdm_asr import MDMASRDecoder
     from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
-    from .int8_mdm_asr import MDMASRInt8Config, quantize_int8
+    from .int8 import MDMASRInt8Config, quantize_int8
     from .modeling_mdm_asr import MDMASRForConditionalGeneration, MDMASRModel, MDMASROutput
     from .objective_mdm_asr import DiffusionObjective
-    from .onnx_export_mdm_asr import export_onnx
-    from .pipeline_mdm_asr import MDMASRPipeline
+    from .onnx.export import export_onnx
     from .processing_mdm_asr import MDMASRProcessor
     from .tokenization_mdm_asr import MDMASRAggregateTokenizer
     from .torch_generation_mdm_asr import MDMASRGenerateOutput
+    from .transcribe.pipeline import MDMASRPipeline
 
     AutoConfig.register(MDMASRConfig.model_type, MDMASRConfig, exist_ok=True)
     AutoConfig.register(MDMASRDecoderConfig.model_type, MDMASRDecoderConfig, exist_ok=True)
@@ -42,8 +42,6 @@ if find_spec("torch") is not None:
 
 __version__ = "0.1.0"
 
-DEFAULT_CHECKPOINT_NAME = "mdm-asr-tiny-en"
-
 # Imported on first use: the trainer brings in much that transcribing does not need.
 _TRAINING = ("ISCTTrainer", "MDMASRTrainingArguments", "make_wer_metric")
 _DATA = ("DataCollatorForMDMASR", "load_sources")
@@ -51,21 +49,16 @@ _DATA = ("DataCollatorForMDMASR", "load_sources")
 
 def __getattr__(name: str):
     if name in _TRAINING:
-        from . import training_mdm_asr
+        from .train import trainer
 
-        return getattr(training_mdm_asr, name)
+        return getattr(trainer, name)
     if name in _DATA:
-        from . import data_mdm_asr
+        from .train import collator
 
-        return getattr(data_mdm_asr, name)
+        return getattr(collator, name)
     if name in __all__:
         raise ImportError(f'`{name}` needs PyTorch: `pip install "mdm_asr_hf[torch]"`.')
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def default_checkpoint() -> Path:
-    """The folder of the checkpoint that comes with the package: model, processor, generation settings and card."""
-    return Path(__file__).parent / "checkpoints" / DEFAULT_CHECKPOINT_NAME
 
 
 __all__ = [

@@ -646,7 +646,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         # The converters do not travel with saved checkpoints: a plain relative import would make them, and what they
         # need, do so.
         try:
-            from mdm_asr_hf.convert_whisper import from_whisper
+            from mdm_asr_hf.convert.whisper import from_whisper
         except ImportError as error:
             raise ImportError("`from_whisper` needs the package: `pip install mdm_asr_hf`.") from error
         return from_whisper(cls, pretrained_model_name_or_path, **kwargs)
@@ -655,7 +655,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
         """Makes a model of a Canary checkpoint or .nemo file, see `convert_canary.from_canary`."""
         try:
-            from mdm_asr_hf.convert_canary import from_canary
+            from mdm_asr_hf.convert.canary import from_canary
         except ImportError as error:
             raise ImportError("`from_canary` needs the package: `pip install mdm_asr_hf`.") from error
         return from_canary(cls, pretrained_model_name_or_path, **kwargs)
@@ -664,7 +664,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         """The donor, an ordinary `WhisperForConditionalGeneration` of identical weights, see
         `convert_whisper.to_whisper`."""
         try:
-            from mdm_asr_hf.convert_whisper import to_whisper
+            from mdm_asr_hf.convert.whisper import to_whisper
         except ImportError as error:
             raise ImportError("`to_whisper` needs the package: `pip install mdm_asr_hf`.") from error
         return to_whisper(self)

@@ -47,7 +47,7 @@ class MDMASRProcessor(ProcessorMixin):
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
         """The processor of a Whisper donor, see `convert_whisper.whisper_processor`."""
         try:
-            from mdm_asr_hf.convert_whisper import whisper_processor
+            from mdm_asr_hf.convert.whisper import whisper_processor
         except ImportError as error:
             raise ImportError("`from_whisper` needs the package: `pip install mdm_asr_hf`.") from error
         return whisper_processor(pretrained_model_name_or_path, **kwargs)
@@ -56,7 +56,7 @@ class MDMASRProcessor(ProcessorMixin):
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
         """The processor of a Canary donor or .nemo file, see `convert_canary.canary_processor`."""
         try:
-            from mdm_asr_hf.convert_canary import canary_processor
+            from mdm_asr_hf.convert.canary import canary_processor
         except ImportError as error:
             raise ImportError("`from_canary` needs the package: `pip install mdm_asr_hf`.") from error
         return canary_processor(pretrained_model_name_or_path, **kwargs)

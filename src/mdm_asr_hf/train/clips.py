@@ -9,8 +9,8 @@ import numpy as np
 import soundfile
 
 from ..audio_mdm_asr import load_audio
-from ..augmentation_mdm_asr import Augmenter
-from ..sources_mdm_asr import BadRows, Source, check_bad_share, load_utterances
+from ..data.augmentation import Augmenter
+from ..data.sources import BadRows, Source, check_bad_share, load_utterances
 
 # Whisper hears 30 s: a clip may grow by a tenth when it is played more slowly.
 MIN_S, MAX_S = 1.0, 27.0

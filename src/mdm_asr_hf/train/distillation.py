@@ -21,16 +21,16 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.mixing import Mixture
+from ..data.sources import Source, describe_skipped
 from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
-from ..mixing_mdm_asr import Mixture
+from ..evaluate.scoring import count_errors
 from ..objective_mdm_asr import DraftObjective
 from ..safeguards_mdm_asr import NO_SAFEGUARDS
-from ..scoring_mdm_asr import count_errors
-from ..sources_mdm_asr import Source, describe_skipped
-from ..training_arguments_mdm_asr import MDMASRTrainingArguments
-from ..training_mdm_asr import ISCTTrainer
+from .arguments import MDMASRTrainingArguments
 from .clips import SpeechClips
 from .donor_cache import CachedSpeech, DistillationCollator, recode_cache, without_remarks, write_cache
+from .trainer import ISCTTrainer
 
 # Texts that the short list is counted on.
 NUM_COUNTED = 20_000
@@ -405,7 +405,7 @@ def train_drafts(
 
 def _load(donor: str) -> tuple[Any, Any]:
     """A donor as a model with drafts, in fp32, and its processor."""
-    from ..convert_common import donor_kind
+    from ..convert.common import donor_kind
     from ..modeling_mdm_asr import MDMASRForConditionalGeneration
     from ..processing_mdm_asr import MDMASRProcessor
 

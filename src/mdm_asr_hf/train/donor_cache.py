@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from ..data.sources import BadRows, describe_skipped
 from ..encoder_mdm_asr import MDMASREncoderOutput
 from ..objective_mdm_asr import TeacherOutput
 from ..safeguards_mdm_asr import NO_SAFEGUARDS, is_suspicious
-from ..sources_mdm_asr import BadRows, describe_skipped
 from .clips import SpeechClips
 
 logger = logging.get_logger(__name__)

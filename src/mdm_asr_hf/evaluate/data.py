@@ -1,0 +1,240 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The data sets a model is measured on: local ones, those of `datasets`, and the paper's by name."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..data.sources import (
+    BadRowError,
+    BadRows,
+    Source,
+    check_on_bad_row,
+    check_text,
+    find_manifests,
+    header_duration_s,
+    load_undecoded,
+    make_row,
+    read_manifest,
+)
+
+logger = logging.get_logger(__name__)
+
+ID_COLUMNS = ("id", "segment_id", "utterance_id")
+
+
+def _leaderboard(name: str, split: str = "test") -> Source:
+    return Source(
+        "hf-audio/esb-datasets-test-only-sorted",
+        name=name,
+        split=split,
+        duration_column="audio_length_s",
+        language="en",
+    )
+
+
+def _mls(name: str, language: str) -> Source:
+    return Source(
+        "facebook/multilingual_librispeech", name=name, split="test", text_column="transcript", language=language
+    )
+
+
+# The paper's test sets. English: data set, configurations and columns of the Open ASR Leaderboard
+# (github.com/huggingface/open_asr_leaderboard, `normalizer/data_utils.py` and its `run_*.sh`). Multilingual
+# LibriSpeech: its own data set, since the leaderboard's multilingual one has no German part of it.
+PRESETS = {
+    "librispeech-test-clean": _leaderboard("librispeech", "test.clean"),
+    "librispeech-test-other": _leaderboard("librispeech", "test.other"),
+    "earnings22": _leaderboard("earnings22"),
+    "ami": _leaderboard("ami"),
+    "voxpopuli": _leaderboard("voxpopuli"),
+    "mls-de": _mls("german", "de"),
+    "mls-es": _mls("spanish", "es"),
+    "mls-fr": _mls("french", "fr"),
+}
+
+
+@dataclass
+class EvaluationData:
+    """
+    The rows of one data set, their audio not yet read.
+
+    Args:
+        name (`str`): for tables and folders.
+        path (`str`): where it comes from, as it was given.
+        rows: {"id", "audio", "audio_path", "text", "language", "duration_s"}, in the order of the data set.
+        audio (*optional*): what to take the audio of a row from, at its "audio", such as a `datasets` column.
+        skipped: {"id", "reason"} of the rows that could not be measured; evaluating adds to it.
+        sha256 (`str`): of the manifest, or of ids and texts where there is none.
+    """
+
+    name: str
+    path: str
+    rows: list[dict[str, Any]]
+    audio: Any = None
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    sha256: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def clip(self, index: int) -> Any:
+        """The audio of a row, as [`load_audio`] takes it."""
+        audio = self.rows[index]["audio"]
+        return audio if self.audio is None else self.audio[audio]
+
+    def select(self, indices: Iterable[int]) -> "EvaluationData":
+        """The same with some of the rows."""
+        return replace(self, rows=[self.rows[i] for i in indices], skipped=[])
+
+    def describe(self) -> dict[str, Any]:
+        """What metrics.json says about it."""
+        return {
+            "name": self.name,
+            "path": self.path,
+            "num_utterances": len(self.rows),
+            "num_skipped": len(self.skipped),
+            "skipped": self.skipped,
+            "sha256": self.sha256,
+        }
+
+
+def load_data(
+    data: "str | Path | dict | Source | EvaluationData",
+    *,
+    label: str | None = None,
+    limit: int | None = None,
+    on_bad_row: str = "skip",
+    **settings: Any,
+) -> EvaluationData:
+    """
+    Reads texts and durations of a data set.
+
+    Args:
+        data: the name of one of `PRESETS`; a folder with metadata.jsonl or metadata.csv; a manifest (.jsonl, .csv,
+            .tsv); the name of a data set of `datasets`; or a [`Source`].
+        label (`str`, *optional*): the data set's name for tables and folders.
+        limit (`int`, *optional*): only the first rows.
+        on_bad_row (`str`): "skip" reports and counts rows whose audio cannot be read, "raise" ends at the first.
+        settings: of [`Source`], such as `name`, `split` ("test" by default), `text_column`, `language`; None is not
+            set.
+
+    Empty texts, and those of punctuation alone, are kept: what is recognised there counts as insertions. A row whose
+    text is missing, or null, cannot be measured.
+
+    Raises:
+        ValueError: no such data, no such column, and what `on_bad_row` says.
+    """
+    if isinstance(data, EvaluationData):
+        return data if limit is None else data.select(range(min(limit, len(data))))
+    check_on_bad_row(on_bad_row)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"`limit` must be an integer of at least 1, got {limit!r}.")
+    is_preset = isinstance(data, str) and data in PRESETS and not Path(data).exists()
+    source = PRESETS[data] if is_preset else Source.of(data)
+    source = _with_test_split(replace(source, **{k: v for k, v in settings.items() if v is not None}))
+    label = label or (data if is_preset else _name(source))
+
+    rows, skipped, columns, taken = [], [], None, Counter()
+    try:
+        values_of_rows, column, sha256 = _read_values(source, limit)
+    except ValueError as error:
+        if source.is_local or is_preset or "/" in source.path:
+            raise
+        raise ValueError(f"{error} The data sets that have a name here are {', '.join(PRESETS)}.") from error
+    for row_name, values, folder in values_of_rows:
+        columns = source.columns(list(values), columns)
+        audio, audio_path = values.get(columns.audio), None
+        if folder is not None and isinstance(audio, str) and audio:
+            audio_path = _relative(folder / audio, Path(source.path))
+        one_id = str(audio_path or next((values[c] for c in ID_COLUMNS if values.get(c) not in (None, "")), row_name))
+        one_id = _unique(one_id, taken)
+        try:
+            row = make_row(source, columns, row_name, values, folder)
+            if columns.text:
+                check_text(row["text"], row_name, columns.text, allow_empty=True)
+            if row["duration_s"] is None:
+                its_audio = row["audio"] if column is None else column[row["audio"]]
+                row["duration_s"] = header_duration_s(its_audio, row_name)
+        except BadRowError as error:
+            if on_bad_row == "raise":
+                raise
+            report_skipped(skipped, one_id, error)
+            continue
+        rows.append({"id": one_id, "audio_path": audio_path, **row})
+    if not rows:
+        if not skipped:
+            raise ValueError(f"{source.path!r} has no rows. Check the file.")
+        causes = BadRows(one["reason"] for one in skipped)
+        raise ValueError(f"None of the {len(skipped)} rows of {source.path!r} can be measured: {causes}")
+    if sha256 is None:
+        lines = "".join(f"{row['id']}\t{row['text']}\n" for row in rows)
+        sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    return EvaluationData(label, source.path, rows, column, skipped, sha256)
+
+
+def _unique(one_id: str, taken: Counter) -> str:
+    """The id, with a number behind it where it was taken before."""
+    unique = one_id
+    while unique in taken:
+        taken[one_id] += 1
+        unique = f"{one_id}#{taken[one_id]}"
+    taken[unique] += 1
+    return unique
+
+
+def _with_test_split(source: Source) -> Source:
+    """Where nothing tells the split: a folder's own rows, else its or the data set's "test"."""
+    if source.split is not None or Path(source.path).is_file():
+        return source
+    folder = Path(source.path)
+    has_rows = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
+    if folder.is_dir() and (has_rows or (find_manifests(source) and not (folder / "test").is_dir())):
+        return source
+    return source if not folder.is_dir() and source.is_local else replace(source, split="test")
+
+
+def _name(source: Source) -> str:
+    """The last part of a path, and what else tells data sets of `datasets` apart."""
+    path = Path(source.path)
+    stem = path.parent.name if path.name.startswith("metadata.") else path.stem if path.is_file() else path.name
+    parts = [stem or path.resolve().name, source.name, source.split if not path.exists() else None]
+    return "-".join(part.replace("/", "-") for part in parts if part)
+
+
+def _read_values(source: Source, limit: int | None) -> tuple[Iterator[tuple], Any, str | None]:
+    """(name, values, folder) of the rows; the audio column of a data set of `datasets`; a checksum of the manifest."""
+    if source.is_local and (manifests := find_manifests(source)):
+        rows = (row for manifest in manifests for row in read_manifest(manifest))
+        digest = hashlib.sha256()
+        for manifest in manifests:
+            digest.update(manifest.read_bytes())
+        return (row for row, _ in zip(rows, _counter(limit), strict=False)), None, digest.hexdigest()
+    data = load_undecoded(source, streaming=False)
+    if limit is not None:
+        data = data.select(range(min(limit, len(data))))
+    audio_name = source.columns(data.column_names).audio
+    texts = data.remove_columns(audio_name)
+    return ((f"row {i}", {**row, audio_name: i}, None) for i, row in enumerate(texts)), data[audio_name], None
+
+
+def _counter(limit: int | None) -> Iterable[int]:
+    return range(limit) if limit is not None else iter(int, 1)
+
+
+def _relative(path: Path, root: Path) -> str:
+    root = root if root.is_dir() else root.parent
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def report_skipped(skipped: list[dict[str, str]], one_id: str, error: Exception) -> None:
+    skipped.append({"id": one_id, "reason": str(error)})
+    logger.warning(f"Skipped {one_id}: {error}")
+
+
+__all__ = ["PRESETS", "EvaluationData", "load_data", "report_skipped"]

@@ -1,0 +1,566 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Export to ONNX: encoder, donor's decoder, and what drafts, as graphs for [`OnnxMDMASR`]."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..cache_mdm_asr import BehindDonor, KeyValue
+from ..decoder_mdm_asr import entropy
+from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
+from .model import DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE, ENCODER_FILE, layer_names, require
+from .processing import MEL_FILE
+
+# A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
+MAX_EMBEDDED_BYTES = 1_500_000_000
+DYNAMIC = torch.export.Dim.DYNAMIC
+INT8_MAX = 127
+
+
+class _SlotCache:
+    """
+    Stands in for [`DraftingCache`] in a graph, which has no state: all slots' keys and values (layers, R, key-value
+    heads, S, head_dim) come in, and the causal rows' own go out.
+
+    Attributes:
+        new_keys, new_values (`list` of `torch.Tensor` of shape (R, key-value heads, Q, head_dim)): one per layer.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.LongTensor):
+        self.keys, self.values = keys.unbind(), values.unbind()
+        _, num_heads, _, head_dim = self.keys[0].shape
+        self.slots = slots[:, None, :, None].expand(-1, num_heads, -1, head_dim)
+        self.new_keys: list[torch.Tensor] = []
+        self.new_values: list[torch.Tensor] = []
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> KeyValue:
+        self.new_keys.append(keys)
+        self.new_values.append(values)
+        # To their slots: where a key stands in a sum may not depend on when it was computed.
+        return (
+            self.keys[layer_idx].scatter(2, self.slots, keys),
+            self.values[layer_idx].scatter(2, self.slots, values),
+        )
+
+
+class EncoderGraph(nn.Module):
+    """The encoder on one utterance, and the decoder's cross-attention keys and values of its frames."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_features: torch.Tensor, trailing_silence: int | None = None) -> tuple[torch.Tensor, ...]:
+        silence_s = None if trailing_silence is None else trailing_silence / WHISPER_FRAMES_PER_S
+        outputs = self.model.encode(input_features, trailing_silence_s=silence_s)
+        keys, values = zip(*self.model.prepare_cross_attention(outputs).cross_attention_states, strict=True)
+        return outputs.last_hidden_state, *keys, *values
+
+
+class DecoderGraph(nn.Module):
+    """One evaluation of the donor's causal rows, by the package's own decoder."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.decoder, self.proj_out = model.get_decoder(), model.proj_out
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.LongTensor,
+        slots: torch.LongTensor,
+        visible: torch.BoolTensor,
+        frame_mask: torch.BoolTensor,
+        columns: torch.LongTensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        cross_keys: list[torch.Tensor],
+        cross_values: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        Args:
+            embeds (`torch.Tensor` of shape (R, Q, D)), position_ids (R, Q): the rows' tokens, and where they stand.
+            slots (`torch.LongTensor` of shape (R, Q)): where their keys and values are kept.
+            visible (`torch.BoolTensor` of shape (R, Q, S)): the slots that each sees.
+            frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
+            columns (`torch.LongTensor` of shape (R, N)): those among Q that logits are computed of.
+            keys, values (`torch.Tensor` of shape (layers, R, key-value heads, S, head_dim)): of all slots.
+            cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)).
+
+        Returns:
+            Logits (R, N, V); new keys and values (layers, R, key-value heads, Q, head_dim); and the queries of the
+            cross-attention (layers, R, Q, heads * head_dim).
+        """
+        cache = _SlotCache(keys, values, slots)
+        outputs = self.decoder(
+            position_ids,
+            None,
+            # Both as they are added to the scores, once for all layers.
+            attention_mask=_additive(visible),
+            encoder_attention_mask=_additive(frame_mask)[:, None, None],
+            cross_attention_states=list(zip(cross_keys, cross_values, strict=True)),
+            token_embeds=embeds,
+            position_ids=position_ids,
+            past_key_values=cache,
+            output_cross_queries=True,
+        )
+        states = outputs.last_hidden_state
+        logits = self.proj_out(states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1])))
+        return logits, *(torch.stack(list(x)) for x in (cache.new_keys, cache.new_values, outputs["cross_queries"]))
+
+
+class DraftsGraph(nn.Module):
+    """Drafts by a block behind each row's frontier: the token that the donor said there, and masks."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.decoder = model.get_decoder()
+        weight, bias = model.short_list_output()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        before: torch.Tensor,
+        frontiers: torch.LongTensor,
+        frame_mask: torch.BoolTensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        cross_keys: list[torch.Tensor],
+        cross_values: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        Args:
+            embeds (`torch.Tensor` of shape (R, K, D)): of the block's token and masks.
+            before (`torch.Tensor` of shape (R, D)): embedding of the token before the block's.
+            frontiers (`torch.LongTensor` of shape (R, 1)): the position behind which the block stands, and the last
+                slot that it sees.
+            frame_mask (`torch.BoolTensor` of shape (R, T)): which frames count.
+            keys, values (`torch.Tensor` of shape (draft layers, R, key-value heads, S, head_dim)): the donor's.
+            cross_keys, cross_values (`list` of `torch.Tensor` of shape (R, key-value heads, T, head_dim)): of the
+                layers beside which there are draft layers.
+
+        Returns:
+            Ids and entropies (R, K), see [`MDMASRDrafts`].
+        """
+        decoder, behind = self.decoder, BehindDonor()
+        layers = decoder.drafts.layers
+        behind.of_donor = [None] * layers[0].index + list(zip(keys, values, strict=True))
+        states = decoder.embed_blocks(embeds[:, None], frontiers)
+        seen = torch.arange(keys.shape[3]) <= frontiers[..., None]
+        visible = _additive(decoder._block_mask(seen, embeds.shape[1]))[:, None]
+        frames = _additive(frame_mask)[:, None, None]
+        for layer, *cross in zip(layers, cross_keys, cross_values, strict=True):
+            states = layer(states, tuple(cross), behind, visible, frames)
+        known = torch.stack([embeds[:, 0], before], dim=1)
+        ids, log_probs = decoder.drafts.draft(decoder.drafts.layer_norm(states), known, self.weight, self.bias)
+        return ids, entropy(log_probs)
+
+
+def _additive(mask: torch.BoolTensor) -> torch.Tensor:
+    """A mask of keys as what is added to the scores; of a finite number, so that no row can be NaN."""
+    blank = torch.zeros(mask.shape, dtype=torch.float32)
+    return blank.masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: Any = None) -> Path:
+    """
+    Writes a folder for [`OnnxMDMASR`], which needs no other weights. For a checkpoint with drafts, and R rows of text:
+
+    - encoder.onnx: `input_features` (1, T, mel bins) in fp32, and of Whisper `trailing_silence`, a number of input
+      frames; or a waveform (1, N); to `frames` (1, T', encoder width), and `cross_key.0`, ..., `cross_value.0`, ...
+      (1, key-value heads, T', head_dim);
+    - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
+    - drafts.onnx: what they verify, see [`DraftsGraph`];
+    - embeddings.npy: of all token ids (V + E, D), in fp16 beside int8 graphs;
+    - settings, tokenizer and processor, as `save_pretrained` writes them; and mel_filters.npy (frequencies, mel bins)
+      of Whisper's features.
+
+    Args:
+        model ([`MDMASRForConditionalGeneration`], folder or id).
+        output: a folder that does not exist yet, or is empty.
+        int8 (`bool`): quantise the matrix products: a scale for each output of a layer, and for each row of inputs.
+        processor ([`MDMASRProcessor`], *optional*): of a model that was not loaded from a folder.
+
+    Raises:
+        ValueError: `output` is in use, the model has no processor, decodes on a canvas, or cannot be exported.
+        ImportError: the extra `export` is not installed.
+    """
+    require("onnx", "onnxscript", *(["onnxruntime"] if int8 else []), extra="export")
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"`output` {str(output)!r} exists and is not an empty folder. Remove it or choose another.")
+    if isinstance(model, (str, Path)):
+        from ..loading import load_model
+
+        model, its_processor = load_model(str(model), device="cpu")
+        processor = processor or its_processor
+    elif processor is None:
+        from transformers import AutoProcessor
+
+        if not model.name_or_path:
+            raise ValueError("`processor` is missing: the model was not loaded from a folder. Pass its processor.")
+        processor = AutoProcessor.from_pretrained(model.name_or_path)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` is a {type(model).__name__}, not a PyTorch model. Pass the one it was exported of.")
+    if not model.config.has_drafts:
+        raise ValueError(
+            "`draft_layers=0`: a model that decodes on a canvas cannot be exported to ONNX. Use PyTorch for it, or "
+            "convert the donor with draft layers."
+        )
+    model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
+    model.set_attn_implementation("sdpa")
+
+    output.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(output)
+    model.generation_config.save_pretrained(output)
+    processor.save_pretrained(output)
+    if model.config.encoder_config.model_type == "whisper":
+        np.save(output / MEL_FILE, processor.feature_extractor.frontend.mel_filters.astype(np.float32))
+    decoder = model.get_decoder()
+    embeddings = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight]).detach().numpy()
+    np.save(output / EMBEDDINGS_FILE, embeddings.astype(np.float16) if int8 else embeddings)
+    # A graph that is traced under autocast has its types.
+    with _quiet(), torch.autocast("cpu", enabled=False):
+        _export_encoder(model, output / ENCODER_FILE)
+        _export_decoder(model, output / DECODER_FILE)
+        _export_drafts(model, output / DRAFTS_FILE)
+        if int8:
+            for path in output.glob("*.onnx"):
+                # Of drafts nothing depends but how many of them are right.
+                _quantize(path, by_rows=path.name != DRAFTS_FILE)
+    return output
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of exporter and quantiser, which are about what was chosen here on purpose."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# In the examples that are traced no two sizes are alike, lest they be taken for one.
+
+
+def _export_encoder(model: Any, path: Path) -> None:
+    config, layers = model.config, range(model.config.decoder_config.num_hidden_layers)
+    # One second: enough for every encoder's convolutions.
+    shape = (1, round(config.input_frames_per_s) + 1)
+    is_waveform = model.get_encoder().main_input_name == "input_values"
+    features = torch.randn(shape if is_waveform else (*shape, config.encoder_config.num_mel_bins))
+    has_silence = config.encoder_config.model_type == "whisper"
+    _export(
+        EncoderGraph(model),
+        (features, *([70] if has_silence else [])),
+        path,
+        inputs=["input_features", *(["trailing_silence"] if has_silence else [])],
+        outputs=["frames", *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        dynamic_shapes=({1: DYNAMIC}, *([DYNAMIC] if has_silence else [])),
+        about=f"encoder of type {config.encoder_config.model_type!r}",
+    )
+    _fuse_attention(path)
+
+
+def _export_decoder(model: Any, path: Path) -> None:
+    config = model.config.decoder_config
+    layers, heads, size = range(config.num_hidden_layers), config.num_key_value_heads, config.head_dim
+    num_rows, width, num_slots, num_frames, num_columns = 2, 4, 9, 7, 5
+    past, cross = (len(layers), num_rows, heads, num_slots, size), (num_rows, heads, num_frames, size)
+    places = torch.arange(width).repeat(num_rows, 1)
+    arguments = (
+        torch.randn(num_rows, width, config.hidden_size),
+        places,
+        places.clone(),
+        torch.ones(num_rows, width, num_slots, dtype=torch.bool),
+        torch.ones(num_rows, num_frames, dtype=torch.bool),
+        torch.zeros(num_rows, num_columns, dtype=torch.long),
+        torch.randn(past),
+        torch.randn(past),
+        *([torch.randn(cross) for _ in layers] for _ in range(2)),
+    )
+    inputs = ["embeds", "position_ids", "slots", "visible", "frame_mask", "columns", "keys", "values"]
+    of_rows, of_past = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC, 3: DYNAMIC}
+    _export(
+        DecoderGraph(model),
+        arguments,
+        path,
+        inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        outputs=["logits", "new_keys", "new_values", "cross_queries"],
+        dynamic_shapes=(
+            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, of_rows, of_rows, of_past, of_past),
+            *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
+        ),
+        about="decoder",
+    )
+
+
+def _export_drafts(model: Any, path: Path) -> None:
+    config = model.config.decoder_config
+    layers = range(config.num_hidden_layers - config.draft_layers, config.num_hidden_layers)
+    heads, size = config.num_key_value_heads, config.head_dim
+    num_rows, num_slots, num_frames, length = 2, 5, 7, config.draft_length
+    past, cross = (len(layers), num_rows, heads, num_slots, size), (num_rows, heads, num_frames, size)
+    arguments = (
+        torch.randn(num_rows, length, config.hidden_size),
+        torch.randn(num_rows, config.hidden_size),
+        torch.arange(num_rows)[:, None],
+        torch.ones(num_rows, num_frames, dtype=torch.bool),
+        torch.randn(past),
+        torch.randn(past),
+        *([torch.randn(cross) for _ in layers] for _ in range(2)),
+    )
+    inputs = ["embeds", "before", "frontiers", "frame_mask", "keys", "values"]
+    of_rows, of_past = {0: DYNAMIC}, {1: DYNAMIC, 3: DYNAMIC}
+    _export(
+        DraftsGraph(model),
+        arguments,
+        path,
+        inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        outputs=["ids", "entropies"],
+        dynamic_shapes=(
+            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC}, of_past, of_past),
+            *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
+        ),
+        about="drafts",
+    )
+
+
+def _export(
+    graph: nn.Module,
+    arguments: tuple[Any, ...],
+    path: Path,
+    inputs: list[str],
+    outputs: list[str],
+    dynamic_shapes: tuple[Any, ...],
+    about: str,
+) -> None:
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in graph.parameters())
+    try:
+        with torch.no_grad():
+            torch.onnx.export(
+                graph.eval(),
+                arguments,
+                path,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                custom_translation_table={
+                    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                    # Of seconds to frames.
+                    round: _round,
+                },
+                external_data=num_bytes > MAX_EMBEDDED_BYTES,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ValueError(f"The {about} cannot be exported to ONNX ({reason}). Use PyTorch for this model.") from error
+    _strip(path)
+
+
+def _strip(path: Path) -> None:
+    """Takes out what the exporter notes of every node: where in the source, on this machine, it comes from."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    for one in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del one.metadata_props[:]
+        one.ClearField("doc_string")
+    onnx.save(model, path)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """
+    The attention of a graph, in as few nodes as it takes. In the exporter's own, every step scales and lays out anew
+    the keys of all frames, and finds out their shapes for it.
+    """
+    from onnxscript import ir
+    from onnxscript import opset20 as op
+
+    if is_causal or enable_gqa:
+        raise NotImplementedError("attention that is causal or groups its heads")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    # The scale comes last: it then becomes a factor of the product of matrices.
+    scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2])), op.Constant(value_float=scale))
+    if attn_mask is not None:
+        if attn_mask.dtype == ir.DataType.BOOL:
+            least = op.Constant(value_float=torch.finfo(torch.float32).min)
+            attn_mask = op.Where(attn_mask, op.Constant(value_float=0.0), least)
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _fuse_attention(path: Path) -> None:
+    """Makes one node, in place, of each attention without a mask, which then never holds the scores of all pairs."""
+    import onnx
+    from onnx import numpy_helper
+    from onnx.helper import make_node
+
+    model = onnx.load(path, load_external_data=False)
+    graph, fused = model.graph, {}
+    makers = {output: node for node in graph.node for output in node.output}
+    users = {name: node for node in graph.node for name in node.input}
+    numbers = {one.name: numpy_helper.to_array(one) for one in graph.initializer if not one.dims}
+    shapes = {one.name: [dim.dim_value for dim in one.type.tensor_type.shape.dim] for one in graph.value_info}
+    for softmax in graph.node:
+        if softmax.op_type != "Softmax":
+            continue
+        scores, scale, product = makers.get(softmax.input[0]), 1.0, users.get(softmax.output[0])
+        if scores is not None and scores.op_type == "Mul" and scores.input[1] in numbers:
+            scores, scale = makers[scores.input[0]], float(numbers[scores.input[1]])
+        if scores is None or product is None or scores.op_type != "MatMul" or product.op_type != "MatMul":
+            continue
+        name, (_, num_heads, _, head_dim) = product.output[0], shapes[scores.input[0]]
+        # As the node takes them, all of them (B, T, heads * head_dim).
+        turns = {scores.input[0]: [0, 2, 1, 3], scores.input[1]: [0, 3, 1, 2], product.input[1]: [0, 2, 1, 3]}
+        fused[name] = []
+        for i, (states, perm) in enumerate(turns.items()):
+            fused[name] += [
+                make_node("Transpose", [states], [f"{name}.{i}.turned"], perm=perm),
+                make_node("Reshape", [f"{name}.{i}.turned", f"{name}.width"], [f"{name}.{i}"]),
+            ]
+        inputs, settings = [f"{name}.{i}" for i in range(3)], {"num_heads": num_heads, "scale": scale}
+        fused[name] += [
+            make_node("MultiHeadAttention", inputs, [f"{name}.joined"], domain="com.microsoft", **settings),
+            make_node("Reshape", [f"{name}.joined", f"{name}.heads"], [f"{name}.split"]),
+            make_node("Transpose", [f"{name}.split"], [name], perm=[0, 2, 1, 3]),
+        ]
+        for end, shape in (("width", [0, 0, num_heads * head_dim]), ("heads", [0, 0, num_heads, head_dim])):
+            graph.initializer.append(numpy_helper.from_array(np.array(shape), f"{name}.{end}"))
+    _replace_nodes(model, [one for node in graph.node for one in fused.get(node.output[0], [node])])
+    onnx.save(model, path)
+
+
+def _replace_nodes(model: Any, nodes: list[Any]) -> None:
+    """Gives a graph other nodes, ONNX Runtime's own among them, and takes out what none of them uses any more."""
+    from onnx.helper import make_opsetid
+
+    graph = model.graph
+    used, kept = {one.name for one in graph.output}, []
+    for node in reversed(nodes):
+        if used.intersection(node.output):
+            used.update(node.input)
+            kept.append(node)
+    initializers = [one for one in graph.initializer if one.name in used]
+    for field, values in ((graph.node, reversed(kept)), (graph.initializer, initializers)):
+        del field[:]
+        field.extend(values)
+    if all(one.domain != "com.microsoft" for one in model.opset_import):
+        model.opset_import.append(make_opsetid("com.microsoft", 1))
+
+
+def _round(value: Any, ndigits: None = None) -> Any:
+    """Python's `round` of a number that depends on an input, which the exporter does not know."""
+    from onnxscript import ir
+    from onnxscript import opset20 as op
+
+    return op.Cast(op.Round(value), to=ir.DataType.INT64)
+
+
+def _quantize(path: Path, by_rows: bool) -> None:
+    """
+    Quantises, in place, the matrix products of a graph with weights: a scale for each output, and `by_rows` one for
+    each row of activations, so that what a row gives does not depend on the others of the call; else one for all of
+    them, in fewer steps. Embeddings become fp16.
+    """
+    import onnx
+    from onnx import TensorProto, numpy_helper
+    from onnx.helper import make_node
+
+    model = onnx.load(path)
+    graph, is_large = model.graph, model.ByteSize() > MAX_EMBEDDED_BYTES
+    tables = {one.name: one for one in graph.initializer if len(one.dims) == 2}
+    # A product's weights, or where another node takes them the other way about, these transposed.
+    weights = {name: (one, False) for name, one in tables.items()}
+    weights |= {
+        node.output[0]: (tables[node.input[0]], True)
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in tables
+    }
+    nodes, constants, quantised = [], {}, set()
+    # Of half the range no sum of two products is cut off, on any CPU; other weights have to be rewritten for some,
+    # which ONNX Runtime does for weights of a single product only.
+    largest = INT8_MAX if by_rows else INT8_MAX // 2
+
+    def constant(name: str, value: np.ndarray) -> str:
+        constants[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    step, zero = constant("int8.step", np.float32(1 / INT8_MAX)), constant("int8.zero", np.uint8(128))
+    last = constant("int8.last", np.array([-1]))
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in tables:
+            name, gathered = f"{node.input[0]}.fp16", f"{node.output[0]}.fp16"
+            constant(name, numpy_helper.to_array(tables[node.input[0]]).astype(np.float16))
+            nodes.append(make_node("Gather", [name, node.input[1]], [gathered], axis=0))
+            nodes.append(make_node("Cast", [gathered], [node.output[0]], to=TensorProto.FLOAT))
+            continue
+        if node.op_type != "MatMul" or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        weight, is_transposed = weights[node.input[1]]
+        name, output = node.input[1], node.output[0]
+        if f"{name}.int8" not in constants:
+            values = numpy_helper.to_array(weight)
+            values = values.T if is_transposed else values
+            scale = np.maximum(np.abs(values).max(axis=0), 1e-30) / largest
+            constant(f"{name}.int8", np.rint(values / scale).astype(np.int8))
+            constant(f"{name}.int8.scale", scale.astype(np.float32))
+        weight = [f"{name}.int8", f"{name}.int8.scale"]
+        if not by_rows:
+            inputs = [node.input[0], *weight]
+            nodes.append(make_node("DynamicQuantizeMatMul", inputs, [output], domain="com.microsoft"))
+            continue
+        rows = f"{node.input[0]}.int8"
+        if rows not in quantised:
+            quantised.add(rows)
+            # A row of zeros has no scale, but what it gives is nought times something.
+            nodes += [
+                make_node("Abs", [node.input[0]], [f"{rows}.abs"]),
+                make_node("ReduceMax", [f"{rows}.abs", last], [f"{rows}.scale"], keepdims=1),
+                make_node("Div", [node.input[0], f"{rows}.scale"], [f"{rows}.unit"]),
+                make_node("QuantizeLinear", [f"{rows}.unit", step, zero], [rows]),
+            ]
+        inputs = [rows, weight[0], step, weight[1], zero]
+        nodes.append(make_node("MatMulIntegerToFloat", inputs, [f"{output}.unit"], domain="com.microsoft"))
+        nodes.append(make_node("Mul", [f"{output}.unit", f"{rows}.scale"], [output]))
+    graph.initializer.extend(constants.values())
+    _replace_nodes(model, nodes)
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+    onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
+
+
+__all__ = [
+    "DecoderGraph",
+    "DraftsGraph",
+    "EncoderGraph",
+    "export_onnx",
+]

@@ -1,0 +1,460 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""OnnxMDMASR: `generate` on the graphs that `export_onnx` wrote, by ONNX Runtime and NumPy, without PyTorch."""
+
+import json
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ..drafting_mdm_asr import DraftTree, to_numpy
+from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
+from ..generation_mdm_asr import GenerationMixin, find_speech
+
+# What is in a folder.
+ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
+    "encoder.onnx",
+    "decoder.onnx",
+    "drafts.onnx",
+    "embeddings.npy",
+)
+WHISPER_FRAMES_PER_S = 100
+SPINNING_STOP, EXACT_INT8 = "session.force_spinning_stop", "session.x64quantprecision"
+# Slots and frames come in such numbers, and rows of text by two at least: sums then have the same order, to the bit,
+# however many there are.
+MULTIPLE, LEAST_ROWS = 64, 2
+
+
+def require(*modules: str, extra: str = "onnx") -> None:
+    """Raises an ImportError that says which of the package's extras to install, if one of the modules is missing."""
+    for module in modules:
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[{extra}]"`.') from error
+
+
+def layer_names(kind: str, layers: range) -> list[str]:
+    """Names of a graph's inputs or outputs that there is one of for every layer, such as `cross_key.0`."""
+    return [f"{kind}.{layer}" for layer in layers]
+
+
+def is_onnx_folder(folder: str | Path) -> bool:
+    """Whether a folder holds the graphs of a model."""
+    return (Path(folder) / DECODER_FILE).is_file()
+
+
+@dataclass
+class OnnxEncoderOutput:
+    """
+    What the encoder gives for B utterances.
+
+    Attributes:
+        last_hidden_state (`np.ndarray` of shape (B, T, encoder width)): the acoustic frames.
+        attention_mask (`np.ndarray` of shape (B, T)): which frames count.
+        cross_attention_states: keys and values of the cross-attention (B, heads, T, head_dim), a pair for each layer.
+    """
+
+    last_hidden_state: np.ndarray
+    attention_mask: np.ndarray
+    cross_attention_states: list[tuple[np.ndarray, np.ndarray]]
+
+
+class OnnxDecoder:
+    """
+    The decoder's graphs.
+
+    Args:
+        session, drafts (`onnxruntime.InferenceSession`): of the causal rows, and of the masks.
+        embeddings (`np.ndarray` of shape (V + E, D)): of all token ids.
+        config: of the decoder.
+    """
+
+    def __init__(self, session: Any, drafts: Any, embeddings: np.ndarray, config: Any):
+        self.session, self.drafts, self.embeddings, self.config = session, drafts, embeddings, config
+        # What the masks take of the encoder: of the layers beside which there are draft layers.
+        self.first_draft_layer = config.num_hidden_layers - config.draft_layers
+        layers = range(self.first_draft_layer, config.num_hidden_layers)
+        self.draft_cross = ["frame_mask", *layer_names("cross_key", layers), *layer_names("cross_value", layers)]
+
+    def __call__(
+        self, input_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput, columns: np.ndarray, name: str
+    ) -> np.ndarray:
+        """
+        One output of the graph for whole texts.
+
+        Args:
+            input_ids (`np.ndarray` of shape (R, Q)), columns (R, N): those whose logits are computed.
+            name (`str`): `logits` (R, N, V), or `cross_queries` (layers, R, Q, heads * head_dim).
+        """
+        (num_rows, width), config = input_ids.shape, self.config
+        if width > config.max_position_embeddings:
+            raise ValueError(
+                f"`decoder_input_ids` have {width} tokens, but the decoder has {config.max_position_embeddings} "
+                "positions. Use a shorter text."
+            )
+        places = np.broadcast_to(np.arange(width), (num_rows, width))
+        keys = np.zeros(
+            (config.num_hidden_layers, num_rows, config.num_key_value_heads, width, config.head_dim), np.float32
+        )
+        feed = cross_feed(encoder_outputs)
+        feed |= {"embeds": self.embed(input_ids), "position_ids": places, "slots": places}
+        feed |= {"visible": np.broadcast_to(np.tri(width, dtype=bool), (num_rows, width, width))}
+        return run(self.session, [name], feed | {"columns": columns, "keys": keys, "values": keys})[name]
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Embeddings (..., D) of ids."""
+        return self.embeddings[ids].astype(np.float32, copy=False)
+
+
+class OnnxSteps:
+    """
+    What [`VerifiedDecoder`] asks of a model, by ONNX Runtime; see [`TorchSteps`]. What a row gives depends on its own
+    tokens and frames alone, to the bit.
+    """
+
+    def __init__(self, decoder: OnnxDecoder, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int):
+        self.decoder, self.config, self.num_rows = decoder, decoder.config, len(rows)
+        self.cross = cross_feed(encoder_outputs)
+        # Those of the encoder's outputs may be read again by others.
+        self.is_own = not np.array_equal(rows, np.arange(len(encoder_outputs.attention_mask)))
+        if self.is_own:
+            self.cross = {name: values[rows] for name, values in self.cross.items()}
+        # Stands for the last slot there is, whose number grows.
+        self.padding_slot = num_slots
+        shape = self.config.num_hidden_layers, self.num_rows, self.config.num_key_value_heads, 0, self.config.head_dim
+        self.keys = self.values = np.zeros(shape, np.float32)
+
+    def verify(self, tree: DraftTree, columns: np.ndarray) -> np.ndarray:
+        """Logits (R, N, V), see [`TorchSteps.verify`]."""
+        # One more, for what is padding.
+        if (num_slots := _multiple(tree.visible.shape[-1] + 1)) > self.keys.shape[3]:
+            self.keys, self.values = (pad(states, num_slots, 3) for states in (self.keys, self.values))
+        num_slots, width = self.keys.shape[3], max(tree.ids.shape[1], LEAST_ROWS)
+        slots = pad(np.where(tree.slots == self.padding_slot, num_slots - 1, tree.slots), width, 1, num_slots - 1)
+        visible = pad(pad(tree.visible, num_slots, 2), width, 1)
+        # Padding sees one slot, since a row without any would be NaN.
+        visible[:, tree.ids.shape[1] :, 0] = True
+        feed = self.cross | {"embeds": self.decoder.embed(pad(tree.ids, width, 1)), "columns": columns}
+        feed |= {"position_ids": pad(tree.positions, width, 1), "slots": slots, "visible": visible}
+        feed |= {"keys": self.keys, "values": self.values}
+        outputs = run(self.decoder.session, ["logits", "new_keys", "new_values"], feed)
+        rows = np.arange(self.num_rows)[:, None]
+        for states, name in ((self.keys, "new_keys"), (self.values, "new_values")):
+            states[:, rows, :, slots] = outputs[name].transpose(1, 3, 0, 2, 4)
+        return outputs["logits"]
+
+    def propose(
+        self, blocks: np.ndarray, before: np.ndarray, frontiers: np.ndarray, num_drafts: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and entropies (R, M), see [`TorchSteps.propose`]."""
+        feed = {name: self.cross[name] for name in self.decoder.draft_cross}
+        feed |= {"embeds": self.decoder.embed(blocks), "before": self.decoder.embed(before)}
+        first = self.decoder.first_draft_layer
+        feed |= {"frontiers": frontiers[:, None], "keys": self.keys[first:], "values": self.values[first:]}
+        outputs = run(self.decoder.drafts, ["ids", "entropies"], feed)
+        return outputs["ids"][:, :num_drafts], outputs["entropies"][:, :num_drafts]
+
+    def keep_rows(self, rows: np.ndarray) -> None:
+        """Keeps some rows, by their indices."""
+        self.num_rows = len(rows)
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        if not self.is_own:
+            self.cross, self.is_own = {name: values[rows] for name, values in self.cross.items()}, True
+            return
+        for name, values in self.cross.items():
+            # Most rows stay where they are, and are too large to be copied without need.
+            for place in np.flatnonzero(rows != np.arange(len(rows))):
+                values[place] = values[rows[place]]
+            self.cross[name] = values[: len(rows)]
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies keys and values from slots (R, N) to others (R, N)."""
+        rows, last = np.arange(self.num_rows)[:, None], self.keys.shape[3] - 1
+        source, target = (np.where(slots == self.padding_slot, last, slots) for slots in (source, target))
+        for states in (self.keys, self.values):
+            states[:, rows, :, target] = states[:, rows, :, source]
+
+
+class OnnxMDMASR(GenerationMixin):
+    """
+    MDM-ASR by ONNX Runtime: the folder that `mdm-asr export` or `export_onnx` wrote, with the `generate` of
+    [`MDMASRForConditionalGeneration`], its settings and its outputs, as arrays of NumPy. [`Transcriber`] and streaming
+    take it as a model.
+
+    Args:
+        sessions (`dict[str, onnxruntime.InferenceSession]`): by the names of the graphs' files.
+        embeddings (`np.ndarray` of shape (V + E, D)): of all token ids.
+        config: what the checkpoint's config.json holds.
+        generation_config ([`MDMASRGenerationConfig`]): of the checkpoint.
+    """
+
+    # What is exported is worth exporting.
+    has_trained_drafts = True
+    # Where arrays lie, and what they are; quantised graphs convert by themselves.
+    device, dtype = "cpu", "float32"
+
+    def __init__(
+        self,
+        sessions: dict[str, Any],
+        embeddings: np.ndarray,
+        config: SimpleNamespace,
+        generation_config: MDMASRGenerationConfig,
+    ):
+        self.config, self.generation_config = config, generation_config
+        self.encoder, self.encoders = sessions[ENCODER_FILE], None
+        self.decoder = OnnxDecoder(sessions[DECODER_FILE], sessions[DRAFTS_FILE], embeddings, config.decoder_config)
+        self.name_or_path = ""
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, num_threads: int | None = None, providers: Sequence[Any] | None = None
+    ) -> "OnnxMDMASR":
+        """
+        Args:
+            folder: what `export_onnx` wrote.
+            num_threads (`int`, *optional*): of an operation. By default, one for each core.
+            providers (*optional*): ONNX Runtime's execution providers. By default, the CPU.
+
+        Raises:
+            ValueError: the folder is no such folder.
+            ImportError: onnxruntime is not installed.
+        """
+        require("onnxruntime")
+        import onnxruntime
+
+        folder, names = Path(folder), [ENCODER_FILE, DECODER_FILE, DRAFTS_FILE]
+        files = (*names, EMBEDDINGS_FILE, "config.json", "generation_config.json")
+        if missing := [name for name in files if not (folder / name).is_file()]:
+            raise ValueError(
+                f"`folder` {str(folder)!r} has no {', '.join(missing)}. Write it with `mdm-asr export --model MODEL "
+                "--output FOLDER`."
+            )
+        options = session_options(num_threads)
+        providers = list(providers or ["CPUExecutionProvider"])
+
+        def load(name: str, options: Any) -> Any:
+            return onnxruntime.InferenceSession(str(folder / name), options, providers=providers)
+
+        try:
+            # Of a text, a few rows are read.
+            embeddings = np.load(folder / EMBEDDINGS_FILE, mmap_mode="r")
+            sessions = {name: load(name, options) for name in names}
+            config = json.loads(
+                (folder / "config.json").read_text("utf-8"), object_hook=lambda one: SimpleNamespace(**one)
+            )
+            config.vocab_size, config.has_drafts = config.decoder_config.vocab_size, True
+            settings = MDMASRGenerationConfig(**json.loads((folder / "generation_config.json").read_text("utf-8")))
+        except Exception as error:
+            # ONNX Runtime raises classes of its own, one for every kind of damage.
+            raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {error}. Export it again.") from error
+        model = cls(sessions, embeddings, config, settings)
+        model.name_or_path = str(folder)
+        num_workers = num_threads or os.cpu_count() or 1
+        if num_workers > 1 and providers == ["CPUExecutionProvider"]:
+            model.encoders = RowEncoders(partial(load, ENCODER_FILE), num_workers)
+        return model
+
+    def encode(
+        self, input_features: Any, attention_mask: Any = None, trailing_silence_s: float | None = None
+    ) -> OnnxEncoderOutput:
+        """Runs the encoder on features (B, T, mel bins) or (B, N), with so much silence behind the audio, by default
+        the configuration's, and the cross-attention's keys and values with it."""
+        input_features, lengths = self._check_features(input_features, attention_mask)
+        layers = range(self.config.decoder_config.num_hidden_layers)
+        names = ["frames", *layer_names("cross_key", layers), *layer_names("cross_value", layers)]
+        feed = {}
+        if self.config.encoder_config.model_type == "whisper":
+            silence_s = self.config.encoder_trailing_silence_s if trailing_silence_s is None else trailing_silence_s
+            feed["trailing_silence"] = np.array(round(silence_s * WHISPER_FRAMES_PER_S))
+        # One by one, since padding takes time. Of no audio, a row of nothing.
+        feeds = [
+            feed | {"input_features": features[None, : length or None]}
+            for features, length in zip(input_features, lengths, strict=True)
+        ]
+        if len(feeds) == 1 or self.encoders is None:
+            rows = [run(self.encoder, names, one) for one in feeds]
+        else:
+            rows = self.encoders(names, feeds)
+        lengths = np.array([row["frames"].shape[1] for row in rows])
+        num_frames = _multiple(int(lengths.max()))
+        joined = {name: _join([row.pop(name) for row in rows], num_frames) for name in names}
+        return OnnxEncoderOutput(
+            last_hidden_state=joined["frames"],
+            attention_mask=np.arange(num_frames) < lengths[:, None],
+            cross_attention_states=[
+                (joined[f"cross_key.{layer}"], joined[f"cross_value.{layer}"]) for layer in layers
+            ],
+        )
+
+    def _check_features(self, input_features: Any, attention_mask: Any) -> tuple[np.ndarray, list[int]]:
+        """Features of the layout that the graph takes, and no longer than it takes, with their lengths."""
+        input_features = to_numpy(input_features).astype(np.float32, copy=False)
+        layout = self.encoder.get_inputs()[0].shape
+        if input_features.ndim != len(layout) or (len(layout) == 3 and input_features.shape[2] != layout[2]):
+            wanted = f"(B, T, {layout[2]})" if len(layout) == 3 else "(B, N)"
+            raise ValueError(
+                f"`input_features` of shape {input_features.shape} must be {wanted}, as this model's own feature "
+                "extractor returns them."
+            )
+        lengths = np.full(len(input_features), input_features.shape[1])
+        if attention_mask is not None:
+            lengths = to_numpy(attention_mask).astype(bool).sum(axis=-1)
+        encoder_config = self.config.encoder_config
+        if encoder_config.model_type == "whisper":
+            capacity = 2 * encoder_config.max_source_positions
+            if lengths.max() > capacity:
+                raise ValueError(
+                    f"`input_features` hold {lengths.max() / WHISPER_FRAMES_PER_S:.1f} s of audio, but this encoder "
+                    f"takes at most {capacity / WHISPER_FRAMES_PER_S:.1f} s. Split the audio into shorter pieces."
+                )
+            input_features = input_features[:, :capacity]
+        return input_features, lengths.tolist()
+
+    # What `generate` asks of a model, see [`GenerationMixin`].
+
+    def prepare_cross_attention(self, encoder_outputs: OnnxEncoderOutput) -> OnnxEncoderOutput:
+        """The outputs of `encode`, which have the keys and values."""
+        if not isinstance(encoder_outputs, OnnxEncoderOutput):
+            raise ValueError("`encoder_outputs` must be what this model's `encode` returned.")
+        return encoder_outputs
+
+    def take_rows(self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray) -> OnnxEncoderOutput:
+        """The encoder's outputs for some rows, by their indices, which may repeat."""
+        return OnnxEncoderOutput(
+            encoder_outputs.last_hidden_state[rows],
+            encoder_outputs.attention_mask[rows],
+            [(key[rows], value[rows]) for key, value in encoder_outputs.cross_attention_states],
+        )
+
+    def find_speech(
+        self, input_features: Any, attention_mask: Any, min_duration_s: float
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Which rows (B,) hold a signal at all, and the mask with those opened that don't; see [`find_speech`]."""
+        mask = None if attention_mask is None else to_numpy(attention_mask)
+        return find_speech(to_numpy(input_features), mask, min_duration_s * self.config.input_frames_per_s)
+
+    def audio_duration_s(self, input_features: Any, attention_mask: Any) -> np.ndarray | None:
+        """Seconds of audio in each row (B,), or None if nothing tells."""
+        if input_features is None and attention_mask is None:
+            return None
+        mask = np.ones(input_features.shape[:2]) if attention_mask is None else to_numpy(attention_mask)
+        return mask.sum(axis=-1) / self.config.input_frames_per_s
+
+    def begin_steps(self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int) -> OnnxSteps:
+        """What [`VerifiedDecoder`] makes its steps by."""
+        return OnnxSteps(self.decoder, encoder_outputs, rows, num_slots)
+
+    def prompt_logits(self, prompt_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput) -> np.ndarray:
+        """Logits (B, V) behind prompts (B, P)."""
+        last = np.full((len(prompt_ids), 1), prompt_ids.shape[1] - 1)
+        return self.decoder(prompt_ids, encoder_outputs, last, "logits")[:, 0]
+
+    def cross_attention(
+        self, input_ids: np.ndarray, visible: None, encoder_outputs: OnnxEncoderOutput, layers: Iterable[int]
+    ) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """Queries and keys of texts (B, S) by layers, and which frames count, see [`MDMASRGenerationMixin`]."""
+        none = np.zeros((len(input_ids), 0), dtype=np.int64)
+        queries = self.decoder(input_ids, encoder_outputs, none, "cross_queries")
+        states = encoder_outputs.cross_attention_states
+        return {layer: (queries[layer], states[layer][0]) for layer in layers}, encoder_outputs.attention_mask
+
+    def to_output(self, values: Any, encoder_outputs: OnnxEncoderOutput | None = None) -> Any:
+        """An array, or an output of arrays, as it is."""
+        return values
+
+
+class RowEncoders:
+    """
+    Encodes rows side by side, a thread for each, which is a sixth to a third faster than all threads for each in turn.
+
+    Args:
+        load (`Callable`): makes the encoder's session, of options; called for the first batch, which may never come.
+        num_threads (`int`)
+    """
+
+    def __init__(self, load: Callable[[Any], Any], num_threads: int):
+        self.load, self.session, self.lock = load, None, threading.Lock()
+        self.pool = ThreadPoolExecutor(num_threads)
+
+    def __call__(self, names: Sequence[str], feeds: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+        """The outputs of all rows, in their order."""
+        with self.lock:
+            self.session = self.session or self.load(session_options(1))
+        return list(self.pool.map(partial(run, self.session, names), feeds))
+
+
+def cross_feed(encoder_outputs: OnnxEncoderOutput) -> dict[str, np.ndarray]:
+    """What the decoder's graphs take of the encoder: keys and values of the frames, and which of them count."""
+    feed = {"frame_mask": encoder_outputs.attention_mask}
+    for layer, (key, value) in enumerate(encoder_outputs.cross_attention_states):
+        feed |= {f"cross_key.{layer}": key, f"cross_value.{layer}": value}
+    return feed
+
+
+def _join(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """Rows (1, ..., T, D) of any lengths T as (B, ..., length, D), with zeros behind them."""
+    if len(rows) == 1 and rows[0].shape[-2] == length:
+        return rows[0]
+    joined = np.zeros((len(rows), *rows[0].shape[1:-2], length, rows[0].shape[-1]), rows[0].dtype)
+    for place, row in zip(joined, rows, strict=True):
+        place[..., : row.shape[-2], :] = row[0]
+    return joined
+
+
+def pad(values: np.ndarray, length: int, axis: int, value: float = 0) -> np.ndarray:
+    """An array that is padded to a length, at least its own, along an axis."""
+    if values.shape[axis] >= length:
+        return values
+    shape = list(values.shape)
+    shape[axis] = length - shape[axis]
+    return np.concatenate([values, np.full(shape, value, values.dtype)], axis=axis)
+
+
+def _multiple(number: int) -> int:
+    return -(-number // MULTIPLE) * MULTIPLE
+
+
+def session_options(num_threads: int | None = None) -> Any:
+    """The `onnxruntime.SessionOptions` that a model's graphs run with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
+    # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.
+    options.add_session_config_entry(SPINNING_STOP, "1")
+    if not _has_vnni():
+        # Sums of two products of int8 would be cut off at 16 bits.
+        options.add_session_config_entry(EXACT_INT8, "1")
+    if num_threads is not None:
+        if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
+            raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
+        options.intra_op_num_threads = num_threads
+    return options
+
+
+def _has_vnni() -> bool:
+    """Whether the CPU sums products of int8 in 32 bits; False also where nothing tells."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return True
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def run(session: Any, names: Sequence[str], feed: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Runs a graph on arrays. No data is copied but what does not lie in one piece."""
+    arrays = {name: np.asarray(values, order="C") for name, values in feed.items()}
+    return dict(zip(names, session.run(names, arrays), strict=True))
+
+
+__all__ = ["OnnxEncoderOutput", "OnnxMDMASR", "OnnxSteps", "is_onnx_folder", "layer_names", "require"]

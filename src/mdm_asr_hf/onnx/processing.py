@@ -1,0 +1,188 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""OnnxProcessor: audio to Whisper's features and token ids to text, by NumPy and tokenizers, without transformers."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..audio_mdm_asr import load_audio_batch
+from ..drafting_mdm_asr import one_thread_product
+from ..encoding_mdm_asr import check_unicode
+from ..hotwords_mdm_asr import HotwordIds, encode_hotwords
+
+# Whisper's log-mel lies within 8 / 4 of its loudest value and above (-10 + 4) / 4 (arXiv 2212.04356).
+LEAST_POWER, DYNAMIC_RANGE, FLOOR = 1e-10, 2.0, -1.5
+# Frames behind a clip that its windows reach into, and one that is silence whole; and the fewest of a batch.
+EXTRA_FRAMES, LEAST_FRAMES = 3, 10
+FRAMES_AT_ONCE = 64
+MEL_FILE, TOKENIZER_FILE = "mel_filters.npy", "tokenizer.json"
+
+
+class Features(dict):
+    """What a processor returns: arrays, which lie where an exported model wants them."""
+
+    def to(self, *where: Any) -> "Features":
+        return self
+
+
+class WhisperLogMel:
+    """
+    Whisper's features of audio of its own length.
+
+    Args:
+        filters (`np.ndarray` of shape (frequencies, mel bins)): from power to mel.
+        sampling_rate (`int`), hop_length (`int`), max_duration_s (`float`): of the checkpoint.
+    """
+
+    def __init__(self, filters: np.ndarray, sampling_rate: int, hop_length: int, max_duration_s: float):
+        self.filters, self.sampling_rate = filters.astype(np.float32), sampling_rate
+        self.hop_length, self.max_duration_s = hop_length, max_duration_s
+        # The filters have half of a window's frequencies.
+        self.window_length = 2 * (len(filters) - 1)
+        # Periodic.
+        self.window = np.hanning(self.window_length + 1)[:-1].astype(np.float32)
+
+    def __call__(self, clips: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Features (B, T, mel bins) of clips, and their mask (B, T). Padding is silence."""
+        lengths = [math.ceil(len(clip) / self.hop_length) for clip in clips]
+        num_frames = max(LEAST_FRAMES, *lengths)
+        features = np.empty((len(clips), num_frames, self.filters.shape[1]), np.float32)
+        for row, clip, length in zip(features, clips, lengths, strict=True):
+            log_mel = self._log_mel(clip, length)
+            row[:length] = log_mel[:length]
+            row[length:] = max(float(log_mel.max()) - DYNAMIC_RANGE, FLOOR)
+        return features, np.arange(num_frames) < np.array(lengths)[:, None]
+
+    def _log_mel(self, clip: np.ndarray, length: int) -> np.ndarray:
+        num_samples = (length + EXTRA_FRAMES) * self.hop_length
+        longest = round(self.max_duration_s * self.sampling_rate)
+        # What fills the 30 s is reflected at its end, as Whisper has it.
+        num_samples = max(min(num_samples, longest) if len(clip) <= longest else num_samples, self.window_length)
+        half = self.window_length // 2
+        samples = np.pad(np.pad(clip, (0, num_samples - len(clip))), half, mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(samples, self.window_length)[:: self.hop_length]
+        mel = np.empty((num_samples // self.hop_length, self.filters.shape[1]), np.float32)
+        # Some at once, which stay in a core's cache.
+        for start in range(0, len(mel), FRAMES_AT_ONCE):
+            some = slice(start, min(start + FRAMES_AT_ONCE, len(mel)))
+            spectrum = np.fft.rfft(frames[some] * self.window)
+            power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
+            mel[some] = one_thread_product(power, self.filters)
+        log_mel = np.log10(np.maximum(mel, LEAST_POWER))
+        return (np.maximum(log_mel, log_mel.max() - 4 * DYNAMIC_RANGE) + 4) / 4
+
+
+class Tokenizer:
+    """
+    A tokenizer's file behind the names that transformers' tokenizers have.
+
+    Args:
+        path: a file that tokenizers wrote.
+        unk_token (`str`, *optional*): stands for what the vocabulary lacks.
+    """
+
+    def __init__(self, path: str | Path, unk_token: str | None = None):
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self.unk_token_id = None if unk_token is None else self._tokenizer.token_to_id(unk_token)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.all_special_ids = [token_id for token_id, token in added.items() if token.special]
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
+        return [self.decode(row, **options) for row in rows]
+
+
+class OnnxProcessor:
+    """
+    The processor of a folder that `export_onnx` wrote of a Whisper donor's model, for [`OnnxMDMASR`]: what
+    [`MDMASRProcessor`] does for transcribing, in arrays of NumPy.
+
+    Args:
+        feature_extractor ([`WhisperLogMel`]), tokenizer ([`Tokenizer`])
+        text_prefix (`str`): what every text begins with.
+    """
+
+    def __init__(self, feature_extractor: WhisperLogMel, tokenizer: Tokenizer, text_prefix: str = ""):
+        self.feature_extractor, self.tokenizer, self.text_prefix = feature_extractor, tokenizer, text_prefix
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "OnnxProcessor":
+        """
+        Raises:
+            ValueError: a folder without these files, as of other encoders than Whisper's: their features are those of
+                transformers, and `AutoProcessor` loads them.
+        """
+        folder = Path(folder)
+        if missing := [name for name in (MEL_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]:
+            raise ValueError(
+                f"`folder` {str(folder)!r} has no {', '.join(missing)}. Export it again; of other encoders than "
+                "Whisper's, load the processor by transformers' AutoProcessor."
+            )
+        settings = json.loads((folder / "processor_config.json").read_text("utf-8"))
+        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        extractor = settings["feature_extractor"]
+        return cls(
+            WhisperLogMel(
+                np.load(folder / MEL_FILE),
+                extractor["frontend"]["sampling_rate"],
+                extractor["frontend"]["hop_length"],
+                extractor["max_duration_s"],
+            ),
+            Tokenizer(folder / TOKENIZER_FILE, tokenizer_settings.get("unk_token")),
+            settings["text_prefix"],
+        )
+
+    def __call__(self, audio: Any, sampling_rate: float | None = None, return_tensors: None = None) -> Features:
+        """
+        Args:
+            audio: one clip, or a list, data set or column of B clips, of any form [`load_audio`] takes. Other rates
+                are resampled.
+            sampling_rate (`int`): rate in Hz of samples that do not carry their own.
+            return_tensors: taken for the sake of other processors' callers; arrays are what there is.
+
+        Returns:
+            `input_features` (B, T, mel bins) and `attention_mask` (B, T).
+
+        Raises:
+            ValueError: audio that cannot be used.
+        """
+        extractor = self.feature_extractor
+        clips = load_audio_batch(
+            audio,
+            sampling_rate=sampling_rate,
+            target_sampling_rate=extractor.sampling_rate,
+            max_duration_s=extractor.max_duration_s,
+        )
+        features, mask = extractor(clips)
+        return Features(input_features=features, attention_mask=mask)
+
+    def hotword_ids(self, words: list[str]) -> HotwordIds:
+        """See [`~MDMASRProcessor.hotword_ids`]."""
+        return encode_hotwords(words, self.tokenizer, self.text_prefix)
+
+    def previous_ids(self, text: str) -> list[int]:
+        """See [`~MDMASRProcessor.previous_ids`]."""
+        text = check_unicode(text, "text").strip()
+        return self.tokenizer.encode(self.text_prefix + text) if text else []
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:
+        """Text of token ids (L,)."""
+        return self.tokenizer.decode(np.asarray(token_ids).tolist(), skip_special_tokens=skip_special_tokens).strip()
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
+        """Texts of token ids (B, L)."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+
+__all__ = ["OnnxProcessor"]

@@ -1,0 +1,347 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Transcriber: recordings of any form, number and length to transcripts, in bounded memory."""
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ..audio_mdm_asr import AudioStream
+from ..confidence_mdm_asr import utterance_confidence
+from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
+from ..prompt_mdm_asr import prompt_values
+from .joining import DecodedWindow, join_windows
+from .transcript import Transcript, text_length, token_texts
+from .voice_activity import make_vad
+from .windows import Window, cut_windows
+
+# Seconds of audio that wait to be batched with others of their length: 38 MB of samples.
+POOL_S = 600.0
+# The most seconds of a batch, padding included, whatever the batch size.
+MAX_BATCH_S = 480.0
+# Of models that do not say how much they take at once.
+FALLBACK_WINDOW_S = 30.0
+MIN_WINDOW_S = 1.0
+
+
+class Transcriber:
+    """
+    Transcribes recordings of any form and length.
+
+    Recordings are read in blocks and cut at pauses into windows (see `windows_mdm_asr`). The windows of all recordings
+    share batches with others of about their length, which changes no text. Stretches without speech are skipped.
+    Nothing is dropped silently: what the model is not sure to have finished is among a transcript's `warnings`.
+    Several threads may share one.
+
+    Args:
+        model ([`MDMASRForConditionalGeneration`]), processor ([`MDMASRProcessor`]): of one checkpoint.
+        settings ([`MDMASRGenerationConfig`], *optional*): instead of the model's own.
+        max_window_s (`float`, *optional*): the longest window in seconds. By default what the settings say
+            (`max_window_s`), else what the feature extractor takes.
+        batch_size (`int`): windows decoded together, at most.
+        vad (`str`): how speech is found: "silero" (needs the extra `vad`), "energy", "auto" for the first of these
+            that there is, or "none": everything is decoded, in windows that overlap.
+        timestamps (`bool`): give words their times. Costs one more decoder evaluation per batch.
+        hotwords (`list[str]`, *optional*): words to expect.
+        previous_text (`str`, *optional*): what a Whisper donor takes as the text before each window, to spell names
+            and to write in its manner. Windows do not get their predecessors' texts: one that loops would make all
+            behind it loop.
+        prompt_slots: of the model's prompt, such as `language`, for all recordings.
+
+    Raises:
+        ValueError: settings that contradict each other or the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        settings: MDMASRGenerationConfig | None = None,
+        max_window_s: float | None = None,
+        batch_size: int = 8,
+        vad: str = "auto",
+        timestamps: bool = False,
+        hotwords: list[str] | None = None,
+        previous_text: str | None = None,
+        **prompt_slots: Any,
+    ):
+        self.model, self.processor = model, processor
+        self.settings = copy.deepcopy(settings if settings is not None else model.generation_config)
+        self.settings.return_dict_in_generate = True
+        self.settings.validate()
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        self.batch_size, self.timestamps = batch_size, timestamps
+        extractor = processor.feature_extractor
+        self.rate_hz = extractor.sampling_rate
+        self.max_window_s = longest_window_s(max_window_s, self.settings, extractor)
+        self.vad = make_vad(vad, self.rate_hz)
+        self.arguments = {name: value for name, value in prompt_slots.items() if value is not None}
+        # A wrong language should not show after the first recording is read.
+        prompt_values(self.settings.prompt_template or {"tokens": [0]}, **self.arguments)
+        if hotwords:
+            self.arguments["hotword_ids"] = processor.hotword_ids(hotwords)
+        if previous_text:
+            self.arguments["previous_ids"] = processor.previous_ids(previous_text)
+
+    def transcribe(self, audio: Any, **load_audio_kwargs: Any) -> Transcript:
+        """
+        The transcript of one recording, in any form [`load_audio`] takes.
+
+        Raises:
+            ValueError: it cannot be read or decoded.
+        """
+        ((_, result),) = self.transcribe_all([audio], **load_audio_kwargs)
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    def transcribe_all(
+        self,
+        inputs: Iterable[Any],
+        on_progress: Callable[[float], None] | None = None,
+        on_window: Callable[[int, DecodedWindow], None] | None = None,
+        known_window: Callable[[int, Window], DecodedWindow | None] | None = None,
+        **load_audio_kwargs: Any,
+    ) -> Iterator[tuple[int, Transcript | ValueError]]:
+        """
+        Transcribes recordings, as many as there are.
+
+        Args:
+            inputs (iterable): each in any form [`load_audio`] takes; taken one by one as they are needed.
+            on_progress (`Callable`, *optional*): is called with the seconds of audio that were finished since.
+            on_window (`Callable`, *optional*): is called with a recording's place and what was decoded of each of its
+                windows, at once, in no order: to keep it, should the process be killed.
+            known_window (`Callable`, *optional*): is asked, by a recording's place and the window, for what
+                `on_window` was given in an earlier run; None has the window decoded. A recording is always cut the
+                same way.
+            load_audio_kwargs: `sampling_rate` of samples that do not carry their own; `max_duration_s`.
+
+        Yields:
+            The place of a recording among `inputs`, from 0 on, in order, with its transcript, or the ValueError of one
+            that cannot be read or decoded; the others go on.
+        """
+        load_audio_kwargs["target_sampling_rate"] = self.rate_hz
+        recordings: dict[int, _Recording] = {}
+        pool: list[_Job] = []
+        report = on_progress or (lambda seconds: None)
+        for i, audio in enumerate(inputs):
+            recording = recordings[i] = _Recording(_name(audio))
+            if on_window is not None:
+                recording.on_window = partial(on_window, i)
+            for job in self._read(recording, audio, load_audio_kwargs):
+                if known_window is not None and (known := known_window(i, job.window)) is not None:
+                    report(recording.take(job, known))
+                    continue
+                pool.append(job)
+                if sum(one.window.duration_s for one in pool) >= POOL_S:
+                    self._decode_pool(pool, report)
+                    yield from self._take_finished(recordings, report)
+                    if recording.error is not None:
+                        break
+            if recording.error is not None:
+                pool = [job for job in pool if job.recording is not recording]
+            recording.is_read = True
+            yield from self._take_finished(recordings, report)
+        self._decode_pool(pool, report)
+        yield from self._take_finished(recordings, report)
+
+    def _read(self, recording: "_Recording", audio: Any, load_audio_kwargs: dict[str, Any]) -> Iterator["_Job"]:
+        """The windows of a recording, as it is read."""
+        try:
+            stream = AudioStream(audio, **load_audio_kwargs)
+            try:
+                for window in cut_windows(recording.count(stream), self.rate_hz, self.vad, self.max_window_s):
+                    recording.windows.append(None)
+                    yield _Job(recording, len(recording.windows) - 1, window)
+            finally:
+                stream.close()
+        except ValueError as error:
+            recording.error = error
+
+    def _decode_pool(self, pool: list["_Job"], report: Callable[[float], None]) -> None:
+        """Decodes all windows of the pool and empties it."""
+        jobs = [job for job in pool if job.recording.error is None]
+        pool.clear()
+        # Longest first: what does not fit into memory shows at once.
+        jobs.sort(key=lambda job: -job.window.duration_s)
+        for batch in batches([job.window.duration_s for job in jobs], self.batch_size):
+            chosen = [jobs[k] for k in batch if jobs[k].recording.error is None]
+            for job, result in zip(chosen, self._decode([job.window for job in chosen]), strict=True):
+                if isinstance(result, ValueError):
+                    job.recording.error = ValueError(f"{job.recording.name}{result}")
+                    continue
+                report(job.recording.take(job, result))
+                if job.recording.on_window is not None:
+                    job.recording.on_window(result)
+
+    def _decode(self, windows: Sequence[Window]) -> list[DecodedWindow | ValueError]:
+        """What was decoded of a batch of windows. One that cannot be decoded does not stop the others."""
+        if not windows:
+            return []
+        try:
+            return self._generate(windows)
+        except (ValueError, *self.model.memory_errors) as error:
+            if len(windows) > 1:
+                return [result for window in windows for result in self._decode([window])]
+            if isinstance(error, ValueError):
+                return [error]
+            return [
+                ValueError(
+                    f"`max_window_s={self.max_window_s:g}`: a window of {windows[0].duration_s:.1f} s needs more "
+                    f"memory than {self.model.device} has. Set it lower."
+                )
+            ]
+
+    def _generate(self, windows: Sequence[Window]) -> list[DecodedWindow]:
+        with_times = self.timestamps or any(window.needs_times for window in windows)
+        inputs = self.processor([window.samples for window in windows], sampling_rate=self.rate_hz)
+        output = self.model.generate(
+            **inputs.to(self.model.device),
+            generation_config=self.settings,
+            # Temperatures and some samplers draw: a seed for each row gives a window the same text in every batch.
+            generator=[0] * len(windows),
+            return_token_timestamps=with_times,
+            **self.arguments,
+        )
+        return read_output(output, windows, self.processor.tokenizer, self.model.config.eos_token_id)
+
+    def _take_finished(
+        self, recordings: dict[int, "_Recording"], report: Callable[[float], None]
+    ) -> Iterator[tuple[int, Transcript | ValueError]]:
+        """Removes and yields the first recordings that are finished."""
+        while recordings:
+            i, recording = next(iter(recordings.items()))
+            if recording.error is None and not (recording.is_read and None not in recording.windows):
+                return
+            # One that failed while it was read is still being read.
+            if not recording.is_read:
+                return
+            del recordings[i]
+            duration_s = recording.num_samples / self.rate_hz
+            if (rest_s := duration_s - recording.reported_s) > 0:
+                report(rest_s)
+            yield i, recording.error or join_windows(recording.windows, duration_s, self.timestamps)
+
+
+@dataclass
+class _Recording:
+    """
+    A recording in work: its windows in order, None where they wait to be decoded; `num_samples` read so far at the
+    model's rate, and the seconds of it that were reported as finished.
+    """
+
+    name: str
+    windows: list[DecodedWindow | None] = field(default_factory=list)
+    error: ValueError | None = None
+    is_read: bool = False
+    num_samples: int = 0
+    reported_s: float = 0.0
+    on_window: Callable[[DecodedWindow], None] | None = None
+
+    def take(self, job: "_Job", result: DecodedWindow) -> float:
+        """Puts what was decoded in its place; gives the seconds of audio that this finishes."""
+        self.windows[job.place] = result
+        seconds = job.window.duration_s - job.window.overlap_before_s
+        self.reported_s += seconds
+        return seconds
+
+    def count(self, blocks: Iterable[Any]) -> Iterator[Any]:
+        for block in blocks:
+            self.num_samples += len(block)
+            yield block
+
+
+@dataclass
+class _Job:
+    """A window to decode, and its place among those of its recording."""
+
+    recording: _Recording
+    place: int
+    window: Window
+
+
+def longest_window_s(max_window_s: float | None, settings: Any, extractor: Any) -> float:
+    """
+    The longest window: the one given, else the settings', else the feature extractor's.
+
+    Raises:
+        ValueError: not a number, too short, or longer than the feature extractor takes.
+    """
+    limit_s = getattr(extractor, "max_duration_s", None) or math.inf
+    if max_window_s is None:
+        wanted_s = getattr(settings, "max_window_s", None) or limit_s
+        return min(wanted_s, limit_s) if min(wanted_s, limit_s) < math.inf else FALLBACK_WINDOW_S
+    is_number = isinstance(max_window_s, (int, float)) and not isinstance(max_window_s, bool)
+    if not is_number or not MIN_WINDOW_S <= max_window_s <= limit_s:
+        bound = f" and at most {limit_s:g}, what the model takes at once" if limit_s < math.inf else ""
+        raise ValueError(f"`max_window_s` must be at least {MIN_WINDOW_S:g} second{bound}, got {max_window_s!r}.")
+    return float(max_window_s)
+
+
+def batches(durations_s: Sequence[float], batch_size: int) -> Iterator[list[int]]:
+    """Places of windows, sorted by falling duration, in batches of at most `batch_size` and `MAX_BATCH_S`."""
+    batch: list[int] = []
+    for k in range(len(durations_s)):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * durations_s[batch[0]] > MAX_BATCH_S):
+            yield batch
+            batch = []
+        batch.append(k)
+    if batch:
+        yield batch
+
+
+def read_output(output: Any, windows: Sequence[Any], tokenizer: Any, eos_token_id: int) -> list[DecodedWindow]:
+    """
+    The rows of an output of `generate`, one per window; of several samples of a window, the best.
+
+    Args:
+        output ([`MDMASRGenerateOutput`]): of B rows.
+        windows: [`Window`]s, or what has their fields that [`DecodedWindow`] takes over.
+        eos_token_id (`int`): ends a row's text.
+    """
+    num_samples = len(output.sequences) // len(windows)
+    times_s, no_speech, languages = (
+        getattr(output, name, None) for name in ("token_timestamps", "no_speech", "languages")
+    )
+    confidence = utterance_confidence(output.confidence)
+    special = set(tokenizer.all_special_ids)
+    decoded = []
+    for i, window in enumerate(windows):
+        row = i * num_samples
+        ids, steps = output.sequences[row].tolist(), output.commit_steps[row].tolist()
+        token_confidences, nfe = output.confidence[row].tolist(), int(output.nfe[row])
+        length, ended = text_length(ids, token_confidences, steps, eos_token_id)
+        kept = [k for k in range(length) if ids[k] not in special]
+        its_times = None
+        if times_s is not None:
+            its_times = [
+                tuple(round(min(window.start_s + time_s, window.end_s), 3) for time_s in times)
+                for times in times_s[row].tolist()
+            ]
+        decoded.append(
+            DecodedWindow.of(
+                window,
+                pieces=token_texts(tokenizer, [ids[k] for k in kept]),
+                confidences=[token_confidences[k] for k in kept],
+                times_s=None if its_times is None else [its_times[k] for k in kept],
+                confidence=confidence[row],
+                nfe=nfe,
+                no_speech=None if no_speech is None else float(no_speech[row]),
+                language=None if languages is None else languages[row],
+                is_full=not ended and nfe > 0,
+            )
+        )
+    return decoded
+
+
+def _name(audio: Any) -> str:
+    """What stands before an error about a recording: its path, if it has one."""
+    return f"{os.fsdecode(audio)!r}: " if isinstance(audio, (str, os.PathLike)) else ""
+
+
+__all__ = ["Transcriber", "batches", "longest_window_s", "read_output"]
