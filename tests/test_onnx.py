@@ -15,7 +15,7 @@ import jiwer
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
@@ -374,9 +374,7 @@ def test_int8(golden, tmp_path, monkeypatch, run_command):
     model, _, processor, exported = golden
     for name in ("encoder", "decoder", "drafts"):
         # Quantising starts from the graphs that are there already.
-        monkeypatch.setattr(
-            export, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path)
-        )
+        monkeypatch.setattr(export, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path))
     folder = tmp_path / "int8"
     code, out, _ = run_command("export", "--format", "onnx", "--int8", "--output", folder)
     assert code == 0 and out.startswith(f"wrote {folder}: decoder.onnx 28.9 MB")
@@ -435,6 +433,18 @@ def test_processor(golden):
     assert pieces[0] == pieces[1] and "".join(pieces[0]).strip() == text.strip()
     with pytest.raises(ValueError, match="has no mel_filters.npy, tokenizer.json"):
         OnnxProcessor.from_pretrained(folder.parent)
+
+
+@given(
+    text=st.text(max_size=40) | st.text("aZ é'\u00a0\n<|endoftext|>9sTll", max_size=40),
+    ids=st.lists(st.integers(0, 52_000)),
+)
+@example(text=" I'LL  it's\n\n <|endoftext|>x", ids=[50256, 50257, 51_999, 220])
+def test_tokenizer_is_transformers(golden, text, ids):
+    expected, tokenizer = golden[2].tokenizer, OnnxProcessor.from_pretrained(golden[3]).tokenizer
+    assert tokenizer.encode(text) == expected.encode(text, add_special_tokens=False)
+    for skipped in (True, False):
+        assert tokenizer.decode(ids, skipped) == expected.decode(ids, skip_special_tokens=skipped)
 
 
 def test_transcribes_without_torch_and_transformers(golden):

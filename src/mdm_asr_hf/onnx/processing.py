@@ -1,9 +1,10 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""OnnxProcessor: audio to Whisper's features and token ids to text, by NumPy and tokenizers, without transformers."""
+"""OnnxProcessor: audio to Whisper's features and token ids to text, by NumPy and tiktoken, without transformers."""
 
 import json
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ LEAST_POWER, DYNAMIC_RANGE, FLOOR = 1e-10, 2.0, -1.5
 EXTRA_FRAMES, LEAST_FRAMES = 3, 10
 FRAMES_AT_ONCE = 64
 MEL_FILE, TOKENIZER_FILE = "mel_filters.npy", "tokenizer.json"
+
+# How GPT-2 splits a text into words, and the visible character by which its vocabulary writes each byte.
+WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTE_CHARACTERS = [*map(chr, VISIBLE), *(chr(256 + place) for place in range(len(HIDDEN)))]
+# For `str.translate`; what is hidden stands for nothing itself.
+CHARACTER_BYTES = {256 + place: byte for place, byte in enumerate(HIDDEN)} | dict.fromkeys(HIDDEN, "\uffff")
 
 
 class Features(dict):
@@ -78,29 +87,69 @@ class WhisperLogMel:
 
 class Tokenizer:
     """
-    A tokenizer's file behind the names that transformers' tokenizers have.
+    Byte-level byte pairs, as GPT-2 and Whisper have them, behind the names that transformers' tokenizers have.
+
+    tiktoken rather than tokenizers, which brings the Hub's client: together six times its size.
 
     Args:
-        path: a file that tokenizers wrote.
+        path: a tokenizer.json, as tokenizers writes it.
         unk_token (`str`, *optional*): stands for what the vocabulary lacks.
+
+    Raises:
+        ValueError: another kind of tokenizer.
     """
 
     def __init__(self, path: str | Path, unk_token: str | None = None):
-        from tokenizers import Tokenizer
+        content = json.loads(Path(path).read_text("utf-8"))
+        self._model, self._added = (
+            content["model"],
+            {token["content"]: token["id"] for token in content["added_tokens"]},
+        )
+        if self._model.get("type") != "BPE" or "ByteLevel" not in json.dumps(content["pre_tokenizer"]):
+            raise ValueError(
+                f"{str(path)!r} is no byte-level BPE tokenizer. Load the processor by transformers' AutoProcessor."
+            )
+        self._vocabulary = self._model["vocab"] | self._added
+        self._pieces = {token_id: _piece(token) for token, token_id in self._vocabulary.items()}
+        self.all_special_ids = [token["id"] for token in content["added_tokens"] if token["special"]]
+        self.unk_token_id = None if unk_token is None else self._vocabulary.get(unk_token)
 
-        self._tokenizer = Tokenizer.from_file(str(path))
-        self.unk_token_id = None if unk_token is None else self._tokenizer.token_to_id(unk_token)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.all_special_ids = [token_id for token_id, token in added.items() if token.special]
+    @cached_property
+    def _encoding(self) -> tuple[Any, list[int | None]]:
+        """tiktoken's encoding, and ids by its own. Most recordings are transcribed without it."""
+        from tiktoken import Encoding
+
+        # It joins the pair of the lowest id first, tokenizers that of the first rule: so it has ids by rule.
+        rules = ("".join(rule).replace(" ", "") for rule in self._model["merges"])
+        tokens = list(dict.fromkeys([*BYTE_CHARACTERS, *rules]))
+        encoding = Encoding(
+            "vocabulary",
+            pat_str=WORDS,
+            mergeable_ranks={_piece(token): rank for rank, token in enumerate(tokens)},
+            special_tokens={token: len(tokens) + place for place, token in enumerate(self._added)},
+        )
+        return encoding, [self._vocabulary.get(token, self.unk_token_id) for token in [*tokens, *self._added]]
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        encoding, ids = self._encoding
+        found = (ids[own] for own in encoding.encode(text, allowed_special="all"))
+        return [token_id for token_id in found if token_id is not None]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.all_special_ids if skip_special_tokens else ()
+        pieces = (self._pieces.get(token_id, b"") for token_id in token_ids if token_id not in skipped)
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def batch_decode(self, rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
         return [self.decode(row, **options) for row in rows]
+
+
+def _piece(token: str) -> bytes:
+    """The bytes that a token of such a vocabulary stands for."""
+    try:
+        return token.translate(CHARACTER_BYTES).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
 
 
 class OnnxProcessor:
