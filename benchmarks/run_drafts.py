@@ -29,7 +29,7 @@ from run_lossless import LOOP, write_results
 from run_peers import table
 
 import mdm_asr_hf
-from mdm_asr_hf import stepping_mdm_asr, verified_decoding_mdm_asr
+from mdm_asr_hf import torch_generation_mdm_asr, verified_decoding_mdm_asr
 from mdm_asr_hf.drafting_mdm_asr import cut_drafts
 from mdm_asr_hf.evaluate.evaluation import decode_encoded, encode_dataset
 from mdm_asr_hf.evaluate.scoring import count_errors, most_in_a_row, normaliser
@@ -82,15 +82,15 @@ def proposing_by(rule: tuple[str, float] | None) -> Iterator[None]:
             number = generator.integers(1, int(value) + 1, limits.shape)
         return cut_drafts(ids, entropies, np.minimum(limits, number), math.inf, eos_token_id)
 
-    kept = verified_decoding_mdm_asr.cut_drafts, stepping_mdm_asr.entropy
+    kept = verified_decoding_mdm_asr.cut_drafts, torch_generation_mdm_asr.entropy
     verified_decoding_mdm_asr.cut_drafts = cut
     if name == "confidence":
         # In the entropies' place, how improbable each draft is.
-        stepping_mdm_asr.entropy = lambda log_probs: -log_probs.amax(dim=-1)
+        torch_generation_mdm_asr.entropy = lambda log_probs: -log_probs.amax(dim=-1)
     try:
         yield
     finally:
-        verified_decoding_mdm_asr.cut_drafts, stepping_mdm_asr.entropy = kept
+        verified_decoding_mdm_asr.cut_drafts, torch_generation_mdm_asr.entropy = kept
 
 
 def run_decoding(model: Any, processor: Any, data: list[Path], batch_size: int) -> Iterator[dict[str, Any]]:

@@ -11,13 +11,14 @@ from mdm_asr_hf.decoder_mdm_asr import MDMASRDrafts, entropy
 from mdm_asr_hf.drafting_mdm_asr import (
     DraftAllowance,
     DraftTree,
+    Hypothesis,
+    Remainder,
     choose_tokens,
     cut_drafts,
     entropy_bounded_length,
     gumbel_noise,
     log_probs_of,
 )
-from mdm_asr_hf.hypothesis_mdm_asr import Hypothesis, Remainder
 from mdm_asr_hf.objective_mdm_asr import lay_blocks, lay_hints
 
 PADDING = 99

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mdm_asr_hf import MDMASRGenerateOutput, MDMASRGenerationConfig, PBEBConfConfig
-from mdm_asr_hf.sampler_configuration_mdm_asr import SAMPLERS
+from mdm_asr_hf.generation_configuration_mdm_asr import SAMPLERS
 
 EOS, PAD, START, MASK = 1, 2, VOCAB_SIZE, VOCAB_SIZE + 1
 

@@ -34,8 +34,7 @@ import mdm_asr_hf
 from mdm_asr_hf.convert.canary import _prompt_template, canary_processor, from_canary
 from mdm_asr_hf.evaluate.evaluation import evaluate_model
 from mdm_asr_hf.evaluate.scoring import normaliser
-from mdm_asr_hf.language_mdm_asr import detect_languages
-from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids, with_prompt_defaults
+from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids, detect_languages, with_prompt_defaults
 from mdm_asr_hf.train.collator import DataCollatorForMDMASR
 from mdm_asr_hf.transcribe.transcript import token_texts
 

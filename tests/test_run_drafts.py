@@ -56,7 +56,7 @@ def test_rules_by_hand():
 
     def number(rule):
         with run_drafts.proposing_by(rule):
-            measures = run_drafts.stepping_mdm_asr.entropy(log_probs).numpy()
+            measures = run_drafts.torch_generation_mdm_asr.entropy(log_probs).numpy()
             _, counts = run_drafts.verified_decoding_mdm_asr.cut_drafts(
                 np.array([[4, 4, 7]]), measures, np.array([3]), 0.0, 7
             )

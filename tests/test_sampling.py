@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_asr_hf.sampler_configuration_mdm_asr import (
+from mdm_asr_hf.generation_configuration_mdm_asr import (
     SAMPLERS,
     ConfTopKConfig,
     DFMConfig,

@@ -14,7 +14,7 @@ from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs
 from mdm_asr_hf import verified_decoding_mdm_asr
 from mdm_asr_hf.drafting_mdm_asr import gumbel_noise
 from mdm_asr_hf.encoder_mdm_asr import take_rows
-from mdm_asr_hf.stepping_mdm_asr import TorchSteps
+from mdm_asr_hf.torch_generation_mdm_asr import TorchSteps
 
 EOS = 1
 SECONDS = (1.0, 0.6, 0.35)

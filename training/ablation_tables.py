@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mdm_asr_hf.evaluate.scoring import bootstrap_draws, count_errors, normaliser
-from mdm_asr_hf.sampler_configuration_mdm_asr import SAMPLERS as SAMPLER_CONFIGS
+from mdm_asr_hf.generation_configuration_mdm_asr import SAMPLERS as SAMPLER_CONFIGS
 
 NUM_BOOTSTRAP, BOOTSTRAP_SEED = 1000, 0
 # The paper's own last.

@@ -54,9 +54,9 @@ from mdm_asr_hf.evaluate.evaluation import (
     machine,
     model_sha256,
 )
+from mdm_asr_hf.generation_configuration_mdm_asr import SAMPLERS as SAMPLER_CONFIGS
+from mdm_asr_hf.generation_configuration_mdm_asr import make_sampler
 from mdm_asr_hf.loading import load_model
-from mdm_asr_hf.sampler_configuration_mdm_asr import SAMPLERS as SAMPLER_CONFIGS
-from mdm_asr_hf.sampler_configuration_mdm_asr import make_sampler
 
 # The speed part's are those of the tables; the front's is so large that gamma decides and not the bound.
 DEFAULT_STEPS = {"samplers": [32], "nfe": [2, 4, 8, 16, 32], "speed": [32], "front": [128]}

@@ -3,11 +3,17 @@
 
 from importlib.util import find_spec
 
-from .generation_configuration_mdm_asr import MDMASRGenerationConfig
+from .generation_configuration_mdm_asr import (
+    ConfTopKConfig,
+    DFMConfig,
+    EBConfConfig,
+    MDMASRGenerationConfig,
+    PBEBConfConfig,
+    RandomConfig,
+)
 from .loading import default_checkpoint
 from .onnx.model import OnnxMDMASR
 from .onnx.processing import OnnxProcessor
-from .sampler_configuration_mdm_asr import ConfTopKConfig, DFMConfig, EBConfConfig, PBEBConfConfig, RandomConfig
 from .transcribe.streaming import StreamingTranscriber
 from .transcribe.transcriber import Transcriber
 

@@ -15,14 +15,11 @@ import numpy as np
 
 from .alignment_mdm_asr import check_alignment_heads, token_timestamps
 from .confidence_mdm_asr import calibrate, utterance_confidence
-from .drafting_mdm_asr import to_numpy
-from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
+from .drafting_mdm_asr import Hypothesis, to_numpy
+from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig, make_sampler
 from .hotwords_mdm_asr import HotwordAutomaton
-from .hypothesis_mdm_asr import Hypothesis
-from .language_mdm_asr import settle_languages
-from .prompt_mdm_asr import build_prompt_ids
+from .prompt_mdm_asr import build_prompt_ids, settle_languages
 from .safeguards_mdm_asr import is_refused, is_suspicious, mean_log_prob, repeats_itself
-from .sampler_configuration_mdm_asr import make_sampler
 from .verified_decoding_mdm_asr import VerifiedDecoder, VerifiedText
 
 logger = logging.getLogger(__name__)

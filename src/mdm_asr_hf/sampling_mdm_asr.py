@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .sampler_configuration_mdm_asr import (
+from .generation_configuration_mdm_asr import (
     SAMPLERS,
     ConfTopKConfig,
     DFMConfig,

@@ -12,13 +12,13 @@ from .drafting_mdm_asr import (
     DraftAllowance,
     Drafts,
     DraftTree,
+    Hypothesis,
     choose_tokens,
     cut_drafts,
     log_probs_of,
 )
 from .generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
-from .hypothesis_mdm_asr import Hypothesis
 from .safeguards_mdm_asr import no_speech_probability
 
 # Of a hypothesis, tokens at most in an evaluation where the caller sets no limit: more are seldom right.
