@@ -6,7 +6,7 @@ done in NumPy, by what PyTorch's models and ONNX Runtime's share.
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -105,7 +105,7 @@ def _best_first(output: GenerateOutput, num_samples: int) -> GenerateOutput:
 @dataclass
 class Batch:
     """What is to be decoded: features (B, ...) and durations (B,), and of the B * `num_samples` rows the encoder's
-    outputs, prompts (B * n, P), and which of them hold a signal."""
+    outputs, prompts (B * n, P), languages, which of them hold a signal, and what the caller knows of their texts."""
 
     input_features: Any
     attention_mask: Any
@@ -113,7 +113,12 @@ class Batch:
     num_samples: int
     encoder_outputs: Any
     prompt_ids: np.ndarray
+    languages: list[str] | None
     has_speech: np.ndarray
+    previous_ids: list[list[int]] | None
+    prefix_ids: list[list[int]] | None
+    draft_ids: list[list[int]] | None
+    hotwords: HotwordAutomaton | None
     generator: Any
     streamer: Any
     synced_gpus: bool
@@ -159,15 +164,9 @@ class GenerationMixin:
         **kwargs,
     ) -> Any:
         """
-        Transcribes a batch:
-        ```
-        1. Settle the settings: generation_config.json < `generation_config` < keyword arguments.
-        2. Encode the audio once, and its cross-attention keys and values once.
-        3. Settle the prompt of every row.
-        4. Decode: with drafts, the donor's own text, see `verified_decoding_mdm_asr`, and anew where Whisper's
-           thresholds refuse it; else the paper's canvas, see `canvas_mdm_asr`.
-        5. Cut each row at its first EOS.
-        ```
+        Transcribes a batch: settles the settings (generation_config.json < `generation_config` < keyword arguments),
+        encodes the audio once, and decodes: with drafts the donor's own text, see `verified_decoding_mdm_asr`, else
+        the paper's canvas, see `canvas_mdm_asr`.
 
         Args:
             input_features (`torch.Tensor`): what the processor returns: (B, T, mel bins) or waveforms (B, N).
@@ -202,16 +201,42 @@ class GenerationMixin:
             ValueError: an unknown argument, one that the kind of checkpoint cannot use, features with NaN, audio
                 longer than encoder or canvas can hold.
         """
-        # 1. Settings.
         if "input_values" in kwargs:
             input_features = kwargs.pop("input_values")
-        own = {"previous_ids": previous_ids, "prefix_ids": prefix_ids, "draft_ids": draft_ids}
-        given = {name for name, value in {**own, "hotword_ids": hotword_ids}.items() if value is not None}
+        known = {"previous_ids": previous_ids, "prefix_ids": prefix_ids, "draft_ids": draft_ids}
+        given = {name for name, value in {**known, "hotword_ids": hotword_ids}.items() if value is not None}
         settings, prompt_slots = self._settle_generation_config(generation_config, kwargs, given)
-        if settings.return_token_timestamps:
-            check_alignment_heads(settings.alignment_heads, self.config.decoder_config)
+        batch = self._prepare(
+            *(input_features, attention_mask, encoder_outputs),
+            *(decoder_input_ids, prompt_slots, known, hotword_ids, settings),
+            generator=generator,
+            streamer=streamer,
+            synced_gpus=synced_gpus,
+        )
+        if streamer is not None:
+            streamer.put(self.to_output(batch.prompt_ids))
+        decode = self._decode_verified if self.config.has_drafts else self._decode_canvas
+        output, read = decode(batch, settings)
+        output = self._finish(output, read, batch, settings)
+        if streamer is not None:
+            streamer.put(self.to_output(output.sequences))
+            streamer.end()
+        return self.to_output(output if settings.return_dict_in_generate else output.sequences, batch.encoder_outputs)
 
-        # 2. Audio.
+    def _prepare(
+        self,
+        input_features: Any,
+        attention_mask: Any,
+        encoder_outputs: Any,
+        decoder_input_ids: Any,
+        prompt_slots: dict[str, Any],
+        known: dict[str, Any],
+        hotword_ids: Any,
+        settings: MDMASRGenerationConfig,
+        generator: Any,
+        **passed_on: Any,
+    ) -> Batch:
+        """Encodes the audio, settles the prompts, and checks what the caller knows of the texts."""
         if input_features is None and encoder_outputs is None:
             raise ValueError(
                 "`generate` needs `input_features` or `encoder_outputs`. Get the former from the processor."
@@ -222,53 +247,42 @@ class GenerationMixin:
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_features, attention_mask)
         encoder_outputs = self.prepare_cross_attention(encoder_outputs)
-        batch_size = len(encoder_outputs.last_hidden_state)
-        has_speech = np.ones(batch_size, dtype=bool) if has_speech is None else to_numpy(has_speech)
-        duration_s = self.audio_duration_s(input_features, attention_mask)
-        duration_s = None if duration_s is None else to_numpy(duration_s)
-
-        # 3. Prompt.
-        languages = None
+        batch_size, languages = len(encoder_outputs.last_hidden_state), None
         if decoder_input_ids is None:
             prompt_slots, languages = settle_languages(self, encoder_outputs, settings.prompt_template, prompt_slots)
-        prompt_ids = self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots)
-        generator = self._check_generator(generator, batch_size)
-        own = {name: self._check_rows(name, ids, batch_size) for name, ids in own.items()}
-        hotwords = None
-        if hotword_ids is not None and settings.hotword_boost > 0:
-            hotwords = HotwordAutomaton.build(hotword_ids, batch_size, self.config.vocab_size)
-        num_samples = settings.num_return_sequences
-        if num_samples > 1:
-            self._check_samples(settings)
-            rows = np.arange(batch_size).repeat(num_samples)
-            prompt_ids, has_speech = prompt_ids[rows], has_speech[rows]
-            encoder_outputs = self.take_rows(encoder_outputs, rows)
-            hotwords = hotwords and hotwords.take_rows(rows.tolist())
-            languages = languages and [languages[row] for row in rows]
-            own = {name: ids and [ids[row] for row in rows.tolist()] for name, ids in own.items()}
-        if streamer is not None:
-            streamer.put(self.to_output(prompt_ids))
-
-        # 4. Decode.
+        duration_s = self.audio_duration_s(input_features, attention_mask)
         batch = Batch(
             input_features,
             attention_mask,
-            duration_s,
-            num_samples,
-            encoder_outputs,
-            prompt_ids,
-            has_speech,
-            generator,
-            streamer,
-            synced_gpus,
+            duration_s=None if duration_s is None else to_numpy(duration_s),
+            num_samples=settings.num_return_sequences,
+            encoder_outputs=encoder_outputs,
+            prompt_ids=self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots),
+            languages=languages,
+            has_speech=np.ones(batch_size, dtype=bool) if has_speech is None else to_numpy(has_speech),
+            hotwords=None,
+            generator=self._check_generator(generator, batch_size),
+            **{name: self._check_rows(name, ids, batch_size) for name, ids in known.items()},
+            **passed_on,
         )
-        if self.config.has_drafts:
-            output, read = self._decode_verified(batch, settings, hotwords, **own)
-        else:
-            output, read = self._decode_canvas(batch, settings)
+        if hotword_ids is not None and settings.hotword_boost > 0:
+            batch.hotwords = HotwordAutomaton.build(hotword_ids, batch_size, self.config.vocab_size)
+        if batch.num_samples > 1:
+            self._check_samples(settings)
+            rows = np.arange(batch_size).repeat(batch.num_samples)
+            batch.prompt_ids, batch.has_speech = batch.prompt_ids[rows], batch.has_speech[rows]
+            batch.encoder_outputs = self.take_rows(encoder_outputs, rows)
+            batch.hotwords = batch.hotwords and batch.hotwords.take_rows(rows.tolist())
+            for name in ("languages", *known):
+                values = getattr(batch, name)
+                setattr(batch, name, values and [values[row] for row in rows.tolist()])
+        return batch
 
-        # 5. Finalise.
-        output.languages = languages
+    def _finish(
+        self, output: GenerateOutput, read: Read, batch: Batch, settings: MDMASRGenerationConfig
+    ) -> GenerateOutput:
+        """The output with languages and times, of several samples the best first."""
+        output.languages = batch.languages
         if settings.return_token_timestamps:
             output.token_timestamps = token_timestamps(
                 self,
@@ -276,37 +290,20 @@ class GenerationMixin:
                 # A row without speech has an end of text that nothing was heard of.
                 output.confidence > 0,
                 *read,
-                encoder_outputs,
-                duration_s=duration_s,
-                input_features=input_features,
-                feature_mask=attention_mask,
+                batch.encoder_outputs,
+                duration_s=batch.duration_s,
+                input_features=batch.input_features,
+                feature_mask=batch.attention_mask,
                 alignment_heads=settings.alignment_heads,
             )
-        if num_samples > 1:
-            output = _best_first(output, num_samples)
-        if streamer is not None:
-            streamer.put(self.to_output(output.sequences))
-            streamer.end()
-        return self.to_output(output if settings.return_dict_in_generate else output.sequences, encoder_outputs)
+        return output if batch.num_samples == 1 else _best_first(output, batch.num_samples)
 
-    def _decode_verified(
-        self,
-        batch: Batch,
-        settings: MDMASRGenerationConfig,
-        hotwords: HotwordAutomaton | None,
-        previous_ids: list[list[int]] | None,
-        prefix_ids: list[list[int]] | None,
-        draft_ids: list[list[int]] | None,
-    ) -> tuple[GenerateOutput, Read]:
-        """The donor's own text, and anew what Whisper's thresholds refuse: once with the silence that its encoder was
-        trained with, then, where it still repeats itself, at rising temperatures. Of texts that are all refused, one
-        that does not repeat itself stays, of these the most probable."""
-        prompts = self._with_previous(batch.prompt_ids.tolist(), previous_ids, settings)
-        prefixes = prefix_ids or [[] for _ in prompts]
+    def _decode_verified(self, batch: Batch, settings: MDMASRGenerationConfig) -> tuple[GenerateOutput, Read]:
+        """The donor's own text, and anew what Whisper's thresholds refuse."""
+        prompts = self._with_previous(batch.prompt_ids.tolist(), batch.previous_ids, settings)
+        prefixes = batch.prefix_ids or [[] for _ in prompts]
         limits = self._text_limits(prompts, prefixes, settings)
-        temperatures = settings.temperatures
-        seeds = self._seeds(batch, temperatures)
-        has_speech, streamer = batch.has_speech, batch.streamer
+        seeds, streamer = self._seeds(batch, settings.temperatures), batch.streamer
 
         def show(texts: list[list[int]], committed: list[int]) -> None:
             value = np.full((len(texts), max(map(len, texts))), self.config.pad_token_id)
@@ -314,22 +311,21 @@ class GenerationMixin:
                 row[: len(ids)] = ids
             streamer.put_draft(value=self.to_output(value), num_committed=self.to_output(np.array(committed)))
 
-        def write(rows: np.ndarray, outputs: Any, is_open: np.ndarray, t: float) -> VerifiedText:
+        def write(rows: np.ndarray, outputs: Any, is_open: np.ndarray, temperature: float) -> VerifiedText:
             places = rows.tolist()
-            its_limits = [limits[row] for row in places]
             text = VerifiedText.begin([prompts[row] for row in places], [prefixes[row] for row in places], max(limits))
             decoder = VerifiedDecoder(
                 self,
                 text,
                 outputs,
                 settings,
-                limits=its_limits,
+                limits=[limits[row] for row in places],
                 is_open=is_open,
                 prompt_length=batch.prompt_ids.shape[1],
-                hypotheses=self._hypotheses(places, draft_ids, settings),
-                temperature=t,
+                hypotheses=self._hypotheses(places, batch.draft_ids, settings),
+                temperature=temperature,
                 seeds=seeds[rows],
-                hotwords=hotwords and hotwords.take_rows(places),
+                hotwords=batch.hotwords and batch.hotwords.take_rows(places),
                 synced_gpus=batch.synced_gpus,
             )
             # What is decoded anew is not shown: it may be a part of the batch.
@@ -337,36 +333,41 @@ class GenerationMixin:
             decoder.run(show if is_shown else None)
             return text
 
-        text = write(np.arange(len(prompts)), batch.encoder_outputs, has_speech, temperatures[0])
-        has_stock = batch.input_features is not None and self.config.encoder_config.model_type == "whisper"
-        refused = self._refused(text, has_speech, settings, is_own=has_stock)
-        # What is only improbable is no better drawn than it is: the temperature rises for what repeats itself.
-        attempts = temperatures if has_stock else temperatures[1:]
-        if not has_stock:
-            refused = refused & self._repeating(text, settings)
-        stock = None
+        text = write(np.arange(len(prompts)), batch.encoder_outputs, batch.has_speech, settings.temperatures[0])
         # Where processes wait for each other, one cannot take more steps than the others know of.
-        for t in attempts if not batch.synced_gpus else ():
+        if not batch.synced_gpus:
+            self._write_again(text, write, batch, settings)
+        output = self._text_output(text, batch.has_speech & ~self._silent(text, settings), settings)
+        return output, (text.tokens[:, : text.lengths.max()], None, text.starts)
+
+    def _write_again(
+        self, text: VerifiedText, write: Callable[..., VerifiedText], batch: Batch, settings: MDMASRGenerationConfig
+    ) -> None:
+        """Puts other texts in the places of those that are refused: one with the silence that Whisper's encoder was
+        trained with, then, where it still repeats itself, others at rising temperatures. Of texts that are all
+        refused, one that does not repeat itself stays, of these the most probable."""
+        temperatures = settings.temperatures
+        has_stock = batch.input_features is not None and self.config.encoder_config.model_type == "whisper"
+        refused = self._refused(text, batch.has_speech, settings, is_own=has_stock)
+        if not has_stock:
+            # What is only improbable is no better drawn than it is: the temperature rises for what repeats itself.
+            refused, temperatures = refused & self._repeating(text, settings), temperatures[1:]
+        stock, stock_rows = batch.encoder_outputs, np.arange(len(refused))
+        for attempt, temperature in enumerate(temperatures):
             rows = refused.nonzero()[0]
             if not len(rows):
                 break
-            if not has_stock:
-                stock, at = batch.encoder_outputs, rows
-            else:
-                if stock is None:
-                    stock_rows = rows
-                    stock = self.encode(*batch.features(rows), trailing_silence_s=STOCK_DURATION_S)
-                    stock = self.prepare_cross_attention(stock)
-                at = (stock_rows[:, None] == rows).argmax(axis=0)
+            if has_stock and attempt == 0:
+                stock_rows = rows
+                stock = self.encode(*batch.features(rows), trailing_silence_s=STOCK_DURATION_S)
+                stock = self.prepare_cross_attention(stock)
             every = np.ones(len(rows), dtype=bool)
-            again = write(rows, self.take_rows(stock, at), every, t)
+            again = write(rows, self.take_rows(stock, np.searchsorted(stock_rows, rows)), every, temperature)
             ranks = ((self._rank(again, i, settings), self._rank(text, row, settings)) for i, row in enumerate(rows))
             better = np.array([new >= old for new, old in ranks])
             still = self._refused(again, every, settings)
             text.replace(rows, again, better | ~still)
             refused[rows] = still & self._repeating(again, settings)
-        output = self._text_output(text, has_speech & ~self._silent(text, settings), settings)
-        return output, (text.tokens[:, : text.lengths.max()], None, text.starts)
 
     def _with_previous(
         self, prompts: list[list[int]], previous_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
@@ -509,6 +510,8 @@ class GenerationMixin:
         settings.sampler = make_sampler(settings.sampler, **sampler_settings)
         settings.validate()
         self._check_kind(settings)
+        if settings.return_token_timestamps:
+            check_alignment_heads(settings.alignment_heads, self.config.decoder_config)
         if settings.num_beams not in (None, 1):
             _warn_once(f"`num_beams={settings.num_beams}` is ignored: masked diffusion has no beams.")
         eos = settings.eos_token_id
