@@ -112,6 +112,7 @@ class Batch:
     duration_s: np.ndarray | None
     num_samples: int
     encoder_outputs: Any
+    is_encoded_here: bool
     prompt_ids: np.ndarray
     languages: list[str] | None
     has_speech: np.ndarray
@@ -241,10 +242,10 @@ class GenerationMixin:
             raise ValueError(
                 "`generate` needs `input_features` or `encoder_outputs`. Get the former from the processor."
             )
-        has_speech = None
+        has_speech, is_encoded_here = None, encoder_outputs is None
         if input_features is not None:
             has_speech, attention_mask = self.find_speech(input_features, attention_mask, settings.min_duration_s)
-        if encoder_outputs is None:
+        if is_encoded_here:
             encoder_outputs = self.encode(input_features, attention_mask)
         encoder_outputs = self.prepare_cross_attention(encoder_outputs)
         batch_size, languages = len(encoder_outputs.last_hidden_state), None
@@ -257,6 +258,7 @@ class GenerationMixin:
             duration_s=None if duration_s is None else to_numpy(duration_s),
             num_samples=settings.num_return_sequences,
             encoder_outputs=encoder_outputs,
+            is_encoded_here=is_encoded_here,
             prompt_ids=self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots),
             languages=languages,
             has_speech=np.ones(batch_size, dtype=bool) if has_speech is None else to_numpy(has_speech),
@@ -304,6 +306,8 @@ class GenerationMixin:
         prefixes = batch.prefix_ids or [[] for _ in prompts]
         limits = self._text_limits(prompts, prefixes, settings)
         seeds, streamer = self._seeds(batch, settings.temperatures), batch.streamer
+        # Times of tokens read the frames again, and what is written again may.
+        may_spend = batch.is_encoded_here and self._has_stock(batch) and not settings.return_token_timestamps
 
         def show(texts: list[list[int]], committed: list[int]) -> None:
             value = np.full((len(texts), max(map(len, texts))), self.config.pad_token_id)
@@ -327,10 +331,13 @@ class GenerationMixin:
                 seeds=seeds[rows],
                 hotwords=batch.hotwords and batch.hotwords.take_rows(places),
                 synced_gpus=batch.synced_gpus,
+                may_spend=may_spend or outputs is not batch.encoder_outputs,
             )
             # What is decoded anew is not shown: it may be a part of the batch.
             is_shown = hasattr(streamer, "put_draft") and len(places) == len(prompts)
             decoder.run(show if is_shown else None)
+            if may_spend and outputs is batch.encoder_outputs:
+                self.spend(outputs)
             return text
 
         text = write(np.arange(len(prompts)), batch.encoder_outputs, batch.has_speech, settings.temperatures[0])
@@ -347,7 +354,7 @@ class GenerationMixin:
         trained with, then, where it still repeats itself, others at rising temperatures. Of texts that are all
         refused, one that does not repeat itself stays, of these the most probable."""
         temperatures = settings.temperatures
-        has_stock = batch.input_features is not None and self.config.encoder_config.model_type == "whisper"
+        has_stock = self._has_stock(batch)
         refused = self._refused(text, batch.has_speech, settings, is_own=has_stock)
         if not has_stock:
             # What is only improbable is no better drawn than it is: the temperature rises for what repeats itself.
@@ -368,6 +375,10 @@ class GenerationMixin:
             still = self._refused(again, every, settings)
             text.replace(rows, again, better | ~still)
             refused[rows] = still & self._repeating(again, settings)
+
+    def _has_stock(self, batch: Batch) -> bool:
+        """Whether what is refused is encoded anew, with the silence that the encoder was trained with."""
+        return batch.input_features is not None and self.config.encoder_config.model_type == "whisper"
 
     def _with_previous(
         self, prompts: list[list[int]], previous_ids: list[list[int]] | None, settings: MDMASRGenerationConfig
@@ -631,6 +642,9 @@ class GenerationMixin:
                 f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row."
             )
         return list(generator)
+
+    def spend(self, encoder_outputs: Any) -> None:
+        """Told of outputs that nobody reads any more."""
 
     def _any_unfinished(self, unfinished: bool, synced_gpus: bool) -> bool:
         """Whether there are rows that are open."""

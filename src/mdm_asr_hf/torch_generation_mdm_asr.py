@@ -137,7 +137,9 @@ class MDMASRGenerationMixin(GenerationMixin):
     memory_errors = (torch.OutOfMemoryError,)
     generate = torch.no_grad()(GenerationMixin.generate)
 
-    def begin_steps(self, encoder_outputs: MDMASREncoderOutput, rows: np.ndarray, num_slots: int) -> TorchSteps:
+    def begin_steps(
+        self, encoder_outputs: MDMASREncoderOutput, rows: np.ndarray, num_slots: int, may_spend: bool = False
+    ) -> TorchSteps:
         """What [`VerifiedDecoder`] makes its steps by."""
         return TorchSteps(self, encoder_outputs, rows, num_slots)
 

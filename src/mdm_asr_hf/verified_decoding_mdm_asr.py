@@ -129,6 +129,7 @@ class VerifiedDecoder:
         temperature (`float`): draws the donor's tokens, by noise that each row's seed (B,) and the position give.
         hotwords ([`HotwordAutomaton`], *optional*): of B rows.
         synced_gpus (`bool`): step as long as any process has open rows, once for each step of the others.
+        may_spend (`bool`): the encoder's outputs are not read again, and may be overwritten.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class VerifiedDecoder:
         seeds: np.ndarray | None = None,
         hotwords: HotwordAutomaton | None = None,
         synced_gpus: bool = False,
+        may_spend: bool = False,
     ):
         config = model.config.decoder_config
         self.model, self.text, self.settings, self.synced_gpus = model, text, settings, synced_gpus
@@ -164,7 +166,7 @@ class VerifiedDecoder:
         # One at least, to step with where processes wait for each other.
         kept = self.rows if len(self.rows) else np.zeros(1, dtype=np.int64)
         num_slots = max(limits) + self.most_drafts + self.most_of_hypothesis
-        self.steps = model.begin_steps(encoder_outputs, kept, num_slots)
+        self.steps = model.begin_steps(encoder_outputs, kept, num_slots, may_spend)
         self.num_cached = np.zeros_like(self.limits)
         self.mask_drafts = self._nothing()
         for row, hypothesis in enumerate(hypotheses):

@@ -2,10 +2,11 @@
 """OnnxMDMASR: `generate` on the graphs that `export_onnx` wrote, by ONNX Runtime and NumPy, without PyTorch."""
 
 import json
+import math
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -121,12 +122,21 @@ class OnnxSteps:
     tokens and frames alone, to the bit.
     """
 
-    def __init__(self, decoder: OnnxDecoder, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int):
+    def __init__(
+        self,
+        decoder: OnnxDecoder,
+        encoder_outputs: OnnxEncoderOutput,
+        rows: np.ndarray,
+        num_slots: int,
+        may_spend: bool = False,
+    ):
         self.decoder, self.config, self.num_rows = decoder, decoder.config, len(rows)
         self.cross = cross_feed(encoder_outputs)
-        # Those of the encoder's outputs may be read again by others.
-        self.is_own = not np.array_equal(rows, np.arange(len(encoder_outputs.attention_mask)))
-        if self.is_own:
+        # Rows that end are overwritten by others, unless they may be read again: a copy of a batch's keys takes new
+        # memory, which is slower than the copying.
+        is_whole = np.array_equal(rows, np.arange(len(encoder_outputs.attention_mask)))
+        self.is_own = may_spend or not is_whole
+        if not is_whole:
             self.cross = {name: values[rows] for name, values in self.cross.items()}
         # Stands for the last slot there is, whose number grows.
         self.padding_slot = num_slots
@@ -213,6 +223,8 @@ class OnnxMDMASR(GenerationMixin):
         self.encoder, self.encoders = sessions[ENCODER_FILE], None
         self.decoder = OnnxDecoder(sessions[DECODER_FILE], sessions[DRAFTS_FILE], embeddings, config.decoder_config)
         self.name_or_path = ""
+        # Memory of the last batch, for the next one.
+        self.spent: list[np.ndarray] = []
 
     @classmethod
     def from_pretrained(
@@ -286,7 +298,10 @@ class OnnxMDMASR(GenerationMixin):
             rows = self.encoders(names, feeds)
         lengths = np.array([row["frames"].shape[1] for row in rows])
         num_frames = _multiple(int(lengths.max()))
-        joined = {name: _join([row.pop(name) for row in rows], num_frames) for name in names}
+        memory = self._take_memory(rows, num_frames)
+        joined = {
+            name: _join([row.pop(name) for row in rows], place) for name, place in zip(names, memory, strict=True)
+        }
         return OnnxEncoderOutput(
             last_hidden_state=joined["frames"],
             attention_mask=np.arange(num_frames) < lengths[:, None],
@@ -327,6 +342,26 @@ class OnnxMDMASR(GenerationMixin):
             raise ValueError("`encoder_outputs` must be what this model's `encode` returned.")
         return encoder_outputs
 
+    def _take_memory(self, rows: list[dict[str, np.ndarray]], num_frames: int) -> Iterator[np.ndarray]:
+        """For each output of the rows (1, ..., T, D), an array (B, ..., num_frames, D), in memory of an earlier batch
+        where there is some that is large enough: to be given new memory takes longer than to fill it."""
+        shapes = [(len(rows), *one.shape[1:-2], num_frames, one.shape[-1]) for one in rows[0].values()]
+        sizes = [math.prod(shape) for shape in shapes]
+        try:
+            memory = self.spent.pop()
+        except IndexError:
+            memory = np.empty(0, np.float32)
+        if len(memory) < sum(sizes):
+            memory = np.empty(sum(sizes), np.float32)
+        parts = np.split(memory, np.cumsum(sizes))
+        return (part.reshape(shape) for part, shape in zip(parts, shapes, strict=False))
+
+    def spend(self, encoder_outputs: OnnxEncoderOutput) -> None:
+        """Takes the memory of outputs that nobody reads any more."""
+        memory = encoder_outputs.last_hidden_state.base
+        if not self.spent and memory is not None:
+            self.spent.append(memory)
+
     def take_rows(self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray) -> OnnxEncoderOutput:
         """The encoder's outputs for some rows, by their indices, which may repeat."""
         return OnnxEncoderOutput(
@@ -349,9 +384,11 @@ class OnnxMDMASR(GenerationMixin):
         mask = np.ones(input_features.shape[:2]) if attention_mask is None else to_numpy(attention_mask)
         return mask.sum(axis=-1) / self.config.input_frames_per_s
 
-    def begin_steps(self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int) -> OnnxSteps:
-        """What [`VerifiedDecoder`] makes its steps by."""
-        return OnnxSteps(self.decoder, encoder_outputs, rows, num_slots)
+    def begin_steps(
+        self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int, may_spend: bool = False
+    ) -> OnnxSteps:
+        """What [`VerifiedDecoder`] makes its steps by; `may_spend` says that nobody reads the outputs again."""
+        return OnnxSteps(self.decoder, encoder_outputs, rows, num_slots, may_spend)
 
     def prompt_logits(self, prompt_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput) -> np.ndarray:
         """Logits (B, V) behind prompts (B, P)."""
@@ -400,13 +437,10 @@ def cross_feed(encoder_outputs: OnnxEncoderOutput) -> dict[str, np.ndarray]:
     return feed
 
 
-def _join(rows: list[np.ndarray], length: int) -> np.ndarray:
-    """Rows (1, ..., T, D) of any lengths T as (B, ..., length, D), with zeros behind them."""
-    if len(rows) == 1 and rows[0].shape[-2] == length:
-        return rows[0]
-    joined = np.zeros((len(rows), *rows[0].shape[1:-2], length, rows[0].shape[-1]), rows[0].dtype)
+def _join(rows: list[np.ndarray], joined: np.ndarray) -> np.ndarray:
+    """Puts rows (1, ..., T, D) of any lengths T into an array (B, ..., length, D), with zeros behind them."""
     for place, row in zip(joined, rows, strict=True):
-        place[..., : row.shape[-2], :] = row[0]
+        place[..., : row.shape[-2], :], place[..., row.shape[-2] :, :] = row[0], 0
     return joined
 
 
