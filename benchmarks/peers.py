@@ -10,7 +10,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -399,9 +399,11 @@ def convert_for_faster_whisper(donor: str, folder: Path, quantization: str) -> N
     (folder / "benchmark.json").write_text(json.dumps({"max_length": max_length}), encoding="utf-8")
 
 
-def measure_memory(peer: Peer, batches: list[list[np.ndarray]], device: str, threads: int) -> list[dict[str, float]]:
+def measure_memory(
+    peer: Peer, batches: Iterable[list[np.ndarray]], device: str, threads: int
+) -> list[dict[str, float]]:
     """
-    Loads the peer and transcribes each batch twice, the smallest batch first. To be called in a process that has done
+    Loads the peer and transcribes each batch twice, smaller ones first. To be called in a process that has done
     nothing else.
 
     Returns:
@@ -418,7 +420,7 @@ def measure_memory(peer: Peer, batches: list[list[np.ndarray]], device: str, thr
         sys.modules["torch"] = sys.modules["transformers"] = None
     system = load_peer(peer, device, threads)
     rows = []
-    for clips in sorted(batches, key=len):
+    for clips in batches:
         for _ in range(2):
             system.transcribe(clips)
         rows.append({"peak": round(_peak_rss_mib(), 1), "before": round(before, 1)})

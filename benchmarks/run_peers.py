@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -194,7 +194,7 @@ def list_peers(args: argparse.Namespace, work: Path) -> list[Any]:
     # Once, since these have their own precision.
     for folder, dtype, settings in ours:
         if folder:
-            peers.append(Peer("onnx", source, name, Path(folder).name, settings, folder))
+            peers.append(Peer("onnx", source, "mdm_asr_hf", Path(folder).name, settings, folder))
         elif dtype:
             peers.append(Peer("ours", source, name, dtype, settings))
     return peers
@@ -220,9 +220,12 @@ def answer_memory(request: dict[str, Any]) -> None:
     from peers import Peer, measure_memory
 
     with np.load(request["clips"]) as file:
-        clips = [file[name] for name in file.files]
-    batches = [batches_of(clips, batch_size)[0] for batch_size in request["batch_sizes"]]
-    print(json.dumps(measure_memory(Peer(**request["peer"]), batches, request["device"], request["threads"])))
+        # Read when it is their turn: those of a batch of eight are no part of what one clip takes.
+        batches = (
+            [file[name] for name in batches_of(file.files, batch_size)[0]] for batch_size in request["batch_sizes"]
+        )
+        mib = measure_memory(Peer(**request["peer"]), batches, request["device"], request["threads"])
+    print(json.dumps(mib))
 
 
 def time_calls(call: Any, inputs: list[Any], synchronize: Any) -> tuple[float, list[Any]]:
@@ -235,6 +238,18 @@ def time_calls(call: Any, inputs: list[Any], synchronize: Any) -> tuple[float, l
         # Every time, as one who waits for the text does: a GPU must not begin with the next clip meanwhile.
         synchronize()
     return time.perf_counter() - start, outputs
+
+
+@contextmanager
+def busy_loops(number: int) -> Iterator[None]:
+    """So many processes that compute, for the time of the context."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def run_rounds(
@@ -311,7 +326,7 @@ def describe_run(
     args: argparse.Namespace,
     arguments: list[str],
     script: str = "run_peers.py",
-    settings: tuple[str, ...] = ("threads", "rounds", "clips", "lengths", "batch_sizes", "recording"),
+    settings: tuple[str, ...] = ("threads", "rounds", "clips", "lengths", "batch_sizes", "recording", "busy"),
 ) -> dict[str, Any]:
     """Command, the `settings` of `args`, machine and versions, for the first row of raw.jsonl."""
     versions = {"python": platform.python_version()}
@@ -592,7 +607,8 @@ def run(args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
             total = sum(peer.can_batch(batch_size) for peer in peers for batch_size in args.batch_sizes)
             for row in track(memory, "memory", total=total, console=Console(stderr=True)):
                 write(row)
-            run_rounds(peers, clips, args, write)
+            with busy_loops(args.busy):
+                run_rounds(peers, clips, args, write)
     return write_results(args.output)
 
 
@@ -613,6 +629,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recording", type=float, metavar="MINUTES", help="and a recording of about this length")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="beside N processes that compute all the time"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--work", type=Path, help="keep the converted weights here; default: a temporary folder")
