@@ -490,34 +490,9 @@ class GenerationMixin:
             for key, value in generation_config.to_diff_dict().items():
                 if hasattr(settings, key) and value is not None and key != "transformers_version":
                     setattr(settings, key, value)
-        template_slots = (settings.prompt_template or {}).get("slots", {})
-        prompt_slots, sampler_settings, unknown = {}, {}, []
-        wrong = (
-            set(CANVAS_SETTINGS) & set(kwargs)
-            if self.config.has_drafts
-            else (set(DRAFT_SETTINGS) & set(kwargs)) | given
-        )
-        if wrong:
-            kinds = ("a canvas", "drafts") if self.config.has_drafts else ("drafts", "a canvas")
-            raise ValueError(
-                f"{sorted(wrong)} are for checkpoints with {kinds[0]}, but this one decodes with {kinds[1]}. Leave "
-                "them out, or load another checkpoint."
-            )
-        for key, value in kwargs.items():
-            if key in _IGNORED_ARGUMENTS or (value is None and key not in _MEANINGFUL_NONES):
-                continue
-            if key in _SAMPLER_SETTINGS:
-                sampler_settings[key] = value
-            elif key in template_slots or key in _PROMPT_SLOTS:
-                prompt_slots[key] = value
-            elif key in vars(settings) and not key.startswith("_"):
-                setattr(settings, key, value)
-            else:
-                unknown.append(key)
-        if unknown:
-            raise ValueError(
-                f"{sorted(unknown)} are not arguments of MDM-ASR's `generate`. See MDMASRGenerationConfig."
-            )
+        prompt_slots, sampler_settings, values = self._sort_arguments(kwargs, given, settings)
+        for name, value in values.items():
+            setattr(settings, name, value)
         settings.sampler = make_sampler(settings.sampler, **sampler_settings)
         settings.validate()
         self._check_kind(settings)
@@ -533,6 +508,30 @@ class GenerationMixin:
                 "Leave it out."
             )
         return settings, prompt_slots
+
+    def _sort_arguments(
+        self, kwargs: dict[str, Any], given: set[str], settings: MDMASRGenerationConfig
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Keyword arguments as slots of the prompt, settings of the sampler, and other settings."""
+        has_drafts, kinds = self.config.has_drafts, ("a canvas", "drafts")
+        wrong = set(kwargs) & set(CANVAS_SETTINGS) if has_drafts else set(kwargs) & set(DRAFT_SETTINGS) | given
+        if wrong:
+            raise ValueError(
+                f"{sorted(wrong)} are for checkpoints with {kinds[not has_drafts]}, but this one decodes with "
+                f"{kinds[has_drafts]}. Leave them out, or load another checkpoint."
+            )
+        slots = set((settings.prompt_template or {}).get("slots", {})) | set(_PROMPT_SLOTS)
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in _IGNORED_ARGUMENTS and (value is not None or name in _MEANINGFUL_NONES)
+        }
+        settable = {name for name in vars(settings) if not name.startswith("_")}
+        if unknown := sorted(set(kwargs) - slots - settable - set(_SAMPLER_SETTINGS)):
+            raise ValueError(f"{unknown} are not arguments of MDM-ASR's `generate`. See MDMASRGenerationConfig.")
+        of_prompt = {name: value for name, value in kwargs.items() if name in slots}
+        of_sampler = {name: value for name, value in kwargs.items() if name in _SAMPLER_SETTINGS}
+        return of_prompt, of_sampler, {n: value for n, value in kwargs.items() if n not in of_prompt | of_sampler}
 
     def _check_kind(self, settings: MDMASRGenerationConfig) -> None:
         """Raises ValueError where the checkpoint cannot do what the settings ask for."""
