@@ -1,5 +1,5 @@
 # For those who have make; it only calls run.py, which needs Python alone.
-.PHONY: demo test lint
+.PHONY: demo test check
 
 demo:
 	python3 run.py demo
@@ -7,5 +7,5 @@ demo:
 test:
 	python3 run.py test
 
-lint:
-	.venv/bin/ruff check .
+check:
+	python3 run.py check

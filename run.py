@@ -5,6 +5,7 @@ Sets up a virtual environment in .venv and runs the demo or the tests in it. Nee
 
     python3 run.py demo                 transcribe the recording in demo/
     python3 run.py test [ARGUMENTS]     run the tests; arguments go to pytest
+    python3 run.py check                style, docstrings, complexity, imports that go one way, types, copies
 
 PyTorch is installed for the CPU. For another build, set MDM_ASR_TORCH to what pip should install, such as "torch"
 (PyPI's, on Linux with CUDA) or "torch --index-url https://download.pytorch.org/whl/cu130". What is installed already
@@ -122,6 +123,19 @@ def test(arguments: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}).returncode
 
 
+def check() -> int:
+    set_up("test")
+    commands = (
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["lint-imports"],
+        ["mypy"],
+        ["pylint", "src", "benchmarks", "training"],
+    )
+    codes = [subprocess.run([str(BIN / name), *rest], cwd=ROOT).returncode for name, *rest in commands]
+    return max(codes)
+
+
 def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 (no installer has checked it yet)
         fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}.")
@@ -130,6 +144,8 @@ def main() -> int:
         return demo()
     if command == "test":
         return test(arguments)
+    if command == "check" and not arguments:
+        return check()
     print(__doc__.strip(), file=sys.stderr)
     return 2
 

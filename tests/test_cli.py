@@ -237,9 +237,7 @@ def test_a_fresh_process_prints_nothing_else(silence):
 
 def test_threads_that_wait_sleep_unless_one_wants_them_to_spin(monkeypatch):
     code = "import mdm_asr_cli, os, sys; assert 'torch' not in sys.modules; sys.argv[1:] = ['--version']\n"
-    code += (
-        "try: mdm_asr_cli.main()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    )
+    code += "try: mdm_asr_cli.main()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     os.environ.pop("OMP_WAIT_POLICY", None)
     assert run_python(code).stdout.split()[-2:] == ["PASSIVE", "True"]
     assert run_python(code, OMP_WAIT_POLICY="ACTIVE").stdout.split()[-2] == "ACTIVE"

@@ -462,9 +462,7 @@ def test_processes_lose_and_double_nothing(folder, model, processor, monkeypatch
     expected = timeless(evaluate_model(model, processor, data, batch_size=2))
     shares = []
     for index in range(3):
-        monkeypatch.setattr(
-            evaluation, "process_index_and_number", lambda device=None, index=index: (index, 3)
-        )
+        monkeypatch.setattr(evaluation, "process_index_and_number", lambda device=None, index=index: (index, 3))
         monkeypatch.setattr(evaluation, "_merge", lambda data, rows, skipped: rows)
         shares.append(evaluate_model(model, processor, data, batch_size=2))
     monkeypatch.undo()

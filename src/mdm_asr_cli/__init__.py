@@ -8,6 +8,7 @@ import os
 
 
 def main() -> None:
+    """Runs a command."""
     # Read once, when PyTorch is loaded: OpenMP's threads spin while they wait for each other, and take several times
     # as long where other work runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

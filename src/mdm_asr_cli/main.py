@@ -40,6 +40,7 @@ def options(
 
 
 def main() -> None:
+    """Runs a command; what ends it is one line on stderr."""
     print_anything()
     try:
         app()

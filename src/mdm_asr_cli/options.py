@@ -8,6 +8,8 @@ import typer
 
 
 class DType(StrEnum):
+    """Precisions that a model can be loaded in."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"

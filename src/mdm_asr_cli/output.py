@@ -17,6 +17,8 @@ JOURNAL_FOLDER = ".mdm-asr"
 
 
 class Format(StrEnum):
+    """Of files, by their suffixes."""
+
     txt = "txt"
     json = "json"
     srt = "srt"
@@ -24,6 +26,8 @@ class Format(StrEnum):
 
 
 class Timestamps(StrEnum):
+    """What gets times."""
+
     segment = "segment"
     word = "word"
 

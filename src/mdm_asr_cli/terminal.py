@@ -52,6 +52,7 @@ def one_line(error: Any) -> str:
 
 
 def report(kind: str, message: Any) -> None:
+    """Prints a line on stderr."""
     print(f"{kind}: {one_line(message)}", file=sys.stderr, flush=True)
 
 

@@ -206,7 +206,7 @@ class MDMASRGenerationConfig(GenerationConfig):
         pad_token_id, eos_token_id, bos_token_id (`int`, *optional*): kept for other code; the model's config decides.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         # The parent's many autoregressive attributes are left out on purpose, as models/diffusion_gemma does.
         self.sampler = kwargs.pop("sampler", "pbeb_conf")
         self.temperature: float | list[float] = kwargs.pop("temperature", 0.0)

@@ -57,9 +57,7 @@ def load_model(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"`device` {device!r} cannot be used ({error}). Leave it out, or use 'cpu'."
-        ) from error
+        raise ValueError(f"`device` {device!r} cannot be used ({error}). Leave it out, or use 'cpu'.") from error
     looks_like_path = "/" not in model.strip("/") or model.startswith((".", "/", "~")) or model.count("/") > 1
     if looks_like_path and not Path(model).exists():
         raise ValueError(f"`model` {model!r} is neither a folder nor an id of the form owner/name. Check the path.")

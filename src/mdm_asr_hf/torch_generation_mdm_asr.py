@@ -127,7 +127,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class MDMASRGenerateOutput(ModelOutput, GenerateOutput):
+class MDMASRGenerateOutput(ModelOutput, GenerateOutput):  # noqa: D101 (it is the other's)
     __doc__ = GenerateOutput.__doc__
 
 

@@ -233,6 +233,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def report_skipped(skipped: list[dict[str, str]], one_id: str, error: Exception) -> None:
+    """Takes note of a row that cannot be measured."""
     skipped.append({"id": one_id, "reason": str(error)})
     logger.warning(f"Skipped {one_id}: {error}")
 
