@@ -65,22 +65,4 @@ class DraftingCache:
         self._rows = torch.arange(len(rows), device=rows.device)[:, None]
 
 
-class WholeSequence:
-    """Stands in for [`DraftingCache`] where causal rows hold all there is, as in training: their own keys are all."""
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> KeyValue:
-        return keys, values
-
-
-class BehindDonor:
-    """The cache of the mask rows: a layer's keys are those of the donor's layer beside it, and then the masks' own."""
-
-    def __init__(self):
-        self.of_donor: list[KeyValue] = []
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> KeyValue:
-        of_donor = self.of_donor[layer_idx]
-        return torch.cat([of_donor[0], keys], dim=2), torch.cat([of_donor[1], values], dim=2)
-
-
-__all__ = ["BehindDonor", "DraftingCache", "KeyValue", "WholeSequence"]
+__all__ = ["DraftingCache", "KeyValue"]

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_mdm_asr import BehindDonor, DraftingCache, KeyValue, WholeSequence
+from .cache_mdm_asr import DraftingCache, KeyValue
 from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
 from .encoder_mdm_asr import key_mask
 
@@ -134,25 +134,32 @@ class MDMASRDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cross_key_value: KeyValue,
-        past_key_values: DraftingCache | WholeSequence | BehindDonor,
+        cross_key: torch.Tensor,
+        cross_value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        behind: BehindDonor | None = None,
+        cache: DraftingCache | None = None,
+        past_key: torch.Tensor | None = None,
+        past_value: torch.Tensor | None = None,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """States (B, L, D), and the keys and values that were looked at. Those before the rows' own ones are a
+        cache's, or of `past_key` and `past_value` (B, key-value heads, S, head_dim); tensors, and not in tuples, since
+        gradients reach no others through a reentrant checkpoint."""
         normed = self.self_attn_layer_norm(hidden_states)
-        key_value = past_key_values.update(*self.self_attn.project_key_value(normed), self.index)
-        if behind is not None:
-            behind.of_donor.append(key_value)
-        attended, _ = self.self_attn(normed, key_value, attention_mask, **kwargs)
+        key, value = self.self_attn.project_key_value(normed)
+        if cache is not None:
+            key, value = cache.update(key, value, self.index)
+        elif past_key is not None:
+            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        attended, _ = self.self_attn(normed, (key, value), attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         attended, _ = self.cross_attn(
-            self.cross_attn_layer_norm(hidden_states), cross_key_value, encoder_attention_mask, **kwargs
+            self.cross_attn_layer_norm(hidden_states), (cross_key, cross_value), encoder_attention_mask, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)
         inner = self.activation_dropout(self.activation(self.fc1(self.mlp_layer_norm(hidden_states))))
-        return hidden_states + self.dropout(self.fc2(inner))
+        return hidden_states + self.dropout(self.fc2(inner)), key, value
 
 
 class MDMASRDraftLayer(MDMASRDecoderLayer):
@@ -440,21 +447,21 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         # One for all rows: causal ones and masks are of different numbers.
         one = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[-1]))
         cross_mask = key_mask(self, one, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states)
-        cache, behind, masks = past_key_values or WholeSequence(), None, None
+        masks = None
         if frontiers is not None:
             block_embeds = self.embed_ids(block_ids.flatten(1)).unflatten(1, block_ids.shape[1:])
-            behind, masks = BehindDonor(), self.embed_blocks(block_embeds, frontiers)
+            masks = self.embed_blocks(block_embeds, frontiers)
             if frontier_mask is None:
                 frontier_mask = torch.arange(input_ids.shape[1], device=frontiers.device) <= frontiers[..., None]
             mask_mask = self._pair_mask(self._block_mask(frontier_mask, block_ids.shape[-1]), masks.dtype)
             first = self.config.num_hidden_layers - self.config.draft_layers
-        for index, (layer, key_value) in enumerate(zip(self.layers, cross_attention_states, strict=True)):
+        for index, (layer, cross) in enumerate(zip(self.layers, cross_attention_states, strict=True)):
             if input_ids.shape[1]:
-                hidden_states = layer(hidden_states, key_value, cache, self_mask, cross_mask, behind, **kwargs)
+                hidden_states, *past = layer(hidden_states, *cross, self_mask, cross_mask, past_key_values, **kwargs)
             else:
-                behind.of_donor.append(cache.layer(index))
-            if frontiers is not None and index >= first:
-                masks = self.drafts.layers[index - first](masks, key_value, behind, mask_mask, cross_mask, **kwargs)
+                past = past_key_values.layer(index)
+            if masks is not None and index >= first:
+                masks, *_ = self.drafts.layers[index - first](masks, *cross, mask_mask, cross_mask, None, *past, **kwargs)
         if masks is not None:
             masks = self.drafts.layer_norm(masks).unflatten(1, block_ids.shape[1:])
         return MDMASRDecoderOutput(last_hidden_state=self.layer_norm(hidden_states), draft_hidden_states=masks)

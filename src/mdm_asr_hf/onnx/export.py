@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..cache_mdm_asr import BehindDonor, KeyValue
+from ..cache_mdm_asr import KeyValue
 from ..decoder_mdm_asr import entropy
 from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from .model import DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE, ENCODER_FILE, layer_names, require
@@ -152,15 +152,14 @@ class DraftsGraph(nn.Module):
         Returns:
             Ids and entropies (R, K), see [`MDMASRDrafts`].
         """
-        decoder, behind = self.decoder, BehindDonor()
-        layers = decoder.drafts.layers
-        behind.of_donor = [None] * layers[0].index + list(zip(keys, values, strict=True))
+        decoder = self.decoder
         states = decoder.embed_blocks(embeds[:, None], frontiers)
         seen = torch.arange(keys.shape[3]) <= frontiers[..., None]
         visible = _additive(decoder._block_mask(seen, embeds.shape[1]))[:, None]
         frames = _additive(frame_mask)[:, None, None]
-        for layer, *cross in zip(layers, cross_keys, cross_values, strict=True):
-            states = layer(states, tuple(cross), behind, visible, frames)
+        pairs = zip(cross_keys, cross_values, keys, values, strict=True)
+        for layer, (cross_key, cross_value, *past) in zip(decoder.drafts.layers, pairs, strict=True):
+            states, *_ = layer(states, cross_key, cross_value, visible, frames, None, *past)
         known = torch.stack([embeds[:, 0], before], dim=1)
         ids, log_probs = decoder.drafts.draft(decoder.drafts.layer_norm(states), known, self.weight, self.bias)
         return ids, entropy(log_probs)
