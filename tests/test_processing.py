@@ -165,6 +165,23 @@ def test_unknown_arguments_raise(processor):
 # --- text ---
 
 
+def test_arguments_of_audio_and_text_alone(processor):
+    batch = processor(speech(), text="there", sampling_rate=RATE, padding="max_length", max_length=9_600)
+    assert batch["input_features"].shape[1] == 60 and batch["labels"].shape[1] == 9_600
+    batch = processor(
+        speech(),
+        text="there",
+        audio_kwargs={"sampling_rate": RATE, "padding": "max_length", "max_length": 9_600},
+        text_kwargs={"padding": "max_length", "max_length": 12},
+    )
+    assert batch["input_features"].shape[1] == 60 and batch["labels"].shape[1] == 12
+    assert processor.decode(batch["labels"][0]) == "there"
+    with pytest.raises(ValueError, match="`padding` was passed twice, in `text_kwargs`"):
+        processor(text="there", padding=True, text_kwargs={"padding": True})
+    with pytest.raises(ValueError, match="`text_kwargs` has 'truncation'"):
+        processor(text="there", text_kwargs={"truncation": True})
+
+
 def test_labels_are_tokens_then_end_then_ignored(processor, tokenizer):
     hello = tokenizer.encode(" hello world", add_special_tokens=False)
     there = tokenizer.encode(" there", add_special_tokens=False)

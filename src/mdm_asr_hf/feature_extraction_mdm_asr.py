@@ -41,6 +41,7 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
         frontend (`dict` or feature extractor, *optional*): the stock extractor, or what its `to_dict` gives: its class
             name under `feature_extractor_type` and its settings. Whisper's 80-bin log-mel by default.
         max_duration_s (`float`, *optional*): longer clips raise. None sets no limit here.
+        return_attention_mask (`bool`): the default of the call's argument of this name.
     """
 
     model_input_names = ["input_features", "attention_mask"]
@@ -49,6 +50,7 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
         self,
         frontend: dict[str, Any] | SequenceFeatureExtractor | None = None,
         max_duration_s: float | None = None,
+        return_attention_mask: bool = True,
         **kwargs: Any,
     ):
         # What transformers itself writes beside the settings of a saved extractor.
@@ -67,6 +69,7 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
             feature_size=self.frontend.feature_size,
             sampling_rate=self.frontend.sampling_rate,
             padding_value=self.frontend.padding_value,
+            return_attention_mask=return_attention_mask,
             **saved,
         )
 
@@ -94,7 +97,7 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: float | None = None,
         return_tensors: str | None = None,
         padding: bool | str = True,
-        return_attention_mask: bool | None = True,
+        return_attention_mask: bool | None = None,
         truncation: bool = False,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
@@ -141,7 +144,7 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
             [_pad_frames(one, num_frames, silence) for one, silence in zip(features, silences, strict=True)]
         )
         data = {"input_features": batch}
-        if return_attention_mask or return_attention_mask is None:
+        if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
             data["attention_mask"] = (np.arange(num_frames) < np.array(num_valid_frames)[:, None]).astype(np.int64)
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -152,6 +155,8 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
             "frontend": self.frontend.to_dict(),
             "max_duration_s": self.max_duration_s,
         }
+        if not self.return_attention_mask:
+            output["return_attention_mask"] = False
         if getattr(self, "auto_map", None) is not None:
             output["auto_map"] = dict(self.auto_map)
         return output

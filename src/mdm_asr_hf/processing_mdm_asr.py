@@ -14,6 +14,9 @@ from .hotwords_mdm_asr import HotwordIds, encode_hotwords
 from .prompt_mdm_asr import build_prompt_ids, prompt_values, validate_prompt_template
 
 IGNORED_LABEL = -100
+# Of the call's arguments, those that labels take, too; and those that are of no matter where there is no audio.
+TEXT_ARGUMENTS = ("padding", "max_length")
+AUDIO_ARGUMENTS = (*TEXT_ARGUMENTS, "sampling_rate", "return_attention_mask")
 
 
 class MDMASRProcessor(ProcessorMixin):
@@ -69,10 +72,7 @@ class MDMASRProcessor(ProcessorMixin):
         self,
         audio: Any = None,
         text: str | list[str] | None = None,
-        sampling_rate: float | None = None,
-        return_tensors: str | None = "pt",
-        padding: bool | str = True,
-        return_attention_mask: bool = True,
+        *,
         language: str | list[str] | None = None,
         target_language: str | list[str] | None = None,
         **kwargs: Any,
@@ -82,15 +82,17 @@ class MDMASRProcessor(ProcessorMixin):
             audio: one clip, or a list, data set or column of B clips, of any form [`load_audio`] takes. Other rates
                 are resampled.
             text (`str` or `list[str]`, *optional*): transcripts, for training.
-            sampling_rate (`int`): rate in Hz of samples that do not carry their own.
-            return_tensors (`str`, *optional*): `"pt"`, `"np"`, or None for NumPy arrays and lists.
-            padding (`bool` or `str`): of the features, see [`MDMASRFeatureExtractor`].
-            return_attention_mask (`bool`): the model needs the mask wherever clips were padded.
             language (`str` or `list[str]`, *optional*): of the text, for tokenizers that take one. By default the
                 prompt's.
             target_language (`str` or `list[str]`, *optional*): of the text, where it translates what is said in
                 `language`.
-            kwargs: further arguments of the feature extractor. Unknown ones raise.
+            sampling_rate (`int`): rate in Hz of samples that do not carry their own.
+            return_tensors (`str`, *optional*): `"pt"`, the default, `"np"`, or None for NumPy arrays and lists.
+            padding (`bool` or `str`), max_length (`int`): of the features, see [`MDMASRFeatureExtractor`]; and
+                `"max_length"` of the labels, which are otherwise as long as the longest.
+            return_attention_mask (`bool`): by default True; the model needs the mask wherever clips were padded.
+            kwargs: further arguments of the feature extractor. Unknown ones raise. Those for audio or text alone may
+                stand in `audio_kwargs` and `text_kwargs`.
 
         Returns:
             [`BatchFeature`] with `input_features` and `attention_mask` (see [`MDMASRFeatureExtractor`]) if there is
@@ -101,11 +103,11 @@ class MDMASRProcessor(ProcessorMixin):
         """
         if audio is None and text is None:
             raise ValueError("`audio` and `text` are both None. Pass audio to transcribe, text for labels, or both.")
-        data = {}
+        data, return_tensors, audio_kwargs, text_kwargs = {}, *self._split_arguments(kwargs)
         if audio is not None:
             clips = load_audio_batch(
                 audio,
-                sampling_rate=sampling_rate,
+                sampling_rate=audio_kwargs.pop("sampling_rate", None),
                 target_sampling_rate=self.feature_extractor.sampling_rate,
                 max_duration_s=getattr(self.feature_extractor, "max_duration_s", None),
             )
@@ -113,21 +115,33 @@ class MDMASRProcessor(ProcessorMixin):
                 clips,
                 sampling_rate=self.feature_extractor.sampling_rate,
                 return_tensors=return_tensors,
-                padding=padding,
-                return_attention_mask=return_attention_mask,
-                **kwargs,
+                **audio_kwargs,
             )
             data.update(features)
-        elif kwargs:
-            raise ValueError(f"Unknown argument {sorted(kwargs)[0]!r} of {type(self).__name__}. Leave it out.")
+        elif unknown := sorted(set(audio_kwargs) - set(AUDIO_ARGUMENTS)):
+            raise ValueError(f"Unknown argument {unknown[0]!r} of {type(self).__name__}. Leave it out.")
         if text is not None:
             texts = [text] if isinstance(text, str) else text
             if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(one, str) for one in texts):
                 raise ValueError(f"`text` must be a string or a non-empty list of strings, got {text!r:.80}.")
             if audio is not None and len(texts) != len(clips):
                 raise ValueError(f"`text` has {len(texts)} entries for {len(clips)} clips. Pass one per clip.")
-            data["labels"] = self._labels(texts, language, target_language)
+            data["labels"] = self._labels(texts, language, target_language, **text_kwargs)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _split_arguments(self, kwargs: dict[str, Any]) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
+        """`return_tensors`, and the arguments for audio and for text, each as transformers merges them."""
+        names = ("common_kwargs", "audio_kwargs", "text_kwargs")
+        common, audio, text = (dict(kwargs.pop(name, None) or {}) for name in names)
+        for name, own in (("audio_kwargs", audio), ("text_kwargs", text)):
+            if twice := sorted(set(own) & set(kwargs)):
+                raise ValueError(f"`{twice[0]}` was passed twice, in `{name}` and beside it. Leave one out.")
+        if unknown := sorted(set(text) - set(TEXT_ARGUMENTS)):
+            raise ValueError(f"`text_kwargs` has {unknown[0]!r}, but takes {list(TEXT_ARGUMENTS)}. Leave it out.")
+        shared = common | kwargs
+        return_tensors = shared.pop("return_tensors", "pt")
+        text = getattr(self.tokenizer, "init_kwargs", {}) | shared | text
+        return return_tensors, shared | audio, {name: text[name] for name in TEXT_ARGUMENTS if name in text}
 
     def get_prompt_ids(
         self,
@@ -191,7 +205,12 @@ class MDMASRProcessor(ProcessorMixin):
         return [self.decode(row, skip_special_tokens, **kwargs) for row in _to_list(token_ids)]
 
     def _labels(
-        self, texts: list[str], language: str | list[str] | None, target_language: str | list[str] | None
+        self,
+        texts: list[str],
+        language: str | list[str] | None,
+        target_language: str | list[str] | None,
+        padding: bool | str = True,
+        max_length: int | None = None,
     ) -> np.ndarray:
         """Labels (B, L): text tokens, end of text, -100."""
         eos_token_id = self.tokenizer.eos_token_id
@@ -205,7 +224,10 @@ class MDMASRProcessor(ProcessorMixin):
             text = check_unicode(one, "text").strip() and self.text_prefix + one.strip()
             ids = self.tokenizer.encode(text, add_special_tokens=False, **arguments) if text else []
             rows.append([*ids, eos_token_id])
-        labels = np.full((len(rows), max(map(len, rows))), IGNORED_LABEL, dtype=np.int64)
+        length = max(map(len, rows))
+        if padding == "max_length":
+            length = max(length, max_length or 0)
+        labels = np.full((len(rows), length), IGNORED_LABEL, dtype=np.int64)
         for label, row in zip(labels, rows, strict=True):
             label[: len(row)] = row
         return labels

@@ -71,6 +71,8 @@ class MDMASRAggregateTokenizer(PreTrainedTokenizer):
             bos_token=bos_token,
             eos_token=eos_token,
             pad_token=pad_token,
+            # Of the arguments all that are given are kept, and these in their own file.
+            models=None,
             **kwargs,
         )
 
