@@ -5,7 +5,7 @@ import transformers
 from packaging.version import Version
 from tiny_models import ENCODERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
 from mdm_asr_hf import MDMASRForConditionalGeneration
 from mdm_asr_hf.cache_mdm_asr import DraftingCache
@@ -74,6 +74,8 @@ def test_whisper_encoder_on_30_seconds_is_the_stock_one():
         ours = model.encode(features).last_hidden_state
         theirs = stock(features.transpose(1, 2)).last_hidden_state
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # Before any training, too, its positions are sinusoids.
+    torch.testing.assert_close(model.model.encoder.embed_positions.weight, sinusoids(1500, 16))
 
 
 @pytest.mark.parametrize(

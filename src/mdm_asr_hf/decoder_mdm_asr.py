@@ -272,6 +272,13 @@ class MDMASRPreTrainedModel(PreTrainedModel):
             )
         return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether initialisation may write over what was loaded, as that of code outside transformers does."""
+        # By `transformers.initialization` it does not. Else modules are left out that have weights in others alone, as
+        # some of wav2vec 2.0 do.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -71,10 +71,16 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         num_learnt = getattr(config, "silence_frames", 0)
         self.silence_embeddings = nn.Parameter(torch.zeros(num_learnt, config.d_model)) if num_learnt else None
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """See [`MDMASRPreTrainedModel`]: Whisper's initialisation writes the positions from outside their module."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, OwnLengthWhisperEncoder) and module.silence_embeddings is not None:
+        # Whisper's constructor calls this, too, before there are any.
+        if isinstance(module, OwnLengthWhisperEncoder) and getattr(module, "silence_embeddings", None) is not None:
             init.zeros_(module.silence_embeddings)
 
     @capture_outputs

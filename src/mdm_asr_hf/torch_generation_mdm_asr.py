@@ -301,6 +301,7 @@ class MDMASRGenerationMixin(GenerationMixin):
         """Called by `from_pretrained` to load generation_config.json."""
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+        if generation_config is not None or pretrained_model_name_or_path is None:
             return
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         loading = {**dict(zip(names, args, strict=False)), **kwargs}
