@@ -553,6 +553,19 @@ def test_padded_labels_have_the_same_loss_and_evaluation_is_seeded():
     assert model(features, mask, labels=DRAFT_LABELS).loss != model(features, mask, labels=DRAFT_LABELS).loss
 
 
+def test_drafts_learn_behind_the_rows_that_are_given():
+    model, (features, mask) = tiny_drafts_model(), tiny_inputs()
+    prompt, tokens = torch.tensor([[START, 7]]).expand(3, -1), DRAFT_LABELS[:, :-1].clamp(min=EOS)
+    expected = model(features, mask, labels=DRAFT_LABELS, prompt_ids=prompt)
+    rows = torch.cat([prompt, tokens], dim=-1)
+    given = model(features, mask, decoder_input_ids=rows, labels=DRAFT_LABELS)
+    assert torch.equal(given.loss, expected.loss) and torch.equal(given.logits, expected.logits)
+    rows[0, -2] = 9
+    assert not torch.equal(model(features, mask, decoder_input_ids=rows, labels=DRAFT_LABELS).logits, expected.logits)
+    with pytest.raises(ValueError, match="4 tokens.* as long as `labels` .5 tokens"):
+        model(features, mask, decoder_input_ids=rows[:, :4], labels=DRAFT_LABELS)
+
+
 def test_drafts_and_canvas_take_their_own_objective():
     features, mask = tiny_inputs()
     with pytest.raises(ValueError, match="`objective` is a DiffusionObjective, which trains a canvas"):

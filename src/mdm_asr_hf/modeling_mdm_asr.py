@@ -302,7 +302,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             decoder_input_ids (`torch.LongTensor` of shape (B, P + L), *optional*):
                 Prompt and canvas. With `labels`, a canvas that is masked already: its last L positions belong to the
                 labels. Without `decoder_input_ids`, the labels are laid on a canvas and masked here. With drafts they
-                are the donor's rows, causal.
+                are the donor's rows, causal; with `labels`, the prompt and the text but for its last token, so that
+                the last L logits are aligned with the labels.
             decoder_attention_mask (`torch.Tensor` of shape (B, P + L), *optional*): 0 for positions outside a row's
                 canvas.
             encoder_outputs ([`MDMASREncoderOutput`], *optional*): what `encode` returned, instead of `input_features`.
@@ -337,6 +338,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             return self._drafting_forward(
                 input_features,
                 attention_mask,
+                decoder_input_ids,
                 encoder_outputs,
                 labels,
                 prompt_ids,
@@ -361,11 +363,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         if labels is not None:
             targets = labels.masked_fill(labels == -100, self.config.eos_token_id)
             logits_to_keep = targets.shape[-1]
-            if decoder_input_ids.shape[-1] < logits_to_keep:
-                raise ValueError(
-                    f"`decoder_input_ids` ({decoder_input_ids.shape[-1]} tokens) must hold the prompt and a canvas "
-                    f"as long as `labels` ({logits_to_keep} tokens)."
-                )
+            _check_holds(decoder_input_ids, labels)
         outputs = self.model(
             input_features=input_features,
             attention_mask=attention_mask,
@@ -486,6 +484,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         self,
         input_features,
         attention_mask,
+        decoder_input_ids,
         encoder_outputs,
         labels,
         prompt_ids,
@@ -503,6 +502,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             )
         if generator is None and not self.training:
             generator = torch.Generator().manual_seed(0)
+        if decoder_input_ids is not None:
+            _check_holds(decoder_input_ids, labels)
+            prompt_ids = decoder_input_ids[:, : 1 - labels.shape[1] or None]
         prompt_ids = self._default_prompt(len(labels)) if prompt_ids is None else prompt_ids
         prompt_ids = prompt_ids.to(labels.device).expand(len(labels), -1)
         if encoder_outputs is None:
@@ -520,8 +522,10 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 block_ids = self._lay_blocks(sequences, frontiers)
             # Causal rows never see what stands behind them, so that padding needs no mask.
             tokens = labels.masked_fill(~is_text, self.config.eos_token_id)
+            if decoder_input_ids is None:
+                decoder_input_ids = torch.cat([prompt_ids, tokens[:, :-1]], dim=-1)
             outputs = self.model(
-                decoder_input_ids=torch.cat([prompt_ids, tokens[:, :-1]], dim=-1),
+                decoder_input_ids=decoder_input_ids,
                 encoder_outputs=encoder_outputs,
                 frontiers=frontiers,
                 block_ids=block_ids,
@@ -668,6 +672,14 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         except ImportError as error:
             raise ImportError("`to_whisper` needs the package: `pip install mdm_asr_hf`.") from error
         return to_whisper(self)
+
+
+def _check_holds(decoder_input_ids: torch.LongTensor, labels: torch.LongTensor) -> None:
+    if decoder_input_ids.shape[-1] < labels.shape[-1]:
+        raise ValueError(
+            f"`decoder_input_ids` ({decoder_input_ids.shape[-1]} tokens) must hold the prompt and a canvas or text as "
+            f"long as `labels` ({labels.shape[-1]} tokens)."
+        )
 
 
 def check_short_list(token_ids: torch.LongTensor, config: MDMASRConfig) -> None:
