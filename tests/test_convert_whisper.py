@@ -446,6 +446,17 @@ def test_the_donor_comes_back_without_the_silence_that_was_learnt(english):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_donor_of_another_vocabulary_with_an_output_of_its_own_comes_back(english):
+    model = from_whisper(english[0])
+    model.config.tie_word_embeddings = False
+    model.proj_out.weight = torch.nn.Parameter(model.proj_out.weight + 1.0)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    donor = model.to_whisper()
+    assert donor.config.vocab_size == model.config.vocab_size and not donor.config.tie_word_embeddings
+    assert torch.equal(donor.proj_out.weight, model.proj_out.weight)
+    assert torch.equal(donor.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
 def test_what_no_whisper_comes_back_of(english):
     with pytest.raises(ValueError, match="`to_whisper` needs a model with drafts"):
         from_whisper(english[0], draft_layers=0).to_whisper()

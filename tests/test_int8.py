@@ -135,6 +135,10 @@ def test_bad_uses_are_named(folder):
         MDMASRInt8Config(parts=["head"])
     with pytest.raises(ValueError, match="`parts` must be of"):
         quantize_int8(tiny_model("whisper"), ())
+    with pytest.raises(ValueError, match="`tie_word_embeddings=False`.* `parts=.'encoder',.`"):
+        quantize_int8(tiny_model("whisper", tie_word_embeddings=False))
+    with pytest.raises(ValueError, match="Resize the model in fp32"):
+        quantize_int8(tiny_model("whisper")).resize_token_embeddings(70)
     with pytest.raises(ValueError, match="int8 needs a model in fp32"):
         quantize_int8(tiny_model("whisper").to(torch.bfloat16))
     with pytest.raises(ValueError, match="int8 runs on CPUs"):

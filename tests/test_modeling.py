@@ -299,11 +299,47 @@ def test_weights_load_from_safetensors_only(tmp_path):
         MDMASRForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=False)
 
 
-def test_vocabulary_cannot_be_resized_silently():
-    model = tiny_model()
-    assert model.resize_token_embeddings(VOCAB_SIZE) is model.get_input_embeddings()
-    with pytest.raises(ValueError, match="cannot grow or shrink"):
-        model.resize_token_embeddings(VOCAB_SIZE + 5)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+def test_a_resized_vocabulary_writes_the_same_text(tmp_path, tied, draft_vocab_size):
+    model = tiny_drafts_model(decoder_config=dict(draft_vocab_size=draft_vocab_size))
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.proj_out.weight = torch.nn.Parameter(model.proj_out.weight + 1.0)
+    model.generation_config.prompt_template = {
+        "tokens": ["language"],
+        "slots": {"language": {"en": START, "de": 5}},
+        "defaults": {"language": "en"},
+    }
+    model.generation_config.suppress_tokens = [3, 58]
+    features, mask = tiny_inputs()
+    settings = dict(return_dict_in_generate=True, compression_ratio_threshold=None)
+    expected = model.generate(features.double(), attention_mask=mask, **settings)
+    assert (expected.nfe < (expected.sequences != PAD).sum(dim=-1)).any()
+
+    model.resize_token_embeddings(VOCAB_SIZE + 10)
+    with torch.no_grad():
+        # Those of transformers are near the old ones' mean.
+        for weight in (model.get_input_embeddings().weight, model.proj_out.weight):
+            weight[VOCAB_SIZE:] = 0.0
+    assert (model.config.mask_token_id, model.config.decoder_start_token_id) == (MASK + 10, START + 10)
+    assert model.generation_config.prompt_template["slots"] == {"language": {"en": START + 10, "de": 5}}
+    assert len(model.draft_token_ids) == (draft_vocab_size or VOCAB_SIZE + 10)
+    model.save_pretrained(tmp_path)
+    for one in (model, MDMASRForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64).eval()):
+        output = one.generate(features.double(), attention_mask=mask, **settings)
+        assert torch.equal(output.sequences, expected.sequences)
+        # Ids more to choose from make drafts less sure.
+        assert torch.equal(output.nfe, expected.nfe) or draft_vocab_size is None
+
+    model.resize_token_embeddings(50)
+    assert (model.config.mask_token_id, model.config.decoder_start_token_id) == (51, 50)
+    assert model.generation_config.suppress_tokens == [3] and int(model.draft_token_ids.max()) < 50
+    embeddings, output = model.get_input_embeddings().weight, model.proj_out.weight
+    assert len(embeddings) == len(output) == 50 and torch.equal(embeddings, output) == tied
+    model.generate(features.double(), attention_mask=mask, **settings)
+    with pytest.raises(ValueError, match="`new_num_tokens=5` leaves no room for the id 5.* Pass 6 at least"):
+        model.resize_token_embeddings(5)
 
 
 def test_bad_calls_name_the_remedy():

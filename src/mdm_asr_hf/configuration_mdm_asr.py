@@ -1,11 +1,14 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of MDM-ASR (arXiv 2602.18952): any speech encoder of transformers and one masked-diffusion decoder."""
 
+from collections.abc import Callable
+
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 POSITION_EMBEDDING_TYPES = ("sinusoidal", "learned")
 _RETIRED_SETTINGS = ("ctc_characters", "ctc_hidden_size", "ctc_layers", "ctc_attention_heads")
+_TOKEN_IDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 class MDMASRDecoderConfig(PreTrainedConfig):
@@ -120,11 +123,6 @@ class MDMASRDecoderConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        if not self.tie_word_embeddings:
-            raise ValueError(
-                "`tie_word_embeddings=False` is not supported: the decoder predicts with its input embeddings, "
-                "as its donors do. Leave it True."
-            )
 
     def _validate_drafts(self):
         if type(self.draft_layers) is not int or not 0 <= self.draft_layers <= self.num_hidden_layers:
@@ -201,6 +199,8 @@ class MDMASRConfig(PreTrainedConfig):
             self.decoder_config = MDMASRDecoderConfig(**self.decoder_config)
         if self.mask_token_id is None:
             self.mask_token_id = self.num_token_ids - 1
+        if not self.decoder_config.tie_word_embeddings:
+            self.tie_word_embeddings = False
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -211,8 +211,21 @@ class MDMASRConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of ids that can be predicted."""
+        """V, the number of ids that can be predicted. Where it is set, the ids from V on, the mask's and the prompt's,
+        move along."""
         return self.decoder_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        before, decoder = self.vocab_size, self.decoder_config
+        self.map_ids(lambda token_id: token_id + (value - before if token_id >= before else 0))
+        decoder.vocab_size, decoder.draft_vocab_size = value, min(decoder.draft_vocab_size, value)
+
+    def map_ids(self, change: Callable[[int], int]) -> None:
+        """Puts what `change` makes of them in the place of all token ids."""
+        for name in _TOKEN_IDS:
+            if (token_id := getattr(self, name)) is not None:
+                setattr(self, name, change(token_id))
 
     @property
     def num_token_ids(self) -> int:
@@ -251,8 +264,6 @@ class MDMASRConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}.")
         if self.input_frames_per_s <= 0:
             raise ValueError(f"`input_frames_per_s` must be positive, got {self.input_frames_per_s}.")
-        if not self.tie_word_embeddings:
-            raise ValueError("`tie_word_embeddings=False` is not supported by the decoder. Leave it True.")
         if not self.is_encoder_decoder:
             raise ValueError("`is_encoder_decoder=False` contradicts MDM-ASR, an encoder-decoder. Leave it True.")
 

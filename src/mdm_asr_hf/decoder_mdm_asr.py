@@ -213,7 +213,12 @@ class MDMASRDrafts(nn.Module):
         self.head = MDMASRSequentialHead(config)
 
     def draft(
-        self, states: torch.Tensor, known: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        states: torch.Tensor,
+        known: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        embeddings: torch.Tensor | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """
         Drafts of blocks, one after the other: the sequential head chooses among what the output layer, without knowing
@@ -225,6 +230,7 @@ class MDMASRDrafts(nn.Module):
                 that.
             weight (`torch.Tensor` of shape (N, D)), bias (`torch.Tensor` of shape (N,), *optional*): of the output
                 layer, for the N ids of the short list.
+            embeddings (`torch.Tensor` of shape (N, D), *optional*): theirs, where they are not tied to the weights.
 
         Returns:
             Ids (R, K), and the log-probabilities (R, K, C) of the candidates that they were chosen from.
@@ -242,6 +248,8 @@ class MDMASRDrafts(nn.Module):
             places.append(candidates[:, k].gather(1, best))
             scores.append(logits)
             before_that, before = before, embeds.gather(1, best[..., None].expand(-1, -1, embeds.shape[-1]))
+            if embeddings is not None:
+                before = nn.functional.embedding(places[-1], embeddings).to(states.dtype)
         return self.head.token_ids[torch.cat(places, dim=1)], torch.stack(scores, dim=1).float().log_softmax(dim=-1)
 
 
@@ -272,6 +280,49 @@ class MDMASRPreTrainedModel(PreTrainedModel):
             )
         return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        As in transformers, of the V ids that can be predicted. The E input-only ids behind them, the mask's and the
+        prompt's, move along, in the configurations; give a processor the `prompt_template` of `generation_config`.
+
+        Raises:
+            ValueError: there would be no room for the end of text, or another id that the settings name; or the output
+                layer was quantised.
+        """
+        output = self.get_output_embeddings()
+        if output is not None and not hasattr(output, "weight"):
+            raise ValueError(
+                "The vocabulary of a model in int8 cannot be resized. Resize the model in fp32, and quantise that."
+            )
+        before, ids = self.get_input_embeddings().num_embeddings, []
+        self._map_ids(lambda token_id: ids.append(token_id) or token_id)
+        lowest = max((token_id for token_id in ids if token_id < before), default=0)
+        if new_num_tokens is not None and new_num_tokens <= lowest:
+            raise ValueError(
+                f"`new_num_tokens={new_num_tokens}` leaves no room for the id {lowest}, which the settings name. Pass "
+                f"{lowest + 1} at least."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if (after := embeddings.num_embeddings) != before:
+            self._map_ids(lambda token_id: token_id + (after - before if token_id >= before else 0))
+            self._resize_short_list(before, after)
+        return embeddings
+
+    def _map_ids(self, change: Callable[[int], int]) -> None:
+        """Puts what `change` makes of them in the place of all token ids in the configurations."""
+
+    def _resize_short_list(self, before: int, after: int) -> None:
+        """Leaves the ids that are gone out of those that can be drafted; and where all could, lets all."""
+        decoder = self.get_decoder()
+        if decoder.drafts is not None:
+            head = decoder.drafts.head
+            ids = head.token_ids[head.token_ids < after]
+            if len(head.token_ids) == before:
+                ids = torch.arange(after, device=ids.device)
+            head.token_ids, decoder.config.draft_vocab_size = nn.Buffer(ids), len(ids)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Whether initialisation may write over what was loaded, as that of code outside transformers does."""
@@ -293,7 +344,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
     A Transformer decoder. On a canvas it has no causal mask and sees the prompt and the whole canvas at once. With
     `draft_layers` it is the donor's, and one call computes causal rows and blocks of masks together, layer by layer.
 
-    Ids below `vocab_size` (V) are embedded by `embed_tokens`, which is tied to the output; the E ids from V on, the
+    Ids below `vocab_size` (V) are embedded by `embed_tokens`, to which the output is tied; the E ids from V on, the
     mask among them, by `input_only_embeddings`: they have no logit, so that the mask is never predicted (SUBS, arXiv
     2406.07524).
     """
@@ -333,6 +384,9 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.embed_tokens = value
+
+    def get_decoder(self, *args, **kwargs) -> nn.Module:
+        return self
 
     def cross_attention_states(self, encoder_hidden_states: torch.Tensor) -> tuple[KeyValue, ...]:
         """Keys and values of every layer's cross-attention for frames (B, T, D): computed once per utterance."""
@@ -468,7 +522,8 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             else:
                 past = past_key_values.layer(index)
             if masks is not None and index >= first:
-                masks, *_ = self.drafts.layers[index - first](masks, *cross, mask_mask, cross_mask, None, *past, **kwargs)
+                layer = self.drafts.layers[index - first]
+                masks, *_ = layer(masks, *cross, mask_mask, cross_mask, None, *past, **kwargs)
         if masks is not None:
             masks = self.drafts.layer_norm(masks).unflatten(1, block_ids.shape[1:])
         return MDMASRDecoderOutput(last_hidden_state=self.layer_norm(hidden_states), draft_hidden_states=masks)

@@ -4,11 +4,12 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .confidence_mdm_asr import validate_calibration
-from .prompt_mdm_asr import validate_prompt_template
+from .prompt_mdm_asr import map_prompt_ids, validate_prompt_template
 
 try:
     from transformers import GenerationConfig
@@ -265,6 +266,14 @@ class MDMASRGenerationConfig(GenerationConfig):
     def temperatures(self) -> list[float]:
         """The first one, and those for rows that the thresholds refuse."""
         return list(self.temperature) if isinstance(self.temperature, (list, tuple)) else [self.temperature]
+
+    def map_ids(self, change: Callable[[int], int]) -> None:
+        """Puts what `change` makes of them in the place of all token ids but the suppressed ones."""
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "no_speech_token_id"):
+            if isinstance(token_id := getattr(self, name), int):
+                setattr(self, name, change(token_id))
+        if self.prompt_template is not None:
+            self.prompt_template = map_prompt_ids(self.prompt_template, change)
 
     def validate(self, *args, **kwargs) -> None:
         """Raises ValueError on a setting that makes no sense; brings `sampler` into its JSON form."""

@@ -126,7 +126,8 @@ def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module
             decoder.
 
     Raises:
-        ValueError: unknown parts, another precision, or weights that are not on the CPU.
+        ValueError: unknown parts, another precision, weights that are not on the CPU, or an output layer that is not
+            tied to the embeddings.
     """
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"`parts` must be of {list(PARTS)}, got {list(parts)}.")
@@ -135,6 +136,11 @@ def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module
         raise ValueError(f"int8 runs on CPUs, but the model is on {sorted(devices)}. Load it with `device_map='cpu'`.")
     if model.dtype != torch.float32:
         raise ValueError(f"int8 needs a model in fp32, got {model.dtype}. Load it with `dtype=torch.float32`.")
+    if "decoder" in parts and not model.config.tie_word_embeddings:
+        raise ValueError(
+            "`tie_word_embeddings=False`: int8 needs an output layer that is tied to the embeddings. Pass "
+            "`parts=('encoder',)`."
+        )
     if "encoder" in parts:
         _quantize_linears(model.model.encoder)
     if "decoder" in parts:

@@ -4,6 +4,7 @@ MDM-ASR (arXiv 2602.18952): a speech encoder, and a decoder that says several to
 canvas, or as drafts which the donor's own causal decoder verifies.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +39,8 @@ from .torch_generation_mdm_asr import MDMASRGenerationMixin
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("mdm_asr", "MDMASRForConditionalGeneration")
 
 
-# The output layer's weights (N, D) and bias (N,) of the short list.
-ShortListOutput = tuple[torch.Tensor, torch.Tensor | None]
+# The output layer's weights (N, D) and bias (N,) of the short list, and its embeddings (N, D) if they are not tied.
+ShortListOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass
@@ -71,6 +72,9 @@ class MDMASRModel(MDMASRPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.decoder.embed_tokens = value
+
+    def _map_ids(self, change: Callable[[int], int]) -> None:
+        self.config.map_ids(change)
 
     def encode(
         self,
@@ -186,7 +190,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def __init__(self, config: MDMASRConfig):
         super().__init__(config)
-        self._short_list: tuple[tuple, torch.Tensor] | None = None
+        self._short_list: tuple[tuple, torch.Tensor, torch.Tensor | None] | None = None
         self.model = MDMASRModel(config)
         decoder = config.decoder_config
         self.proj_out = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=decoder.output_bias)
@@ -210,15 +214,16 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     def set_output_embeddings(self, value: nn.Module):
         self.proj_out = value
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        if new_num_tokens in (None, self.config.vocab_size):
-            return self.get_input_embeddings()
-        raise ValueError(
-            f"`new_num_tokens={new_num_tokens}`: the ids from {self.config.vocab_size} on are the mask's and the "
-            "prompt's, so the "
-            "vocabulary cannot grow or shrink in place. Use the donor's vocabulary, or `from_whisper(..., "
-            "vocab_size=N)`."
-        )
+    def _map_ids(self, change: Callable[[int], int]) -> None:
+        self.model._map_ids(change)
+        self.generation_config.map_ids(change)
+
+    def _resize_short_list(self, before: int, after: int) -> None:
+        super()._resize_short_list(before, after)
+        self._short_list = None
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            if (ids := getattr(self.generation_config, name)) is not None:
+                setattr(self.generation_config, name, [token_id for token_id in ids if token_id < after])
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -252,20 +257,29 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         return super().train(mode)
 
     def short_list_output(self) -> ShortListOutput:
-        """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted."""
-        # The weights are those of the embeddings, also where the output layer was quantised.
-        weight, ids = self.get_input_embeddings().weight, self.draft_token_ids
+        """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted, and their embeddings (N, D)
+        if they are not tied to the weights."""
+        embeddings, ids = self.get_input_embeddings().weight, self.draft_token_ids
+        # Tied weights are those of the embeddings, also where the output layer was quantised.
+        weight = embeddings if self.config.tie_word_embeddings else self.proj_out.weight
         bias = getattr(self.proj_out, "bias", None)
         bias = bias[ids] if isinstance(bias, torch.Tensor) else None
+
+        def select() -> tuple[torch.Tensor, torch.Tensor | None]:
+            untied = None if weight is embeddings else embeddings.index_select(0, ids)
+            return weight.index_select(0, ids), untied
+
         if self.training or torch.is_grad_enabled():
-            return weight.index_select(0, ids), bias
+            selected, untied = select()
+            return selected, bias, untied
         # Kept as long as they are the same: 25 MB, copied for each text of one clip, would be a twentieth of its time.
-        key = (weight.data_ptr(), weight.dtype, weight.device, weight._version, ids._version)
+        versions = [(one.data_ptr(), one.dtype, one.device, one._version) for one in (weight, embeddings)]
+        key = (*versions, ids._version)
         # By a name of its own: other threads may put another in its place.
         short_list = self._short_list
         if short_list is None or short_list[0] != key:
-            short_list = self._short_list = key, weight.index_select(0, ids)
-        return short_list[1], bias
+            short_list = self._short_list = key, *select()
+        return short_list[1], bias, short_list[2]
 
     @property
     def has_trained_drafts(self) -> bool:
@@ -568,7 +582,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         targets = block_targets(sequences, frontiers, decoder.config.draft_length, -100)
         known = decoder.embed_ids(targets.clamp(min=0))
         mixed = decoder.drafts.head(states, known[:, :, 1:-1].to(states.dtype), known[:, :, :-2].to(states.dtype))
-        weight, bias = self.short_list_output()
+        weight, bias, _ = self.short_list_output()
         drafted = nn.functional.linear(mixed, weight.to(mixed.dtype), bias)
         loss, share = draft_loss(
             drafted, targets[..., 2:], self.draft_token_ids, self.config.vocab_size, objective.place_decay

@@ -2,7 +2,7 @@
 """Decoder prompts: the one place that turns language, task and punctuation into the visible prefix of a canvas."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,19 @@ def validate_prompt_template(template: PromptTemplate) -> None:
                 f"`prompt_template` translation {translation!r} must name one of several values of the slot 'task', "
                 "and as `targets` values of the slot 'language'."
             )
+
+
+def map_prompt_ids(template: PromptTemplate, change: Callable[[int], int]) -> PromptTemplate:
+    """A copy of the template with what `change` makes of its token ids in their places."""
+    changed = {**template, "tokens": [t if isinstance(t, str) else change(t) for t in template["tokens"]]}
+    if "slots" in template:
+        changed["slots"] = {
+            name: {value: change(token_id) for value, token_id in values.items()}
+            for name, values in template["slots"].items()
+        }
+    if template.get("previous") is not None:
+        changed["previous"] = change(template["previous"])
+    return changed
 
 
 def build_prompt_ids(template: PromptTemplate, batch_size: int = 1, **slots: Any) -> np.ndarray:
@@ -372,6 +385,7 @@ __all__ = [
     "can_detect_language",
     "detect_languages",
     "detection_prefix",
+    "map_prompt_ids",
     "prompt_values",
     "settle_languages",
     "slot_value",

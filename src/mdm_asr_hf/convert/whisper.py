@@ -228,6 +228,7 @@ def to_whisper(model: nn.Module) -> WhisperForConditionalGeneration:
     with no_init_weights():
         stated = encoder_settings(config.encoder_config)
         stated.pop("silence_frames", None)
+        stated.update(vocab_size=config.vocab_size, tie_word_embeddings=config.tie_word_embeddings)
         donor = WhisperForConditionalGeneration(WhisperConfig(**stated))
     donor.load_state_dict(weights, strict=True, assign=True)
     donor.tie_weights()

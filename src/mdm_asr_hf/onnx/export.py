@@ -123,9 +123,10 @@ class DraftsGraph(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.decoder = model.get_decoder()
-        weight, bias = model.short_list_output()
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.weight, self.bias, self.embeddings = (
+            None if values is None else nn.Parameter(values.detach().clone(), requires_grad=False)
+            for values in model.short_list_output()
+        )
 
     def forward(
         self,
@@ -161,7 +162,8 @@ class DraftsGraph(nn.Module):
         for layer, (cross_key, cross_value, *past) in zip(decoder.drafts.layers, pairs, strict=True):
             states, *_ = layer(states, cross_key, cross_value, visible, frames, None, *past)
         known = torch.stack([embeds[:, 0], before], dim=1)
-        ids, log_probs = decoder.drafts.draft(decoder.drafts.layer_norm(states), known, self.weight, self.bias)
+        output = self.weight, self.bias, self.embeddings
+        ids, log_probs = decoder.drafts.draft(decoder.drafts.layer_norm(states), known, *output)
         return ids, entropy(log_probs)
 
 
