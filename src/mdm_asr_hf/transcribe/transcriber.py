@@ -167,27 +167,38 @@ class Transcriber:
         """Decodes all windows of the pool and empties it."""
         jobs = [job for job in pool if job.recording.error is None]
         pool.clear()
+        for job, result in self._decode_jobs(jobs):
+            if isinstance(result, ValueError):
+                job.recording.error = ValueError(f"{job.recording.name}{result}")
+                continue
+            report(job.recording.take(job, result))
+            if job.recording.on_window is not None:
+                job.recording.on_window(result)
+
+    def _decode_jobs(self, jobs: list["_Job"]) -> Iterator[tuple["_Job", DecodedWindow | ValueError]]:
+        """Windows, in any order, with what was decoded of each; those of a recording that failed are left out."""
         # Longest first: what does not fit into memory shows at once.
         jobs.sort(key=lambda job: -job.window.duration_s)
         for batch in batches([job.window.duration_s for job in jobs], self.batch_size):
             chosen = [jobs[k] for k in batch if jobs[k].recording.error is None]
-            for job, result in zip(chosen, self._decode([job.window for job in chosen]), strict=True):
-                if isinstance(result, ValueError):
-                    job.recording.error = ValueError(f"{job.recording.name}{result}")
-                    continue
-                report(job.recording.take(job, result))
-                if job.recording.on_window is not None:
-                    job.recording.on_window(result)
+            yield from zip(chosen, self._decode([job.window for job in chosen]), strict=True)
 
-    def _decode(self, windows: Sequence[Window]) -> list[DecodedWindow | ValueError]:
-        """What was decoded of a batch of windows. One that cannot be decoded does not stop the others."""
+    def _decode(
+        self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]] | None = None
+    ) -> list[DecodedWindow | ValueError]:
+        """
+        What was decoded of a batch of windows, of `self.arguments` or of each window's own. One that cannot be decoded
+        does not stop the others.
+        """
         if not windows:
             return []
+        arguments = [self.arguments] * len(windows) if arguments is None else arguments
         try:
-            return self._generate(windows)
+            return self._generate(windows, arguments)
         except (ValueError, *self.model.memory_errors) as error:
             if len(windows) > 1:
-                return [result for window in windows for result in self._decode([window])]
+                pairs = zip(windows, arguments, strict=True)
+                return [result for window, its in pairs for result in self._decode([window], [its])]
             if isinstance(error, ValueError):
                 return [error]
             return [
@@ -197,7 +208,7 @@ class Transcriber:
                 )
             ]
 
-    def _generate(self, windows: Sequence[Window]) -> list[DecodedWindow]:
+    def _generate(self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]]) -> list[DecodedWindow]:
         with_times = self.timestamps or any(window.needs_times for window in windows)
         inputs = self.processor([window.samples for window in windows], sampling_rate=self.rate_hz)
         output = self.model.generate(
@@ -206,7 +217,7 @@ class Transcriber:
             # Temperatures and some samplers draw: a seed for each row gives a window the same text in every batch.
             generator=[0] * len(windows),
             return_token_timestamps=with_times,
-            **self.arguments,
+            **_by_rows(arguments),
         )
         return read_output(output, windows, self.processor.tokenizer, self.model.config.eos_token_id)
 
@@ -263,6 +274,17 @@ class _Job:
     recording: _Recording
     place: int
     window: Window
+
+
+def _by_rows(arguments: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Arguments of `generate` for a batch, of those of each row."""
+    if all(one is arguments[0] for one in arguments):
+        return arguments[0]
+    names = {name for one in arguments for name in one}
+    # Of ids, a row may have none; a slot of the prompt then has its default.
+    return {
+        name: [one.get(name, [] if name.endswith("_ids") else None) for one in arguments] for name in sorted(names)
+    }
 
 
 def longest_window_s(max_window_s: float | None, settings: Any, extractor: Any) -> float:
