@@ -98,7 +98,11 @@ def quiet_libraries() -> Iterator[_Collector]:
 
 
 def load_named_model(
-    model: str, device: str | None = None, trust_remote_code: bool = False, dtype: str = "float32"
+    model: str,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
+    num_threads: int | None = None,
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
     [`load_model`] for commands: shows what is being loaded, and names it where that fails.
@@ -110,7 +114,7 @@ def load_named_model(
 
     try:
         with Console(stderr=True).status(f"loading {escape(model)}"):
-            return load_model(model, device, trust_remote_code, dtype)
+            return load_model(model, device, trust_remote_code, dtype, num_threads)
     except Exception as error:
         # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
         name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "

@@ -22,11 +22,15 @@ def default_checkpoint() -> Path:
 
 
 def load_model(
-    model: str, device: str | None = None, trust_remote_code: bool = False, dtype: str = "float32"
+    model: str,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
+    num_threads: int | None = None,
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
     Loads a checkpoint in one of the precisions of `cli_options.DType`, or a folder that [`export_onnx`] wrote, which
-    has its own; and its processor.
+    has its own; and its processor. Operations take so many threads, by default one for each core.
 
     Raises:
         ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device, or a precision that
@@ -42,7 +46,7 @@ def load_model(
                 f"`dtype` {dtype!r} cannot be used with the ONNX model {model!r}. Leave it out, or export it with "
                 "--int8."
             )
-        return OnnxMDMASR.from_pretrained(model), _onnx_processor(model)
+        return OnnxMDMASR.from_pretrained(model, num_threads), _onnx_processor(model)
     if find_spec("torch") is None:
         raise ValueError(
             'it needs PyTorch: `pip install "mdm_asr_hf[torch]"`. Without it, `--model` takes a folder that '
@@ -53,6 +57,8 @@ def load_model(
 
     from .int8 import quantize_int8
 
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
