@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, evaluation, export, streaming, training, transcribe
+from . import convert, evaluation, export, serve, streaming, training, transcribe
 from .terminal import Failure, print_anything, report
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (transcribe, convert, export, evaluation, streaming, training):
+for module in (transcribe, convert, export, evaluation, streaming, serve, training):
     module.register(app)
 
 
