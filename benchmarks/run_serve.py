@@ -1,0 +1,330 @@
+#!/usr/bin/env python3
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Measures `mdm-asr serve` under load: shared batches against one at a time, and another server beside them.
+
+    python benchmarks/run_serve.py --data DIR --output OUT [--model OUT8] [--peer http://127.0.0.1:9000]
+    python benchmarks/run_serve.py --rescore OUT
+
+DIR is an audiofolder: audio files and a metadata.jsonl with `file_name` per line. Writes
+    OUT/raw.jsonl     the run; each request's clip, its seconds, and whether it had the text of its clip
+    OUT/results.json  from raw.jsonl alone, as `--rescore OUT` makes it again
+    OUT/results.md    the same as tables
+A client sends its next request when it has the answer to the one before. The text of a clip is what the same server
+answers when nothing else runs; an answer is wrong if it is another text, and lost if it is an error or none. The peer
+has to run already, and is one with OpenAI's API. Memory is the server's resident memory, before and after.
+With `--fuzz-s`, schemathesis sends what the server's description allows and what it forbids for so many seconds, some
+of it with audio, and counts answers of 500 and above.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mdm_asr_hf", "numpy", "onnxruntime", "fastapi", "uvicorn")
+BATCHES, ALONE, PEER = "batches", "one at a time", "peer"
+ROUTE = "/v1/audio/transcriptions"
+
+
+def read_clips(folder: Path, number: int) -> list[dict[str, Any]]:
+    """The first clips of a folder: name, seconds, and content."""
+    import soundfile
+
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
+    paths = [folder / row["file_name"] for row in rows[:number]]
+    return [
+        {"name": path.name, "duration_s": soundfile.info(path).duration, "content": path.read_bytes()}
+        for path in paths
+    ]
+
+
+def join_clips(clips: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """A long recording of clips with pauses between them, at least so long."""
+    import numpy as np
+    import soundfile
+
+    parts, length_s = [], 0.0
+    for i in range(10**6):
+        if length_s >= seconds:
+            break
+        samples, rate = soundfile.read(io.BytesIO(clips[i % len(clips)]["content"]), dtype="float32")
+        parts += [samples, np.zeros(rate // 2, dtype=np.float32)]
+        length_s += len(samples) / rate + 0.5
+    file = io.BytesIO()
+    soundfile.write(file, np.concatenate(parts), rate, format="FLAC")
+    return {"name": "long", "duration_s": length_s, "content": file.getvalue()}
+
+
+@contextmanager
+def serving(options: list[str]) -> Iterator[tuple[str, int]]:
+    """A server of our own: its address and process id."""
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, "-c", "from mdm_asr_cli import main; main()", "serve", "--port", "0", *options]
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            found = None
+            while found is None:
+                time.sleep(0.1)
+                log.seek(0)
+                said = log.read()
+                found = re.search(r"running on (http://\S+)", said)
+                if process.poll() is not None:
+                    raise SystemExit(f"error: `mdm-asr serve` ended: {said}")
+            yield found[1], process.pid
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def memory_mb(pid: int | None) -> float | None:
+    if pid is None:
+        return None
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024
+
+
+class Load:
+    """Requests to one server. What each row says is in the module's docstring."""
+
+    def __init__(self, system: str, url: str, pid: int | None):
+        import httpx
+
+        self.system, self.url, self.pid = system, url, pid
+        self.client = httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
+        self.texts: dict[str, str] = {}
+
+    async def ask(self, clip: dict[str, Any]) -> tuple[float, str | None]:
+        """Seconds, and the text; None if there is none."""
+        import httpx
+
+        started = time.perf_counter()
+        try:
+            files = {"file": (f"{clip['name']}.flac", clip["content"])}
+            answer = await self.client.post(self.url + ROUTE, files=files, data={"model": "whisper-1"})
+            text = answer.json()["text"].strip() if answer.status_code == 200 else None
+        except (httpx.HTTPError, ValueError, KeyError):
+            text = None
+        return time.perf_counter() - started, text
+
+    async def learn(self, clips: list[dict[str, Any]]) -> None:
+        for clip in clips:
+            _, text = await self.ask(clip)
+            if text is None:
+                raise SystemExit(
+                    f"error: {self.url} does not transcribe {clip['name']}. Is it a server like OpenAI's?"
+                )
+            self.texts[clip["name"]] = text
+
+    async def run(
+        self, scene: str, num_clients: int, clips: list[dict[str, Any]], num_requests: int, beside: Any = None
+    ) -> list[dict[str, Any]]:
+        """Rows of requests by so many clients, which take turns at the clips; `beside`, one more sends a long one."""
+        todo = iter(range(num_requests))
+        rows, is_over = [], False
+        before_mb, started = memory_mb(self.pid), time.perf_counter()
+
+        async def client() -> None:
+            for i in todo:
+                clip = clips[i % len(clips)]
+                seconds, text = await self.ask(clip)
+                right = None if text is None else text == self.texts[clip["name"]]
+                rows.append(
+                    {"clip": clip["name"], "duration_s": clip["duration_s"], "seconds": seconds, "right": right}
+                )
+
+        async def other() -> None:
+            while beside is not None and not is_over:
+                await self.ask(beside)
+
+        long = asyncio.create_task(other())
+        if beside is not None:
+            await asyncio.sleep(1.0)
+        await asyncio.gather(*(client() for _ in range(num_clients)))
+        wall_s, is_over = time.perf_counter() - started - (1.0 if beside else 0.0), True
+        long.cancel()
+        head = {"system": self.system, "scene": scene, "clients": num_clients, "wall_s": wall_s}
+        head |= {"before_mb": before_mb, "after_mb": memory_mb(self.pid)}
+        return [head | {"requests": rows}]
+
+
+async def measure(load: Load, clips: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    await load.learn(clips)
+    rows = []
+    for num_clients in args.clients:
+        number = max(args.requests, 2 * num_clients)
+        rows += await load.run("clips", num_clients, clips, number)
+    if args.long_s:
+        long = join_clips(clips, args.long_s)
+        rows += await load.run("beside a long file", 1, clips, args.requests // 4, long)
+    if args.growth:
+        rows += await load.run("growth", 8, clips, args.growth)
+    await load.client.aclose()
+    for row in rows:
+        print(one_line(summarise_row(row)), file=sys.stderr, flush=True)
+    return rows
+
+
+def fuzz(url: str, seconds: int, clip: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What schemathesis finds; its report is in the folder."""
+    sample = folder.resolve() / "sample.flac"
+    sample.write_bytes(clip["content"])
+    command = [str(Path(sys.executable).with_name("schemathesis")), "fuzz", f"{url}/openapi.json"]
+    command += ["--max-time", str(seconds), "--checks", "not_a_server_error", "--continue-on-failure"]
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "serve_hooks", "FUZZ_SAMPLE": str(sample)}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).resolve().parent), environment.get("PYTHONPATH", "")]
+    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    sample.unlink()
+    (folder / "fuzz.txt").write_text(done.stdout + done.stderr)
+    import httpx
+
+    counts: dict[str, float] = {}
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        if found := re.match(r'mdm_asr_requests_total\{route="(.*)",status="(\d+)"\} (\S+)', line):
+            counts[f"{found[2]} {found[1]}"] = float(found[3])
+    healthy = httpx.get(f"{url}/health").status_code == 200
+    return {"fuzz_s": seconds, "exit_code": done.returncode, "statuses": counts, "healthy": healthy}
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The least value that so large a share of them does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(-(-len(ordered) * share // 100), 1).__int__() - 1]
+
+
+def summarise_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Of the requests of a scene: throughput, latencies, and what went wrong."""
+    requests = row["requests"]
+    answered = [one for one in requests if one["right"] is not None]
+    seconds = [one["seconds"] for one in answered]
+    summary = {name: row[name] for name in ("system", "scene", "clients", "before_mb", "after_mb")}
+    summary |= {
+        "requests": len(requests),
+        "lost": len(requests) - len(answered),
+        "wrong": sum(not one["right"] for one in answered),
+        "rtfx": sum(one["duration_s"] for one in answered) / row["wall_s"],
+        "requests_per_s": len(answered) / row["wall_s"],
+    }
+    return summary | {f"p{share}_s": percentile(seconds, share) if seconds else None for share in (50, 95, 99)}
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "run": next(row["run"] for row in rows if "run" in row),
+        "scenes": [summarise_row(row) for row in rows if "requests" in row],
+        "fuzz": next((row for row in rows if "fuzz_s" in row), None),
+    }
+
+
+HEAD = (
+    "system",
+    "scene",
+    "clients",
+    "requests",
+    "wrong",
+    "lost",
+    "RTFx",
+    "requests/s",
+    "p50 s",
+    "p95 s",
+    "p99 s",
+    "MB",
+)
+
+
+def one_line(scene: dict[str, Any]) -> str:
+    def shown(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    cells = [scene[name] for name in ("system", "scene", "clients", "requests", "wrong", "lost")]
+    cells += [shown(scene["rtfx"], 1), shown(scene["requests_per_s"], 2)]
+    cells += [shown(scene[f"p{share}_s"], 3) for share in (50, 95, 99)]
+    cells += [" to ".join(shown(scene[name], 0) for name in ("before_mb", "after_mb"))]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def to_markdown(summary: dict[str, Any]) -> str:
+    lines = [f"```bash\n{summary['run']['command']}\n```", "", f"| {' | '.join(HEAD)} |"]
+    lines += ["|" + " --- |" * 2 + " ---: |" * (len(HEAD) - 2), *map(one_line, summary["scenes"])]
+    if found := summary["fuzz"]:
+        bad = sum(number for name, number in found["statuses"].items() if name >= "500")
+        lines += ["", f"schemathesis, {found['fuzz_s']} s: {sum(found['statuses'].values()):.0f} requests, "]
+        lines[-1] += f"{bad:.0f} answers of 500 and above, healthy after: {found['healthy']}."
+        lines += ["", *(f"- {name}: {number:.0f}" for name, number in sorted(found["statuses"].items()))]
+    return "\n".join(lines) + "\n"
+
+
+def run(args: argparse.Namespace, output: Path) -> list[dict[str, Any]]:
+    clips = read_clips(Path(args.data), args.clips)
+    rows = [
+        {
+            "run": {
+                "command": shlex.join(["python", *sys.argv]),
+                "versions": {name: version(name) for name in PACKAGES},
+                "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
+                "clips": len(clips),
+            }
+        }
+    ]
+    options = ["--max-requests", str(max([*args.clients, 8]) + 2)]
+    options += ["--model", args.model] if args.model else []
+    options += ["--threads", str(args.threads)] if args.threads else []
+    for system, batch_size in ((BATCHES, args.batch_size), (ALONE, 1)):
+        with serving([*options, "--batch-size", str(batch_size)]) as (url, pid):
+            rows += asyncio.run(measure(Load(system, url, pid), clips, args))
+            if system == BATCHES and args.fuzz_s:
+                rows.append(fuzz(url, args.fuzz_s, clips[0], output))
+    if args.peer:
+        rows += asyncio.run(measure(Load(PEER, args.peer.rstrip("/"), args.peer_pid), clips, args))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a folder of recordings with a metadata.jsonl")
+    parser.add_argument("--output", help="the folder to write")
+    parser.add_argument("--rescore", metavar="OUT", help="compute results.json again")
+    parser.add_argument("--model", help="folder or id; default: the checkpoint in the package")
+    parser.add_argument("--threads", type=int, help="of the server; default: its own")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=256, help="of each number of clients")
+    parser.add_argument("--long-s", type=float, default=600.0, help="seconds of the long file; 0 leaves it out")
+    parser.add_argument("--growth", type=int, default=1000, help="requests for memory's growth; 0 leaves it out")
+    parser.add_argument("--fuzz-s", type=int, default=0, help="seconds of schemathesis")
+    parser.add_argument("--peer", metavar="URL", help="another server with OpenAI's API")
+    parser.add_argument("--peer-pid", type=int, help="its process, for its memory")
+    args = parser.parse_args()
+    output = Path(args.rescore or args.output or "")
+    if args.rescore:
+        rows = [json.loads(line) for line in (output / "raw.jsonl").read_text("utf-8").splitlines()]
+    elif args.data and args.output:
+        output.mkdir(parents=True, exist_ok=True)
+        rows = run(args, output)
+        (output / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    else:
+        parser.error("pass --data and --output, or --rescore")
+    summary = summarise(rows)
+    (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    (output / "results.md").write_text(to_markdown(summary), "utf-8")
+    print(to_markdown(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""The benchmark of the server: its counts and percentiles, on made-up requests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from run_serve import percentile, summarise_row, to_markdown
+
+HEAD = {"system": "batches", "scene": "clips", "clients": 8, "wall_s": 10.0, "before_mb": 100.0, "after_mb": 110.4}
+
+
+def test_percentiles_are_the_nearest_rank():
+    values = [float(value) for value in range(1, 11)]
+    assert [percentile(values[::-1], share) for share in (50, 95, 99, 1)] == [5.0, 10.0, 10.0, 1.0]
+    assert percentile([3.0], 50) == 3.0
+
+
+def test_wrong_and_lost_answers_are_counted():
+    rights = [True] * 7 + [False] + [None] * 2
+    rows = [{"clip": "a", "duration_s": 5.0, "seconds": 1.0 + k, "right": right} for k, right in enumerate(rights)]
+    scene = summarise_row(HEAD | {"requests": rows})
+    assert (scene["requests"], scene["wrong"], scene["lost"]) == (10, 1, 2)
+    # What was lost does not count as done, nor does its wait.
+    assert (scene["rtfx"], scene["requests_per_s"]) == (pytest.approx(4.0), pytest.approx(0.8))
+    assert (scene["p50_s"], scene["p95_s"]) == (4.0, 8.0)
+    text = to_markdown({"run": {"command": "python x"}, "scenes": [scene], "fuzz": None})
+    assert "| batches | clips | 8 | 10 | 1 | 2 | 4.0 | 0.80 | 4.000 | 8.000 | 8.000 | 100 to 110 |" in text
+
+
+def test_servers_errors_of_the_fuzzer_are_counted():
+    found = {"fuzz_s": 5, "statuses": {"200 /health": 7.0, "500 /x": 2.0, "503 /y": 1.0}, "healthy": True}
+    text = to_markdown({"run": {"command": "python x"}, "scenes": [], "fuzz": found})
+    assert "10 requests, 3 answers of 500 and above, healthy after: True" in text
