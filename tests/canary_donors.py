@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import ParakeetFeatureExtractor
 
-from mdm_asr_hf.cache_mdm_asr import DraftingCache
 from mdm_asr_hf.convert.canary import canary_processor
 from mdm_asr_hf.convert.common import DRAFTS
+from mdm_asr_hf.decoder_mdm_asr import DraftingCache
 from mdm_asr_hf.tokenization_mdm_asr import MDMASRAggregateTokenizer
 
 

@@ -8,7 +8,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
 from mdm_asr_hf import MDMASRForConditionalGeneration
-from mdm_asr_hf.cache_mdm_asr import DraftingCache
+from mdm_asr_hf.decoder_mdm_asr import DraftingCache
 from mdm_asr_hf.diffusion_mdm_asr import masked_diffusion_loss
 from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
 

@@ -10,9 +10,8 @@ import torch
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .cache_mdm_asr import DraftingCache
 from .canvas_mdm_asr import Canvas, OpenRows, denoise
-from .decoder_mdm_asr import entropy
+from .decoder_mdm_asr import DraftingCache, entropy
 from .drafting_mdm_asr import DraftTree, to_numpy
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig

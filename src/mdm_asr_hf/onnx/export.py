@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..cache_mdm_asr import KeyValue
-from ..decoder_mdm_asr import entropy
+from ..decoder_mdm_asr import KeyValue, entropy
 from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from .model import DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE, ENCODER_FILE, layer_names, require
 from .processing import MEL_FILE

@@ -96,6 +96,7 @@ class Service:
 def make_service(
     model: Any, processor: Any, name: str, limits: Limits, batch_size: int = 8, vad: str = "auto"
 ) -> Service:
+    """A model ready to be served: batches of `batch_size` windows, and a thread for each request that may run."""
     metrics = Metrics()
     batcher = Batcher(batch_size, metrics.note_batch)
     metrics.watch_queue(batcher.num_waiting)

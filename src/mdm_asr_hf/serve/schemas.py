@@ -59,6 +59,7 @@ def plain_answer(transcript: Transcript, response_format: str) -> str:
 
 
 def usage(transcript: Transcript) -> dict[str, Any]:
+    """What OpenAI charges by: whole seconds of audio."""
     return {"type": "duration", "seconds": math.ceil(transcript.duration_s)}
 
 
