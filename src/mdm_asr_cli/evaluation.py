@@ -313,11 +313,11 @@ def push(
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    from mdm_asr_hf import hub as hub_mdm_asr
+    from mdm_asr_hf import hub
 
     with quiet_libraries() as collector:
         try:
-            result = hub_mdm_asr.push(
+            result = hub.push(
                 folder, repo_id, private=private, with_code=not no_code, card=card, dry_run=dry_run
             )
         except (ValueError, OSError, HfHubHTTPError) as error:

@@ -163,7 +163,7 @@ def is_int8(model: nn.Module) -> bool:
 @dataclass
 class MDMASRInt8Config(QuantizationConfigMixin):
     """
-    For `from_pretrained(..., quantization_config=MDMASRInt8Config())`: int8 on a CPU, see `int8_mdm_asr`.
+    For `from_pretrained(..., quantization_config=MDMASRInt8Config())`: int8 on a CPU, see this module.
 
     Args:
         parts (`list[str]`): of "encoder" and "decoder".

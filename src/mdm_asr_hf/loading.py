@@ -29,7 +29,7 @@ def load_model(
     num_threads: int | None = None,
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
-    Loads a checkpoint in one of the precisions of `cli_options.DType`, or a folder that [`export_onnx`] wrote, which
+    Loads a checkpoint in one of the precisions of the command line, or a folder that [`export_onnx`] wrote, which
     has its own; and its processor. Operations take so many threads, by default one for each core.
 
     Raises:

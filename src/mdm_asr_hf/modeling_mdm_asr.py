@@ -660,7 +660,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     @classmethod
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
         """Makes a model of a Whisper checkpoint: one that writes its donor's text by verified drafts, or a canvas to
-        train. See `convert_whisper.from_whisper`."""
+        train. See `convert.whisper.from_whisper`."""
         # The converters do not travel with saved checkpoints: a plain relative import would make them, and what they
         # need, do so.
         try:
@@ -671,7 +671,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     @classmethod
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
-        """Makes a model of a Canary checkpoint or .nemo file, see `convert_canary.from_canary`."""
+        """Makes a model of a Canary checkpoint or .nemo file, see `convert.canary.from_canary`."""
         try:
             from mdm_asr_hf.convert.canary import from_canary
         except ImportError as error:
@@ -680,7 +680,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def to_whisper(self) -> nn.Module:
         """The donor, an ordinary `WhisperForConditionalGeneration` of identical weights, see
-        `convert_whisper.to_whisper`."""
+        `convert.whisper.to_whisper`."""
         try:
             from mdm_asr_hf.convert.whisper import to_whisper
         except ImportError as error:

@@ -48,7 +48,7 @@ class MDMASRProcessor(ProcessorMixin):
 
     @classmethod
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
-        """The processor of a Whisper donor, see `convert_whisper.whisper_processor`."""
+        """The processor of a Whisper donor, see `convert.whisper.whisper_processor`."""
         try:
             from mdm_asr_hf.convert.whisper import whisper_processor
         except ImportError as error:
@@ -57,7 +57,7 @@ class MDMASRProcessor(ProcessorMixin):
 
     @classmethod
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
-        """The processor of a Canary donor or .nemo file, see `convert_canary.canary_processor`."""
+        """The processor of a Canary donor or .nemo file, see `convert.canary.canary_processor`."""
         try:
             from mdm_asr_hf.convert.canary import canary_processor
         except ImportError as error:

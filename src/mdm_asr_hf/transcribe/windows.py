@@ -77,7 +77,7 @@ def cut_windows(blocks: Iterable[np.ndarray], rate_hz: float, vad: Any, max_wind
     Args:
         blocks (iterable of `np.ndarray`): mono samples, in order; held no longer than some windows.
         rate_hz (`float`): their rate.
-        vad: a detector of `voice_activity_mdm_asr`, which stays as it is, or None: everything is speech.
+        vad: a detector of `voice_activity`, which stays as it is, or None: everything is speech.
         max_window_s (`float`): the longest window.
     """
     windows = _Cutter(rate_hz, vad, max_window_s).cut(blocks)
