@@ -29,7 +29,7 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
     `pipeline("automatic-speech-recognition", model=folder, pipeline_class=MDMASRPipeline)`.
 
     Takes audio in every form the processor takes (files without ffmpeg, any sampling rate without torchaudio) and of
-    any length, one or a list, generator or data set of them: recordings are cut at pauses as `transcribe.windows` says,
+    any length, one or a list, generator or data set of them: recordings are cut at pauses as `windows` says,
     and the windows of all are decoded in batches of `batch_size`. Arguments, of the pipeline or of its call:
 
     - `return_timestamps` (`"word"` or `True`): adds `"chunks"`, words or segments as `{"text", "timestamp"}`, with

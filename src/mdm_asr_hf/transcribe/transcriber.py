@@ -31,7 +31,7 @@ class Transcriber:
     """
     Transcribes recordings of any form and length.
 
-    Recordings are read in blocks and cut at pauses into windows (see `transcribe.windows`). The windows of all recordings
+    Recordings are read in blocks and cut at pauses into windows (see `windows`). The windows of all recordings
     share batches with others of about their length, which changes no text. Stretches without speech are skipped.
     Nothing is dropped silently: what the model is not sure to have finished is among a transcript's `warnings`.
     Several threads may share one.
