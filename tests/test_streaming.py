@@ -501,17 +501,61 @@ def test_the_gate_follows_the_noise_and_lets_speech_above_it_through():
     def frames(level_db, seconds):
         return rng.normal(0, 10 ** (level_db / 20), round(seconds * RATE)).astype(np.float32)
 
-    gate = EnergyGate(policy)
+    gate = EnergyGate(policy, RATE)
     _, is_speech = gate(np.zeros(RATE, dtype=np.float32), 50)
     assert not is_speech.any()
     levels, is_speech = gate(frames(-50, 10), 500)
-    assert levels == pytest.approx(-50, abs=2)
-    # From -80 dB at 3 dB a second, the floor is within 8 dB of -50 after (-58 + 80) / 3 = 7.3 s.
-    assert is_speech[:350].all() and not is_speech[400:].any()
+    # A sine of full scale has 0 dB, which is 3 more than its power, and the band is three quarters of white noise's.
+    assert levels[1:].mean() == pytest.approx(-50 + 3 + 10 * np.log10(5850 / 8000), abs=0.5)
+    # From -65 dB at 3 dB a second, the floor is within 8 dB of that after (-56 + 65) / 3 = 2.9 s.
+    assert is_speech[1:130].all() and not is_speech[200:].any()
     _, is_speech = gate(frames(-30, 2), 100)
-    assert is_speech.all()
+    assert is_speech[1:].all()
     _, is_speech = gate(frames(-50, 2), 100)
-    assert not is_speech.any()
+    # A frame is judged with the one before it.
+    assert not is_speech[1:].any()
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000])
+def test_offset_hum_and_digital_silence_are_no_speech_for_the_gate(rate):
+    times = np.arange(30 * rate) / rate
+    for sound in (
+        0 * times,
+        0 * times + 0.3,
+        0.2 * np.sin(2 * np.pi * 50 * times),
+        np.linspace(-0.3, 0.3, len(times)),
+    ):
+        in_16_bits = np.round(sound * 2**15) / 2**15
+        _, is_speech = EnergyGate(StreamingPolicy(), rate)(in_16_bits.astype(np.float32), 1500)
+        assert not is_speech.any()
+
+
+@pytest.mark.parametrize("gain_db", [-20, -35, -50])
+@pytest.mark.parametrize("beside", ["nothing", "offset", "negative offset", "drift", "hum", "loud speech", "room"])
+def test_the_gate_hears_a_faint_speaker(gain_db, beside):
+    speech = load_audio(DEMO)[: 3 * RATE + RATE // 2]
+    speech = speech / np.sqrt(np.mean(speech**2))
+    faint = np.concatenate([np.zeros(20 * RATE), speech * 10 ** (gain_db / 20), np.zeros(2 * RATE)])
+    times = np.arange(len(faint)) / RATE
+    faint += {
+        "offset": 0.1,
+        "negative offset": -0.4,
+        "drift": 0.01 * times,
+        "hum": 0.1 * np.sin(2 * np.pi * 60 * times),
+        "room": np.random.default_rng(0).normal(0, 10 ** ((gain_db - 20) / 20), len(faint)),
+    }.get(beside, 0.0)
+    if beside == "loud speech":
+        faint[: 5 * len(speech)] = np.tile(0.2 * speech, 5)
+    faint = (np.round(faint * 2**15) / 2**15).astype(np.float32)
+    _, is_speech = EnergyGate(StreamingPolicy(), RATE)(faint[: len(faint) // 320 * 320], len(faint) // 320)
+    power = np.square(speech.reshape(-1, 320)).mean(axis=1)
+    is_loud = power > power.max() / 10**1.2
+    heard = is_speech[1000 : 1000 + len(is_loud)]
+    # What is within 12 dB of the loudest sound, and so above the recording's own noise, but for some frames.
+    assert heard[is_loud].mean() > 0.9
+    assert not is_speech[1020 + len(is_loud) :].any()
+    if beside != "loud speech":
+        assert not is_speech[500:980].any()
 
 
 def test_a_tiny_random_model_streams_the_same_text_for_all_chunks():
@@ -549,6 +593,13 @@ def test_a_real_recording_streams_early_and_ends_near_the_offline_text(checkpoin
     import jiwer
 
     assert jiwer.wer(offline.lower(), updates[-1].committed.lower()) <= 0.2
+    # At -50 dB of full scale, behind ten seconds of an offset; and noise of that level alone.
+    faint = samples * (10 ** (-50 / 20) / np.sqrt(np.mean(samples**2)))
+    *_, update = StreamingTranscriber(model, processor).stream([np.pad(faint, (10 * RATE, 0)) + np.float32(0.01)])
+    assert jiwer.wer(offline.lower(), update.committed.lower()) <= 0.3
+    hiss = np.random.default_rng(0).normal(0.01, 10 ** (-50 / 20), 10 * RATE).astype(np.float32)
+    for update in StreamingTranscriber(model, processor).stream([hiss]):
+        assert (update.committed, update.partial) == ("", "")
 
 
 # The command

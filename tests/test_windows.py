@@ -213,8 +213,44 @@ def test_names_of_detectors(monkeypatch):
         make_vad("silero", 8_000)
     monkeypatch.setattr(voice_activity, "find_spec", lambda name: None)
     assert make_vad("auto", RATE).name == "energy"
-    with pytest.raises(ValueError, match=r"mdm_asr_hf\[vad\]"):
+    with pytest.raises(ValueError, match=r'pip install "\.\[vad\]"'):
         make_vad("silero", RATE)
+
+
+@pytest.mark.parametrize("name", ["energy", pytest.param("silero", marks=needs_silero)])
+@pytest.mark.parametrize("beside", ["nothing", "offset", "drift", "hum", "loud before", "loud around", "loud room"])
+def test_a_faint_speaker_is_heard(name, beside):
+    # From the first word on.
+    speech = load_audio(RECORDING)[RATE // 2 : 4 * RATE]
+    speech /= np.sqrt(np.mean(speech**2))
+    silence, loud = np.zeros(20 * RATE), np.tile(0.1 * speech, 8)
+    before = {
+        "loud before": loud,
+        "loud around": loud,
+        "loud room": loud + noise(len(loud) / RATE, 0.003),
+    }.get(beside, silence)
+    after = loud if beside == "loud around" else silence
+    start = len(before) + RATE
+    samples = np.concatenate([before, np.zeros(RATE), speech * 10 ** (-50 / 20), np.zeros(RATE), after])
+    times = np.arange(len(samples)) / RATE
+    samples += {"offset": 0.3, "drift": 0.01 * times, "hum": 0.1 * np.sin(2 * np.pi * 50 * times)}.get(beside, 0)
+    samples = (np.round(samples * 2**15) / 2**15).astype(np.float32)
+    vad = make_vad(name, RATE)
+    is_heard = np.zeros(len(samples), bool)
+    for window in cut_windows([samples], RATE, vad, 8.0):
+        is_heard[round(window.start_s * RATE) : round(window.end_s * RATE)] = True
+    assert is_heard[start : start + len(speech)].mean() > 0.95
+    if before is silence:
+        assert not is_heard[: start - RATE].any() and not is_heard[start + len(speech) + RATE :].any()
+
+
+@pytest.mark.parametrize("name", ["energy", pytest.param("silero", marks=needs_silero)])
+@pytest.mark.parametrize("level_db", [-20, -50, -65])
+def test_noise_alone_is_no_speech_at_any_level(name, level_db):
+    for offset in (0.0, 0.1):
+        assert not list(
+            cut_windows([noise(40, 10 ** (level_db / 20)) + np.float32(offset)], RATE, make_vad(name, RATE), 8.0)
+        )
 
 
 @needs_silero

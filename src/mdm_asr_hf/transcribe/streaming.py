@@ -19,10 +19,9 @@ from ..audio_mdm_asr import Downmix, check_rate, to_mono_float32
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
 from ..safeguards_mdm_asr import repeats_itself
 from .transcript import Word, group_words, token_texts
+from .voice_activity import SILENCE_DB, band_levels_db
 
 FRAME_S = 0.02
-# The quietest that a frame counts as, which makes digital silence and a very quiet room alike.
-LOWEST_LEVEL_DB = -80.0
 # Longer windows win nothing with the default checkpoint.
 MAX_WINDOW_S = 8.0
 # A window whose text has not come by then is taken for noise, which is not worth the shorter steps.
@@ -116,19 +115,35 @@ class EnergyGate:
     """
     Tells, frame by frame and from the past alone, where somebody may be speaking: where the level is well above a
     noise floor that falls at once and rises slowly. It starts low, so that noise counts as speech for some seconds
-    rather than a first word as noise.
+    rather than a first word as noise. Levels are those of the band of speech, so that neither an offset nor hum hides
+    a faint speaker.
+
+    Args:
+        policy ([`StreamingPolicy`]).
+        rate_hz (`float`): of the samples.
     """
 
-    def __init__(self, policy: StreamingPolicy):
-        self.policy = policy
+    def __init__(self, policy: StreamingPolicy, rate_hz: float):
+        self.policy, self.rate_hz = policy, rate_hz
         self.floor_db = policy.start_floor_db
+        self._before: np.ndarray | None = None
 
     def __call__(self, samples: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
         """Levels in dB and whether they are speech (num_frames,), of samples that make so many whole frames."""
-        power = np.square(samples.astype(np.float64)).reshape(num_frames, -1).mean(axis=1)
-        levels = 10 * np.log10(np.maximum(power, 10 ** (LOWEST_LEVEL_DB / 10)))
+        if not num_frames:
+            return np.zeros(0), np.zeros(0, dtype=bool)
+        frames = samples.reshape(num_frames, -1)
+        # One frame is too short to tell hum from speech: with the one before it. The first has none, and is not heard.
+        is_first, before = self._before is None, frames[:1] if self._before is None else self._before
+        self._before = frames[-1:].copy()
+        pairs = np.concatenate([np.concatenate([before, frames[:-1]]), frames], axis=1)
+        levels = band_levels_db(pairs, self.rate_hz)
+        levels[:is_first] = SILENCE_DB
         is_speech = np.zeros(num_frames, dtype=bool)
         for i, level in enumerate(levels):
+            # Digital silence, and what rounding makes of it, says nothing about the noise.
+            if level <= SILENCE_DB:
+                continue
             self.floor_db = min(float(level), self.floor_db + self.policy.floor_rise_db_per_s * FRAME_S)
             is_speech[i] = level > self.floor_db + self.policy.speech_db
         return levels, is_speech
@@ -282,7 +297,7 @@ class StreamingTranscriber:
 
     def reset(self) -> None:
         """Forgets the stream so far; the next audio starts at second 0."""
-        self._gate = EnergyGate(self.policy)
+        self._gate = EnergyGate(self.policy, self.rate_hz)
         self._window = _Window()
         self._downmix = Downmix("The stream")
         self._resampler: soxr.ResampleStream | None = None
@@ -333,7 +348,9 @@ class StreamingTranscriber:
         rest = self._take_pending(self._num_pending)
         if len(rest):
             num_frames = math.ceil(len(rest) / self.frame_size)
-            updates += self._step(np.pad(rest, (0, num_frames * self.frame_size - len(rest))), is_decoded=False)
+            # Zeros behind an offset would be a click.
+            rest = np.pad(rest, (0, num_frames * self.frame_size - len(rest)), mode="edge")
+            updates += self._step(rest, is_decoded=False)
         if self._window.is_speech.any():
             updates.append(self._close())
         self._is_finished = True

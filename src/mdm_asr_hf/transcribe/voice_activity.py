@@ -23,10 +23,27 @@ RISE_SHARE, MIN_RISE_DB, MAX_RISE_DB = 0.25, 3.0, 10.0
 # Quieter frames are digital silence, which says nothing about the noise of the room; unless all else varies less than
 # speech does, and so has no noise in it.
 SILENCE_DB, STEADY_DB = -95.0, 10.0
-# What energy is measured of: speech, but neither hum nor rumble nor hiss.
+# A faint speaker behind a loud one, or behind one in a louder room, has a floor of his own: within so many frames.
+NEAR_FRAMES = 64
+# What energy is measured of: speech, but neither an offset nor hum nor rumble nor hiss.
 BAND_HZ = (150.0, 6000.0)
+# silero-vad hears speech of less than -55 dB or so badly, and worse behind louder speech, or on an offset or hum: it
+# is given what is above these, brought up to this level by what is the loudest within `LEVELLED_FRAMES` either way.
+HIGH_PASS_HZ, HIGH_PASS_SIZE = 100.0, 801
+LEVELLED_DB, LEVELLED_FRAMES, MAX_GAIN_DB = -25.0, 31, 60.0
 # There is one model of silero-vad, whose torch form keeps its state in itself; and loading it sets torch's threads.
 _SILERO_LOCK = threading.Lock()
+
+
+def band_levels_db(frames: np.ndarray, rate_hz: float) -> np.ndarray:
+    """Levels (n,) in dB of frames (n, size) within `BAND_HZ`; a sine of full scale has 0 dB."""
+    size = frames.shape[1]
+    frequencies_hz = np.fft.rfftfreq(size, 1 / rate_hz)
+    in_band = (frequencies_hz >= BAND_HZ[0]) & (frequencies_hz <= BAND_HZ[1])
+    # An offset is thousands of times what a faint speaker has, and would leak by the window's rounding.
+    spectra = np.fft.rfft((frames - frames.mean(axis=1, keepdims=True)) * np.hanning(size).astype(np.float32))
+    power = (np.abs(spectra[:, in_band]) ** 2).sum(axis=1)
+    return 10 * np.log10(np.maximum(power / (3 / 32 * size**2), 1e-12))
 
 
 class EnergyVAD:
@@ -43,10 +60,7 @@ class EnergyVAD:
     enter, leave = 0.0, -1.5
 
     def __init__(self, rate_hz: float):
-        self.frame_size = round(FRAME_S * rate_hz)
-        self._shape = np.hanning(self.frame_size).astype(np.float32)
-        frequencies_hz = np.fft.rfftfreq(self.frame_size, 1 / rate_hz)
-        self._band = (frequencies_hz >= BAND_HZ[0]) & (frequencies_hz <= BAND_HZ[1])
+        self.rate_hz, self.frame_size = rate_hz, round(FRAME_S * rate_hz)
         self._memory_size = round(MEMORY_S / FRAME_S)
         self.reset()
 
@@ -56,10 +70,9 @@ class EnergyVAD:
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Scores (number of frames,) of the next samples (N,) of a recording; the last frame may be incomplete."""
-        frames = np.pad(samples, (0, -len(samples) % self.frame_size)).reshape(-1, self.frame_size)
-        power = (np.abs(np.fft.rfft(frames * self._shape)[:, self._band]) ** 2).sum(axis=1)
-        # So that a sine of full scale has 0 dB.
-        levels_db = 10 * np.log10(np.maximum(power / (3 / 32 * self.frame_size**2), 1e-12))
+        # Zeros behind an offset would be a click.
+        frames = np.pad(samples, (0, -len(samples) % self.frame_size), mode="edge").reshape(-1, self.frame_size)
+        levels_db = band_levels_db(frames, self.rate_hz)
         self._levels_db = np.concatenate([self._levels_db, levels_db])[-max(self._memory_size, len(levels_db)) :]
         heard = self._levels_db[self._levels_db > SILENCE_DB]
         if not len(heard):
@@ -68,7 +81,15 @@ class EnergyVAD:
         if peak_db - floor_db < STEADY_DB and len(heard) < len(self._levels_db):
             floor_db = SILENCE_DB
         rise_db = min(max(RISE_SHARE * (peak_db - floor_db), MIN_RISE_DB), MAX_RISE_DB)
-        return levels_db - (floor_db + rise_db)
+        return levels_db - (np.minimum(floor_db, _floors_near_db(self._levels_db))[-len(levels_db) :] + rise_db)
+
+
+def _floors_near_db(levels_db: np.ndarray) -> np.ndarray:
+    """The floor (n,) of the frames around each of n, infinity where all is digital silence."""
+    padded = np.pad(np.where(levels_db > SILENCE_DB, levels_db, np.inf), NEAR_FRAMES, constant_values=np.inf)
+    near_db = np.sort(np.lib.stride_tricks.sliding_window_view(padded, 2 * NEAR_FRAMES + 1), axis=1)
+    places = (np.isfinite(near_db).sum(axis=1) * FLOOR_PERCENTILE / 100).astype(int)
+    return near_db[np.arange(len(near_db)), places]
 
 
 class SileroVAD:
@@ -97,6 +118,7 @@ class SileroVAD:
         num_before = len(self._before) // SILERO_FRAME
         heard = np.concatenate([self._before, samples]).astype(np.float32, copy=False)
         self._before = heard[-SILERO_WARM_UP_FRAMES * SILERO_FRAME :]
+        heard = _levelled(heard) if len(heard) else heard
         if isinstance(self._model, torch.jit.ScriptModule):
             padded = np.pad(heard, (0, -len(heard) % SILERO_FRAME))
             with _SILERO_LOCK, torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -104,6 +126,22 @@ class SileroVAD:
         else:
             scores = self._model.audio_forward(heard, SILERO_RATE_HZ)
         return scores[num_before:]
+
+
+def _levelled(samples: np.ndarray) -> np.ndarray:
+    """Samples (N,) at silero-vad's rate without what is below speech, and its faint parts raised."""
+    times = np.arange(HIGH_PASS_SIZE) - HIGH_PASS_SIZE // 2
+    low_pass = np.sinc(2 * HIGH_PASS_HZ / SILERO_RATE_HZ * times) * np.hanning(HIGH_PASS_SIZE)
+    padded = np.pad(samples, HIGH_PASS_SIZE // 2, mode="edge")
+    size = 1 << (len(padded) - 1).bit_length()
+    low = np.fft.irfft(np.fft.rfft(padded, size) * np.fft.rfft(low_pass / low_pass.sum(), size), size)
+    high = samples - low[HIGH_PASS_SIZE - 1 : HIGH_PASS_SIZE - 1 + len(samples)]
+    frames = np.pad(high, (0, -len(high) % SILERO_FRAME)).reshape(-1, SILERO_FRAME)
+    levels = np.pad(np.sqrt(np.square(frames).mean(axis=1)), LEVELLED_FRAMES)
+    loudest = np.lib.stride_tricks.sliding_window_view(levels, 2 * LEVELLED_FRAMES + 1).max(axis=1)
+    gains = np.clip(10 ** (LEVELLED_DB / 20) / np.maximum(loudest, 1e-9), 1, 10 ** (MAX_GAIN_DB / 20))
+    middles = (np.arange(len(frames)) + 0.5) * SILERO_FRAME
+    return (high * np.interp(np.arange(len(high)), middles, gains)).astype(np.float32)
 
 
 def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:
@@ -122,7 +160,9 @@ def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:
     if name == "silero" and not takes_rate:
         raise ValueError(f"`vad='silero'` needs {SILERO_RATE_HZ} Hz, but the model has {rate_hz}. Take 'energy'.")
     if name == "silero" and not is_installed:
-        raise ValueError("`vad='silero'` needs silero-vad: `pip install mdm_asr_hf[vad]`. Or take 'energy'.")
+        raise ValueError(
+            "`vad='silero'` needs silero-vad: `pip install \".[vad]\"` in a clone of this project. Or take 'energy'."
+        )
     if name == "energy" or not (takes_rate and is_installed):
         return EnergyVAD(rate_hz)
     return SileroVAD()
@@ -184,4 +224,4 @@ def weakest_frame(samples: np.ndarray, frame_size: int) -> int:
     return int(np.convolve(power, np.ones(3), mode="valid").argmin()) + 1
 
 
-__all__ = ["EnergyVAD", "SileroVAD", "VAD_NAMES", "make_vad", "speech_runs", "weakest_frame"]
+__all__ = ["EnergyVAD", "SileroVAD", "VAD_NAMES", "band_levels_db", "make_vad", "speech_runs", "weakest_frame"]
