@@ -159,6 +159,6 @@ def test_a_saved_folder_loads_where_the_package_is_not_installed(tmp_path):
     assert "custom_pipelines" not in (folder / "config.json").read_text()
     out = transcribe_as_remote_code(folder, clip, tmp_path)
     assert out["type"] == "seq2seq" and out["pipeline"] == out["direct"] == expected != ""
-    assert "pip install mdm_asr_hf" in out["hint"]
+    assert "pip install ." in out["hint"]
     # The converters, and what only they need, do not travel.
     assert not list(folder.glob("convert_*"))

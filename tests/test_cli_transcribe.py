@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,10 @@ from tiny_models import tiny_model, tiny_processor
 import mdm_asr_cli.main as cli
 from mdm_asr_cli import journal, output
 from mdm_asr_cli.journal import Journal, whole_lines, write_atomically
+from mdm_asr_cli.options import split_words
+from mdm_asr_cli.terminal import print_anything
 from mdm_asr_cli.transcribe import ProgressBar, _header_duration_s
 from mdm_asr_hf.audio_mdm_asr import load_audio
-from mdm_asr_hf.encoding_mdm_asr import print_anything
 from mdm_asr_hf.loading import load_model
 from mdm_asr_hf.transcribe.subtitles import to_json
 from mdm_asr_hf.transcribe.transcriber import Transcriber
@@ -273,6 +275,19 @@ def test_options_that_contradict_give_one_line(run, recordings, tiny, tmp_path, 
     code, out, err = run("transcribe", *recordings, "--model", tiny, *options)
     assert (code, out, len(err)) == (1, [], 1) and err[0].startswith("error: ") and message in err[0]
     assert (tmp_path / "present.txt").read_text() == "precious\n"
+
+
+def test_the_longest_names_are_shortened(run, tiny, recordings, tmp_path):
+    names = ["a" * 251, "a" * 250 + "b", "ä" * 125, "c" * 250]
+    for name in names:
+        (tmp_path / f"{name}.wav").write_bytes(recordings[0].read_bytes())
+    command = ("transcribe", *sorted(tmp_path.glob("*.wav")), "--model", tiny, "--output-dir", tmp_path / "out")
+    for options in (("--format", "json"), ("--format", "json", "--resume"), ("--format", "srt", "--format", "vtt")):
+        code, _, err = run(*command, *options)
+        assert (code, err) == (0, [])
+    written = [path.name for path in (tmp_path / "out").glob("*.*") if path.is_file()]
+    assert len(written) == 12 and all(len(name.encode()) <= 255 for name in written)
+    assert {f"{'c' * 250}.json", f"{'ä' * 125}.json", f"{'a' * 251}.srt"} <= set(written)
 
 
 def test_results_that_would_overwrite_each_other_are_refused(run, tiny, recordings, tmp_path):
@@ -536,3 +551,72 @@ def test_the_precision_is_an_option(run, tiny, recordings, monkeypatch):
     assert code == 0 and len(out) == 1 and len(quantized) == 1
     code, _, err = run("transcribe", recordings[0], "--model", tiny, "--dtype", "int4")
     assert code == 2 and any("int4" in line for line in err)
+
+
+def test_hotwords_of_a_file(run, tiny, recordings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # As other systems write them: with a byte-order mark, in lines of their own end, or parted by commas.
+    Path("words.txt").write_bytes("\ufeffQuilter\r\nOlbinett, Mulrady\n\n".encode())
+    Path("Müller").write_text("Kubernetes", "utf-8")
+    for entry, words in (
+        (["@words.txt"], ["Quilter", "Olbinett", "Mulrady"]),
+        (["AC/DC, Node.js,", "@Müller"], ["AC/DC", "Node.js", "Kubernetes"]),
+        (["e.g.,9/11,A.B. Cd"], ["e.g.", "9/11", "A.B. Cd"]),
+        (["", " , "], []),
+    ):
+        assert split_words(entry) == words
+    Path("latin").write_bytes("Ä".encode("latin-1"))
+    Path("empty").write_text(" ,\n")
+    for entry, message in (
+        ("words.txt", "pass `@words.txt`"),
+        ("Quilter,Müller", "pass `@Müller`"),
+        ("missing.txt", "pass `@missing.txt`"),
+        ("names.CSV", "pass `@names.CSV`"),
+        ("./words", "pass `@./words`"),
+        ("~/words", "pass `@~/words`"),
+        ("C:\\words", "is a file"),
+        ("@missing.txt", "cannot be read"),
+        ("@.", "cannot be read"),
+        ("@latin", "UTF-8"),
+        ("@empty", "holds no words"),
+    ):
+        code, out, err = run("transcribe", recordings[0], "--model", tiny, "--hotwords", entry)
+        assert (code, out, len(err)) == (1, [], 1) and message in err[0], entry
+
+
+def test_errors_name_the_option_that_was_given(run, tiny, recordings):
+    for options, message in (
+        (("--window-s", 60), "`--window-s` must be"),
+        (("--window-s", 0), "`--window-s` must be"),
+        (("--window-s", "nan"), "`--window-s` must be"),
+        (("--steps", 0), "`--steps`"),
+        (("--lambda", "nan"), "`--lambda"),
+        (("--canvas-length", 0), "`canvas_length"),
+    ):
+        code, out, err = run("transcribe", recordings[0], "--model", tiny, *options)
+        assert (code, out, len(err)) == (1, [], 1) and message in err[0], err
+
+
+# More digits than anybody measures.
+TAIL = re.compile(r"\d\.\d{5,}")
+
+
+def test_no_number_has_a_tail(run, recordings, tmp_path):
+    demo = Path("demo/common_voice_en_48.flac")
+    speech = load_audio(demo)
+    # Windows whose starts are no round numbers.
+    soundfile.write(tmp_path / "long.flac", np.tile(speech, 3)[:-1234], RATE_HZ)
+    command = ("transcribe", tmp_path / "long.flac", "--window-s", 5.7, "--vad", "energy")
+    for options in (
+        ("--json", "--timestamps", "word"),
+        ("--json", "--timestamps", "segment"),
+        ("--format", "srt"),
+        ("--format", "vtt"),
+        ("--output-dir", tmp_path, "--format", "json", "--timestamps", "word"),
+    ):
+        code, out, _ = run(*command, *options)
+        assert code == 0 and not TAIL.search("\n".join(out))
+    written = (tmp_path / "long.json").read_text()
+    assert '"start_s": ' in written and '"no_speech": ' in written and not TAIL.search(written)
+    code, out, _ = run("stream", demo, "--no-realtime", "--json")
+    assert code == 0 and not TAIL.search("\n".join(out))

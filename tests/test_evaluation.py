@@ -28,7 +28,9 @@ from mdm_asr_hf.evaluate.evaluation import (
     write_evaluation,
 )
 from mdm_asr_hf.evaluate.scoring import read_rows, score
+from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.transcript import token_texts
+from mdm_asr_hf.transcribe.voice_activity import make_vad
 
 ROOT = Path(__file__).parents[1]
 RATE_HZ = 16_000
@@ -328,6 +330,40 @@ def test_encoding_once_gives_the_same_rows(folder, model, processor):
     # Without drafts, an evaluation for each token.
     assert num_evaluations[0] < num_evaluations[1] == sum(len(row["tokens"]) + 1 for row in rows if row["nfe"])
     assert not settings.return_dict_in_generate and len(encoded.data.skipped) == 1
+
+
+@pytest.mark.parametrize("vad", ["energy", "none"])
+def test_what_is_longer_than_the_model_takes_is_cut_as_transcribe_does(folder, model, processor, monkeypatch, vad):
+    # A second of every one and a half is sound; without its detector, windows overlap.
+    monkeypatch.setattr(evaluation, "make_vad", lambda name, rate_hz: make_vad(vad, rate_hz))
+    monkeypatch.setattr(processor.feature_extractor, "max_duration_s", 3.0)
+    times_s = np.arange(11 * RATE_HZ) / RATE_HZ
+    sound = np.random.default_rng(1).standard_normal(len(times_s)) * np.where(times_s % 1.5 < 1, 0.1, 1e-4)
+    soundfile.write(folder / "audio" / "1.wav", sound, RATE_HZ)
+    soundfile.write(folder / "audio" / "2.wav", np.zeros(5 * RATE_HZ), RATE_HZ)
+    data = load_data(folder)
+    settings = copy.deepcopy(model.generation_config)
+    rows = evaluate_model(model, processor, data, settings=settings, batch_size=3)
+    assert [row["id"] for row in rows] == [f"audio/{i}.wav" for i in range(7)]
+    transcriber = Transcriber(model, processor, settings=settings, vad=vad)
+    for i in (1, 2):
+        expected = transcriber.transcribe(folder / "audio" / f"{i}.wav")
+        row = rows[i]
+        assert (row["hypothesis"], row["duration_s"]) == (expected.text, expected.duration_s)
+        assert (row["nfe"], row["confidence"]) == (expected.nfe, expected.confidence)
+        assert "".join(token["text"] for token in row["tokens"]).replace(" ", "") == expected.text.replace(" ", "")
+    assert len(transcriber.transcribe(folder / "audio" / "1.wav").segments) > 3
+    steps = [token["step"] for token in rows[1]["tokens"]]
+    assert steps == sorted(steps) and 0 < steps[-1] <= rows[1]["nfe"]
+    assert sum(rows[1]["accepted_drafts"].values()) <= len(steps) * 2
+    # Whatever the batches are, and if encoded beforehand.
+    encoded = encode_dataset(model, processor, data, settings=settings, batch_size=2)
+    for others in (
+        evaluate_model(model, processor, data, settings=settings, batch_size=1),
+        decode_encoded(model, processor, encoded, settings),
+    ):
+        for name in ("hypothesis", "nfe", "is_full", "duration_s"):
+            assert [row[name] for row in others] == [row[name] for row in rows]
 
 
 def test_what_cannot_be_decoded_does_not_stop_the_rest(folder, canvas, processor):

@@ -483,9 +483,14 @@ finally:
         assert word == other.text and times == pytest.approx([other.start_s, other.end_s], abs=0.041)
     *_, last = StreamingTranscriber(model, processor).stream([load_audio(RECORDING)])
     assert text == expected.text and stream == last.committed
-    assert missing == '`MDMASRForConditionalGeneration` needs PyTorch: `pip install "mdm_asr_hf[torch]"`.'
+    assert (
+        missing
+        == '`MDMASRForConditionalGeneration` needs PyTorch: `pip install ".[torch]"` in a clone of this project.'
+    )
     assert done.returncode == 1
-    assert done.stderr.strip().endswith('error: this command needs torch: `pip install "mdm_asr_hf[torch]"`')
+    assert done.stderr.strip().endswith(
+        'error: this command needs torch: `pip install ".[torch]"` in a clone of this project'
+    )
 
 
 # --- errors ---
@@ -549,7 +554,7 @@ def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
 def test_without_the_extra(pair, tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     extra = "export" if module == "onnxscript" else "onnx"
-    with pytest.raises(ImportError, match=rf'{module}: `pip install "mdm_asr_hf\[{extra}\]"`'):
+    with pytest.raises(ImportError, match=rf'{module}: `pip install "\.\[{extra}\]"`'):
         if module == "onnxscript":
             export_onnx(pair[0], tmp_path / "out", processor=tiny_processor())
         else:

@@ -110,7 +110,8 @@ def test_arguments_that_make_no_sense(tiny):
     for options, message in (
         ({"return_timestamps": "char"}, "return_timestamps"),
         ({"chunk_length_s": 31}, "at most 30"),
-        ({"chunk_length_s": 0.1}, "max_window_s"),
+        ({"chunk_length_s": 60}, "`chunk_length_s` must be .* at most 30"),
+        ({"chunk_length_s": 0.1}, "`chunk_length_s` must be at least 1"),
         ({"vad": "loud"}, "vad"),
         ({"no_such_setting": 1}, "no_such_setting"),
         ({"max_denoising_steps": 1}, "canvas"),

@@ -197,7 +197,12 @@ def test_labels_are_tokens_then_end_then_ignored(processor, tokenizer):
     # Nothing said is an end at once, and not the prefix.
     assert processor(text="  ")["labels"].tolist() == [[eos]]
     assert isinstance(processor(text="there", return_tensors="np")["labels"], np.ndarray)
-    plain = MDMASRProcessor(processor.feature_extractor, tokenizer)
+    # By default a blank, which this tokenizer keeps.
+    bare = MDMASRProcessor(processor.feature_extractor, tokenizer)
+    assert bare(text="there")["labels"].tolist() == [[*there, eos]]
+    assert bare.hotword_ids(["Quilter"]) == processor.hotword_ids(["Quilter"])
+    assert bare.previous_ids("hello") == processor.previous_ids("hello")
+    plain = MDMASRProcessor(processor.feature_extractor, tokenizer, text_prefix="")
     assert plain(text="there")["labels"].tolist() == [[*tokenizer.encode("there"), eos]]
 
 

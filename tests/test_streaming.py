@@ -737,7 +737,7 @@ def test_stream_reads_wav_of_a_pipe(run_command, fake_models, monkeypatch):
 def test_stream_says_in_one_line_what_is_wrong(run_command, fake_models, wav, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sounddevice", None)
     for arguments, needed in (
-        ([], "pip install mdm_asr_hf[stream]"),
+        ([], 'pip install ".[stream]"'),
         ([tmp_path / "none.wav"], "does not exist"),
         ([wav, "--step-s", "0"], "`step_s`"),
         ([wav, "--language", "xx"], "language"),

@@ -172,7 +172,7 @@ def test_every_word_of_every_clip_comes_once_and_in_order(parts, max_window_s, v
     )
     transcript = transcriber.transcribe(samples, sampling_rate=RATE)
     assert transcript.text == text_of(clips)
-    assert transcript.duration_s == pytest.approx(len(samples) / RATE)
+    assert transcript.duration_s == round(len(samples) / RATE, 3)
 
 
 @settings(max_examples=20)

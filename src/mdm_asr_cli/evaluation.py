@@ -84,8 +84,9 @@ def evaluate(
     Measure a model: error rates, speed, calibration.
 
     Writes hypotheses.jsonl (every utterance, nothing normalised) and metrics.json into FOLDER, or into a subfolder
-    for each of several data sets. `mdm-asr score` computes the metrics again from the former. What cannot be read is
-    reported, counted and left out. Under `accelerate launch` the processes share the utterances.
+    for each of several data sets. `mdm-asr score` computes the metrics again from the former. What is longer than the
+    model takes at once is cut as `transcribe` does it; what cannot be read is reported, counted and left out. Under
+    `accelerate launch` the processes share the utterances.
     """
     from mdm_asr_hf.evaluate.evaluation import load_data, process_index_and_number
 

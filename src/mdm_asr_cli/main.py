@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import convert, evaluation, export, serve, streaming, training, transcribe
-from .terminal import Failure, print_anything, report
+from .terminal import Failure, option_names, print_anything, report
 
 app = typer.Typer(
     help="Speech recognition by masked diffusion (arXiv 2602.18952).",
@@ -39,9 +39,23 @@ def options(
     pass
 
 
+def _option_names() -> dict[str, str]:
+    """Of the command that runs: its options by the names of their parameters, where the two differ."""
+    commands = typer.main.get_command(app).commands
+    command = next((commands[argument] for argument in sys.argv[1:] if argument in commands), None)
+    options = {param.name: max(param.opts, key=len) for param in (command.params if command else ())}
+    return {
+        name: option
+        for name, option in options.items()
+        if option.startswith("--") and option[2:].replace("-", "_") != name
+    }
+
+
 def main() -> None:
     """Runs a command; what ends it is one line on stderr."""
     print_anything()
+    option_names.clear()
+    option_names.update(_option_names())
     try:
         app()
     except Failure as error:
@@ -50,7 +64,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if find_spec("torch") is not None:
             raise
-        report("error", f'this command needs {error.name}: `pip install "mdm_asr_hf[torch]"`')
+        report("error", f'this command needs {error.name}: `pip install ".[torch]"` in a clone of this project')
         sys.exit(1)
 
 

@@ -1,7 +1,9 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Options that several commands have, each written once; and how their values are read."""
 
+import re
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,8 +51,51 @@ TrustRemoteCode = Annotated[
 
 
 def split_words(entries: list[str] | None) -> list[str]:
-    """The words of an option that takes them parted by commas and may be repeated."""
-    return [word.strip() for entry in entries or [] for word in entry.split(",") if word.strip()]
+    """
+    The words of `--hotwords`, which takes them parted by commas, or a file of them as @FILE, and may be repeated.
+
+    Raises:
+        ValueError: a file that cannot be read or has no words, a word that is or looks like a file.
+    """
+    words = []
+    for entry in entries or []:
+        if entry.startswith("@"):
+            words += _words_of_file(Path(entry[1:]).expanduser())
+            continue
+        for word in filter(None, map(str.strip, entry.split(","))):
+            if _LIKE_A_FILE.search(word) or _is_file(word):
+                raise ValueError(f"`--hotwords {word}` is a file, not a word. To read its words, pass `@{word}`.")
+            words.append(word)
+    return words
+
+
+# Neither AC/DC nor Node.js, which are words.
+_LIKE_A_FILE = re.compile(
+    r"^(~|\.{0,2})[/\\]|^[A-Za-z]:\\|\.(txt|text|csv|tsv|jsonl?|lst|list|md|ya?ml|docx?|xlsx?)$", re.I
+)
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _words_of_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`--hotwords @{path}` is not text in UTF-8. Save it as such, a word or phrase a line."
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"`--hotwords @{path}` cannot be read: {reason}. Check the path.") from error
+    words = [word.strip() for line in text.splitlines() for word in line.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"`--hotwords @{path}` holds no words. Write a word or phrase a line.")
+    return words
 
 
 __all__ = [

@@ -235,7 +235,7 @@ def json_row(path: Path, transcript: "Transcript", timestamps: Timestamps | None
     """What `--json` prints of a file."""
     values = transcript.to_dict()
     row = {"file": str(path), **{name: values[name] for name in ("text", "confidence", "nfe")}}
-    row["duration_s"] = round(transcript.duration_s, 3)
+    row["duration_s"] = values["duration_s"]
     if transcript.language is not None:
         row["language"] = transcript.language
     if timestamps is not None:

@@ -57,7 +57,8 @@ def stream(
         str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de.")
     ] = None,
     hotwords: Annotated[
-        list[str] | None, typer.Option(metavar="A,B,...", help="Words to expect; several: A,B or once for each.")
+        list[str] | None,
+        typer.Option(metavar="WORDS", help="Words to expect, parted by commas, or @FILE of them. May be repeated."),
     ] = None,
     input_device: Annotated[
         str | None, typer.Option(metavar="NAME", help="The microphone, by number or a part of its name.")
@@ -80,6 +81,7 @@ def stream(
 
     # What can go wrong without the model comes first.
     try:
+        words = split_words(hotwords)
         microphone = None if source is not None else _open_microphone(input_device)
         chunks_of_file = None if source in (None, PIPE) else _open_file(source)
     except ValueError as error:
@@ -96,7 +98,7 @@ def stream(
                 processor,
                 step_s=step_s,
                 max_window_s=max_window_s,
-                hotwords=split_words(hotwords) or None,
+                hotwords=words or None,
                 keep_up=is_live,
                 language=language,
             )
@@ -168,7 +170,8 @@ def _open_microphone(name: str | None) -> tuple[Any, float]:
         import sounddevice
     except ImportError as error:
         raise ValueError(
-            "The microphone needs sounddevice: `pip install mdm_asr_hf[stream]`. Or name a FILE, or - for a pipe."
+            'The microphone needs sounddevice: `pip install ".[stream]"` in a clone of this project. Or name '
+            "a FILE, or - for a pipe."
         ) from error
     except OSError as error:
         raise ValueError(
@@ -250,8 +253,6 @@ def _show_json(update: "StreamUpdate") -> None:
 
     values = dataclasses.asdict(update)
     values["latency_s"] = round(update.latency_s, 3)
-    for word in values["new"]:
-        word["confidence"] = round(word["confidence"], 4)
     # The text so far on every line would make the output of an hour gigabytes: the new words are enough.
     text = values.pop("committed")
     if update.is_final:

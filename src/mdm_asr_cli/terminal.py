@@ -51,9 +51,16 @@ def one_line(error: Any) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
 
 
+# What the arguments of Python are called here, where that is another name: `max_window_s` is `--window-s`.
+option_names: dict[str, str] = {}
+
+
 def report(kind: str, message: Any) -> None:
     """Prints a line on stderr."""
-    print(f"{kind}: {one_line(message)}", file=sys.stderr, flush=True)
+    text = one_line(message)
+    for name, option in option_names.items():
+        text = re.sub(rf"(?<=[`']){name}\b", option, text)
+    print(f"{kind}: {text}", file=sys.stderr, flush=True)
 
 
 class _Collector(logging.Handler):

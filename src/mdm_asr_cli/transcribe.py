@@ -81,7 +81,8 @@ def transcribe(
         Timestamps | None, typer.Option(help="JSON with the times of segments, or of words, too.")
     ] = None,
     hotwords: Annotated[
-        list[str] | None, typer.Option(metavar="WORDS", help="Words to expect, parted by commas. May be repeated.")
+        list[str] | None,
+        typer.Option(metavar="WORDS", help="Words to expect, parted by commas, or @FILE of them. May be repeated."),
     ] = None,
     language: Language = None,
     target_language: Annotated[
@@ -116,6 +117,7 @@ def transcribe(
 
     formats = list(dict.fromkeys(formats or []))
     try:
+        words = split_words(hotwords)
         if PIPE in files:
             _check_stdin(files, resume)
         writer = make_writer(
@@ -125,7 +127,6 @@ def transcribe(
         raise Failure(error) from error
     with quiet_libraries() as collector:
         source = model or str(default_checkpoint())
-        words = split_words(hotwords)
         with_times = timestamps is Timestamps.word or (timestamps is None and writer.wants_times)
         try:
             loaded, processor = load_named_model(source, device, trust_remote_code, dtype.value)

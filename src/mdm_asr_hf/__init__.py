@@ -63,7 +63,7 @@ def __getattr__(name: str):
 
         return getattr(collator, name)
     if name in __all__:
-        raise ImportError(f'`{name}` needs PyTorch: `pip install "mdm_asr_hf[torch]"`.')
+        raise ImportError(f'`{name}` needs PyTorch: `pip install ".[torch]"` in a clone of this project.')
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

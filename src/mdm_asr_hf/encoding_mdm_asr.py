@@ -13,6 +13,19 @@ def check_unicode(text: str, name: str) -> str:
     return text
 
 
+def text_prefix_of(tokenizer: Any) -> str:
+    """
+    What donors with this tokenizer put before every text: a blank, where the tokenizer keeps it, as Whisper's does,
+    and nothing where it has one of its own before every word, as those of sentencepiece.
+    """
+    # One that has to be told a language is of sentencepiece.
+    if getattr(tokenizer, "takes_language", False):
+        return ""
+    ids = tokenizer.encode(" a", add_special_tokens=False)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return " " if text[:1] == " " else ""
+
+
 def json_text(values: Any, encoding: str | None = "utf-8", **options: Any) -> str:
     """JSON for a file or a stream of this encoding, escaped where that does not have its characters: read again, it is
     the same, names that are not UTF-8 among them."""
@@ -24,4 +37,4 @@ def json_text(values: Any, encoding: str | None = "utf-8", **options: Any) -> st
         return json.dumps(values, **options)
 
 
-__all__ = ["check_unicode", "json_text"]
+__all__ = ["check_unicode", "json_text", "text_prefix_of"]

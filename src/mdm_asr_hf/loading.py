@@ -49,8 +49,8 @@ def load_model(
         return OnnxMDMASR.from_pretrained(model, num_threads), _onnx_processor(model)
     if find_spec("torch") is None:
         raise ValueError(
-            'it needs PyTorch: `pip install "mdm_asr_hf[torch]"`. Without it, `--model` takes a folder that '
-            "`mdm-asr export` wrote."
+            'it needs PyTorch: `pip install ".[torch]"` in a clone of this project. Without it, `--model` takes a '
+            "folder that `mdm-asr export` wrote."
         )
     import torch
     from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor

@@ -666,7 +666,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         try:
             from mdm_asr_hf.convert.whisper import from_whisper
         except ImportError as error:
-            raise ImportError("`from_whisper` needs the package: `pip install mdm_asr_hf`.") from error
+            raise ImportError(
+                "`from_whisper` needs the package: `pip install .` in a clone of this project."
+            ) from error
         return from_whisper(cls, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -675,7 +677,9 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         try:
             from mdm_asr_hf.convert.canary import from_canary
         except ImportError as error:
-            raise ImportError("`from_canary` needs the package: `pip install mdm_asr_hf`.") from error
+            raise ImportError(
+                "`from_canary` needs the package: `pip install .` in a clone of this project."
+            ) from error
         return from_canary(cls, pretrained_model_name_or_path, **kwargs)
 
     def to_whisper(self) -> nn.Module:
@@ -684,7 +688,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         try:
             from mdm_asr_hf.convert.whisper import to_whisper
         except ImportError as error:
-            raise ImportError("`to_whisper` needs the package: `pip install mdm_asr_hf`.") from error
+            raise ImportError("`to_whisper` needs the package: `pip install .` in a clone of this project.") from error
         return to_whisper(self)
 
 

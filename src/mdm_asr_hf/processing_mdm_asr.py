@@ -9,7 +9,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_mdm_asr import load_audio_batch
-from .encoding_mdm_asr import check_unicode
+from .encoding_mdm_asr import check_unicode, text_prefix_of
 from .hotwords_mdm_asr import HotwordIds, encode_hotwords
 from .prompt_mdm_asr import build_prompt_ids, prompt_values, validate_prompt_template
 
@@ -28,7 +28,8 @@ class MDMASRProcessor(ProcessorMixin):
         tokenizer ([`PreTrainedTokenizerBase`]): with an end-of-text token. One whose `takes_language` is true is
             called with `language=`, as an aggregate of one tokenizer per language needs.
         prompt_template (`dict`, *optional*): the decoder prompt, the same as in generation_config.json.
-        text_prefix (`str`): what the donor put before every text; Whisper a space, Canary nothing.
+        text_prefix (`str`, *optional*): what the donor put before every text; Whisper a space, Canary nothing. By
+            default what fits the tokenizer.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class MDMASRProcessor(ProcessorMixin):
         feature_extractor: Any,
         tokenizer: Any,
         prompt_template: dict[str, Any] | None = None,
-        text_prefix: str = "",
+        text_prefix: str | None = None,
     ):
         if prompt_template is not None:
             validate_prompt_template(prompt_template)
+        if text_prefix is None:
+            text_prefix = text_prefix_of(tokenizer)
         if not isinstance(text_prefix, str):
             raise ValueError(f"`text_prefix` must be a string, got {text_prefix!r}.")
         super().__init__(feature_extractor, tokenizer)
@@ -52,7 +55,9 @@ class MDMASRProcessor(ProcessorMixin):
         try:
             from mdm_asr_hf.convert.whisper import whisper_processor
         except ImportError as error:
-            raise ImportError("`from_whisper` needs the package: `pip install mdm_asr_hf`.") from error
+            raise ImportError(
+                "`from_whisper` needs the package: `pip install .` in a clone of this project."
+            ) from error
         return whisper_processor(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -61,7 +66,9 @@ class MDMASRProcessor(ProcessorMixin):
         try:
             from mdm_asr_hf.convert.canary import canary_processor
         except ImportError as error:
-            raise ImportError("`from_canary` needs the package: `pip install mdm_asr_hf`.") from error
+            raise ImportError(
+                "`from_canary` needs the package: `pip install .` in a clone of this project."
+            ) from error
         return canary_processor(pretrained_model_name_or_path, **kwargs)
 
     @property

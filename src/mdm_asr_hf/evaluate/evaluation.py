@@ -3,6 +3,7 @@
 
 import copy
 import hashlib
+import math
 import os
 import platform
 import time
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
-from ..audio_mdm_asr import load_audio
+from ..audio_mdm_asr import DURATION_TOLERANCE_S, load_audio
 from ..confidence_mdm_asr import utterance_confidence
 from ..data.sources import Source, check_on_bad_row
 from ..encoder_mdm_asr import MDMASREncoderOutput
@@ -28,7 +29,11 @@ from ..encoding_mdm_asr import json_text
 from ..generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from ..int8 import is_int8
 from ..prompt_mdm_asr import AUTO, prompt_values
+from ..transcribe.joining import DecodedWindow, join_windows, keep_once
+from ..transcribe.transcriber import longest_window_s
 from ..transcribe.transcript import text_length, token_texts
+from ..transcribe.voice_activity import make_vad
+from ..transcribe.windows import Window, cut_windows
 from .data import PRESETS, EvaluationData, load_data, report_skipped
 from .scoring import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
 
@@ -59,6 +64,7 @@ class EncodedBatch:
         encoder_outputs ([`MDMASREncoderOutput`]): frames and their mask.
         durations_s: of the clips.
         features_s, encoder_s: wall seconds a row, the batch's shared out evenly.
+        windows: of one utterance that is longer than what the model takes, whose rows these are; None of whole ones.
     """
 
     indices: list[int]
@@ -68,6 +74,7 @@ class EncodedBatch:
     durations_s: list[float]
     features_s: float
     encoder_s: float
+    windows: list[Window] | None = None
 
     def to(self, device: torch.device) -> "EncodedBatch":
         outputs = self.encoder_outputs
@@ -104,8 +111,9 @@ def evaluate_model(
     """
     Transcribes a data set and returns the rows of its hypotheses.jsonl, in its order.
 
-    Batches are of similar lengths, the longest first. Under `accelerate launch` the processes share the batches, and
-    each gets the rows of all.
+    Batches are of similar lengths, the longest first. What is longer than the model takes at once is cut into windows,
+    as [`Transcriber`] does; its row is their rows put together. Under `accelerate launch` the processes share the
+    batches, and each gets the rows of all.
 
     Args:
         settings ([`MDMASRGenerationConfig`], *optional*): instead of the model's own.
@@ -265,6 +273,10 @@ class _Runner:
             # Raises if this model cannot tell.
             prompt_values(self.settings.prompt_template or {"tokens": [0]}, language=language)
         self.rate_hz = processor.feature_extractor.sampling_rate
+        self.max_duration_s = getattr(processor.feature_extractor, "max_duration_s", None) or math.inf
+        self.max_window_s = longest_window_s(None, self.settings, processor.feature_extractor)
+        # Of an utterance that is cut: what its windows so far gave; None if one of them failed.
+        self.parts: dict[int, list[tuple[DecodedWindow, dict[str, Any]]] | None] = {}
         self.skipped: list[dict[str, str]] = []
 
     def warm_up(self, batches: Sequence[Sequence[int]]) -> None:
@@ -280,23 +292,39 @@ class _Runner:
                     return
         finally:
             logger.setLevel(level)
-            self.skipped, self.on_bad_row = skipped, on_bad_row
+            self.skipped, self.on_bad_row, self.parts = skipped, on_bad_row, {}
 
     @torch.no_grad()
     def encode(self, indices: Sequence[int]) -> Iterator[EncodedBatch]:
-        """One batch of the rows whose audio can be read; several, if they cannot be encoded together; none."""
+        """
+        One batch of the rows whose audio can be read; several, if they cannot be encoded together or one has to be
+        cut; none.
+        """
         clips = {}
-        max_duration_s = getattr(self.processor.feature_extractor, "max_duration_s", None)
         for i in indices:
             try:
-                audio = self.data.clip(i)
-                clip = load_audio(audio, target_sampling_rate=self.rate_hz, max_duration_s=max_duration_s)
+                clip = load_audio(self.data.clip(i), target_sampling_rate=self.rate_hz)
                 if not len(clip):
                     raise ValueError("The audio is empty (no samples). Record or export it again.")
+                if len(clip) / self.rate_hz > self.max_duration_s + DURATION_TOLERANCE_S:
+                    yield from self._encode_windows(i, clip, len(indices))
+                    continue
                 clips[i] = clip
             except ValueError as error:
                 self._skip(i, error)
         yield from self._encode_clips(clips)
+
+    def _encode_windows(self, index: int, clip: np.ndarray, batch_size: int) -> Iterator[EncodedBatch]:
+        """The batches of an utterance that is cut; of one without speech, that of a window without samples."""
+        duration_s = len(clip) / self.rate_hz
+        windows = list(cut_windows([clip], self.rate_hz, make_vad("auto", self.rate_hz), self.max_window_s))
+        windows = windows or [Window(0.0, duration_s, clip[:0], is_last=True)]
+        for start in range(0, len(windows), batch_size):
+            some = windows[start : start + batch_size]
+            batch = self._encode_together(dict(enumerate(window.samples for window in some)))
+            # Its samples are encoded: without them, what waits is small.
+            some = [replace(window, samples=window.samples[:0]) for window in some]
+            yield replace(batch, indices=[index] * len(some), durations_s=[duration_s] * len(some), windows=some)
 
     def _encode_clips(self, clips: dict[int, Any]) -> Iterator[EncodedBatch]:
         if not clips:
@@ -341,12 +369,16 @@ class _Runner:
                 encoder_outputs=outputs,
                 generation_config=self.settings,
                 generator=[_row_seed(self.seed, entry["id"]) for entry in entries],
+                return_token_timestamps=any(window.needs_times for window in batch.windows or ()),
                 **({"language": languages} if self.takes_language else {}),
             )
         except ValueError as error:
             if len(entries) == 1:
-                if is_counted:
+                # Of an utterance that is cut, it is enough that one window fails.
+                if is_counted and self.parts.get(batch.indices[0], ()) is not None:
                     self._skip(batch.indices[0], error)
+                if batch.windows is not None:
+                    self.parts[batch.indices[0]] = None
                 return {}
             parts = [self.decode(_take(self.model, batch, k), is_counted) for k in range(len(entries))]
             return {i: row for part in parts for i, row in part.items()}
@@ -358,9 +390,9 @@ class _Runner:
                 for one, detected in zip(languages, output.languages, strict=True)
             ]
         confidences = utterance_confidence(output.confidence)
-        rows = {}
-        for k, (i, entry) in enumerate(zip(batch.indices, entries, strict=True)):
-            rows[i] = {
+        rows = []
+        for k, entry in enumerate(entries):
+            row = {
                 "id": entry["id"],
                 "dataset": self.data.name,
                 "audio": entry["audio_path"],
@@ -373,7 +405,33 @@ class _Runner:
                 "encoder_s": round(batch.encoder_s, 6),
                 "decoder_s": round(decoder_s, 6),
             }
-        return rows
+            rows.append(row)
+        if batch.windows is None:
+            return dict(zip(batch.indices, rows, strict=True))
+        return self._join(batch.indices[0], batch.windows, rows, output)
+
+    def _join(
+        self, index: int, windows: Sequence[Window], rows: Sequence[dict[str, Any]], output: Any
+    ) -> dict[int, dict[str, Any]]:
+        """Keeps the rows of an utterance's windows; once the last is among them, gives the row of all."""
+        parts = self.parts.setdefault(index, [])
+        for k, (window, row) in enumerate(zip(windows, rows, strict=True)):
+            if parts is None:
+                return {}
+            tokens, times_s = row["tokens"], None
+            if output.token_timestamps is not None:
+                times_s = [
+                    tuple(min(window.start_s + time_s, window.end_s) for time_s in times)
+                    for times in output.token_timestamps[k].tolist()[: len(tokens)]
+                ]
+            values = {name: row[name] for name in ("nfe", "confidence", "language", "is_full")}
+            pieces, confidences = ([token[name] for token in tokens] for name in ("text", "confidence"))
+            parts.append(
+                (DecodedWindow.of(window, pieces=pieces, confidences=confidences, times_s=times_s, **values), row)
+            )
+        if not windows[-1].is_last:
+            return {}
+        return {index: _joined_row(self.parts.pop(index))}
 
     def _read_row(self, output: Any, row: int) -> dict[str, Any]:
         """What a row of an output of `generate` says: its text, token by token, and how it came about."""
@@ -423,6 +481,43 @@ class _Runner:
         return time.perf_counter()
 
 
+def _joined_row(parts: Sequence[tuple[DecodedWindow, dict[str, Any]]]) -> dict[str, Any]:
+    """The row of an utterance, of those of its windows."""
+    windows, rows = [window for window, _ in parts], [row for _, row in parts]
+    transcript = join_windows(windows, windows[-1].end_s)
+    joined = {
+        **rows[0],
+        "hypothesis": transcript.text,
+        "confidence": rows[0]["confidence"] if len(rows) == 1 else transcript.confidence,
+        "language": transcript.language or rows[0]["language"],
+        "nfe": transcript.nfe,
+        "is_full": any(row["is_full"] for row in rows),
+        "tokens": [],
+        "end": None,
+    }
+    for name in ("features_s", "encoder_s", "decoder_s"):
+        joined[name] = round(sum(row[name] for row in rows), 6)
+    if has_drafts := "struck_drafts" in rows[0]:
+        joined["struck_drafts"] = []
+        for name in ("accepted_drafts", "rejected_drafts"):
+            joined[name] = {branch: sum(row[name][branch] for row in rows) for branch in BRANCHES}
+    # Steps of a window come behind those of the windows before it.
+    nfe = 0
+    for row, kept in zip(rows, keep_once(windows), strict=True):
+        offset = len(joined["tokens"]) - kept.start
+        joined["tokens"] += [{**row["tokens"][k], "step": row["tokens"][k]["step"] + nfe} for k in kept]
+        if row["end"] is not None:
+            joined["end"] = {**row["end"], "step": row["end"]["step"] + nfe}
+        if has_drafts:
+            joined["struck_drafts"] += [
+                {**struck, "place": struck["place"] + offset}
+                for struck in row["struck_drafts"]
+                if kept.start <= struck["place"] <= kept.stop
+            ]
+        nfe += row["nfe"]
+    return joined
+
+
 def _add_skipped(data: EvaluationData, skipped: list[dict[str, str]]) -> None:
     # The same data may be measured with many settings.
     known = {entry["id"] for entry in data.skipped}
@@ -443,6 +538,7 @@ def _take(model: Any, batch: EncodedBatch, k: int) -> EncodedBatch:
         mask=None if batch.mask is None else batch.mask[k : k + 1],
         encoder_outputs=model.take_rows(batch.encoder_outputs, np.array([k])),
         durations_s=[batch.durations_s[k]],
+        windows=None if batch.windows is None else [batch.windows[k]],
     )
 
 

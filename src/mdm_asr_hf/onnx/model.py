@@ -40,7 +40,9 @@ def require(*modules: str, extra: str = "onnx") -> None:
         try:
             __import__(module)
         except ImportError as error:
-            raise ImportError(f'ONNX needs {module}: `pip install "mdm_asr_hf[{extra}]"`.') from error
+            raise ImportError(
+                f'ONNX needs {module}: `pip install ".[{extra}]"` in a clone of this project.'
+            ) from error
 
 
 def layer_names(kind: str, layers: range) -> list[str]:

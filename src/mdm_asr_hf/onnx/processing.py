@@ -12,7 +12,7 @@ import numpy as np
 
 from ..audio_mdm_asr import load_audio_batch
 from ..drafting_mdm_asr import one_thread_product
-from ..encoding_mdm_asr import check_unicode
+from ..encoding_mdm_asr import check_unicode, text_prefix_of
 from ..hotwords_mdm_asr import HotwordIds, encode_hotwords
 
 # Whisper's log-mel lies within 8 / 4 of its loudest value and above (-10 + 4) / 4 (arXiv 2212.04356).
@@ -159,11 +159,12 @@ class OnnxProcessor:
 
     Args:
         feature_extractor ([`WhisperLogMel`]), tokenizer ([`Tokenizer`])
-        text_prefix (`str`): what every text begins with.
+        text_prefix (`str`, *optional*): what every text begins with. By default what fits the tokenizer.
     """
 
-    def __init__(self, feature_extractor: WhisperLogMel, tokenizer: Tokenizer, text_prefix: str = ""):
-        self.feature_extractor, self.tokenizer, self.text_prefix = feature_extractor, tokenizer, text_prefix
+    def __init__(self, feature_extractor: WhisperLogMel, tokenizer: Tokenizer, text_prefix: str | None = None):
+        self.feature_extractor, self.tokenizer = feature_extractor, tokenizer
+        self.text_prefix = text_prefix_of(tokenizer) if text_prefix is None else text_prefix
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "OnnxProcessor":
@@ -189,7 +190,7 @@ class OnnxProcessor:
                 extractor["max_duration_s"],
             ),
             Tokenizer(folder / TOKENIZER_FILE, tokenizer_settings.get("unk_token")),
-            settings["text_prefix"],
+            settings.get("text_prefix"),
         )
 
     def __call__(self, audio: Any, sampling_rate: float | None = None, return_tensors: None = None) -> Features:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .transcript import UNSPACED, Segment, Transcript, group_words
+from .transcript import UNSPACED, Segment, Transcript, group_words, round_seconds, round_share
 from .windows import Window
 
 # How far apart two windows may place the same word.
@@ -95,7 +95,7 @@ def join_windows(windows: Sequence[DecodedWindow], duration_s: float, with_times
         for window in windows
         if window.is_full
     ]
-    return Transcript(join_texts([s.text for s in segments]), duration_s, segments, language, warnings)
+    return Transcript(join_texts([s.text for s in segments]), round_seconds(duration_s), segments, language, warnings)
 
 
 def keep_once(windows: Sequence[DecodedWindow]) -> list[range]:
@@ -124,13 +124,13 @@ def _segment(window: DecodedWindow, tokens: range, start_s: float, end_s: float,
     if times_s is not None and words:
         start_s, end_s = words[0].start_s, max(word.end_s for word in words)
     return Segment(
-        start_s=start_s,
-        end_s=end_s,
+        start_s=round_seconds(start_s),
+        end_s=round_seconds(end_s),
         text="".join(pieces).strip(),
         words=words,
-        confidence=window.confidence,
+        confidence=None if window.confidence is None else round_share(window.confidence),
         nfe=window.nfe,
-        no_speech=window.no_speech,
+        no_speech=None if window.no_speech is None else round_share(window.no_speech),
     )
 
 

@@ -14,7 +14,7 @@ from ..audio_mdm_asr import AudioStream, is_audio_batch, is_audio_stream
 from ..processing_mdm_asr import MDMASRProcessor
 from .joining import DecodedWindow, join_windows, keep_once
 from .transcriber import longest_window_s, read_output
-from .transcript import Transcript
+from .transcript import Transcript, round_share
 from .voice_activity import make_vad
 from .windows import Window, cut_windows
 
@@ -71,7 +71,9 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
         preprocess, forward, postprocess = {}, {**(generate_kwargs or {}), **kwargs}, {}
         if chunk_length_s:
             settings = self.model.generation_config
-            preprocess["max_window_s"] = longest_window_s(chunk_length_s, settings, self.feature_extractor)
+            preprocess["max_window_s"] = longest_window_s(
+                chunk_length_s, settings, self.feature_extractor, name="chunk_length_s"
+            )
         if vad is not None:
             make_vad(vad, self.feature_extractor.sampling_rate)
             preprocess["vad"] = vad
@@ -162,10 +164,10 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
             logger.info(warning)
         result = {
             "text": transcript.text,
-            "confidence": windows[0].confidence if len(windows) == 1 else transcript.confidence,
+            "confidence": transcript.segments[0].confidence if len(windows) == 1 else transcript.confidence,
             "nfe": transcript.nfe,
             "tokens": [
-                {"text": window.pieces[k], "confidence": window.confidences[k]}
+                {"text": window.pieces[k], "confidence": round_share(window.confidences[k])}
                 for window, kept in zip(windows, keep_once(windows), strict=True)
                 for k in kept
             ],

@@ -18,7 +18,7 @@ import soxr
 from ..audio_mdm_asr import Downmix, check_rate, to_mono_float32
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
 from ..safeguards_mdm_asr import repeats_itself
-from .transcript import Word, group_words, token_texts
+from .transcript import Word, group_words, round_seconds, token_texts
 from .voice_activity import SILENCE_DB, band_levels_db
 
 FRAME_S = 0.02
@@ -554,8 +554,8 @@ class StreamingTranscriber:
                 continue
             word, text = words[0], "".join(pieces[places])
             word.text = text.strip()
-            word.start_s = min(max(offset_s + word.start_s, 0.0), end_s)
-            word.end_s = min(max(offset_s + word.end_s, word.start_s), end_s)
+            word.start_s = round_seconds(min(max(offset_s + word.start_s, 0.0), end_s))
+            word.end_s = round_seconds(min(max(offset_s + word.end_s, word.start_s), end_s))
             units.append(_Unit(word, ids[first:next_bound], not _UNSPACED.match(text)))
             first = next_bound
         return units
@@ -565,16 +565,16 @@ class StreamingTranscriber:
         for unit in units:
             word = unit.word
             # Times of a hypothesis are monotone, but the words before may be of an earlier one.
-            word.start_s = round(max(word.start_s, self._last_end_s), 3)
-            word.end_s = round(max(word.end_s, word.start_s), 3)
+            word.start_s = max(word.start_s, self._last_end_s)
+            word.end_s = max(word.end_s, word.start_s)
             self._last_end_s = word.end_s
             self._text += (" " if unit.is_spaced and self._text else "") + word.text
         self._window.prefix += units
         return [copy.copy(unit.word) for unit in units]
 
     def _update(self, new: Iterable[Word] = (), started: float | None = None, nfe: int = 0) -> StreamUpdate:
-        latency_s = 0.0 if started is None else time.perf_counter() - started
-        time_s = round(self._num_frames * FRAME_S, 3)
+        latency_s = 0.0 if started is None else round(time.perf_counter() - started, 6)
+        time_s = round_seconds(self._num_frames * FRAME_S)
         return StreamUpdate(self._text, list(new), self._partial, time_s, latency_s=latency_s, nfe=nfe)
 
     def _merge(self, updates: list[StreamUpdate]) -> StreamUpdate | None:
@@ -583,7 +583,7 @@ class StreamingTranscriber:
             return None
         merged = updates[-1]
         merged.new = [word for update in updates for word in update.new]
-        merged.latency_s = sum(update.latency_s for update in updates)
+        merged.latency_s = round(sum(update.latency_s for update in updates), 6)
         merged.nfe = sum(update.nfe for update in updates)
         return merged
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..audio_mdm_asr import AudioStream
 from ..confidence_mdm_asr import utterance_confidence
+from ..encoding_mdm_asr import check_unicode
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
 from ..prompt_mdm_asr import prompt_values
 from .joining import DecodedWindow, join_windows
@@ -86,7 +87,7 @@ class Transcriber:
         if hotwords:
             self.arguments["hotword_ids"] = processor.hotword_ids(hotwords)
         if previous_text:
-            self.arguments["previous_ids"] = processor.previous_ids(previous_text)
+            self.arguments["previous_ids"] = processor.previous_ids(check_unicode(previous_text, "previous_text"))
 
     def transcribe(self, audio: Any, **load_audio_kwargs: Any) -> Transcript:
         """
@@ -287,9 +288,9 @@ def _by_rows(arguments: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def longest_window_s(max_window_s: float | None, settings: Any, extractor: Any) -> float:
+def longest_window_s(max_window_s: float | None, settings: Any, extractor: Any, name: str = "max_window_s") -> float:
     """
-    The longest window: the one given, else the settings', else the feature extractor's.
+    The longest window: the one given, as the argument `name`, else the settings', else the feature extractor's.
 
     Raises:
         ValueError: not a number, too short, or longer than the feature extractor takes.
@@ -301,7 +302,7 @@ def longest_window_s(max_window_s: float | None, settings: Any, extractor: Any) 
     is_number = isinstance(max_window_s, (int, float)) and not isinstance(max_window_s, bool)
     if not is_number or not MIN_WINDOW_S <= max_window_s <= limit_s:
         bound = f" and at most {limit_s:g}, what the model takes at once" if limit_s < math.inf else ""
-        raise ValueError(f"`max_window_s` must be at least {MIN_WINDOW_S:g} second{bound}, got {max_window_s!r}.")
+        raise ValueError(f"`{name}` must be at least {MIN_WINDOW_S:g} second{bound}, got {max_window_s!r}.")
     return float(max_window_s)
 
 

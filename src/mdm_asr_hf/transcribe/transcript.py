@@ -10,6 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def round_seconds(value: float) -> float:
+    """To milliseconds, as a Python number: those of float32 have tails, such as 0.6600000262260437."""
+    return round(float(value), 3)
+
+
+def round_share(value: float) -> float:
+    """A probability, or a mean of some, to four digits."""
+    return round(float(value), 4)
+
+
 @dataclass
 class Word:
     """
@@ -84,7 +94,7 @@ class Transcript:
         weighted = [(s.confidence, len(s.words)) for s in self.segments if s.confidence is not None and s.words]
         if not weighted:
             return None
-        return sum(confidence * n for confidence, n in weighted) / sum(n for _, n in weighted)
+        return round_share(sum(confidence * n for confidence, n in weighted) / sum(n for _, n in weighted))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -143,6 +153,9 @@ def group_words(
         confidences (`list[float]`): of each token; a word's is the product over its tokens. Punctuation does not
             count, unless there is nothing else.
         times_s (`list` of `(start, end)`, *optional*): of each token, in seconds.
+
+    Returns:
+        Words with times in whole milliseconds, and confidences of four digits.
     """
     text, owners, waiting = "", [], []
     for i, piece in enumerate(pieces):
@@ -156,10 +169,11 @@ def group_words(
     for places in _word_places(text, None if times_s is None else owners):
         counted = [i for i in places if text[i].isalnum()] or list(places)
         its_tokens = sorted({token for i in counted for token in owners[i]})
-        word = Word(text[places.start : places.stop], confidence=math.prod(confidences[token] for token in its_tokens))
+        confidence = math.prod(float(confidences[token]) for token in its_tokens)
+        word = Word(text[places.start : places.stop], confidence=round_share(confidence))
         if times_s is not None:
-            word.start_s = min(float(times_s[token][0]) for token in its_tokens)
-            word.end_s = max(float(times_s[token][1]) for token in its_tokens)
+            word.start_s = round_seconds(min(times_s[token][0] for token in its_tokens))
+            word.end_s = round_seconds(max(times_s[token][1] for token in its_tokens))
         words.append(word)
     return words
 
@@ -191,4 +205,14 @@ def _word_places(text: str, owners: Sequence[tuple[int, ...]] | None) -> list[ra
     return parts
 
 
-__all__ = ["UNSPACED", "Segment", "Transcript", "Word", "group_words", "text_length", "token_texts"]
+__all__ = [
+    "UNSPACED",
+    "Segment",
+    "Transcript",
+    "Word",
+    "group_words",
+    "round_seconds",
+    "round_share",
+    "text_length",
+    "token_texts",
+]
