@@ -26,6 +26,7 @@ from mdm_asr_hf.audio_mdm_asr import (
     is_audio_stream,
     load_audio,
     load_audio_batch,
+    name_format,
 )
 
 RATE = 16_000
@@ -504,6 +505,56 @@ def test_wavs_without_samples_are_empty_and_damaged_ones_refused(noise):
     one_line_error(riff() + b"abcd\0\0\0\0" * 10**5, "damaged")
     one_line_error(riff((b"fmt ", wav_format(3, 16)), data), "damaged")
     one_line_error(riff((b"fmt ", wav_format(1, 24, 24)[:-2] + b"??"), data), "damaged")
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU", "CAF"])
+def test_streams_whose_headers_know_no_size_are_read_to_their_end(format, size, subtype, noise, warnings, tmp_path):
+    content = encode(noise, format=format, subtype=subtype)
+    expected = load_audio(content)
+    order = "<" if format == "WAV" else ">"
+    if format == "AU":
+        contents = [content[:8] + struct.pack(">I", size) + content[12:]]
+    elif format == "CAF":
+        place = content.index(b"data") + 4
+        # Unknown is -1, in eight bytes.
+        contents = [content[:place] + (b"\xff" * 8 if size else bytes(8)) + content[place + 8 :]]
+    else:
+        place = content.index(b"data" if format == "WAV" else b"SSND") + 4
+        unknown = struct.pack(f"{order}I", size)
+        content = content[:4] + unknown + content[8:place] + unknown + content[place + 4 :]
+        contents = [content + tail for tail in (b"", chunk(order, b"LIST", b"12345678"))]
+        contents.append(content + chunk(order, b"ANNO", b"123456") + chunk(order, b"LIST", b"1234"))
+    for one in contents:
+        (tmp_path / "a").write_bytes(one)
+        for source in (one, tmp_path / "a"):
+            np.testing.assert_array_equal(load_audio(source), expected)
+    assert bool(warnings) == (size == 0)
+
+
+def chunk(order, name, content):
+    return name + struct.pack(f"{order}I", len(content)) + content
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU", "CAF"])
+def test_a_stream_without_samples_stays_empty(format):
+    content = encode(np.zeros(0, np.float32), format=format)
+    assert len(load_audio(content)) == 0 or format == "CAF"
+
+
+def adts_frame(length=200):
+    head = bytes([0xFF, 0xF1, 0x50, 0x80 | length >> 11, length >> 3 & 255, (length & 7) << 5 | 0x1F, 0xFC])
+    return head + bytes(length - len(head))
+
+
+def test_names_of_formats_that_have_no_magic_number():
+    assert name_format(3 * adts_frame()) == name_format(adts_frame()[:12]) == "AAC"
+    assert name_format(3 * (b"\x56\xe0\x20" + bytes(32))) == "AAC"
+    # Samples that begin like a frame; the next one is not where it says.
+    assert name_format(adts_frame()[:7] + np.random.default_rng(0).bytes(20_000)) is None
+    for value in (-1, -15, 0, 255):
+        assert name_format(np.full(9000, value, "<i2").tobytes()) is None
 
 
 def test_a_flac_of_unknown_length_is_refused(noise):

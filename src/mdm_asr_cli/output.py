@@ -1,7 +1,9 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Where `mdm-asr transcribe` puts its results: on stdout, into a file per recording, or into one of JSON lines."""
 
+import hashlib
 import json
+import os
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from mdm_asr_hf.transcribe.transcript import Transcript
 
 JOURNAL_FOLDER = ".mdm-asr"
+# Of file systems in common use.
+MAX_NAME_BYTES = 255
 
 
 class Format(StrEnum):
@@ -142,7 +146,17 @@ class FolderWriter(JournalingWriter):
         self.finish(path)
 
     def _target(self, path: Path, format: Format) -> Path:
-        return self.folder / f"{path.stem}.{format.value}"
+        suffix = f".{format.value}"
+        return self.folder / (_shortened(path.stem, MAX_NAME_BYTES - len(suffix)) + suffix)
+
+
+def _shortened(stem: str, num_bytes: int) -> str:
+    """A name of at most so many bytes, which tells it from others that begin alike."""
+    raw = os.fsencode(stem)
+    if len(raw) <= num_bytes:
+        return stem
+    digest = hashlib.sha256(raw).hexdigest()[:8]
+    return f"{raw[: num_bytes - len(digest) - 1].decode('utf-8', errors='ignore')}-{digest}"
 
 
 class LinesWriter(JournalingWriter):

@@ -35,6 +35,8 @@ MAX_FRAMES_PER_BYTE = 2**14
 UNKNOWN_SIZE = 0x7FFF0000
 # Of a WAV file, to be looked at for its samples: a damaged one may have any number.
 MAX_NUM_CHUNKS = 1000
+# Where chunks behind samples of an unknown number are looked for.
+MAX_TAIL = 2**20
 # Without a Xing header the length of an MP3 is an estimate from its size, good to a frame or two.
 MP3_TOLERANCE_S = 0.1
 # How much of a recording is read at once where it is not read whole.
@@ -57,6 +59,13 @@ MAGIC = {
     b"RIFX": "WAV of big endian",
     b"#!AM": "AMR",
     b"\x1aE\xdf\xa3": "WebM",
+    b"ADIF": "AAC",
+    b"0&\xb2u": "WMA",
+    b"wvpk": "WavPack",
+    b"MAC ": "Monkey's Audio",
+    b"riff": "Wave64",
+    b"FLV\x01": "FLV",
+    b"#!SI": "SILK",
 }
 # Of MPEG audio's layer III: rates of its first version, and kbit/s of the others and of the first.
 MP3_RATES_HZ = (44_100, 48_000, 32_000)
@@ -488,12 +497,14 @@ def _read_file(
         raise ValueError(f"{name} is empty (0 bytes). Record or download it again.")
     if _is_unfinished_ogg(file, num_bytes):
         logger.warning(f"{name} has no end-of-stream mark: it may be cut off. What it holds is read.")
-    if (place := _unfinished_size(file, num_bytes)) is not None:
+    patches, is_error = _unfinished(file, num_bytes)
+    if is_error:
         logger.warning(f"{name} has more samples than its header says: it was not ended properly. All are read.")
-        if not isinstance(file, _Content):
-            file = source = _Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if patches and not isinstance(file, _Content):
+        file = source = _Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for place, written in patches.items():
         file.seek(place)
-        file.write(struct.pack("<I", 0xFFFFFFFF))
+        file.write(written)
         file.seek(0)
     num_read = 0
     try:
@@ -566,43 +577,116 @@ def _is_unfinished_ogg(file: BinaryIO, num_bytes: int) -> bool:
     return last >= 0 and len(tail) > last + 5 and not tail[last + 5] & 4
 
 
-def _unfinished_size(file: BinaryIO, num_bytes: int) -> int | None:
+def _unfinished(file: BinaryIO, num_bytes: int) -> tuple[dict[int, bytes], bool]:
     """
-    Where a WAV file tells the size of its samples, if more than that follows which is no chunk. Recorders that are
-    killed, and pipes, leave 0 or an earlier size, and behind 4 GiB it starts anew.
+    What to write over the header of a file that does not tell the size of its samples, by place, and whether that is
+    an error and not how streams are written. Recorders that are killed, and pipes, leave 0 or an earlier size, or one
+    such as 0xFFFFFFFF, and behind 4 GiB it starts anew.
     """
-
-    def chunk(place: int) -> tuple[bytes, int, int]:
-        """Its name, its size and its end."""
-        file.seek(place)
-        name, size = struct.unpack("<4sI", file.read(8))
-        return name, size, place + 8 + size
-
     try:
         file.seek(0)
-        head, place = file.read(12), 12
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return None
-        for _ in range(MAX_NUM_CHUNKS):
-            if place + 8 > num_bytes:
-                return None
-            name, size, end = chunk(place)
-            if name == b"data":
-                break
-            place = end + size % 2
-        else:
-            return None
-        size_place, loose = place + 4, end
-        for _ in range(MAX_NUM_CHUNKS):
-            if loose + 8 > num_bytes:
-                break
-            name, its_size, end = chunk(loose)
-            if end > num_bytes or not all(32 <= byte < 127 for byte in name):
-                break
-            loose = end + its_size % 2
-        return size_place if num_bytes - loose > size else None
+        head = file.read(12)
+        if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+            return _unfinished_chunks(file, num_bytes, b"data", "<", UNKNOWN_SIZE)
+        if head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC"):
+            # The samples come behind two numbers.
+            return _unfinished_chunks(file, num_bytes, b"SSND", ">", 0x7F000000, least=8)
+        if head[:4] == b"caff":
+            return _unfinished_chunks(file, num_bytes, b"data", ">", 2**62, first=8, wide=True, least=4)
+        if head[:4] == b".snd":
+            start, size = struct.unpack(">II", head[4:])
+            return ({8: b"\xff" * 4}, True) if size == 0 and num_bytes > start >= 24 else ({}, False)
+        return {}, False
     finally:
         file.seek(0)
+
+
+def _unfinished_chunks(
+    file: BinaryIO,
+    num_bytes: int,
+    wanted: bytes,
+    order: str,
+    unknown: int,
+    first: int = 12,
+    wide: bool = False,
+    least: int = 0,
+) -> tuple[dict[int, bytes], bool]:
+    """
+    [`_unfinished`] of a file of chunks: a name, a size, and so many bytes.
+
+    Args:
+        wanted: the chunk of the samples.
+        order: of the bytes of a size, which is `wide` if it has eight.
+        unknown: sizes from this one on say that it is not known.
+        first: where the first chunk begins.
+        least: what the chunk of the samples has without any.
+    """
+    layout = f"{order}4s{'Q' if wide else 'I'}"
+    head_size = struct.calcsize(layout)
+
+    def chunk(place: int) -> tuple[bytes, int, int]:
+        """Its name, its size and where the next one begins."""
+        file.seek(place)
+        name, size = struct.unpack(layout, file.read(head_size))
+        return name, size, place + head_size + size + (0 if wide else size % 2)
+
+    place = first
+    for _ in range(MAX_NUM_CHUNKS):
+        if place + head_size > num_bytes:
+            return {}, False
+        name, size, behind = chunk(place)
+        if name == wanted:
+            break
+        place = behind
+    else:
+        return {}, False
+    start, loose = place + head_size, behind
+    is_unknown = size >= unknown
+    if not is_unknown and size > least:
+        for _ in range(MAX_NUM_CHUNKS):
+            if loose + head_size > num_bytes:
+                break
+            name, _, behind = chunk(loose)
+            if behind > num_bytes + 1 or not all(32 <= byte < 127 for byte in name):
+                break
+            loose = behind
+        # An earlier size is told from chunks that lack their end by more behind it than before it.
+        if num_bytes - loose <= size:
+            return {}, False
+    true_size = num_bytes - start
+    if not wide:
+        true_size = _without_chunks(file, num_bytes, start, order) - start
+    if true_size <= least or true_size == size:
+        return {}, False
+    written = struct.pack(layout[0] + layout[-1], true_size if wide else min(true_size, 0xFFFFFFFF))
+    return {place + 4: written}, not is_unknown
+
+
+def _without_chunks(file: BinaryIO, num_bytes: int, start: int, order: str) -> int:
+    """Where samples end that begin at `start` and have chunks behind them, which together reach to the file's end."""
+    first = max(start, num_bytes - MAX_TAIL)
+    first += (first - start) % 2
+    file.seek(first)
+    tail, end = file.read(), num_bytes
+    for _ in range(MAX_NUM_CHUNKS):
+        count = (end - first - 8) // 2 + 1
+        if count <= 0:
+            break
+        places = 2 * np.arange(count)
+        content = np.frombuffer(tail, np.uint8)
+        sizes = sum(
+            content[places + 4 + byte].astype(np.int64) << (8 * (byte if order == "<" else 3 - byte))
+            for byte in range(4)
+        )
+        # The last chunk of a file often lacks the byte that makes its size even.
+        reach = first + places + 8 + sizes
+        found = np.flatnonzero((reach == end) | (reach + sizes % 2 == end))
+        found = [k for k in found if all(32 <= byte < 127 for byte in tail[2 * k : 2 * k + 4])]
+        if not found:
+            break
+        # A chunk of chunks ends where the last of them does.
+        end = first + 2 * int(found[0])
+    return end
 
 
 def _is_recognised(file: BinaryIO) -> bool:
@@ -611,8 +695,8 @@ def _is_recognised(file: BinaryIO) -> bool:
 
 
 def name_format(head: bytes) -> str | None:
-    """The format of audio by its first bytes, 12 at least; None of raw samples, which MP3 is told from by its second
-    frame, if that is there."""
+    """The format of audio by its first bytes, 12 at least; None of raw samples, which MP3 and AAC are told from by
+    their second frame, if that is there."""
     if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
         return "WAV"
     if head[4:8] == b"ftyp":
@@ -621,10 +705,23 @@ def name_format(head: bytes) -> str | None:
         return "MP3"
     if head[:4] in MAGIC:
         return MAGIC[head[:4]]
-    length = _mp3_frame_length(head)
-    if length is None or (len(head) > length + 4 and _mp3_frame_length(head[length:]) is None):
+    for name, frame_length in (("MP3", _mp3_frame_length), ("AAC", _aac_frame_length)):
+        length = frame_length(head)
+        if length is not None and (len(head) <= length + 6 or frame_length(head[length:]) is not None):
+            return name
+    return None
+
+
+def _aac_frame_length(head: bytes) -> int | None:
+    """Bytes of a frame of AAC in ADTS or LOAS (ISO/IEC 14496-3) that has this head, if it is one."""
+    if len(head) < 6:
         return None
-    return "MP3"
+    if head[0] == 0x56 and head[1] & 0xE0 == 0xE0:
+        return 3 + ((head[1] & 0x1F) << 8 | head[2])
+    if head[0] != 0xFF or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
+        return None
+    length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
+    return length if length > 7 else None
 
 
 def _mp3_frame_length(head: bytes) -> int | None:

@@ -18,6 +18,8 @@ MAX_BYTES = 2 * RAW_RATE_HZ * 60
 # Of WAV's samples, by format and bits. Those of three bytes are taken for the upper ones of four.
 WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "<i4", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
 EXTENSIBLE = 0xFFFE
+# Of MP3 and AAC, in bytes.
+LONGEST_FRAME = 2**13
 REMEDY = "Pipe WAV, or raw samples: `ffmpeg -i INPUT -f s16le -ar 16000 -ac 1 -`."
 
 
@@ -58,9 +60,9 @@ def read_pipe(file: Any) -> tuple[float, Iterator[np.ndarray]]:
     """
     pipe = _Pipe(file)
     format = name_format(pipe.peek(12))
-    if format == "MP3":
+    if format in ("MP3", "AAC"):
         # Samples may look like the head of a frame; the next one tells.
-        format = name_format(pipe.peek(4096))
+        format = name_format(pipe.peek(LONGEST_FRAME + 8))
     if format is None:
         return RAW_RATE_HZ, (np.frombuffer(data, dtype="<i2") for data in pipe.frames(2))
     if format == "WAV":
