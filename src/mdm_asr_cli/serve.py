@@ -59,7 +59,7 @@ def serve(
         from mdm_asr_hf.serve.limits import Limits
         from mdm_asr_hf.serve.live import add_live
     except ModuleNotFoundError as error:
-        raise Failure(f'`serve` needs {error.name}: `pip install "mdm_asr_hf[serve]"`') from error
+        raise Failure(f'`serve` needs {error.name}: `pip install ".[serve]"` in a clone of this project') from error
     with quiet_libraries():
         source = model or str(default_checkpoint())
         try:

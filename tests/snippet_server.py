@@ -1,0 +1,95 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Runs the commands of documentation in forks of one process that has imported what takes seconds, without what is
+hidden from it: `python snippet_server.py SOCKET '["hidden", "modules"]' [CHECKPOINT]`."""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+
+# What takes too long, does not end, or writes to the Hub: its options are only read.
+ONLY_READ = ("push", "serve", "train-drafts")
+
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({path!r})
+socket.send_fds(server, [json.dumps([sys.argv, os.getcwd()]).encode()], [0, 1, 2])
+sys.exit(int(server.recv(16) or 70))
+"""
+
+
+def run(program, arguments):
+    if program == "python":
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+        return
+    from mdm_asr_cli.main import app, main
+
+    if arguments[0] in ONLY_READ:
+        import typer
+
+        typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
+        return
+    sys.argv = [program, *arguments]
+    main()
+
+
+def serve(path, hidden, checkpoint=None):
+    for name in hidden:
+        sys.modules[name] = None
+    import mdm_asr_hf
+    from mdm_asr_hf import loading
+
+    if "torch" not in hidden:
+        import torch
+        from transformers import pipeline  # noqa: F401
+
+        import mdm_asr_hf.convert.whisper  # noqa: F401
+        import mdm_asr_hf.evaluate.evaluation  # noqa: F401
+        import mdm_asr_hf.evaluate.report  # noqa: F401
+        import mdm_asr_hf.transcribe.pipeline  # noqa: F401
+
+        torch.set_num_threads(1)
+    if checkpoint is not None:
+        loading.default_checkpoint = mdm_asr_hf.default_checkpoint = lambda: checkpoint
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen()
+    while True:
+        client, _ = server.accept()
+        message, descriptors, _, _ = socket.recv_fds(client, 2**16, 3)
+        if os.fork():
+            client.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(number, mode, encoding="utf-8", closefd=False) for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+        )
+        (program, *arguments), folder = json.loads(message)
+        os.chdir(folder)
+        code = 0
+        try:
+            run(os.path.basename(program), arguments)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        client.send(str(code).encode())
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:])

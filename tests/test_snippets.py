@@ -1,0 +1,202 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+The code blocks of the documentation, run as they are printed and in that order, in a folder with recordings of the
+names they mention, where nothing can be imported but what the page says to install. A block that no test can run is
+marked `no-run` and why, in a word.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import warnings
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+import soundfile
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from snippet_server import CLIENT
+from test_convert_whisper import save_donor
+from tiny_models import tiny_drafts_model, tiny_processor
+
+from mdm_asr_hf.audio_mdm_asr import load_audio
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "training" / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "model_cards").glob("mdm-asr-*.md")),
+]
+BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+INSTALL = re.compile(r'pip install "\.\[([\w,]+)\]"')
+# What cannot be there where tests run.
+REASONS = {"data", "docker", "gpu", "Hub", "microphone", "multilingual", "server", "setup", "training"}
+SPEECH = ("common_voice", "librispeech", "speechocean762", "vctk")
+
+
+def blocks(page):
+    """Language, reason not to run it or None, code, and extras to install, of each block that is code."""
+    text = page.read_text("utf-8")
+    default = INSTALL.search(text)
+    found = []
+    for indent, language, options, code in BLOCK.findall(text):
+        code = re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)
+        if language not in ("bash", "python") and not (language == "text" and code.startswith("$ ")):
+            continue
+        own = INSTALL.search(code) or default
+        reason = re.fullmatch(r" no-run (\w+)", options)
+        assert reason or not options, f"{page.name}: ```{language}{options}"
+        found.append((language, reason and reason[1], code, own and own[1]))
+    return found
+
+
+def allowed(extras):
+    """The distributions that `pip install ".[extras]"` brings; None if this environment lacks one of them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    known = project["optional-dependencies"]
+    waiting, seen = [*project["dependencies"], *(f"mdm_asr_hf[{extra}]" for extra in extras.split(","))], set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        its_extras = requirement.extras or {""}
+        if name == "mdm-asr-hf":
+            waiting += [line for extra in requirement.extras for line in known[extra]]
+        elif (name, *sorted(its_extras)) not in seen:
+            seen.add((name, *sorted(its_extras)))
+            try:
+                lines = map(Requirement, requires(name) or ())
+            except PackageNotFoundError:
+                return None
+            waiting += [
+                str(one)
+                for one in lines
+                if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in its_extras)
+            ]
+    return {name for name, *_ in seen}
+
+
+def hidden(distributions):
+    """The modules of this environment that none of these distributions has."""
+    own = {"mdm-asr-hf", "pip", "setuptools"}
+    return sorted(
+        module
+        for module, owners in packages_distributions().items()
+        if module.isidentifier() and not {canonicalize_name(owner) for owner in owners} & (distributions | own)
+    )
+
+
+@pytest.fixture
+def place(clone, tmp_path):
+    return shutil.copytree(clone, tmp_path / "clone", symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder with what the pages name."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("src", "demo", "training", "benchmarks", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    speech = load_audio(ROOT / "demo" / "common_voice_en_48.flac")
+    for name in ("recording.wav", "recording.flac", "a.wav", "talk.mp3", "talk.flac", "b.mp3"):
+        soundfile.write(folder / name, speech[8000:40000], 16_000)
+    row = json.dumps({"file_name": "a.flac", "text": "he had found where his treasure was"})
+    for name in ("DIR", *(f"speech/eval/{one}" for one in SPEECH)):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(folder / "recording.flac", folder / name / "a.flac")
+        (folder / name / "metadata.jsonl").write_text(row + "\n")
+    save_donor(folder / "openai" / "whisper-small", multilingual=True)
+    tiny_drafts_model().save_pretrained(folder / "tiny")
+    tiny_processor().save_pretrained(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(clone, tmp_path_factory):
+    """Gives the folder of programs, for the path, that see what these extras install."""
+    processes, folders = [], {}
+
+    def start(extras, is_tiny):
+        if (extras, is_tiny) in folders:
+            return folders[extras, is_tiny]
+        distributions = allowed(extras)
+        if distributions is None:
+            return None
+        folder = folders[extras, is_tiny] = tmp_path_factory.mktemp("bin")
+        path = str(folder / "socket")
+        command = [sys.executable, ROOT / "tests" / "snippet_server.py", path, json.dumps(hidden(distributions))]
+        source = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+        processes.append(subprocess.Popen([*command, *([clone / "tiny"] if is_tiny else [])], env=source, cwd=clone))
+        for name in ("mdm-asr", "python"):
+            (folder / name).write_text(CLIENT.format(python=sys.executable, path=path))
+        (folder / "pip").write_text("#!/bin/sh\nexit 0\n")
+        (folder / "curl").write_text("#!/bin/sh\ncat talk.mp3\n")
+        raw = load_audio(clone / "talk.flac") * 2**15
+        (folder / "raw").write_bytes(raw.astype("<i2").tobytes())
+        (folder / "arecord").write_text(f"#!/bin/sh\ncat {folder}/raw\n")
+        for program in folder.iterdir():
+            program.chmod(0o755)
+        for _ in range(600):
+            if os.path.exists(path) or processes[-1].poll() is not None:
+                break
+            time.sleep(0.1)
+        return folder
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_snippets_run_as_printed(page, place, commands):
+    cells = blocks(page)
+    assert all(reason is None or reason in REASONS for _, reason, _, _ in cells)
+    assert not cells or all(extras for *_, extras in cells), "The page does not say what to install."
+    # Exporting the checkpoint of the package takes half a minute each time.
+    is_tiny = page.name == "deployment.md"
+    python = []
+    for language, reason, code, extras in cells:
+        if reason is None and language == "python":
+            python.append((extras, code))
+            continue
+        if reason is not None:
+            continue
+        if (folder := commands(extras, is_tiny)) is None:
+            warnings.warn(f"{page.name}: without {extras}, not run: {code}", stacklevel=1)
+            continue
+        expected = None
+        if language == "text":
+            code, expected = code.removeprefix("$ ").split("\n", 1)
+        (place / ".venv").mkdir(exist_ok=True)
+        (place / ".venv" / "bin").unlink(missing_ok=True)
+        (place / ".venv" / "bin").symlink_to(folder)
+        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", code], cwd=place, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        assert expected is None or done.stdout == expected
+    # In one process, so that the names of one block are there in the next.
+    if python and (folder := commands(python[0][0], is_tiny)) is not None:
+        assert len({extras for extras, _ in python}) == 1
+        (place / "blocks.py").write_text("\n".join(code for _, code in python))
+        done = subprocess.run([folder / "python", "blocks.py"], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_page_that_lacks_an_extra_is_found():
+    for extras, there, missing in (
+        ("onnx", {"numpy", "onnxruntime", "soundfile"}, {"torch", "transformers", "onnxscript"}),
+        ("torch", {"torch", "transformers", "jinja2"}, {"onnx", "pytest", "hypothesis"}),
+        ("export", {"torch", "onnxscript"}, {"peft", "pytest"}),
+    ):
+        modules = hidden(allowed(extras))
+        assert not there & set(modules) and missing <= set(modules)
