@@ -318,9 +318,7 @@ def push(
 
     with quiet_libraries() as collector:
         try:
-            result = hub.push(
-                folder, repo_id, private=private, with_code=not no_code, card=card, dry_run=dry_run
-            )
+            result = hub.push(folder, repo_id, private=private, with_code=not no_code, card=card, dry_run=dry_run)
         except (ValueError, OSError, HfHubHTTPError) as error:
             raise Failure(error) from error
         collector.flush_to_stderr()
