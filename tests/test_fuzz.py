@@ -8,15 +8,19 @@ By hand, more of them or one again: `python tests/test_fuzz.py FIRST STOP FOLDER
 
 import contextlib
 import faulthandler
+import gc
 import io
 import json
+import logging
 import os
 import pickle
 import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -338,7 +342,14 @@ def run_cases(first, stop, folder):
         "transcribe": lambda audio, rate: transcriber.transcribe(audio, sampling_rate=rate),
         "pipeline": lambda audio, rate: pipe(audio),
     }
-    outcomes, slowest_s = Counter(), (0.0, None)
+    outcomes, slowest_s, said = Counter(), (0.0, None), Counter()
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.update([record.msg])
+    logging.getLogger("mdm_asr_hf").addHandler(listener)
+    warnings.showwarning = lambda message, *where: said.update([str(message)])
+    tempfile.tempdir = str(folder / "temporary")
+    (folder / "temporary").mkdir()
+    handles = open_files()
     for seed in range(first, stop):
         name = ("generate", "stream", "transcribe", "stream", "generate", "pipeline")[seed % 6]
         result = None
@@ -366,7 +377,19 @@ def run_cases(first, stop, folder):
                 assert result is None or (len(loaded) == len(result) and np.allclose(loaded, result, atol=1e-3)), audio
             slowest_s = max(slowest_s, (time.monotonic() - before_s, seed))
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"outcomes": outcomes, "slowest_s": slowest_s, "peak_mib": peak_mib}))
+    report = {"outcomes": outcomes, "slowest_s": slowest_s, "peak_mib": peak_mib, "said": said.most_common(5)}
+    report |= {"left_open": sorted(open_files() - handles), "left_lying": os.listdir(tempfile.tempdir)}
+    print(json.dumps(report))
+
+
+def open_files():
+    """What this process has open, apart from what leads to no file."""
+    gc.collect()
+    paths = set()
+    for handle in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            paths.add(os.readlink(f"/proc/self/fd/{handle}"))
+    return {path for path in paths if path.startswith("/") and not path.startswith("/proc/")}
 
 
 def keep_case(seed, folder, target):
@@ -399,6 +422,9 @@ def test_hostile_inputs_give_results_or_value_errors(tmp_path):
     for taker in ("load", "generate", "stream", "transcribe", "pipeline"):
         for kind in ("damaged", "array"):
             assert outcomes[f"{taker} {kind}: result"] > 0 and outcomes[f"{taker} {kind}: ValueError"] > 0, outcomes
+    assert not report["left_open"] and not report["left_lying"], report
+    # Who sends a thousand bad recordings reads no thousand lines of the same.
+    assert all(number < NUM_CASES / 10 for _, number in report["said"]), report["said"]
     assert report["peak_mib"] < 3000 and report["slowest_s"][0] < TIMEOUT_S
 
 

@@ -593,7 +593,7 @@ def _unfinished(file: BinaryIO, num_bytes: int) -> tuple[dict[int, bytes], bool]
             return _unfinished_chunks(file, num_bytes, b"SSND", ">", 0x7F000000, least=8)
         if head[:4] == b"caff":
             return _unfinished_chunks(file, num_bytes, b"data", ">", 2**62, first=8, wide=True, least=4)
-        if head[:4] == b".snd":
+        if head[:4] == b".snd" and len(head) == 12:
             start, size = struct.unpack(">II", head[4:])
             return ({8: b"\xff" * 4}, True) if size == 0 and num_bytes > start >= 24 else ({}, False)
         return {}, False
