@@ -18,7 +18,6 @@ from .diffusion_mdm_asr import (
     masking_probability,
     sample_timesteps,
 )
-from .sampling_mdm_asr import draw_tokens
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,9 @@ class DiffusionObjective:
         position_biased_share (`float`):
             The share of rows, drawn at random, whose masks are position-biased instead of uniform. 0 is the paper's.
         band_width (`float`): width in tokens of the band of position-biased masks, see `PositionBiasedMasking`.
-        sample_predictions (`bool`):
-            Later steps see tokens drawn from the model's distribution instead of its arg-max tokens. The paper leaves
-            it open.
         stop_gradient (`bool`):
             No gradient passes from a step into the one before (the paper leaves it open). False passes it through the
             predicted tokens by a straight-through estimate.
-        low_discrepancy (`bool`): spread the times of a batch evenly, see `sample_timesteps`.
         eos_weight (`float`):
             Weight of the positions behind a row's first EOS. They are most of a canvas and nearly free; 1 is the
             paper's.
@@ -52,9 +47,7 @@ class DiffusionObjective:
     num_steps: int = 1
     position_biased_share: float = 0.0
     band_width: float = 8.0
-    sample_predictions: bool = False
     stop_gradient: bool = True
-    low_discrepancy: bool = True
     eos_weight: float = 1.0
     weighting: str = "bound"
 
@@ -90,14 +83,6 @@ class ObjectiveOutput:
     step_losses: torch.Tensor
     step_accuracies: torch.Tensor
     canvases: tuple[torch.LongTensor, ...]
-
-
-def _predict(logits: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.LongTensor:
-    """The tokens (B, L) a step hands to the next one."""
-    if not sample:
-        return logits.argmax(dim=-1)
-    noise = draw_uniform(logits.shape[:2], logits.device, generator)
-    return draw_tokens(logits.float().softmax(dim=-1), noise)
 
 
 def diffusion_objective(
@@ -150,9 +135,7 @@ def diffusion_objective(
         if timesteps is not None:
             t = timesteps[step]
         else:
-            t = sample_timesteps(
-                batch_size, low_discrepancy=objective.low_discrepancy, device=device, generator=generator
-            )
+            t = sample_timesteps(batch_size, low_discrepancy=True, device=device, generator=generator)
         shared = {"canvas_mask": canvas_mask, "text_lengths": text_lengths, "schedule": schedule}
         probability, weight = masking_probability(t, masking=UniformMasking(), **shared)
         if objective.position_biased_share > 0:
@@ -173,10 +156,8 @@ def diffusion_objective(
             right = (logits.argmax(dim=-1) == targets) & masked
             accuracies.append(right.sum() / masked.sum().clamp(min=1))
         if step + 1 < objective.num_steps:
-            with torch.no_grad():
-                predicted = _predict(logits, objective.sample_predictions, generator)
             # SUBS: what was visible is carried over unchanged.
-            visible = torch.where(masked, predicted, canvas)
+            visible = torch.where(masked, logits.detach().argmax(dim=-1), canvas)
             if not objective.stop_gradient:
                 mixture = logits.softmax(dim=-1).to(embedding.dtype) @ embedding
                 prediction_grad = torch.where(masked[..., None], mixture - mixture.detach(), 0.0)
