@@ -19,8 +19,6 @@ from mdm_asr_hf.data.augmentation import (
 )
 
 RATE = 16_000
-ALWAYS = dict(speed_prob=1.0, room_prob=1.0, noise_prob=1.0, gain_prob=1.0)
-NEVER = dict(speed_prob=0.0, room_prob=0.0, noise_prob=0.0, gain_prob=0.0)
 
 
 def tone(seconds=0.5, hz=440.0, level=0.3):
@@ -86,22 +84,13 @@ def test_room_keeps_length_level_and_alignment():
     assert power(tail[:320]) / power(tail[2880:3200]) == pytest.approx(10 ** (6 * 0.9), rel=0.6)
 
 
-def test_gain_alone_is_a_factor_and_never_clips():
-    louder = Augmenter(**{**NEVER, "gain_prob": 1.0}, gain_db=(6.0, 6.0))
-    np.testing.assert_allclose(louder(tone(level=0.3), RATE), tone(level=0.3) * 10**0.3, rtol=1e-5)
-    loud = louder(tone(level=0.9), RATE)
-    assert np.abs(loud).max() == pytest.approx(0.99) and len(loud) == 8000
-
-
 @given(st.integers(0, 2**32 - 1))
 def test_same_generator_same_samples(seed):
-    augment, clip = Augmenter(**ALWAYS), tone()
+    augment, clip = Augmenter(), tone()
     before = clip.copy()
     first = augment(clip, RATE, np.random.default_rng(seed), other_clips=[tone(0.3, 200.0)])
     again = augment(clip, RATE, np.random.default_rng(seed), other_clips=[tone(0.3, 200.0)])
-    other = augment(clip, RATE, np.random.default_rng(seed + 1), other_clips=[tone(0.3, 200.0)])
     np.testing.assert_array_equal(first, again)
-    assert first.shape != other.shape or not np.array_equal(first, other)
     np.testing.assert_array_equal(clip, before)
     assert first.dtype == np.float32 and np.abs(first).max() <= 1.0
 
@@ -111,81 +100,49 @@ def test_short_clips_and_silence_stay_finite(num_samples, seed, is_silent):
     clip = np.zeros(num_samples, np.float32)
     if not is_silent:
         clip = np.random.default_rng(seed).uniform(-1, 1, num_samples).astype(np.float32)
-    out = Augmenter(**ALWAYS)(clip, RATE, np.random.default_rng(seed), other_clips=[clip])
+    out = Augmenter()(clip, RATE, np.random.default_rng(seed), other_clips=[clip])
     assert np.isfinite(out).all() and abs(len(out) - num_samples) <= 0.12 * num_samples + 1
     if is_silent:
         assert not out.any()
 
 
-def test_no_probability_changes_nothing():
-    np.testing.assert_array_equal(Augmenter(**NEVER)(tone(), RATE, np.random.default_rng(0)), tone())
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"noise_prob": 1.5}, "`noise_prob` must be a probability"),
-        ({"speed_range": (1.1, 0.9)}, r"`speed_range` must be \(lowest, highest\)"),
-        ({"speed_range": (0.0, 1.0)}, "`speed_range` must be positive"),
-        ({"snr_db": (0.0, math.nan)}, "`snr_db`"),
-        ({"noises": ("brown",)}, "`noises` must name some of"),
-    ],
-)
-def test_wrong_settings(setting, message):
-    with pytest.raises(ValueError, match=message):
-        Augmenter(**setting)
+def test_wrong_noises():
+    with pytest.raises(ValueError, match="`noises` must name some of"):
+        Augmenter(noises=("brown",))
 
 
 def features_and_mask():
-    features = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0)) + 5.0
-    mask = (torch.arange(50) < torch.tensor([50, 20, 0])[:, None]).long()
+    features = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(0)) + 5.0
+    mask = (torch.arange(50) < torch.tensor([50, 40, 0])[:, None]).long()
     return features, mask
 
 
-@given(st.integers(0, 1000), st.floats(0, 1), st.integers(0, 12), st.integers(0, 3), st.integers(0, 3))
-def test_spec_augment_blanks_bands_with_the_rows_mean(seed, share, max_bins, num_times, num_freqs):
+@given(st.integers(0, 1000))
+def test_spec_augment_blanks_bands_with_the_rows_mean(seed):
     features, mask = features_and_mask()
-    before, generator = features.clone(), torch.Generator().manual_seed(seed)
-    out = spec_augment(features, mask, generator, num_times, share, num_freqs, max_bins)
+    before = features.clone()
+    out = spec_augment(features, mask, torch.Generator().manual_seed(seed))
     assert torch.equal(features, before) and torch.isfinite(out).all()
+    assert torch.equal(out, spec_augment(features, mask, torch.Generator().manual_seed(seed)))
     changed = out != features
     # Padding, and rows without speech, are left alone.
     assert not changed[mask == 0].any()
-    for row, length in ((0, 50), (1, 20)):
+    for row, length in ((0, 50), (1, 40)):
         mean = features[row, :length].mean()
         torch.testing.assert_close(out[row][changed[row]], mean.expand(int(changed[row].sum())))
         valid = changed[row, :length]
-        # A band is whole: what is blank is blank frames and blank bins, and no more of them than allowed.
+        # A band is whole: what is blank is two bands of frames and two of bins, and no more of them than allowed.
         times, bins = valid.all(dim=1), valid.all(dim=0)
         assert torch.equal(valid, times[:, None] | bins[None])
-        if not bins.all() and not times.all():
-            assert times.sum() <= num_times * math.floor(share * length)
-            assert bins.sum() <= num_freqs * min(max_bins, 8)
+        assert times.sum() <= 2 * math.floor(0.05 * length) and bins.sum() <= 2 * 15
 
 
-def test_spec_augment_is_seeded_and_differs_by_row():
-    features, _ = features_and_mask()
-    features[2] = features[1] = features[0]
-    first, again, other = (
-        spec_augment(features, None, torch.Generator().manual_seed(seed), 2, 0.3, 2, 4) for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
-
-
-def test_spec_augment_reaches_its_widest_bands_and_both_ends():
-    features = torch.arange(200.0 * 10).reshape(1, 10, 200).expand(400, -1, -1)
-    blank = spec_augment(features, None, torch.Generator().manual_seed(0), 1, 0.3, 0, 0) != features
+def test_spec_augment_reaches_its_widest_bands_and_both_ends_and_differs_by_row():
+    features = torch.arange(60.0 * 40).reshape(1, 60, 40).expand(400, -1, -1)
+    blank = spec_augment(features, None, torch.Generator().manual_seed(0)) != features
     widths = blank.all(dim=2).sum(dim=1)
-    assert widths.min() == 0 and widths.max() == 3 and blank[:, 0].any() and blank[:, -1].any()
-    # Widths 0, 1, 2, 3 alike often: 1.5 on average.
-    assert widths.float().mean() == pytest.approx(1.5, abs=0.2)
-
-
-def test_spec_augment_wrong_input():
+    assert widths.min() == 0 and widths.max() == 6 and blank[:, 0].any() and blank[:, -1].any()
+    # Two widths of 0, 1, 2, 3 alike often: 3 on average, a little less where they lie on each other.
+    assert widths.float().mean() == pytest.approx(2.95, abs=0.2)
     with pytest.raises(ValueError, match="Waveforms have no bands"):
         spec_augment(torch.zeros(2, 100))
-    with pytest.raises(ValueError, match="`max_time_share`"):
-        spec_augment(torch.zeros(2, 100, 8), max_time_share=2.0)
-    with pytest.raises(ValueError, match="must not be negative"):
-        spec_augment(torch.zeros(2, 100, 8), num_time_masks=-1)

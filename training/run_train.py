@@ -59,6 +59,11 @@ class ModelArguments:
     encoder_min_duration_s: float | None = field(
         default=None, metadata={"help": "Seconds of audio and silence together, at least, for Whisper encoders."}
     )
+    freeze_encoder: bool = field(default=False, metadata={"help": "Keep the encoder as it is."})
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Keep token (and tied output) and position embeddings as they are; [MASK] still learns."},
+    )
     lora_rank: int = field(
         default=0,
         metadata={"help": "Train adapters of this rank in the decoder's projections instead of all its weights."},
@@ -133,14 +138,8 @@ def parse_sources(sources: list[str]) -> list:
     return [json.loads(source) if source.startswith("{") else source for source in sources]
 
 
-def is_growing(data) -> bool:
-    """Whether a data set of `load_sources` reads a folder that is still being written."""
-    stream = getattr(data, "rows", data)
-    return any(source.growing for source in getattr(stream, "sources", ()))
-
-
 def load_model(arguments: ModelArguments):
-    """The model to train, in fp32, and its processor."""
+    """The model to train, in fp32, with what is frozen, and its processor."""
     if arguments.donor is not None:
         if arguments.donor_kind not in ("whisper", "canary"):
             raise ValueError(f"`donor_kind` must be 'whisper' or 'canary', got {arguments.donor_kind!r}.")
@@ -157,6 +156,13 @@ def load_model(arguments: ModelArguments):
         if getattr(arguments, name) is not None:
             setattr(model.config, name, getattr(arguments, name))
     model.config.validate_architecture()
+    decoder = model.get_decoder()
+    if arguments.freeze_encoder:
+        model.get_encoder().requires_grad_(False)
+    if arguments.freeze_embeddings:
+        # The mask's embedding, which no donor has, is in `input_only_embeddings` and still learns.
+        decoder.embed_tokens.requires_grad_(False)
+        decoder.embed_positions.requires_grad_(False)
     return model, processor
 
 
@@ -216,6 +222,13 @@ def main(argv: list[str]) -> dict:
         raise ValueError("`train_sources` is empty. Name at least one folder, manifest or data set.")
     if distillation.distill:
         return distill(model_arguments, data_arguments, distillation, arguments, given)
+    if model_arguments.freeze_encoder and arguments.encoder_learning_rate is not None:
+        raise ValueError(
+            f"`encoder_learning_rate={arguments.encoder_learning_rate}` has no effect with `freeze_encoder`. Set one."
+        )
+    if data_arguments.benchmark_input and arguments.max_steps < 1:
+        # Windows are a stream, whose end the trainer wants to be told.
+        arguments.max_steps = 1
     set_seed(arguments.seed)
     model, processor = load_model(model_arguments)
     config = model.config
@@ -239,6 +252,7 @@ def main(argv: list[str]) -> dict:
         parse_sources(data_arguments.train_sources),
         join=join,
         seed=arguments.seed,
+        repeat=True,
         **limits,
     )
     evaluation = None
@@ -246,22 +260,19 @@ def main(argv: list[str]) -> dict:
         evaluation = load_sources(parse_sources(data_arguments.eval_sources), **limits)
         if data_arguments.max_eval_rows is not None:
             evaluation = torch.utils.data.Subset(evaluation, range(min(len(evaluation), data_arguments.max_eval_rows)))
-    collator = DataCollatorForMDMASR(
-        processor,
-        language_column=language_column,
-        augment=Augmenter(seed=arguments.seed) if data_arguments.augment else None,
-        **bad_rows,
-        max_label_tokens=max_label_tokens(config, prompt_length),
-        seed=arguments.seed,
-        **slots,
-    )
-    plain_collator = DataCollatorForMDMASR(
-        processor,
-        language_column=language_column,
-        **bad_rows,
-        max_label_tokens=max_label_tokens(config, prompt_length),
-        **slots,
-    )
+    collators = [
+        DataCollatorForMDMASR(
+            processor,
+            language_column=language_column,
+            augment=augment,
+            max_label_tokens=max_label_tokens(config, prompt_length),
+            seed=arguments.seed,
+            **bad_rows,
+            **slots,
+        )
+        for augment in (Augmenter() if data_arguments.augment else None, None)
+    ]
+    collator = collators[0]
     trainer = TrainerWithPlainEvaluation(
         model,
         arguments,
@@ -270,7 +281,7 @@ def main(argv: list[str]) -> dict:
         eval_dataset=evaluation,
         processing_class=processor,
     )
-    trainer.evaluation_collator = plain_collator
+    trainer.evaluation_collator = collators[1]
     if data_arguments.benchmark_input:
         results = benchmark_input(trainer, data_arguments.benchmark_input)
         print(json.dumps(results))
@@ -285,7 +296,7 @@ def main(argv: list[str]) -> dict:
     }
     if evaluation is not None:
         results["before"] = trainer.evaluate()
-    if is_growing(train):
+    if getattr(train, "is_growing", False):
         # A stream without an end that changes meanwhile cannot be brought to the place where a run stopped.
         arguments.ignore_data_skip = True
     start = {}
@@ -319,8 +330,7 @@ class TrainerWithPlainEvaluation(ISCTTrainer):
     evaluation_collator = None
 
     def get_eval_dataloader(self, eval_dataset=None):
-        training_collator = self.data_collator
-        self.data_collator = self.evaluation_collator or training_collator
+        training_collator, self.data_collator = self.data_collator, self.evaluation_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:

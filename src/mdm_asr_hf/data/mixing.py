@@ -1,36 +1,113 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""From rows to epochs: data sets mixed by weight, and utterances joined into longer windows, anew in every epoch."""
+"""From sources to epochs: mixed by weight, or as a stream, its utterances joined into longer windows."""
 
+import itertools
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .sources import shared_integer
+from .sources import (
+    MAX_BAD_SHARE,
+    GrowingFolder,
+    HubStream,
+    Source,
+    check_on_bad_row,
+    find_manifests,
+    load_utterances,
+)
 
 # The fractional part of the golden ratio: its multiples modulo 1 fill 0..1 more evenly than random numbers.
 GOLDEN = (math.sqrt(5) - 1) / 2
-# Utterances change places with others of about their duration: at most 5 % apart where there are many, but always
-# with a few, and never more than 50 % apart.
-DENSE_RATIO, SPARSE_RATIO, FEW = 1.05, 1.5, 8
-# How many of the next utterances are tried for the rest of a window.
-LOOK_AHEAD = 16
-# Unfinished windows of a stream, one per speaker or language, that are held at a time.
-MAX_OPEN_WINDOWS = 256
+# Silence between two utterances of a window, in s.
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 0.5
 
 
-class Mixture(Dataset):
+def load_sources(
+    specs: Any,
+    *,
+    join: "JoinSettings | dict[str, Any] | None" = None,
+    seed: int = 0,
+    on_bad_row: str = "raise",
+    max_duration_s: float | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
+    repeat: bool = False,
+) -> "Mixture | SpeechStream":
+    """
+    Sources of speech with transcripts as one data set.
+
+    Args:
+        specs: one source or a list of them; each a [`Source`], a dict of its settings, or a path or name.
+        join ([`JoinSettings`] or `dict`, *optional*): join utterances into windows, which makes a stream.
+        seed (`int`): of joins, turns and shuffling.
+        on_bad_row (`str`): "raise", or "skip" rows that cannot be trained on and count them (`.skipped`). In streams
+            the collator finds them.
+        max_duration_s (`float`, *optional*): rows that last longer are bad.
+        max_bad_share (`float`): more bad rows than this share of a source's are an error, also with "skip".
+        repeat (`bool`): streams begin anew where they end, each time another, so that a run that goes on from a
+            checkpoint finds its place in them. For training, which then ends by `max_steps`.
+
+    Returns:
+        [`Mixture`], of random access; where utterances are joined, or a source is streamed or growing,
+        [`SpeechStream`]. Both yield rows {"audio", "text", "duration_s", "language", "row"}, or windows of them, for
+        [`DataCollatorForMDMASR`].
+
+    Raises:
+        ValueError: a missing file or column, bad rows (see above), weights for some sources only.
+    """
+    check_on_bad_row(on_bad_row, max_bad_share)
+    sources = [Source.of(spec) for spec in (specs if isinstance(specs, (list, tuple)) else [specs])]
+    if not sources:
+        raise ValueError("`specs` is empty. Pass at least one source.")
+    weights = [source.weight for source in sources]
+    if None in weights and any(weights):
+        raise ValueError(f"`weight` is set for some sources only, {weights}. Set it for all or for none.")
+    join = JoinSettings(**join) if isinstance(join, dict) else join
+    limits = {"on_bad_row": on_bad_row, "max_duration_s": max_duration_s, "max_bad_share": max_bad_share}
+    weights = None if None in weights else weights
+    is_stream = any(source.streaming or source.growing for source in sources)
+    if is_stream and len(sources) > 1 and weights is None:
+        raise ValueError("Streams do not know their length: give each of several sources a `weight`.")
+    parts: list[Any] = []
+    for source in sources:
+        if source.growing:
+            parts.append(GrowingFolder(source))
+        elif is_stream and not (source.is_local and find_manifests(source)):
+            parts.append(HubStream(source, seed))
+        else:
+            parts.append(load_utterances(source, **limits))
+    if join is not None or is_stream:
+        return SpeechStream(parts, weights, join, seed, repeat)
+    return Mixture(parts, weights, seed)
+
+
+class Epoch:
+    """Something that is another in each epoch, also its copies in the persistent workers of a DataLoader."""
+
+    def __init__(self):
+        self._epoch = torch.tensor(0, dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(int(epoch))
+
+
+class Mixture(Epoch, Dataset):
     """
     Several map-style data sets as one, by weight.
 
-    An epoch always has the same number of rows and, row by row, the same (upper bounds of) durations, so that a batch
-    sampler makes as many batches in every epoch, which the Trainer and its resuming rely on. Without weights every row
-    comes once per epoch. With weights a data set gives round(rows of all x its share) rows: rows that are to come more
-    than once do, and where only some come, rows of about the same duration take turns from epoch to epoch.
+    Without weights every row comes once per epoch. With weights a data set gives round(rows of all x its share) rows:
+    where only some come, rows of about the same duration take turns from epoch to epoch, which those of
+    `datasets.interleave_datasets` do not. So every epoch has, row by row, the same (upper bounds of) durations, and a
+    batch sampler makes as many batches.
 
     Args:
         parts: data sets with `durations_s`.
@@ -39,40 +116,23 @@ class Mixture(Dataset):
     """
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float] | None = None, seed: int = 0):
-        if not parts:
-            raise ValueError("`parts` is empty. Pass at least one data set.")
-        if weights is not None and (len(weights) != len(parts) or not all(0 < w < math.inf for w in weights)):
-            raise ValueError(f"`weights` must be positive, one for each of {len(parts)} data sets, got {weights!r}.")
+        super().__init__()
         self.parts, self.seed = list(parts), seed
-        self._epoch = shared_integer()
-        num_rows = [len(part) for part in self.parts]
-        counts = num_rows
+        counts = num_rows = [len(part) for part in self.parts]
         if weights is not None:
             counts = [max(1, round(sum(num_rows) * weight / sum(weights))) for weight in weights]
         self._orders = [np.argsort(part.durations_s, kind="stable") for part in self.parts]
         slots = [_turns(order, count) for order, count in zip(self._orders, counts, strict=True)]
         # Slot i is filled from ranks low..high - 1 of the part's rows, sorted by duration.
         self._part = np.repeat(np.arange(len(slots)), [len(low) for low, _ in slots])
-        self._low = np.concatenate([low for low, _ in slots])
-        self._high = np.concatenate([high for _, high in slots])
+        self._low, self._high = (np.concatenate(ends) for ends in zip(*slots, strict=True))
         sorted_s = [np.asarray(p.durations_s)[o] for p, o in zip(self.parts, self._orders, strict=True)]
         self.durations_s = np.concatenate([d[high - 1] for d, (_, high) in zip(sorted_s, slots, strict=True)])
 
     @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reaches the copies in persistent DataLoader workers too."""
-        self._epoch.fill_(int(epoch))
-        for part in self.parts:
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-
-    @property
     def skipped(self) -> dict[str, int]:
         """How many rows were left out when the sources were read, per reason."""
-        return dict(sum((Counter(getattr(part, "skipped", {})) for part in self.parts), Counter()))
+        return dict(sum((Counter(part.skipped) for part in self.parts), Counter()))
 
     def __len__(self) -> int:
         return len(self._part)
@@ -104,211 +164,117 @@ def augment_seed(*key: int) -> int:
 
 @dataclass(frozen=True)
 class JoinSettings:
-    """
-    How utterances are joined into windows.
-
-    Args:
-        min_s, max_s (`float`): durations in s that windows aim at, all alike often. A longer utterance stays alone.
-        min_pause_s, max_pause_s (`float`): silence between two utterances, in s.
-        same_speaker (`bool`): join only utterances with the same, known speaker. Never those of two languages.
-        separator (`str`): between their texts.
-    """
+    """Durations in s, `min_s` to `max_s`, that windows aim at, all alike often. A longer utterance stays alone."""
 
     min_s: float = 1.0
     max_s: float = 25.0
-    min_pause_s: float = 0.1
-    max_pause_s: float = 0.5
-    same_speaker: bool = False
-    separator: str = " "
 
     def __post_init__(self):
         if not 0 < self.min_s <= self.max_s < math.inf:
             raise ValueError(f"`min_s` and `max_s` must be 0 < min_s <= max_s, got {self.min_s!r}, {self.max_s!r}.")
-        if not 0 <= self.min_pause_s <= self.max_pause_s < math.inf:
-            raise ValueError(
-                f"`min_pause_s` and `max_pause_s` must be 0 <= min_pause_s <= max_pause_s, got {self.min_pause_s!r}, "
-                f"{self.max_pause_s!r}."
-            )
 
-    def key(self, row: dict[str, Any], unique: Any) -> tuple:
-        """Only rows of equal keys are joined; `unique` is the row's own, for rows that join none."""
-        if not self.same_speaker:
-            return (row.get("language") or "",)
-        speaker = row.get("speaker")
-        return (row.get("language") or "", speaker or "", "" if speaker else unique)
-
-    def window(self, rows: Sequence[dict[str, Any]], pauses_s: Sequence[float], **extra: Any) -> dict[str, Any]:
-        """The row that a window is: the collator joins the audio of its `parts`."""
-        return {
-            "parts": list(rows),
-            "pauses_s": list(pauses_s),
-            # A text that is none, the collator finds.
-            "text": self.separator.join(row["text"] for row in rows if isinstance(row["text"], str)),
-            "separator": self.separator,
-            "language": rows[0].get("language"),
-            "duration_s": float(sum(row["duration_s"] for row in rows) + sum(pauses_s)),
-            **extra,
-        }
+    def targets_s(self, rng: np.random.Generator) -> Iterator[float]:
+        """Durations in s, uniform in min_s..max_s, also over any few that follow each other."""
+        position = rng.random()
+        while True:
+            yield self.min_s + (self.max_s - self.min_s) * position
+            position = (position + GOLDEN) % 1
 
 
-class JoinedUtterances(Dataset):
+class SpeechStream(Epoch, IterableDataset):
     """
-    Utterances joined into windows. Every utterance is in exactly one window of an epoch, whole; an epoch has other
-    windows than the one before, but as many, of the same (upper bounds of) durations: a plan, made once, says which
-    durations stand together, and each epoch fills it with other utterances of about these durations.
+    Sources as one stream, drawn by weight, which the workers of a DataLoader share. With weights it ends when every
+    source was read through once, those that are shorter beginning anew; without, every row comes once. It never ends
+    if a source is growing.
+
+    Rows have a `duration_s`; or are windows, other ones in every epoch: {"parts": rows of utterances of one language,
+    "pauses_s" between them, "language", "duration_s", "augment_seed"}. An utterance that does not fit any more closes
+    the window of its language.
 
     Args:
-        utterances: a data set with `durations_s` and `rows`, such as [`Utterances`]; a [`Mixture`] mixes windows.
-        settings ([`JoinSettings`], *optional*)
-        seed (`int`)
-
-    Rows: {"parts": rows of the utterances, "pauses_s", "text", "language", "duration_s", "augment_seed"}.
+        parts: things to `read` from, such as [`Utterances`], [`HubStream`] and [`GrowingFolder`].
+        weights (*optional*): one per part.
+        join ([`JoinSettings`], *optional*): makes windows.
+        repeat (`bool`): begins anew where it ends, for ever.
     """
 
-    def __init__(self, utterances: Any, settings: JoinSettings | None = None, seed: int = 0):
-        if not hasattr(utterances, "rows"):
-            raise ValueError(
-                f"`utterances` of type {type(utterances).__name__} cannot be joined. Join each source's `Utterances` "
-                "and mix the results, or let `load_sources(..., join=...)` do it."
-            )
-        self.utterances, self.settings, self.seed = utterances, settings or JoinSettings(), seed
-        self._epoch = shared_integer()
-        self._filled = (None, None)
-        durations_s = np.asarray(utterances.durations_s, dtype=np.float64)
-        groups: dict[tuple, list[int]] = {}
-        for i, row in enumerate(utterances.rows):
-            groups.setdefault(self.settings.key(row, i), []).append(i)
-        rng = np.random.default_rng([seed, 0])
-        # Slots are the utterances, sorted by group and duration; those of one bucket change places.
-        self._sorted = np.concatenate([sorted(group, key=durations_s.__getitem__) for group in groups.values()])
-        self._bucket, self._windows, ends = np.zeros(len(self._sorted), dtype=np.int64), [], [0]
-        for group in groups.values():
-            ends.append(ends[-1] + len(group))
-            sorted_s = durations_s[self._sorted[ends[-2] : ends[-1]]]
-            buckets, bounds_s = _buckets(sorted_s)
-            self._bucket[ends[-2] : ends[-1]] = buckets + (self._bucket[ends[-2] - 1] + 1 if ends[-2] else 0)
-            for slots, pauses_s, bound_s in self._plan(bounds_s, rng):
-                self._windows.append((np.array(slots) + ends[-2], pauses_s, bound_s))
-        self.durations_s = np.array([bound_s for *_, bound_s in self._windows])
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reaches the copies in persistent DataLoader workers too."""
-        self._epoch.fill_(int(epoch))
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        weights: Sequence[float] | None = None,
+        join: JoinSettings | None = None,
+        seed: int = 0,
+        repeat: bool = False,
+    ):
+        super().__init__()
+        self.parts, self.weights, self.join, self.seed, self.repeat = list(parts), weights, join, seed, repeat
+        # Nothing brings one that grows to the place where a run stopped.
+        self.is_growing = any(isinstance(part, GrowingFolder) for part in parts)
 
     @property
     def skipped(self) -> dict[str, int]:
-        return getattr(self.utterances, "skipped", {})
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        slots, pauses_s, _ = self._windows[index]
-        epoch = self.epoch
-        if self._filled[0] != epoch:
-            draws = np.random.default_rng([self.seed, 1, epoch]).random(len(self._sorted))
-            self._filled = (epoch, self._sorted[np.lexsort((draws, self._bucket))])
-        rows = [self.utterances[int(i)] for i in self._filled[1][slots]]
-        seed = augment_seed(self.seed, epoch, range(len(self))[index])
-        return self.settings.window(rows, pauses_s, augment_seed=seed)
-
-    def _plan(self, bounds_s: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[list[int], list[float], float]]:
-        """Packs slots with these durations into windows: (slots, pauses in s, duration in s)."""
-        waiting, targets = deque(rng.permutation(len(bounds_s)).tolist()), _targets(self.settings, rng)
-        while waiting:
-            slots, pauses_s = [waiting.popleft()], []
-            duration_s, target_s = float(bounds_s[slots[0]]), next(targets)
-            while waiting:
-                pause_s = float(rng.uniform(self.settings.min_pause_s, self.settings.max_pause_s))
-                left_s = target_s - duration_s - pause_s
-                fitting = next((i for i in range(min(LOOK_AHEAD, len(waiting))) if bounds_s[waiting[i]] <= left_s), -1)
-                if fitting < 0:
-                    break
-                slots.append(waiting[fitting])
-                del waiting[fitting]
-                pauses_s.append(pause_s)
-                duration_s += pause_s + float(bounds_s[slots[-1]])
-            yield slots, pauses_s, duration_s
-
-
-def _targets(settings: JoinSettings, rng: np.random.Generator) -> Iterator[float]:
-    """Durations in s, uniform in min_s..max_s, also over any few that follow each other."""
-    position = rng.random()
-    while True:
-        yield settings.min_s + (settings.max_s - settings.min_s) * position
-        position = (position + GOLDEN) % 1
-
-
-def _buckets(sorted_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of about equal durations: for each, its bucket's number and its bucket's longest duration."""
-    buckets = np.zeros(len(sorted_s), dtype=np.int64)
-    first = 0
-    for i, duration_s in enumerate(sorted_s):
-        shortest_s, is_full = sorted_s[first], i - first >= FEW
-        is_far = duration_s > DENSE_RATIO * shortest_s and is_full
-        if is_far or duration_s > SPARSE_RATIO * shortest_s:
-            first = i
-        buckets[i] = buckets[i - 1] + (first == i) if i else 0
-    last = np.searchsorted(buckets, buckets, side="right") - 1
-    return buckets, sorted_s[last]
-
-
-class JoinedStream(IterableDataset):
-    """
-    The same for a stream of rows with `duration_s`: an utterance that does not fit any more closes its window.
-
-    Args:
-        rows: an iterable of rows; its `set_epoch`, if it has one, is called.
-        settings ([`JoinSettings`], *optional*)
-        seed (`int`)
-    """
-
-    def __init__(self, rows: Iterable[dict[str, Any]], settings: JoinSettings | None = None, seed: int = 0):
-        self.rows, self.settings, self.seed = rows, settings or JoinSettings(), seed
-        self._epoch = shared_integer()
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        return getattr(self.rows, "skipped", {})
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(int(epoch))
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
+        """How many rows were left out when local sources were read, per reason."""
+        return dict(sum((Counter(part.skipped) for part in self.parts), Counter()))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rng = stream_generator(self.seed, self.epoch)
-        targets = _targets(self.settings, rng)
-        open_windows: dict[tuple, tuple[list, list, float]] = {}
+        for epoch in itertools.count(self.epoch):
+            rng, is_empty = stream_generator(self.seed, epoch), True
+            rows = self._mix(epoch, rng)
+            for row in rows if self.join is None else self._join(rows, rng):
+                is_empty = False
+                yield row if "augment_seed" in row else {**row, "augment_seed": int(rng.integers(2**63))}
+            # A worker may have no share of any source.
+            if not self.repeat or is_empty:
+                return
 
-        def close(key: tuple) -> dict[str, Any]:
-            rows, pauses_s, _ = open_windows.pop(key)
-            return self.settings.window(rows, pauses_s, augment_seed=int(rng.integers(2**63)))
+    def _mix(self, epoch: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+        # Not by `datasets.interleave_datasets`, which has no sources that grow, and deals out whole files alone.
+        worker = get_worker_info()
+        share = (worker.id, worker.num_workers) if worker else (0, 1)
+        weights = np.array(self.weights or [len(part) if len(self.parts) > 1 else 1 for part in self.parts], float)
+        readers = [part.read(self.seed, epoch, *share) for part in self.parts]
+        num_passes, num_rows = [0] * len(readers), [0] * len(readers)
+        while weights.any():
+            i = int(rng.choice(len(weights), p=weights / weights.sum()))
+            if (row := next(readers[i], None)) is not None:
+                num_rows[i] += 1
+                yield row
+                continue
+            num_passes[i] += 1
+            if all(num_passes):
+                return
+            if self.weights is None or not num_rows[i]:
+                # It was all read; or this worker has no share of it.
+                weights[i] = 0
+            else:
+                readers[i] = self.parts[i].read(self.seed, epoch + num_passes[i], *share)
 
-        for i, row in enumerate(self.rows):
-            key = self.settings.key(row, i)
-            if key in open_windows:
-                rows, pauses_s, left_s = open_windows[key]
-                pause_s = float(rng.uniform(self.settings.min_pause_s, self.settings.max_pause_s))
-                if pause_s + row["duration_s"] <= left_s:
-                    rows.append(row)
-                    pauses_s.append(pause_s)
-                    open_windows[key] = (rows, pauses_s, left_s - pause_s - row["duration_s"])
+    def _join(self, rows: Iterable[dict[str, Any]], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+        targets_s = self.join.targets_s(rng)
+        open_windows: dict[str, tuple[list, list, float]] = {}
+
+        def close(language: str) -> dict[str, Any]:
+            parts, pauses_s, _ = open_windows.pop(language)
+            return {
+                "parts": parts,
+                "pauses_s": pauses_s,
+                "language": parts[0].get("language"),
+                "duration_s": sum(part["duration_s"] for part in parts) + sum(pauses_s),
+                "augment_seed": int(rng.integers(2**63)),
+            }
+
+        for row in rows:
+            language, pause_s = row.get("language") or "", float(rng.uniform(MIN_PAUSE_S, MAX_PAUSE_S))
+            if language in open_windows:
+                parts, pauses_s, left_s = open_windows[language]
+                left_s -= pause_s + row["duration_s"]
+                if left_s >= 0:
+                    open_windows[language] = ([*parts, row], [*pauses_s, pause_s], left_s)
                     continue
-                yield close(key)
-            open_windows[key] = ([row], [], next(targets) - row["duration_s"])
-            if len(open_windows) > MAX_OPEN_WINDOWS:
-                yield close(next(iter(open_windows)))
-        while open_windows:
-            yield close(next(iter(open_windows)))
+                yield close(language)
+            open_windows[language] = ([row], [], next(targets_s) - row["duration_s"])
+        for language in list(open_windows):
+            yield close(language)
 
 
 def stream_generator(seed: int, epoch: int) -> np.random.Generator:
@@ -317,4 +283,4 @@ def stream_generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, worker.id if worker else 0])
 
 
-__all__ = ["JoinSettings", "JoinedStream", "JoinedUtterances", "Mixture"]
+__all__ = ["JoinSettings", "Mixture", "SpeechStream", "load_sources"]

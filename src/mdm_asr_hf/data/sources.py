@@ -1,5 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where training speech comes from: folders, manifests, data sets of the Hub, growing shards; all to like rows."""
+"""Where speech comes from: folders, manifests, data sets of `datasets`, growing shards; all to like rows."""
 
 import csv
 import gzip
@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from ..audio_mdm_asr import audio_duration_s
@@ -28,19 +26,18 @@ logger = logging.get_logger(__name__)
 AUDIO_COLUMNS = ("audio", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_text")
 LANGUAGE_COLUMNS = ("language", "lang")
-SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
 DURATION_COLUMNS = ("duration_s", "duration")
 MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
 # How often a growing folder is looked at.
 POLL_S = 2.0
-# Files, as it were, of a data set on disk that is streamed.
-NUM_PARTS = 64
+# Files, as it were, of a data set on disk that is streamed; and rows of a stream that are shuffled among.
+NUM_PARTS, SHUFFLED_ROWS = 64, 256
 
 UNREADABLE, NO_TEXT, EMPTY_TEXT = "unreadable audio", "no transcript", "empty transcript"
 LONG_TEXT, LONG_AUDIO = "transcript longer than the canvas", "audio too long"
+BAD_ROW_REASONS = (UNREADABLE, NO_TEXT, EMPTY_TEXT, LONG_TEXT, LONG_AUDIO)
 # More bad rows than this are no accident: paths or columns are wrong.
 MAX_BAD_SHARE = 0.01
-BAD_ROW_REASONS = (UNREADABLE, NO_TEXT, EMPTY_TEXT, LONG_TEXT, LONG_AUDIO)
 
 
 def read_sentences(path: str | Path, name: str = "text") -> list[str]:
@@ -59,6 +56,22 @@ def read_sentences(path: str | Path, name: str = "text") -> list[str]:
     if not sentences:
         raise ValueError(f"`{name}` {str(path)!r} has no sentences. Give one a line.")
     return sentences
+
+
+# Bad rows
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used; `reason` is one of `BAD_ROW_REASONS`."""
+
+    reason = UNREADABLE
+
+    @classmethod
+    def of(cls, row_name: str, reason: str, detail: str) -> "BadRowError":
+        # DataLoader workers make exceptions anew from the message alone, so that is all that __init__ takes.
+        error = cls(f"{row_name}: {reason}. {detail}")
+        error.reason = reason
+        return error
 
 
 class BadRows:
@@ -99,14 +112,12 @@ def check_bad_share(
     remedy: str = "Mend these rows or leave them out; `max_bad_share` allows more of them.",
 ) -> None:
     """
-    Raises ValueError, with the first causes, where more than the share `most` of the rows are bad.
+    Raises ValueError, with the first causes, where more than the share `most` of the rows called `name` are bad.
 
     Args:
         num_rows (`int`): good and bad ones.
-        name (`str`): of the rows, for the message.
         num_bad (`int`, *optional*): where others than `bad` count, too.
         is_sample (`bool`): more are to come. So few as these may be worse than all by chance, which is allowed for.
-        remedy (`str`): the last words of the message.
     """
     num_bad = len(bad) if num_bad is None else num_bad
     allowed = most * num_rows
@@ -116,17 +127,28 @@ def check_bad_share(
         )
 
 
-class BadRowError(ValueError):
-    """A row that cannot be trained on; `reason` is one of `BAD_ROW_REASONS`."""
+def check_on_bad_row(on_bad_row: str, max_bad_share: float = MAX_BAD_SHARE) -> None:
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_row` must be 'raise' or 'skip', got {on_bad_row!r}.")
+    if not isinstance(max_bad_share, (int, float)) or not 0 <= max_bad_share <= 1:
+        raise ValueError(f"`max_bad_share` must be a share of the rows, from 0 to 1, got {max_bad_share!r}.")
 
-    reason = UNREADABLE
 
-    @classmethod
-    def of(cls, row_name: str, reason: str, detail: str) -> "BadRowError":
-        # DataLoader workers make exceptions anew from the message alone, so that is all that __init__ takes.
-        error = cls(f"{row_name}: {reason}. {detail}")
-        error.reason = reason
-        return error
+def describe_skipped(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
+
+
+# Sources
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a source's columns."""
+
+    audio: str
+    text: str | None = None
+    language: str | None = None
+    duration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,9 +163,9 @@ class Source:
         weight (`float`, *optional*): this source's share of the rows, relative to the other sources'. Either all
             sources have one or none, which means every row once per epoch.
         name, split: configuration and split of a data set of `datasets`; the split is "train" by default.
-        audio_column, text_column, language_column, speaker_column, duration_column (`str`, *optional*): by default
-            they are looked for under their usual names; without a "text", just one other name of `TEXT_COLUMNS` may be
-            there. Without a `text_column` (None) rows have an empty text, and a folder need hold nothing but audio.
+        audio_column, text_column, language_column, duration_column (`str`, *optional*): by default they are looked
+            for under their usual names; without a "text", just one other name of `TEXT_COLUMNS` may be there. Without
+            a `text_column` (None) rows have an empty text, and a folder need hold nothing but audio.
         language (`str`, *optional*): of all rows, if no column tells.
         lowercase (`bool`): for transcripts in capitals.
         streaming (`bool`): read a data set of `datasets` as it is downloaded.
@@ -157,7 +179,6 @@ class Source:
     audio_column: str | None = None
     text_column: str | None = TEXT_COLUMNS[0]
     language_column: str | None = None
-    speaker_column: str | None = None
     duration_column: str | None = None
     language: str | None = None
     lowercase: bool = False
@@ -181,8 +202,7 @@ class Source:
         if isinstance(spec, (str, Path)):
             return cls(str(spec))
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(spec) - set(known)) if isinstance(spec, dict) else [repr(spec)]
-        if unknown or "path" not in spec:
+        if not isinstance(spec, dict) or "path" not in spec or set(spec) - set(known):
             raise ValueError(f"A source must be a path or a dict with `path` and some of {known[1:]}, got {spec!r}.")
         return cls(**spec)
 
@@ -190,7 +210,7 @@ class Source:
     def is_local(self) -> bool:
         return Path(self.path).exists() or Path(self.path).suffix in MANIFESTS
 
-    def columns(self, available: Sequence[str], known: "Columns | None" = None) -> "Columns":
+    def columns(self, available: Sequence[str], known: Columns | None = None) -> Columns:
         """
         Which column holds what, of a row with these columns; `known` is the answer for the rows before it.
 
@@ -216,154 +236,23 @@ class Source:
                 )
             return found
 
+        text = None
+        if self.text_column == TEXT_COLUMNS[0] and self.text_column not in available:
+            others = [column for column in TEXT_COLUMNS if column in available]
+            if len(others) > 1:
+                raise ValueError(
+                    f"`text_column` is not told, and {self.path!r} has the columns {others}. Name the right one."
+                )
+            text = others[0] if others else None
         return Columns(
             audio=find("audio_column", AUDIO_COLUMNS, needed=True),
-            text=self._find_text(available) or find("text_column", ()),
+            text=text or find("text_column", ()),
             language=find("language_column", LANGUAGE_COLUMNS if self.language is None else ()),
-            speaker=find("speaker_column", SPEAKER_COLUMNS),
             duration=find("duration_column", DURATION_COLUMNS),
         )
 
-    def _find_text(self, available: Sequence[str]) -> str | None:
-        if self.text_column != TEXT_COLUMNS[0] or self.text_column in available:
-            return None
-        found = [column for column in TEXT_COLUMNS if column in available]
-        if len(found) > 1:
-            raise ValueError(
-                f"`text_column` is not told, and {self.path!r} has the columns {found}. Name the right one."
-            )
-        return found[0] if found else None
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a source's columns."""
-
-    audio: str
-    text: str | None = None
-    language: str | None = None
-    speaker: str | None = None
-    duration: str | None = None
-
-
-class Utterances(Dataset):
-    """
-    Rows {"audio", "text", "duration_s", "language", "speaker", "row"} of one source, read with random access.
-
-    Args:
-        rows: dicts with at least "audio", "text" and "duration_s".
-        audio (*optional*): what to take the audio of row i from instead, by `audio[i]`, such as a `datasets` column.
-        skipped (`dict`, *optional*): how many rows were left out on the way, per reason.
-        bad_rows ([`BadRows`], *optional*): what was wrong with them.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[dict[str, Any]],
-        audio: Any = None,
-        skipped: dict[str, int] | None = None,
-        path: str = "",
-        bad_rows: BadRows | None = None,
-    ):
-        self.bad_rows = bad_rows or BadRows()
-        if not len(rows):
-            why = f" They were left out: {bad_rows}" if bad_rows else ""
-            raise ValueError(f"{path or 'The data set'!r} has no rows to train on.{why}")
-        for i, row in enumerate(rows):
-            missing = sorted({"text", "duration_s"} - set(row) | ({"audio"} - set(row) if audio is None else set()))
-            if missing:
-                raise ValueError(f"Row {i} has no {missing[0]!r}, but {sorted(row)}. Use `load_sources` to make rows.")
-        self.rows, self.audio, self.path, self.skipped = rows, audio, path, dict(skipped or {})
-
-    @property
-    def durations_s(self) -> np.ndarray:
-        return np.array([row["duration_s"] for row in self.rows], dtype=np.float64)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.rows[index])
-        if self.audio is not None:
-            row["audio"] = self.audio[row.pop("index")]
-        return row
-
-
-def load_utterances(
-    source: Source,
-    *,
-    on_bad_row: str = "raise",
-    max_duration_s: float | None = None,
-    max_bad_share: float = MAX_BAD_SHARE,
-) -> Utterances:
-    """
-    Reads one source whole: its transcripts and durations, not yet its audio.
-
-    Raises:
-        ValueError: a missing file or column; with `on_bad_row="raise"`, an empty transcript, audio that is missing or
-            whose header cannot be read, or audio longer than `max_duration_s`; otherwise, more than `max_bad_share` of
-            such rows.
-    """
-    check_on_bad_row(on_bad_row, max_bad_share)
-    audio = None
-    if source.is_local and (manifests := find_manifests(source)):
-        raw = (entry for manifest in manifests for entry in read_manifest(manifest))
-    elif source.text_column is None and (files := find_audio_files(source)):
-        raw = ((str(file), {"audio": file.name}, file.parent) for file in files)
-    else:
-        data = load_undecoded(source, streaming=False)
-        audio_name = source.columns(data.column_names).audio
-        audio, texts = data[audio_name], data.remove_columns(audio_name)
-        if not texts.column_names:
-            # Without a column a data set has no rows either.
-            texts = ({} for _ in range(len(data)))
-        raw = ((f"{source.path} row {i}", dict(row, **{audio_name: i}), None) for i, row in enumerate(texts))
-
-    rows, skipped, bad, columns = [], Counter(), BadRows(), None
-    for row_name, values, folder in raw:
-        columns = source.columns(list(values), columns)
-        try:
-            row = make_row(source, columns, row_name, values, folder)
-            if audio is not None:
-                row["index"] = row.pop("audio")
-            if columns.text:
-                check_text(row["text"], row_name, columns.text)
-            if row["duration_s"] is None:
-                its_audio = row["audio"] if audio is None else audio[row["index"]]
-                row["duration_s"] = header_duration_s(its_audio, row_name)
-            elif folder is not None and not os.path.isfile(row["audio"]):
-                raise BadRowError.of(row_name, UNREADABLE, f"{row['audio']!r} does not exist. Check the path.")
-            if max_duration_s is not None and row["duration_s"] > max_duration_s:
-                detail = f"It lasts {row['duration_s']:.2f} s, more than {max_duration_s:g} s. Split it."
-                raise BadRowError.of(row_name, LONG_AUDIO, detail)
-        except BadRowError as error:
-            if on_bad_row == "raise":
-                raise
-            skipped[error.reason] += 1
-            bad.add(str(error))
-            continue
-        rows.append(row)
-    if skipped:
-        num_rows = len(rows) + skipped.total()
-        check_bad_share(bad, num_rows, repr(source.path), max_bad_share)
-        logger.warning(f"{source.path!r}: {len(bad)} of {num_rows} rows skipped: {bad}")
-    return Utterances(rows, audio, skipped, source.path, bad)
-
-
-def shared_integer() -> torch.Tensor:
-    """An integer that copies of its owner in DataLoader workers see change."""
-    return torch.tensor(0, dtype=torch.int64).share_memory_()
-
-
-def describe_skipped(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
-
-
-def check_on_bad_row(on_bad_row: str, max_bad_share: float = MAX_BAD_SHARE) -> None:
-    if on_bad_row not in ("raise", "skip"):
-        raise ValueError(f"`on_bad_row` must be 'raise' or 'skip', got {on_bad_row!r}.")
-    if not isinstance(max_bad_share, (int, float)) or not 0 <= max_bad_share <= 1:
-        raise ValueError(f"`max_bad_share` must be a share of the rows, from 0 to 1, got {max_bad_share!r}.")
+# Files
 
 
 def find_manifests(source: Source) -> list[Path]:
@@ -379,8 +268,7 @@ def find_manifests(source: Source) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"{source.path!r} does not exist. Check the path.")
-    folders = [path / source.split] if source.split is not None else [path, path / "train"]
-    for folder in folders:
+    for folder in [path / source.split] if source.split is not None else [path, path / "train"]:
         for name in ("metadata.jsonl", "metadata.csv"):
             if (folder / name).is_file():
                 return [folder / name]
@@ -398,38 +286,45 @@ def find_audio_files(source: Source) -> list[Path]:
 
 
 def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
-    """Yields (name of the row, its values, folder its paths are relative to)."""
+    """
+    Yields (name of the row, its values, folder its paths are relative to).
+
+    Not by `datasets`, which gives a column one type: a single odd value ends the file, and a text "null" or "NA" of a
+    CSV becomes none.
+    """
+    is_table = path.suffix in (".csv", ".tsv")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".csv", ".tsv"):
-                for name, row in _read_table(file, str(path), "\t" if path.suffix == ".tsv" else ","):
-                    yield name, row, path.parent
-                return
-            for number, line in enumerate(file, start=1):
-                # Files with a byte order mark may have been put together.
-                if line := line.strip("\ufeff \t\r\n"):
-                    yield f"{path} line {number}", _parse_line(line, f"{path} line {number}"), path.parent
+            for number, values in _read_table(file, path) if is_table else _read_lines(file, path):
+                yield f"{path} line {number}", values, path.parent
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}). Save it so.") from error
 
 
-def _read_table(lines: Iterable[str], path: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (name of the row, its values)."""
+def _read_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        # Files with a byte order mark may have been put together.
+        if line := line.strip("\ufeff \t\r\n"):
+            yield number, _parse_line(line, f"{path} line {number}")
+
+
+def _read_table(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     taken: list[str] = []
-    reader = csv.DictReader((taken.append(line) or line for line in lines), delimiter=delimiter)
+    settings = {"delimiter": "\t" if path.suffix == ".tsv" else ","}
+    reader = csv.DictReader((taken.append(line) or line for line in file), **settings)
     try:
         if reader.fieldnames:
             taken.clear()
         for row in reader:
             if sum(map(bool, map(str.strip, taken))) > 1:
                 # Quotes are read as they come, unless one that is not closed makes one row of many.
-                list(csv.reader(taken, delimiter=delimiter, strict=True))
+                list(csv.reader(taken, strict=True, **settings))
             taken.clear()
             if None in row or None in row.values():
                 raise ValueError(
                     f"{path} line {reader.line_num} has more or fewer fields than the header. Quote commas."
                 )
-            yield f"{path} line {reader.line_num}", row
+            yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(
             f"{path} line {max(reader.line_num - len(taken), 0) + 1} is no row ({error}). Is a quote not closed?"
@@ -444,61 +339,6 @@ def _parse_line(line: str | bytes, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{name} is not a JSON object. Write one object per line.")
     return values
-
-
-def make_row(source: Source, columns: Columns, row_name: str, values: dict[str, Any], folder: Path | None) -> dict:
-    """A row of [`Utterances`]. Its text may still be none, see [`check_text`]."""
-    text, audio = values.get(columns.text) if columns.text else "", values.get(columns.audio)
-    if folder is not None:
-        if not isinstance(audio, str) or not audio:
-            raise BadRowError.of(
-                row_name, UNREADABLE, f"The column {columns.audio!r} holds {audio!r:.60}, not a path."
-            )
-        audio = str(folder / audio)
-    if isinstance(text, str):
-        text = " ".join(text.split())
-        text = text.lower() if source.lowercase else text
-    duration_s = values.get(columns.duration) if columns.duration else None
-    try:
-        duration_s = None if duration_s in (None, "") else float(duration_s)
-        is_valid = duration_s is None or 0 <= duration_s < math.inf
-    except (TypeError, ValueError):
-        is_valid = False
-    if not is_valid:
-        raise ValueError(f"{row_name}: `duration_column` {columns.duration!r} holds {duration_s!r}, not seconds.")
-    return {
-        "audio": audio,
-        "text": text,
-        "language": (values.get(columns.language) if columns.language else None) or source.language,
-        "speaker": _as_text(values.get(columns.speaker)) if columns.speaker else None,
-        "duration_s": duration_s,
-        "row": row_name,
-    }
-
-
-def check_text(text: Any, row_name: str, column: str, allow_empty: bool = False) -> None:
-    """
-    Raises BadRowError where a transcript is missing, or a number; and unless `allow_empty`, where it has no words:
-    neither a letter nor a digit.
-    """
-    if not isinstance(text, str):
-        detail = f"`text_column` {column!r} holds {text!r:.60}, not text. Write what is said, or name another column."
-        raise BadRowError.of(row_name, NO_TEXT, detail)
-    if not allow_empty and not any(map(str.isalnum, text)):
-        detail = f"It is {text!r:.60}. Write what is said, or leave the row out."
-        raise BadRowError.of(row_name, EMPTY_TEXT, detail)
-
-
-def _as_text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def header_duration_s(audio: Any, row_name: str) -> float:
-    """Seconds that a file's header tells."""
-    try:
-        return audio_duration_s(audio)
-    except ValueError as error:
-        raise BadRowError.of(row_name, UNREADABLE, str(error)) from error
 
 
 def load_undecoded(source: Source, streaming: bool) -> Any:
@@ -526,121 +366,208 @@ def load_undecoded(source: Source, streaming: bool) -> Any:
     return data.cast_column(audio_name, plain if is_plain else datasets.Audio(decode=False))
 
 
-class StreamedSources(IterableDataset):
-    """
-    Sources as a stream of rows, drawn by weight. It ends when every source was read through once, those that are
-    shorter beginning anew in another order; never, if one is growing. Local sources that do not grow are read whole
-    before, by [`load_utterances`]; what is wrong with a row of the others, the collator finds.
+# Rows
 
-    The workers of a DataLoader share the rows. A streamed data set is dealt out to them by its files: workers beyond
-    their number read the other sources only.
+
+def make_row(source: Source, columns: Columns, row_name: str, values: dict[str, Any], folder: Path | None) -> dict:
+    """
+    The row {"audio", "text", "language", "duration_s", "row"} of a source's values. Its text may still be none, see
+    [`check_text`]; its `duration_s` is None where no column tells.
+    """
+    text, audio = values.get(columns.text) if columns.text else "", values.get(columns.audio)
+    if folder is not None:
+        if not isinstance(audio, str) or not audio:
+            detail = f"The column {columns.audio!r} holds {audio!r:.60}, not a path."
+            raise BadRowError.of(row_name, UNREADABLE, detail)
+        audio = str(folder / audio)
+    if isinstance(text, str):
+        text = " ".join(text.split())
+        text = text.lower() if source.lowercase else text
+    told = values.get(columns.duration) if columns.duration else None
+    try:
+        duration_s = None if told in (None, "") else float(told)
+        is_valid = duration_s is None or 0 <= duration_s < math.inf
+    except (TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{row_name}: `duration_column` {columns.duration!r} holds {told!r}, not seconds.")
+    language = (values.get(columns.language) if columns.language else None) or source.language
+    return {"audio": audio, "text": text, "language": language, "duration_s": duration_s, "row": row_name}
+
+
+def check_text(text: Any, row_name: str, column: str, allow_empty: bool = False) -> None:
+    """
+    Raises BadRowError where a transcript is missing, or a number; and unless `allow_empty`, where it has no words:
+    neither a letter nor a digit.
+    """
+    if not isinstance(text, str):
+        detail = f"`text_column` {column!r} holds {text!r:.60}, not text. Write what is said, or name another column."
+        raise BadRowError.of(row_name, NO_TEXT, detail)
+    if not allow_empty and not any(map(str.isalnum, text)):
+        detail = f"It is {text!r:.60}. Write what is said, or leave the row out."
+        raise BadRowError.of(row_name, EMPTY_TEXT, detail)
+
+
+def header_duration_s(audio: Any, row_name: str) -> float:
+    """Seconds that a file's header tells."""
+    try:
+        return audio_duration_s(audio)
+    except ValueError as error:
+        raise BadRowError.of(row_name, UNREADABLE, str(error)) from error
+
+
+class Utterances:
+    """
+    Rows {"audio", "text", "language", "duration_s", "row"} of one source, with random access.
 
     Args:
-        sources: each with a weight, unless there is but one.
-        seed (`int`)
-        on_bad_row, max_duration_s, max_bad_share: for [`load_utterances`].
-        shuffle_buffer_rows (`int`): rows of a streamed data set to shuffle among; all their audio is in memory.
-        process_index, num_processes (`int`): reads this process's share only. For a DataLoader that is not handed to
-            `accelerate`, which deals out the rows of a stream by itself.
+        rows: dicts; where `audio` is given, with an "index" in the place of "audio".
+        audio (*optional*): a `datasets` column with the audio of row i at its index.
+        skipped (`dict`), bad_rows ([`BadRows`]): how many rows were left out per reason, and what was wrong with them.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        *,
-        seed: int = 0,
-        on_bad_row: str = "raise",
-        max_duration_s: float | None = None,
-        max_bad_share: float = MAX_BAD_SHARE,
-        shuffle_buffer_rows: int = 256,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ):
-        if len(sources) > 1 and not all(source.weight for source in sources):
-            raise ValueError("Streams do not know their length: give each of several sources a `weight`.")
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"`process_index` must be in 0..{num_processes - 1}, got {process_index!r}.")
-        self.sources, self.seed = list(sources), seed
-        self.process_index, self.num_processes = process_index, num_processes
-        self._epoch = shared_integer()
-        self._opened: list[Any] = []
-        for source in self.sources:
-            if source.growing:
-                self._opened.append(None)
-            elif source.is_local and find_manifests(source):
-                settings = {"max_duration_s": max_duration_s, "max_bad_share": max_bad_share}
-                self._opened.append(load_utterances(source, on_bad_row=on_bad_row, **settings))
-            else:
-                stream = _HubStream(source, seed, shuffle_buffer_rows, process_index, num_processes)
-                self._opened.append(stream)
+    def __init__(self, rows: Sequence[dict], audio: Any = None, skipped: Any = (), bad_rows: BadRows | None = None):
+        self.rows, self.audio, self.skipped, self.bad_rows = rows, audio, dict(skipped), bad_rows or BadRows()
+        self.durations_s = np.array([row["duration_s"] for row in rows], dtype=np.float64)
 
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many rows were left out when local sources were read, per reason."""
-        return dict(sum((Counter(getattr(one, "skipped", {})) for one in self._opened), Counter()))
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = dict(self.rows[index])
+        if self.audio is not None:
+            row["audio"] = self.audio[row.pop("index")]
+        return row
 
-    def set_epoch(self, epoch: int) -> None:
-        """Reaches the copies in persistent DataLoader workers too."""
-        self._epoch.fill_(int(epoch))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        share = (self.process_index * num_workers + worker_id, self.num_processes * num_workers)
-        rng = np.random.default_rng([self.seed, self.epoch, share[0]])
-        weights = np.array([source.weight or 1.0 for source in self.sources])
-        readers = [self._read(i, 0, share, rng) for i in range(len(self.sources))]
-        num_passes, num_rows = [0] * len(readers), [0] * len(readers)
-        while True:
-            i = int(rng.choice(len(weights), p=weights / weights.sum()))
-            row = next(readers[i], None)
-            if row is not None:
-                num_rows[i] += 1
-                yield row
-                continue
-            num_passes[i] += 1
-            if not num_rows[i]:
-                # This worker has no share of the source.
-                weights[i] = 0
-            if all(num_passes):
-                return
-            num_rows[i], readers[i] = 0, self._read(i, num_passes[i], share, rng)
-
-    def _read(
-        self, i: int, num_passes: int, share: tuple[int, int], rng: np.random.Generator
-    ) -> Iterator[dict[str, Any]]:
-        source, opened = self.sources[i], self._opened[i]
-        if source.growing:
-            return _follow(source, share, rng)
-        if isinstance(opened, _HubStream):
-            return opened.read(self.epoch + num_passes)
-        return (opened[int(index)] for index in rng.permutation(len(opened)) if index % share[1] == share[0])
+    def read(self, seed: int, epoch: int, worker: int, num_workers: int) -> Iterator[dict[str, Any]]:
+        """One pass over a worker's share, in random order."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self))
+        return (self[int(i)] for i in order if i % num_workers == worker)
 
 
-class _HubStream:
-    """Rows of a streamed data set of `datasets`, which deals its files out to the workers itself."""
+def load_utterances(
+    source: Source,
+    *,
+    on_bad_row: str = "raise",
+    max_duration_s: float | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> Utterances:
+    """
+    Reads one source whole: its transcripts and durations, not yet its audio.
 
-    def __init__(self, source: Source, seed: int, buffer_rows: int, process_index: int, num_processes: int):
+    Raises:
+        ValueError: a missing file or column; with `on_bad_row="raise"`, an empty transcript, audio that is missing or
+            whose header cannot be read, or audio longer than `max_duration_s`; otherwise, more than `max_bad_share` of
+            such rows.
+    """
+    check_on_bad_row(on_bad_row, max_bad_share)
+    audio = None
+    if source.is_local and (manifests := find_manifests(source)):
+        raw = (entry for manifest in manifests for entry in read_manifest(manifest))
+    elif source.text_column is None and (files := find_audio_files(source)):
+        raw = ((str(file), {"audio": file.name}, file.parent) for file in files)
+    else:
+        data = load_undecoded(source, streaming=False)
+        audio_name = source.columns(data.column_names).audio
+        audio, texts = data[audio_name], data.remove_columns(audio_name)
+        # Without a column a data set has no rows either.
+        texts = texts if texts.column_names else ({} for _ in range(len(data)))
+        raw = ((f"{source.path} row {i}", {**row, audio_name: i}, None) for i, row in enumerate(texts))
+
+    rows, skipped, bad, columns = [], Counter(), BadRows(), None
+    for row_name, values, folder in raw:
+        columns = source.columns(list(values), columns)
+        try:
+            row = make_row(source, columns, row_name, values, folder)
+            if audio is not None:
+                row["index"] = row.pop("audio")
+            its_audio = row["audio"] if audio is None else audio[row["index"]]
+            if columns.text:
+                check_text(row["text"], row_name, columns.text)
+            if row["duration_s"] is None:
+                row["duration_s"] = header_duration_s(its_audio, row_name)
+            elif folder is not None and not os.path.isfile(its_audio):
+                raise BadRowError.of(row_name, UNREADABLE, f"{its_audio!r} does not exist. Check the path.")
+            if max_duration_s is not None and row["duration_s"] > max_duration_s:
+                detail = f"It lasts {row['duration_s']:.2f} s, more than {max_duration_s:g} s. Split it."
+                raise BadRowError.of(row_name, LONG_AUDIO, detail)
+        except BadRowError as error:
+            if on_bad_row == "raise":
+                raise
+            skipped[error.reason] += 1
+            bad.add(str(error))
+        else:
+            rows.append(row)
+    if bad:
+        check_bad_share(bad, len(rows) + len(bad), repr(source.path), max_bad_share)
+        logger.warning(f"{source.path!r}: {len(bad)} of {len(rows) + len(bad)} rows skipped: {bad}")
+    if not rows:
+        raise ValueError(f"{source.path!r} has no rows to use." + (f" They were left out: {bad}" if bad else ""))
+    return Utterances(rows, audio, skipped, bad)
+
+
+class HubStream:
+    """Rows of a data set of `datasets` as it is downloaded. What is wrong with one, the collator finds."""
+
+    def __init__(self, source: Source, seed: int = 0):
         stream = load_undecoded(source, streaming=True)
-        self.source = source
+        self.source, self.skipped = source, {}
         self.columns = source.columns(stream.column_names or list(next(iter(stream))))
-        self.stream = stream.shuffle(seed=seed, buffer_size=buffer_rows)
-        if num_processes > 1:
-            from datasets.distributed import split_dataset_by_node
+        self.stream = stream.shuffle(seed=seed, buffer_size=SHUFFLED_ROWS)
 
-            self.stream = split_dataset_by_node(self.stream, process_index, num_processes)
-
-    def read(self, epoch: int) -> Iterator[dict[str, Any]]:
+    def read(self, seed: int, epoch: int, worker: int, num_workers: int) -> Iterator[dict[str, Any]]:
+        """One pass. `datasets` itself deals its files out to the workers: those beyond their number get none."""
         self.stream.set_epoch(epoch)
         for values in self.stream:
             audio = values[self.columns.audio]
             path = audio.get("path") if isinstance(audio, dict) else None
             name = " ".join(filter(None, [self.source.path, path]))
             yield _with_duration(make_row(self.source, self.columns, name, values, None))
+
+
+class GrowingFolder:
+    """A folder that synthesize.py is still writing. `datasets` has no source that grows."""
+
+    def __init__(self, source: Source):
+        self.source, self.skipped = source, {}
+
+    def read(self, seed: int, epoch: int, worker: int, num_workers: int) -> Iterator[dict[str, Any]]:
+        """Rows without an end: each new one as soon as it is there; in between the old ones again."""
+        rng, offsets, num_lines = np.random.default_rng([seed, epoch, worker]), Counter(), Counter()
+        rows, fresh, replay, looked_at = [], [], [], -math.inf
+        while True:
+            if time.monotonic() - looked_at >= POLL_S:
+                lines = [line for line in self._new_lines(offsets, num_lines) if line[1] % num_workers == worker]
+                new = [self._row(*line) for line in lines]
+                rows += new
+                fresh += [new[i] for i in rng.permutation(len(new))]
+                looked_at = time.monotonic()
+            if not rows:
+                logger.warning_once(f"{self.source.path!r} has no speech yet. Waiting for it.")
+                time.sleep(0.1)
+                continue
+            if not fresh and not replay:
+                replay = list(rng.permutation(len(rows)))
+            yield dict(fresh.pop() if fresh else rows[replay.pop()])
+
+    def _new_lines(self, offsets: Counter, num_lines: Counter) -> Iterator[tuple[Path, int, bytes]]:
+        """What was appended to the manifests since the last look, by line number from 0: whole lines only."""
+        folder = Path(self.source.path)
+        for manifest in sorted([*folder.glob("metadata.jsonl"), *folder.glob("shard-*/metadata.jsonl")]):
+            with open(manifest, "rb") as file:
+                file.seek(offsets[manifest])
+                content = file.read()
+            content = content[: content.rfind(b"\n") + 1]
+            offsets[manifest] += len(content)
+            for line in content.splitlines():
+                yield manifest, num_lines[manifest], line
+                num_lines[manifest] += 1
+
+    def _row(self, manifest: Path, number: int, line: bytes) -> dict[str, Any]:
+        name = f"{manifest} line {number + 1}"
+        values = _parse_line(line, name)
+        columns = self.source.columns(list(values))
+        return _with_duration(make_row(self.source, columns, name, values, manifest.parent))
 
 
 def _with_duration(row: dict[str, Any]) -> dict[str, Any]:
@@ -653,61 +580,18 @@ def _with_duration(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _follow(source: Source, share: tuple[int, int], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Rows of a folder that grows, for ever: each new one as soon as it is there; in between the old ones again."""
-    follower, rows, fresh, replay = _Follower(source, share), [], [], []
-    looked_at = -math.inf
-    while True:
-        if time.monotonic() - looked_at >= POLL_S:
-            new = follower.read()
-            rows += new
-            fresh += [new[i] for i in rng.permutation(len(new))]
-            looked_at = time.monotonic()
-        if not rows:
-            logger.warning_once(f"{source.path!r} has no speech yet. Waiting for it.")
-            time.sleep(0.1)
-            continue
-        if not fresh and not replay:
-            replay = list(rng.permutation(len(rows)))
-        yield dict(fresh.pop() if fresh else rows[replay.pop()])
-
-
-class _Follower:
-    """Reads what was appended to the shards of a folder since the last look, whole lines only."""
-
-    def __init__(self, source: Source, share: tuple[int, int]):
-        self.source, self.share = source, share
-        self.offsets, self.num_lines = Counter(), Counter()
-
-    def read(self) -> list[dict[str, Any]]:
-        rows = []
-        folder = Path(self.source.path)
-        for manifest in sorted([*folder.glob("metadata.jsonl"), *folder.glob("shard-*/metadata.jsonl")]):
-            with open(manifest, "rb") as file:
-                file.seek(self.offsets[manifest])
-                content = file.read()
-            content = content[: content.rfind(b"\n") + 1]
-            self.offsets[manifest] += len(content)
-            for line in content.splitlines():
-                self.num_lines[manifest] += 1
-                if (self.num_lines[manifest] - 1) % self.share[1] == self.share[0]:
-                    name = f"{manifest} line {self.num_lines[manifest]}"
-                    values = _parse_line(line, name)
-                    row = make_row(self.source, self.source.columns(list(values)), name, values, manifest.parent)
-                    rows.append(_with_duration(row))
-        return rows
-
-
 __all__ = [
     "BAD_ROW_REASONS",
     "BadRowError",
     "BadRows",
     "Columns",
+    "GrowingFolder",
+    "HubStream",
     "Source",
-    "StreamedSources",
     "Utterances",
     "header_duration_s",
     "load_undecoded",
     "load_utterances",
     "make_row",
+    "read_sentences",
 ]

@@ -1,0 +1,88 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Data, arguments and launchers that the tests of training share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny_models import tiny_inputs, tiny_model
+
+from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments
+
+EOS = 1
+LAUNCHERS = {
+    # --multi_gpu stands for torchrun; the arguments' `use_cpu` keeps to the CPU and gloo.
+    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
+}
+
+
+class Clips(torch.utils.data.Dataset):
+    """A few random clips, each with a text of its own."""
+
+    texts = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14]]
+
+    def __init__(self, encoder="whisper"):
+        self.features, self.mask = tiny_inputs(encoder, seconds=(0.5, 0.4, 0.45, 0.3))
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        labels = torch.tensor([*self.texts[i], EOS] + [-100] * (4 - len(self.texts[i])))
+        return {"input_features": self.features[i], "attention_mask": self.mask[i], "labels": labels}
+
+    def batch(self, rows=range(4)):
+        return torch.utils.data.default_collate([self[i] for i in rows])
+
+
+def trainable_model(**settings):
+    """A canvas whose texts have room for those of the clips."""
+    model = tiny_model("whisper", **settings)
+    model.generation_config.canvas_tokens_per_s, model.generation_config.canvas_extra_tokens = 2.0, 6
+    return model
+
+
+def arguments(folder, cls=MDMASRTrainingArguments, **settings):
+    settings = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_steps": 3,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    } | settings
+    return cls(output_dir=str(folder), **settings)
+
+
+def make_trainer(folder, model=None, callbacks=None, objective=None, data=None, cls=ISCTTrainer, **settings):
+    model, data = trainable_model() if model is None else model, data or Clips()
+    return cls(
+        model, arguments(folder, **settings), objective, train_dataset=data, eval_dataset=data, callbacks=callbacks
+    )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def launch(*command, timeout_s=400):
+    """Runs Python with these arguments, and the tests' modules in reach."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
