@@ -1,3 +1,6 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""Clips of audio without transcripts: what is planned, and what is read."""
+
 from pathlib import Path
 
 import numpy as np

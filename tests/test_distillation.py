@@ -1,3 +1,6 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a donor makes of clips, and the stages that learn it."""
+
 import json
 import re
 from collections import Counter
@@ -11,13 +14,7 @@ from transformers import AutoModelForSpeechSeq2Seq
 
 from mdm_asr_hf.train import donor_cache
 from mdm_asr_hf.train.clips import SpeechClips
-from mdm_asr_hf.train.distillation import (
-    STAGES,
-    add_silence,
-    measure,
-    set_short_list,
-    train_stage,
-)
+from mdm_asr_hf.train.distillation import STAGES, add_silence, measure, set_short_list, train_stage
 from mdm_asr_hf.train.donor_cache import CachedSpeech, DistillationCollator, recode_cache, write_cache
 
 RATE, EOS = 16_000, 1
@@ -67,7 +64,7 @@ def fabricate(folder, model, texts, seconds=(1.0, 0.6, 0.35), times=4):
             }
         )
     folder.mkdir(parents=True)
-    donor_cache._write(folder / "block-00000.safetensors", rows, Counter())
+    donor_cache.write_block(folder / "block-00000.safetensors", rows, Counter())
     return CachedSpeech(folder)
 
 
@@ -244,7 +241,7 @@ def test_a_stage_learns_its_part_and_leaves_the_rest(name, tmp_path):
         [cache[i] for i in range(3)],
         tmp_path / "out",
         report=said.append,
-        **stage_arguments(max_steps=30, learning_rate=3e-3, logging_steps=5, save_strategy="no"),
+        **stage_arguments(max_steps=20, learning_rate=3e-3, logging_steps=5, save_strategy="no"),
     )
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     mine = {
@@ -259,19 +256,21 @@ def test_a_stage_learns_its_part_and_leaves_the_rest(name, tmp_path):
     assert losses[-1] < (1.0 if name == "encoder" else 0.8) * losses[0]
     parts = {"encoder": {"frames", "logits"}, "drafts": {"drafts"}}[name]
     assert {key for entry in found["log"] for key in entry if key.startswith("loss_")} == {f"loss_{p}" for p in parts}
-    assert said[0].startswith(f"{name} 0 of 30: tokens per evaluation") and "clips/s" in said[-1]
-    assert [one["step"] for one in found["held_out"]] == [0, 30]
+    assert said[0].startswith(f"{name} 0 of 20: tokens per evaluation") and "clips/s" in said[-1]
+    assert [one["step"] for one in found["held_out"]] == [0, 20]
 
 
-def test_a_stage_that_was_killed_takes_the_same_course(tmp_path):
-    def train(folder, steps=8, **settings):
+def test_a_stage_that_was_killed_takes_the_same_course(tmp_path, monkeypatch):
+    monkeypatch.setattr("mdm_asr_hf.train.distillation.MEASURE_EVERY_S", -1.0)
+
+    def train(folder, steps=6, **settings):
         model = tiny_drafts_model(dtype=torch.float32)
         add_silence(model, 0.3)
         folder_of_cache = tmp_path / f"cache-{folder}"
         cache = CachedSpeech(folder_of_cache) if folder_of_cache.exists() else fabricate(folder_of_cache, model, TEXTS)
-        arguments = stage_arguments(max_steps=8, save_strategy="steps", max_seconds_per_batch=2.0, **settings)
+        arguments = stage_arguments(max_steps=6, save_strategy="steps", max_seconds_per_batch=2.0, **settings)
         rows = [cache[0]]
-        if steps < 8:
+        if steps < 6:
             # As if it were killed: at the end of a step that a checkpoint was written at.
             with pytest.raises(KeyboardInterrupt):
                 train_stage("encoder", model, [cache], rows, tmp_path / folder, report=Stop(steps), **arguments)
@@ -294,12 +293,6 @@ class Stop:
     def __call__(self, line):
         if line.startswith(f"encoder {self.at} "):
             raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True)
-def _measure_every_step(monkeypatch, request):
-    if "killed" in request.node.name:
-        monkeypatch.setattr("mdm_asr_hf.train.distillation.MEASURE_EVERY_S", -1.0)
 
 
 def test_what_is_measured_is_what_decoding_gives(tmp_path):
@@ -368,25 +361,14 @@ def test_train_drafts_makes_a_model_of_audio_alone(run_command, donor, speech, t
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--steps", 0), "are both 0. Nothing would be trained"),
-        (("nowhere",), "nowhere"),
-    ],
-)
-def test_a_training_of_nothing_is_one_line(run_command, donor, tmp_path, arguments, said):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    if arguments[0] == "--steps":
-        code, out, err = run_training(run_command, donor, empty, tmp_path / "out", steps=0)
-    else:
-        code, out, err = run_training(run_command, donor, tmp_path / "nowhere", tmp_path / "out")
-    assert code == 1 and said in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: cannot train drafts")
-
-
-def test_a_canvas_has_no_drafts_to_train(run_command, speech, tmp_path):
+def test_what_cannot_be_trained_is_one_line(run_command, donor, speech, tmp_path):
     tiny_model().save_pretrained(tmp_path / "canvas")
     tiny_processor().save_pretrained(tmp_path / "canvas")
-    code, _, err = run_training(run_command, tmp_path / "canvas", speech, tmp_path / "out")
-    assert code == 1 and "is a canvas, which has no drafts" in err
+    for model, audio, steps, said in (
+        (donor, speech, 0, "are both 0. Nothing would be trained"),
+        (donor, tmp_path / "nowhere", 2, "nowhere"),
+        (tmp_path / "canvas", speech, 2, "is a canvas, which has no drafts"),
+    ):
+        code, _, err = run_training(run_command, model, audio, tmp_path / "out", steps=steps)
+        last = err.splitlines()[-1]
+        assert code == 1 and said in last and last.startswith("error: cannot train drafts")

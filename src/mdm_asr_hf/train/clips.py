@@ -77,19 +77,25 @@ class SpeechClips:
     """
 
     def __init__(
-        self, source: Any, *, held_out: bool = False, passes: int = 1, seed: int = 0, max_duration_s: float = MAX_S
+        self,
+        source: Any,
+        *,
+        held_out: bool = False,
+        passes: int = 1,
+        seed: int = 0,
+        max_duration_s: float | None = None,
     ):
         if type(passes) is not int or passes < 1:
             raise ValueError(f"`passes` must be an integer of at least 1, got {passes!r}.")
         self.source = replace(Source.of(source), text_column=None)
         self.utterances = load_utterances(self.source, on_bad_row="skip", max_bad_share=1.0)
-        self.check_readable(self.utterances.bad_rows, self.num_rows)
+        bad = self.utterances.bad_rows
+        self.check_readable(bad, len(self.utterances) + len(bad))
         self.held_out, self.passes, self.seed = held_out, passes, seed
-        self.max_s, self.min_s = min(max_duration_s, MAX_S), MIN_S
+        self.max_s = min(max_duration_s or MAX_S, MAX_S)
         self.augment = Augmenter(noises=("white", "pink"))
         self._last: tuple[int, float, np.ndarray] | None = None
-        durations_s = self.utterances.durations_s
-        rows = np.arange(len(durations_s))
+        rows = np.arange(len(self.utterances))
         is_held_out = rows % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
         if not is_held_out.any():
             is_held_out[-1] = True
@@ -99,17 +105,8 @@ class SpeechClips:
                 f"{self.source.path!r} has one recording only, and one has to be held out, to measure on. Cut it in "
                 "two, or add another."
             )
-        hours = np.floor(np.cumsum(durations_s[kept]) / BLOCK_S).astype(int)
+        hours = np.floor(np.cumsum(self.utterances.durations_s[kept]) / BLOCK_S).astype(int)
         self._blocks = [kept[hours == hour] for hour in np.unique(hours)]
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Recordings that were left out, per reason."""
-        return self.utterances.skipped
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.utterances) + sum(self.skipped.values())
 
     def __len__(self) -> int:
         return len(self._blocks) * self.passes
@@ -118,6 +115,9 @@ class SpeechClips:
         """Raises ValueError where so many of the recordings, or clips, are bad that this is the wrong source."""
         remedy = "Mend or remove these recordings."
         check_bad_share(bad, number, repr(self.source.path), MOST_UNREADABLE, is_sample=is_sample, remedy=remedy)
+
+    def language(self, clip: Clip) -> str | None:
+        return self.utterances.rows[clip.spans[0].row].get("language")
 
     def plan(self, block: int) -> list[Clip]:
         """The clips of a block."""
@@ -138,8 +138,8 @@ class SpeechClips:
         start_s, end_s = 0.0, float(self.utterances.rows[row]["duration_s"])
         while end_s - start_s > self.max_s:
             # The last piece is not left too short.
-            longest_s = min(self.max_s, end_s - start_s - self.min_s)
-            stop_s = start_s + float(rng.uniform(min(5 * self.min_s, longest_s), longest_s))
+            longest_s = min(self.max_s, end_s - start_s - MIN_S)
+            stop_s = start_s + float(rng.uniform(min(5 * MIN_S, longest_s), longest_s))
             yield Span(row, start_s, stop_s)
             start_s = stop_s
         if end_s > start_s:
@@ -149,7 +149,7 @@ class SpeechClips:
         spans = spans[::-1]
         while spans:
             chosen, pauses_s = [spans.pop()], []
-            left_s = rng.uniform(self.min_s, self.max_s) - chosen[0].duration_s
+            left_s = rng.uniform(MIN_S, self.max_s) - chosen[0].duration_s
             alone = rng.random() < ALONE_SHARE
             while not alone and spans:
                 pause_s = float(rng.uniform(0.0, MAX_PAUSE_S))
@@ -163,7 +163,7 @@ class SpeechClips:
     def _change(self, clip: Clip, rng: np.random.Generator, is_first: bool) -> Clip:
         cut, silence, augmented = rng.random(3)
         if cut < CUT_SHARE:
-            room_s = max(0.0, min(MAX_CUT * clip.duration_s, clip.duration_s - self.min_s))
+            room_s = max(0.0, min(MAX_CUT * clip.duration_s, clip.duration_s - MIN_S))
             share = rng.random()
             clip = replace(clip, cut_s=(room_s * rng.random() * share, room_s * rng.random() * (1 - share)))
         if silence < SILENCE_SHARE:
@@ -181,14 +181,13 @@ class SpeechClips:
         Raises:
             ValueError: a recording that cannot be read.
         """
-        parts = [np.zeros(round(clip.silence_s[0] * sampling_rate), np.float32)]
-        inner = []
-        for span, pause_s in zip(clip.spans, (0.0, *clip.pauses_s), strict=True):
-            inner += [np.zeros(round(pause_s * sampling_rate), np.float32), self._read_span(span, sampling_rate)]
-        samples = np.concatenate(inner)
-        first, last = (round(one * sampling_rate) for one in clip.cut_s)
-        parts += [samples[first : len(samples) - last], np.zeros(round(clip.silence_s[1] * sampling_rate), np.float32)]
+        parts = [
+            np.pad(self._read_span(span, sampling_rate), (round(pause_s * sampling_rate), 0))
+            for span, pause_s in zip(clip.spans, (0.0, *clip.pauses_s), strict=True)
+        ]
         samples = np.concatenate(parts)
+        first, last = (round(one * sampling_rate) for one in clip.cut_s)
+        samples = np.pad(samples[first : len(samples) - last], [round(one * sampling_rate) for one in clip.silence_s])
         if clip.augment_seed is None:
             return samples
         return self.augment(samples, sampling_rate, np.random.default_rng(clip.augment_seed))

@@ -1,8 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""
-The stages that make a donor fast, of its own text alone: a silence that the encoder needs less of, and drafts by
-masks.
-"""
+"""The stages that make a donor fast, of its own text alone: a shorter silence behind the audio, and drafts."""
 
 import json
 import math
@@ -27,10 +24,9 @@ from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from ..evaluate.scoring import count_errors
 from ..objective_mdm_asr import DraftObjective
 from ..safeguards_mdm_asr import NO_SAFEGUARDS
-from .arguments import MDMASRTrainingArguments
 from .clips import SpeechClips
 from .donor_cache import CachedSpeech, DistillationCollator, recode_cache, without_remarks, write_cache
-from .trainer import ISCTTrainer
+from .trainer import ISCTTrainer, MDMASRTrainingArguments
 
 # Texts that the short list is counted on.
 NUM_COUNTED = 20_000
@@ -97,8 +93,7 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
     What decoding gives on cached clips with features, as a user would decode them: tokens an evaluation, and the share
     of the teacher's tokens that the donor writes on this encoder's frames.
     """
-    tokens = evaluations = 0
-    errors = [0, 0]
+    tokens = evaluations = wrong = num_taught = 0
     rows = sorted(rows, key=lambda row: float(row["seconds"]))
     with without_remarks():
         for first in range(0, len(rows), batch_size):
@@ -117,22 +112,16 @@ def measure(model: Any, rows: Sequence[dict[str, torch.Tensor]], batch_size: int
             )
             lengths = (found.commit_steps > 0).sum(dim=-1)
             tokens, evaluations = tokens + int(lengths.sum()), evaluations + int(found.nfe.sum())
-            taught = [_words(row[row != -100]) for row in batch["labels"]]
-            said = [_words(row[:n]) for row, n in zip(found.sequences, lengths, strict=True)]
-            errors = _add(errors, count_errors(taught, said))
+            taught = [row[row != -100] for row in batch["labels"]]
+            said = [row[:n] for row, n in zip(found.sequences, lengths, strict=True)]
+            # Tokens are counted as words are.
+            words = ([" ".join(map(str, ids.tolist())) for ids in texts] for texts in (taught, said))
+            *errors, number = count_errors(*words).sum(axis=0).tolist()
+            wrong, num_taught = wrong + sum(errors), num_taught + number
     return {
         "tokens_per_evaluation": tokens / max(evaluations, 1),
-        "token_agreement": 1.0 - errors[0] / max(errors[1], 1),
+        "token_agreement": 1.0 - wrong / max(num_taught, 1),
     }
-
-
-def _words(ids: torch.Tensor) -> str:
-    return " ".join(map(str, ids.tolist()))
-
-
-def _add(sums: list[int], counts: Any) -> list[int]:
-    *wrong, said = counts.sum(axis=0).tolist()
-    return [sums[0] + sum(wrong), sums[1] + said]
 
 
 class Progress(TrainerCallback):
@@ -160,12 +149,12 @@ class Progress(TrainerCallback):
         model = self.trainer.core_model
         was_training = model.training
         model.eval()
-        with self.trainer._averaged_weights(), self.trainer.accelerator.autocast():
+        with self.trainer.averaged_weights(), self.trainer.accelerator.autocast():
             found = measure(model, self.rows)
         model.train(was_training)
         elapsed_s, done = time.monotonic() - self.began, state.global_step - self.began_at
         per_step_s = elapsed_s / done if done else 0.0
-        clips_per_s = self.trainer._num_rows / elapsed_s if done else 0.0
+        clips_per_s = self.trainer.num_rows / elapsed_s if done else 0.0
         self.measured.append({"step": state.global_step, "seconds": elapsed_s, **found})
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
         left = f"{clips_per_s:.1f} clips/s, {(state.max_steps - state.global_step) * per_step_s / 60:.0f} min left"
@@ -224,50 +213,21 @@ def train_stage(
         decay = {"num_decay_steps": max(1, settings["max_steps"] // 5), "min_lr_ratio": 0.0}
         settings.setdefault("lr_scheduler_kwargs", decay)
     arguments = MDMASRTrainingArguments(str(output), **settings)
+    # What the stage does not train is frozen.
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(stage.trained, parameter_name) is not None)
     objective = objective or stage.objective
     data = Mixture(list(caches), weights, seed=arguments.seed)
-    trainer = ISCTTrainer(
-        model,
-        arguments,
-        data_collator=DistillationCollator(stage.part),
-        train_dataset=data,
-        objective=objective,
-    )
+    collator = DistillationCollator(stage.part)
+    trainer = ISCTTrainer(model, arguments, objective, data_collator=collator, train_dataset=data)
     progress = Progress(trainer, held_out, report, name)
     trainer.add_callback(progress)
     resume = get_last_checkpoint(str(output)) if Path(output).is_dir() else None
     trained = trainer.train(resume_from_checkpoint=resume)
     model.eval()
-    return {
-        "objective": asdict(objective),
-        "hours": float(data.durations_s.sum() / 3600),
-        "train": trained.metrics,
-        "log": trainer.state.log_history,
-        "held_out": progress.measured,
-    }
-
-
-@dataclass(frozen=True)
-class AudioSource:
-    """
-    Speech without transcripts.
-
-    Args:
-        source ([`Source`]): its `weight` is its share of the clips, relative to the other sources'.
-        passes (`int`): how often its audio is cut and changed anew, see [`SpeechClips`].
-    """
-
-    source: Source
-    passes: int = 1
-
-    @classmethod
-    def of(cls, spec: Any) -> "AudioSource":
-        """A source of a path or name, or of a dict of the settings of [`Source`] and `passes`."""
-        settings = dict(spec) if isinstance(spec, dict) else {"path": spec}
-        passes = settings.pop("passes", 1)
-        return cls(Source.of({"text_column": None, **settings}), passes)
+    hours, log = float(data.durations_s.sum() / 3600), trainer.state.log_history
+    kept = {"objective": asdict(objective), "hours": hours, "train": trained.metrics}
+    return {**kept, "log": log, "held_out": progress.measured}
 
 
 def train_drafts(
@@ -290,10 +250,10 @@ def train_drafts(
 
     Args:
         donor (`str`): a Whisper or Canary checkpoint, or a model of this package with drafts, which go on to learn.
-        sources: audio; each a path, the name of a data set, or a dict, see [`AudioSource`].
-        output (`str` or `Path`): the folder for the model; its folder `training` keeps caches and checkpoints.
-        cache (`str` or `Path`, *optional*): where what the donor makes of the audio is kept; the default is in
-            `output`.
+        sources: audio; each a path, the name of a data set, or a dict of the settings of [`Source`], of which `weight`
+            is its share of the clips, and of `passes`, how often it is cut and changed anew, see [`SpeechClips`].
+        output: the folder for the model; its folder `training` keeps caches and checkpoints.
+        cache (*optional*): where what the donor makes of the audio is kept, if not in `output`.
         silence_s (`float`): behind the audio, which a Whisper encoder learns to take for more.
         encoder_steps, draft_steps (`int`): of each stage; 0 leaves it out. `encoder_steps` are 500 by default with a
             Whisper encoder, and 0 with any other, which needs no silence.
@@ -311,7 +271,9 @@ def train_drafts(
     """
     output, state = Path(output), PartialState()
     work, cache = output / "training", Path(cache or output / "training" / "cache")
-    audio = [AudioSource.of(source) for source in sources]
+    settings = [{"text_column": None, **(one if isinstance(one, dict) else {"path": one})} for one in sources]
+    passes = [one.pop("passes", 1) for one in settings]
+    audio = [Source.of(one) for one in settings]
     if not audio:
         raise ValueError("`sources` is empty. Name at least one folder, manifest or data set of audio.")
     model, processor = _load(donor)
@@ -329,38 +291,37 @@ def train_drafts(
     slots = {} if language is None else {"language": language}
     shares = {"process_index": state.process_index, "num_processes": state.num_processes, "report": report}
 
-    def caches(name: str, fill: Callable[..., None]) -> list[CachedSpeech]:
-        for index, source in enumerate(audio):
-            fill(index, source, cache / name / str(index))
+    def caches(name: str, fill: Callable[[int, Path], None]) -> list[CachedSpeech]:
+        folders = [cache / name / str(index) for index in range(len(audio))]
+        for index, folder in enumerate(folders):
+            fill(index, folder)
         state.wait_for_everyone()
-        return [CachedSpeech(cache / name / str(index)) for index in range(len(audio))]
+        return [CachedSpeech(folder) for folder in folders]
 
-    def transcribe(index: int, source: AudioSource, folder: Path, held_out: bool = False) -> None:
-        limit = processor.feature_extractor.max_duration_s
-        passes = 1 if held_out else source.passes
-        clips = SpeechClips(
-            source.source, held_out=held_out, passes=passes, **({} if limit is None else {"max_duration_s": limit})
-        )
+    def transcribe(index: int, folder: Path, held_out: bool = False) -> None:
+        how = {"held_out": held_out, "passes": 1 if held_out else passes[index]}
+        clips = SpeechClips(audio[index], max_duration_s=processor.feature_extractor.max_duration_s, **how)
         teacher = model.to(state.device, torch.bfloat16 if arguments["bf16"] else torch.float32)
         write_cache(teacher, processor, clips, folder, **shares, **slots)
 
     donor_caches = caches("donor", transcribe)
     held_out = [
         row
-        for one in caches("held-out", lambda i, s, folder: transcribe(i, s, folder, held_out=True))
-        for row in _spread(one, -(-NUM_MEASURED // len(audio)))
+        for one in caches("held-out", lambda i, folder: transcribe(i, folder, held_out=True))
+        for row in map(one.__getitem__, one.places(-(-NUM_MEASURED // len(audio))))
     ]
     # As it was loaded: bf16 keeps three digits.
     model, processor = _load(donor)
     if not model.has_trained_drafts:
-        places = [(one, i) for one in donor_caches for i in _places(one, NUM_COUNTED // len(audio))]
+        places = [(one, i) for one in donor_caches for i in one.places(NUM_COUNTED // len(audio))]
         set_short_list(model, [one[i]["text"].tolist() for one, i in places])
-    weights = [one.source.weight for one in audio]
+    weights = [one.weight for one in audio]
     weights = None if None in weights else weights
-    results = {"donor": str(donor), "sources": [_describe(one) for one in donor_caches], "stages": {}}
-    for source, found in zip(audio, results["sources"], strict=True):
-        left_out = describe_skipped(found["left_out"])
-        report(f"{source.source.path}: {found['clips']} clips, {found['hours']:.1f} hours; left out: {left_out}")
+    results = {"donor": str(donor), "sources": [], "stages": {}}
+    for source, one in zip(audio, donor_caches, strict=True):
+        hours, left_out = float(one.durations_s.sum() / 3600), describe_skipped(one.left_out)
+        results["sources"].append({"clips": len(one), "hours": hours, "left_out": one.left_out})
+        report(f"{source.path}: {len(one)} clips, {hours:.1f} hours; left out: {left_out}")
     objectives = {name: stage.objective for name, stage in STAGES.items()}
     if draft_steps:
         objectives["drafts"] = replace(objectives["drafts"], num_steps=isct_steps)
@@ -373,25 +334,15 @@ def train_drafts(
             add_silence(model, silence_s)
         elif encoder_steps and learnt is donor_caches:
             model.to(state.device)
-            learnt = caches("frames", lambda i, s, folder: recode_cache(model, donor_caches[i], folder, **shares))
+            learnt = caches("frames", lambda i, folder: recode_cache(model, donor_caches[i], folder, **shares))
         folder, done = work / name, work / name / "results.json"
         if done.exists():
             model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
             model.tie_weights()
             results["stages"][name] = json.loads(done.read_text(encoding="utf-8"))
             continue
-        results["stages"][name] = train_stage(
-            name,
-            model,
-            learnt,
-            held_out,
-            folder,
-            weights=weights,
-            report=report,
-            objective=objectives[name],
-            max_steps=number,
-            **arguments,
-        )
+        how = {"weights": weights, "report": report, "objective": objectives[name], "max_steps": number, **arguments}
+        results["stages"][name] = train_stage(name, model, learnt, held_out, folder, **how)
         if state.is_main_process:
             model.save_pretrained(folder)
             done.write_text(json.dumps(results["stages"][name], indent=2) + "\n", encoding="utf-8")
@@ -424,20 +375,6 @@ def computes_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _describe(cache: CachedSpeech) -> dict[str, Any]:
-    return {"clips": len(cache), "hours": float(cache.durations_s.sum() / 3600), "left_out": cache.left_out}
-
-
-def _places(cache: CachedSpeech, number: int) -> list[int]:
-    """So many places of a cache, evenly spread over it."""
-    number = min(number, len(cache))
-    return [i * len(cache) // number for i in range(number)]
-
-
-def _spread(cache: CachedSpeech, number: int) -> list[dict]:
-    return [cache[i] for i in _places(cache, number)]
 
 
 __all__ = ["STAGES", "Stage", "measure", "train_drafts", "train_stage"]

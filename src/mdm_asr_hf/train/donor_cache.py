@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,6 @@ def write_cache(
     Args:
         model ([`MDMASRForConditionalGeneration`]): of which the donor decodes alone, with the silence behind the audio
             that its configuration says.
-        processor ([`MDMASRProcessor`])
-        clips ([`SpeechClips`])
         folder (`str` or `Path`): is made.
         process_index, num_processes (`int`): does this share of the blocks.
         report (`Callable`): is told about each block, in one line.
@@ -67,165 +66,29 @@ def write_cache(
         ValueError: the folder holds what another donor or another source made, more than 5 % of the clips cannot be
             read (their first causes are told), or the disk is full.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _settle_description(folder, {"version": VERSION, **describe_donor(model), "source": _describe(clips)})
-    num_clips, bad = 0, BadRows()
-    for block in range(process_index, len(clips), num_processes):
-        path = folder / f"block-{block:05d}.safetensors"
-        if path.exists():
-            continue
+    # Not the number of recordings, since a source may grow.
+    source = {"seed": clips.seed, "held_out": clips.held_out, "max_s": clips.max_s}
+    blocks = _Blocks.begin(folder, model, source, process_index, num_processes, report)
+    rate, num_clips, bad = processor.feature_extractor.sampling_rate, 0, BadRows()
+    for block, name in blocks.missing(len(clips), "block-{:05d}.safetensors".format):
         rows, left_out = [], Counter()
         for batch in _batches(clips.plan(block), lambda clip: clip.duration_s):
             samples = []
             for clip in batch:
                 try:
-                    samples.append(clips.read(clip, processor.feature_extractor.sampling_rate))
+                    samples.append(clips.read(clip, rate))
                 except ValueError as error:
                     left_out[UNREADABLE] += 1
                     bad.add(str(error))
             if samples:
-                languages = [clips.utterances.rows[clip.spans[0].row].get("language") for clip in batch]
-                slots = dict(prompt_slots)
+                slots, languages = dict(prompt_slots), [clips.language(clip) for clip in batch]
                 if "language" not in slots and all(languages) and len(languages) == len(samples):
                     slots["language"] = languages
-                rows += list(_transcribe(model, processor, samples, slots, left_out))
+                rows += _transcribe(model, processor, samples, slots, left_out)
             num_clips += len(batch)
             clips.check_readable(bad, num_clips, is_sample=True)
         clips.check_readable(bad, num_clips)
-        _write(path, rows, left_out)
-        causes = f" ({bad})" if left_out[UNREADABLE] else ""
-        report(_said(block, len(clips), rows, left_out) + causes)
-
-
-def describe_donor(model: Any) -> dict[str, Any]:
-    """What a cache belongs to: the donor's weights, by a checksum, its vocabulary and its silence."""
-    config, digest = model.config, hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not name.startswith("model.decoder.drafts.") and "input_only" not in name:
-            # In the precision that every donor is run in, whichever it was loaded in.
-            total = parameter.detach().bfloat16().double().sum().item()
-            digest.update(f"{name} {tuple(parameter.shape)} {total:.6g}".encode())
-    return {
-        "donor": digest.hexdigest()[:16],
-        "vocab_size": config.vocab_size,
-        "width": model.get_encoder().config.hidden_size,
-        "silence_s": [config.encoder_trailing_silence_s, config.encoder_min_duration_s],
-    }
-
-
-def _describe(clips: SpeechClips) -> dict[str, Any]:
-    # Not the number of recordings, since a source may grow.
-    return {"seed": clips.seed, "held_out": clips.held_out, "max_s": clips.max_s}
-
-
-def _settle_description(folder: Path, description: dict[str, Any]) -> None:
-    path = folder / "cache.json"
-    if not path.exists():
-        path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    different = [name for name in description if there.get(name) != description[name]]
-    if different:
-        raise ValueError(
-            f"The cache {str(folder)!r} was made otherwise ({different[0]}: {there.get(different[0])}, now "
-            f"{description[different[0]]}). Name another folder, or remove it."
-        )
-
-
-def _batches(items: Sequence[Any], duration_s: Callable[[Any], float]) -> Iterator[list[Any]]:
-    """Items of about the same duration together, as many as fit."""
-    batch: list[Any] = []
-    for item in sorted(items, key=duration_s, reverse=True):
-        if batch and (len(batch) + 1) * max(duration_s(batch[0]), LEAST_S) > BATCH_S:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def _transcribe(
-    model: Any, processor: Any, samples: list[np.ndarray], prompt_slots: dict[str, Any], left_out: Counter
-) -> Iterator[dict[str, Any]]:
-    """A cache's rows of clips (N,), with all that a teacher knows."""
-    extract = processor.feature_extractor
-    features = extract(
-        samples, sampling_rate=extract.sampling_rate, padding=True, return_attention_mask=True, return_tensors="pt"
-    ).to(model.device)
-    mask = features["attention_mask"]
-    features = features["input_values" if extract.is_waveform else "input_features"]
-    encoded = model.prepare_cross_attention(model.encode(features, mask))
-    written = _greedy_texts(model, features, mask, encoded, **prompt_slots)
-    slots = dict(prompt_slots) if written.languages is None else {**prompt_slots, "language": written.languages}
-    prompts = torch.as_tensor(processor.get_prompt_ids(batch_size=len(samples), **slots)).to(model.device)
-    outputs = model.model(
-        decoder_input_ids=torch.cat([prompts, written.sequences[:, :-1]], dim=-1), encoder_outputs=encoded
-    )
-    logits = model.proj_out(outputs.last_hidden_state[:, prompts.shape[1] - 1 :])
-    log_probs, token_ids = logits.float().log_softmax(dim=-1).topk(min(NUM_PROBABILITIES, logits.shape[-1]), dim=-1)
-    seconds = [len(one) / extract.sampling_rate for one in samples]
-    for row, kept in enumerate(_rows(model, written, encoded, seconds, prompts, left_out)):
-        if kept is not None:
-            length = len(kept["text"])
-            yield {
-                **kept,
-                "features": features[row, : int(mask[row].sum())].half().cpu(),
-                "token_ids": token_ids[row, :length].int().cpu(),
-                "log_probs": log_probs[row, :length].half().cpu(),
-            }
-
-
-@contextmanager
-def without_remarks() -> Iterator[None]:
-    """Inside, `generate` says nothing of texts that come to no end: they are left out, or measured as they are."""
-    log = logging.get_logger("mdm_asr_hf.generation_mdm_asr")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def _greedy_texts(
-    model: Any, features: torch.Tensor, mask: torch.Tensor, encoded: MDMASREncoderOutput, **inputs: Any
-) -> Any:
-    """The donor's own, without drafts; empty where nobody speaks; those that loop are left out afterwards."""
-    settings = {**NO_SAFEGUARDS, "no_speech_threshold": model.generation_config.no_speech_threshold}
-    with without_remarks():
-        return model.generate(
-            input_features=features,
-            attention_mask=mask,
-            encoder_outputs=encoded,
-            draft_branches=[],
-            return_dict_in_generate=True,
-            **settings,
-            **inputs,
-        )
-
-
-def _rows(
-    model: Any,
-    written: Any,
-    encoded: MDMASREncoderOutput,
-    seconds: list[float],
-    prompts: torch.LongTensor,
-    left_out: Counter,
-) -> Iterator[dict[str, Any] | None]:
-    """The rows of a cache with what every stage needs; None for those that nothing can be learnt from."""
-    num_frames = [encoded.last_hidden_state.shape[1]] * len(seconds)
-    if encoded.attention_mask is not None:
-        num_frames = encoded.attention_mask.long().sum(dim=-1).tolist()
-    for row, length in enumerate((written.commit_steps > 0).sum(dim=-1).tolist()):
-        text = written.sequences[row, :length].int().cpu()
-        if why := _why_not(text, seconds[row], model.config.eos_token_id):
-            left_out[why] += 1
-            yield None
-            continue
-        frames = encoded.last_hidden_state[row, : num_frames[row]].half().cpu()
-        yield {"seconds": seconds[row], "frames": frames, "text": text, "prompt": prompts[row].int().cpu()}
+        blocks.write(block, name, rows, left_out, f" ({bad})" if left_out[UNREADABLE] else "")
 
 
 @torch.no_grad()
@@ -246,13 +109,8 @@ def recode_cache(
         model ([`MDMASRForConditionalGeneration`]): whose encoder has learnt.
         cache ([`CachedSpeech`]): with features.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _settle_description(folder, {"version": VERSION, **describe_donor(model), "source": str(cache.folder)})
-    for block in range(process_index, cache.num_blocks, num_processes):
-        path = folder / cache.block_name(block)
-        if path.exists():
-            continue
+    blocks = _Blocks.begin(folder, model, str(cache.folder), process_index, num_processes, report)
+    for block, name in blocks.missing(cache.num_blocks, cache.block_name):
         rows, left_out = [], Counter()
         for indices in _batches(cache.block_rows(block), lambda index: float(cache.durations_s[index])):
             batch = [cache[index] for index in indices]
@@ -262,15 +120,151 @@ def recode_cache(
             encoded = model.prepare_cross_attention(model.encode(features, mask))
             written = _greedy_texts(model, features, mask, encoded, decoder_input_ids=prompts)
             seconds = [float(row["seconds"]) for row in batch]
-            rows += [row for row in _rows(model, written, encoded, seconds, prompts, left_out) if row is not None]
-        _write(path, rows, left_out)
-        report(_said(block, cache.num_blocks, rows, left_out))
+            rows += [row for _, row in _rows(model, written, encoded, seconds, prompts, left_out)]
+        blocks.write(block, name, rows, left_out)
 
 
-def _said(block: int, number: int, rows: list[dict[str, Any]], left_out: Counter) -> str:
-    minutes = sum(row["seconds"] for row in rows) / 60
-    done = f"block {block + 1} of {number}: {len(rows)} clips, {minutes:.0f} minutes"
-    return f"{done}; left out: {describe_skipped(left_out)}"
+@dataclass
+class _Blocks:
+    """A cache that is being written."""
+
+    folder: Path
+    process_index: int
+    num_processes: int
+    report: Callable[[str], None]
+    number: int = 0
+
+    @classmethod
+    def begin(cls, folder: str | Path, model: Any, source: Any, *shares: Any) -> "_Blocks":
+        """Makes the folder, or checks that the same donor and source made it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        description, path = {"version": VERSION, **describe_donor(model), "source": source}, folder / "cache.json"
+        if not path.exists():
+            # At once: other processes may be about to read it.
+            temporary = path.with_suffix(f".{os.getpid()}.part")
+            temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        there = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in description if there.get(name) != description[name]]
+        if different:
+            raise ValueError(
+                f"The cache {str(folder)!r} was made otherwise ({different[0]}: {there.get(different[0])}, now "
+                f"{description[different[0]]}). Name another folder, or remove it."
+            )
+        return cls(folder, *shares)
+
+    def missing(self, number: int, name_of: Callable[[int], str]) -> Iterator[tuple[int, str]]:
+        """This process's blocks of `number` that are not there, with their files' names."""
+        self.number = number
+        for block in range(self.process_index, number, self.num_processes):
+            if not (self.folder / name_of(block)).exists():
+                yield block, name_of(block)
+
+    def write(self, block: int, name: str, rows: list[dict], left_out: Counter, causes: str = "") -> None:
+        write_block(self.folder / name, rows, left_out)
+        minutes = sum(row["seconds"] for row in rows) / 60
+        done = f"block {block + 1} of {self.number}: {len(rows)} clips, {minutes:.0f} minutes"
+        self.report(f"{done}; left out: {describe_skipped(left_out)}{causes}")
+
+
+def describe_donor(model: Any) -> dict[str, Any]:
+    """What a cache belongs to: the donor's weights, by a checksum, its vocabulary and its silence."""
+    config, digest = model.config, hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not name.startswith("model.decoder.drafts.") and "input_only" not in name:
+            # In the precision that every donor is run in, whichever it was loaded in.
+            total = parameter.detach().bfloat16().double().sum().item()
+            digest.update(f"{name} {tuple(parameter.shape)} {total:.6g}".encode())
+    return {
+        "donor": digest.hexdigest()[:16],
+        "vocab_size": config.vocab_size,
+        "width": model.get_encoder().config.hidden_size,
+        "silence_s": [config.encoder_trailing_silence_s, config.encoder_min_duration_s],
+    }
+
+
+def _batches(items: Sequence[Any], duration_s: Callable[[Any], float]) -> Iterator[list[Any]]:
+    """Items of about the same duration together, as many as fit."""
+    batch: list[Any] = []
+    for item in sorted(items, key=duration_s, reverse=True):
+        if batch and (len(batch) + 1) * max(duration_s(batch[0]), LEAST_S) > BATCH_S:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _transcribe(
+    model: Any, processor: Any, samples: list[np.ndarray], prompt_slots: dict[str, Any], left_out: Counter
+) -> list[dict[str, Any]]:
+    """A cache's rows of clips (N,), with all that a teacher knows."""
+    extract = processor.feature_extractor
+    features = extract(
+        samples, sampling_rate=extract.sampling_rate, padding=True, return_attention_mask=True, return_tensors="pt"
+    ).to(model.device)
+    mask = features["attention_mask"]
+    features = features["input_values" if extract.is_waveform else "input_features"]
+    encoded = model.prepare_cross_attention(model.encode(features, mask))
+    written = _greedy_texts(model, features, mask, encoded, **prompt_slots)
+    slots = dict(prompt_slots) if written.languages is None else {**prompt_slots, "language": written.languages}
+    prompts = torch.as_tensor(processor.get_prompt_ids(batch_size=len(samples), **slots)).to(model.device)
+    ids = torch.cat([prompts, written.sequences[:, :-1]], dim=-1)
+    states = model.model(decoder_input_ids=ids, encoder_outputs=encoded).last_hidden_state
+    logits = model.proj_out(states[:, prompts.shape[1] - 1 :])
+    log_probs, token_ids = logits.float().log_softmax(dim=-1).topk(min(NUM_PROBABILITIES, logits.shape[-1]), dim=-1)
+    seconds, rows = [len(one) / extract.sampling_rate for one in samples], []
+    for i, kept in _rows(model, written, encoded, seconds, prompts, left_out):
+        kept["features"] = features[i, : int(mask[i].sum())].half().cpu()
+        kept["token_ids"] = token_ids[i, : len(kept["text"])].int().cpu()
+        kept["log_probs"] = log_probs[i, : len(kept["text"])].half().cpu()
+        rows.append(kept)
+    return rows
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Inside, `generate` says nothing of texts that come to no end: they are left out, or measured as they are."""
+    log = logging.get_logger("mdm_asr_hf.generation_mdm_asr")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _greedy_texts(
+    model: Any, features: torch.Tensor, mask: torch.Tensor, encoded: MDMASREncoderOutput, **inputs: Any
+) -> Any:
+    """The donor's own, without drafts; empty where nobody speaks; those that loop are left out afterwards."""
+    settings = {**NO_SAFEGUARDS, "no_speech_threshold": model.generation_config.no_speech_threshold, **inputs}
+    settings |= {"draft_branches": [], "return_dict_in_generate": True}
+    with without_remarks():
+        return model.generate(input_features=features, attention_mask=mask, encoder_outputs=encoded, **settings)
+
+
+def _rows(
+    model: Any,
+    written: Any,
+    encoded: MDMASREncoderOutput,
+    seconds: list[float],
+    prompts: torch.LongTensor,
+    left_out: Counter,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a batch that something can be learnt from, with what every stage needs."""
+    num_frames = [encoded.last_hidden_state.shape[1]] * len(seconds)
+    if encoded.attention_mask is not None:
+        num_frames = encoded.attention_mask.long().sum(dim=-1).tolist()
+    for i, length in enumerate((written.commit_steps > 0).sum(dim=-1).tolist()):
+        text = written.sequences[i, :length].int().cpu()
+        if why := _why_not(text, seconds[i], model.config.eos_token_id):
+            left_out[why] += 1
+            continue
+        frames = encoded.last_hidden_state[i, : num_frames[i]].half().cpu()
+        yield i, {"seconds": seconds[i], "frames": frames, "text": text, "prompt": prompts[i].int().cpu()}
 
 
 def _why_not(text: torch.Tensor, seconds: float, eos_token_id: int) -> str | None:
@@ -284,11 +278,10 @@ def _why_not(text: torch.Tensor, seconds: float, eos_token_id: int) -> str | Non
     return None
 
 
-def _write(path: Path, rows: list[dict[str, Any]], left_out: Counter) -> None:
+def write_block(path: Path, rows: list[dict[str, Any]], left_out: Counter) -> None:
     tensors = {"seconds": torch.tensor([row["seconds"] for row in rows], dtype=torch.float32)}
     for name in ("features", "frames", "text", "prompt", "token_ids", "log_probs"):
-        parts = [row[name] for row in rows if name in row]
-        if parts:
+        if parts := [row[name] for row in rows if name in row]:
             tensors[name] = torch.cat(parts)
             tensors[f"{name}_ends"] = torch.tensor([len(part) for part in parts]).cumsum(0)
     # What is not whole does not bear the block's name.
@@ -305,10 +298,7 @@ def _write(path: Path, rows: list[dict[str, Any]], left_out: Counter) -> None:
 
 class CachedSpeech(Dataset):
     """
-    The clips of a cache.
-
-    Args:
-        folder (`str` or `Path`): what [`write_cache`] wrote.
+    The clips of a cache that [`write_cache`] wrote.
 
     Attributes:
         durations_s (`np.ndarray` of shape (N,)): of the clips, in s.
@@ -356,6 +346,11 @@ class CachedSpeech(Dataset):
     def block_rows(self, block: int) -> range:
         return range(int(self._first[block]), int(self._first[block + 1]))
 
+    def places(self, number: int) -> list[int]:
+        """So many places, evenly spread over the cache."""
+        number = min(number, len(self))
+        return [i * len(self) // number for i in range(number)]
+
     def __len__(self) -> int:
         return len(self.durations_s)
 
@@ -368,8 +363,7 @@ class CachedSpeech(Dataset):
             self._files[path] = safe_open(path, "pt")
         file, found = self._files[path], {"seconds": torch.tensor(self.durations_s[index])}
         for name, ends in self._ends[block].items():
-            first = int(ends[row - 1]) if row else 0
-            found[name] = file.get_slice(name)[first : int(ends[row])]
+            found[name] = file.get_slice(name)[int(ends[row - 1]) if row else 0 : int(ends[row])]
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -377,6 +371,7 @@ class CachedSpeech(Dataset):
         return {**vars(self), "_files": {}}
 
 
+@dataclass(frozen=True)
 class DistillationCollator:
     """
     Batches of cached clips, for [`ISCTTrainer`].
@@ -385,8 +380,7 @@ class DistillationCollator:
         part (`str`): "encoder": features and all that its teacher knows; "decoder": frames as they are.
     """
 
-    def __init__(self, part: str):
-        self.part = part
+    part: str
 
     def __call__(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -406,9 +400,8 @@ class DistillationCollator:
             )
         else:
             frames = [row["frames"].float() for row in rows]
-            batch["encoder_outputs"] = MDMASREncoderOutput(
-                last_hidden_state=_pad(frames, 0.0), attention_mask=_lengths_mask(frames).bool()
-            )
+            mask = _lengths_mask(frames).bool()
+            batch["encoder_outputs"] = MDMASREncoderOutput(last_hidden_state=_pad(frames, 0.0), attention_mask=mask)
         return batch
 
 
@@ -421,4 +414,4 @@ def _lengths_mask(parts: list[torch.Tensor]) -> torch.Tensor:
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
-__all__ = ["CachedSpeech", "DistillationCollator", "describe_donor", "recode_cache", "without_remarks", "write_cache"]
+__all__ = ["CachedSpeech", "DistillationCollator", "recode_cache", "without_remarks", "write_block", "write_cache"]
