@@ -237,7 +237,8 @@ def test_a_fresh_process_prints_nothing_else(silence):
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["transcribe", "--help"], ["evaluate", "--help"]])
 def test_help_waits_for_no_library(arguments):
-    code = f"import mdm_asr_cli, os, sys; sys.argv[1:] = {arguments}\ntry: mdm_asr_cli.main()\nexcept SystemExit: pass\n"
+    code = f"import mdm_asr_cli, os, sys; sys.argv[1:] = {arguments}\n"
+    code += "try: mdm_asr_cli.main()\nexcept SystemExit: pass\n"
     code += "print({'torch', 'transformers', 'numpy'} & set(sys.modules), os.environ['OMP_WAIT_POLICY'])"
     output = run_python(code, OMP_WAIT_POLICY="ACTIVE").stdout
     # Threads that wait sleep, unless one wants them to spin.

@@ -277,16 +277,7 @@ def train_drafts(
     if not audio:
         raise ValueError("`sources` is empty. Name at least one folder, manifest or data set of audio.")
     model, processor = _load(donor)
-    if encoder_steps is None:
-        encoder_steps = 500 if model.config.encoder_config.model_type == "whisper" else 0
-    steps = {"encoder": encoder_steps, "drafts": draft_steps}
-    if not any(steps.values()):
-        raise ValueError("`encoder_steps` and `draft_steps` are both 0. Nothing would be trained.")
-    if encoder_steps and model.config.encoder_config.model_type != "whisper":
-        raise ValueError(
-            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder a silence; "
-            f"{model.config.encoder_config.model_type!r} needs none. Set it to 0."
-        )
+    steps = _plan_steps(model.config.encoder_config.model_type, encoder_steps, draft_steps)
     arguments = {"bf16": computes_bf16(), "use_cpu": not torch.cuda.is_available(), **arguments}
     slots = {} if language is None else {"language": language}
     shares = {"process_index": state.process_index, "num_processes": state.num_processes, "report": report}
@@ -332,7 +323,7 @@ def train_drafts(
             continue
         if name == "encoder":
             add_silence(model, silence_s)
-        elif encoder_steps and learnt is donor_caches:
+        elif steps["encoder"] and learnt is donor_caches:
             model.to(state.device)
             learnt = caches("frames", lambda i, folder: recode_cache(model, donor_caches[i], folder, **shares))
         folder, done = work / name, work / name / "results.json"
@@ -352,6 +343,20 @@ def train_drafts(
         processor.save_pretrained(output)
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def _plan_steps(encoder_type: str, encoder_steps: int | None, draft_steps: int) -> dict[str, int]:
+    """Steps of each stage, in their order."""
+    if encoder_steps is None:
+        encoder_steps = 500 if encoder_type == "whisper" else 0
+    if not encoder_steps and not draft_steps:
+        raise ValueError("`encoder_steps` and `draft_steps` are both 0. Nothing would be trained.")
+    if encoder_steps and encoder_type != "whisper":
+        raise ValueError(
+            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder a silence; {encoder_type!r} needs none. Set it "
+            "to 0."
+        )
+    return {"encoder": encoder_steps, "drafts": draft_steps}
 
 
 def _load(donor: str) -> tuple[Any, Any]:

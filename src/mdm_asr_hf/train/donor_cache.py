@@ -279,6 +279,7 @@ def _why_not(text: torch.Tensor, seconds: float, eos_token_id: int) -> str | Non
 
 
 def write_block(path: Path, rows: list[dict[str, Any]], left_out: Counter) -> None:
+    """Writes utterances into one file, whole or not at all."""
     tensors = {"seconds": torch.tensor([row["seconds"] for row in rows], dtype=torch.float32)}
     for name in ("features", "frames", "text", "prompt", "token_ids", "log_probs"):
         if parts := [row[name] for row in rows if name in row]:
