@@ -353,8 +353,8 @@ def _plan_steps(encoder_type: str, encoder_steps: int | None, draft_steps: int) 
         raise ValueError("`encoder_steps` and `draft_steps` are both 0. Nothing would be trained.")
     if encoder_steps and encoder_type != "whisper":
         raise ValueError(
-            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder a silence; {encoder_type!r} needs none. Set it "
-            "to 0."
+            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder a silence; {encoder_type!r} needs none. "
+            "Set it to 0."
         )
     return {"encoder": encoder_steps, "drafts": draft_steps}
 
