@@ -242,7 +242,7 @@ def test_a_rows_int8_logits_do_not_depend_on_what_is_computed_with_them(exact, r
         {"draft_length": 2},
         # The first text as it is, and of the last one a part.
         {"draft_ids": [slice(None), slice(0), slice(6)]},
-        {"suppress_tokens": [57, 21], "begin_suppress_tokens": [6]},
+        {"suppress_tokens": [53, 31], "begin_suppress_tokens": [24]},
         {"prompt_template": TEMPLATE, "language": "auto"},
         {"prompt_template": TEMPLATE, "previous_ids": [[7, 8, 9], [], [5]], "prefix_ids": [[4], [], [5, 6]]},
         {"return_token_timestamps": True, "no_speech_token_id": 5},
