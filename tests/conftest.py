@@ -21,7 +21,7 @@ def _seed():
 @pytest.fixture
 def run_command(monkeypatch, capsys):
     """Runs `mdm-asr` in this process; gives exit code, stdout and stderr."""
-    from mdm_asr_cli.main import main
+    from mdm_asr_cli.app import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mdm-asr", *map(str, arguments)])

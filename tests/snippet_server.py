@@ -26,7 +26,7 @@ def run(program, arguments):
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
         return
-    from mdm_asr_cli.main import app, main
+    from mdm_asr_cli.app import app, main
 
     if arguments[0] in ONLY_READ:
         import typer

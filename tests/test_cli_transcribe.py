@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model, tiny_processor
 
-import mdm_asr_cli.main as cli
+import mdm_asr_cli.app as cli
 from mdm_asr_cli import journal, output
 from mdm_asr_cli.journal import Journal, whole_lines, write_atomically
 from mdm_asr_cli.options import split_words
@@ -481,7 +481,7 @@ def test_sigkill_amid_a_long_recording(run, tiny, recordings, uninterrupted, tmp
     options = ("--model", tiny, *WINDOWS, "--batch-size", 1, "--output-dir", folder, *FORMATS)
     script = """
 import os, signal, sys
-import mdm_asr_cli.main as cli
+import mdm_asr_cli.app as cli
 from mdm_asr_cli import journal
 add, noted = journal.Journal.add, []
 def add_and_die(journal, entry):

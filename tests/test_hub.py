@@ -16,7 +16,7 @@ from test_auto_classes import noise, transcribe_as_remote_code
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from mdm_asr_cli import main as cli
+import mdm_asr_cli.app as cli
 from mdm_asr_hf import default_checkpoint
 from mdm_asr_hf.hub import push
 

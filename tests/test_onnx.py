@@ -458,7 +458,7 @@ import sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 import mdm_asr_hf
 from mdm_asr_hf import OnnxMDMASR, OnnxProcessor, StreamingTranscriber, Transcriber
-from mdm_asr_cli.main import main
+from mdm_asr_cli.app import main
 parts = OnnxMDMASR.from_pretrained({str(folder)!r}), OnnxProcessor.from_pretrained({str(folder)!r})
 words = Transcriber(*parts, vad="energy", timestamps=True, hotwords=["Zorblax"]).transcribe({str(RECORDING)!r}).words
 print([(word.text, word.start_s, word.end_s) for word in words])

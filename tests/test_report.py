@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mdm_asr_cli.main import main
+from mdm_asr_cli.app import main
 from mdm_asr_hf.encoding_mdm_asr import json_text
 from mdm_asr_hf.evaluate import report
 from mdm_asr_hf.evaluate.report import make_report

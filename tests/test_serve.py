@@ -41,7 +41,7 @@ from pydantic import TypeAdapter
 from tone_models import RATE, ToneModel, ToneProcessor, clip, recording, text_of
 from websockets.sync.client import connect
 
-from mdm_asr_cli.main import app as command_line
+from mdm_asr_cli.app import app as command_line
 from mdm_asr_hf.serve import batching, live
 from mdm_asr_hf.serve.app import make_app, make_service
 from mdm_asr_hf.serve.batching import BatchedTranscriber, Batcher

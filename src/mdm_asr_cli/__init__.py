@@ -12,7 +12,7 @@ def main() -> None:
     # Read once, when PyTorch is loaded: OpenMP's threads spin while they wait for each other, and take several times
     # as long where other work runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from .main import main as run
+    from .app import main as run
 
     run()
 
