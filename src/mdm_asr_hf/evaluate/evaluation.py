@@ -31,11 +31,11 @@ from ..int8 import is_int8
 from ..prompt_mdm_asr import AUTO, prompt_values
 from ..transcribe.joining import DecodedWindow, join_windows, keep_once
 from ..transcribe.transcriber import longest_window_s
-from ..transcribe.transcript import text_length, token_texts
 from ..transcribe.voice_activity import make_vad
 from ..transcribe.windows import Window, cut_windows
 from .data import PRESETS, EvaluationData, load_data, report_skipped
 from .scoring import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
+from .steps import read_steps
 
 logger = logging.get_logger(__name__)
 
@@ -435,40 +435,13 @@ class _Runner:
 
     def _read_row(self, output: Any, row: int) -> dict[str, Any]:
         """What a row of an output of `generate` says: its text, token by token, and how it came about."""
-        tokenizer, nfe = self.processor.tokenizer, int(output.nfe[row])
-        ids, confidences = output.sequences[row].tolist(), output.confidence[row].tolist()
-        steps = output.commit_steps[row].tolist()
-        length, has_end = text_length(ids, confidences, steps, self.model.config.eos_token_id)
-        # A row in which nobody speaks has an end, which no token's probability says anything about.
-        has_end = has_end and confidences[length] > 0
-        pieces = token_texts(tokenizer, ids[:length])
-        if has_end:
-            pieces.append(tokenizer.decode(ids[length : length + 1], skip_special_tokens=False))
-        tokens = [
-            {"text": text, "confidence": round(confidence, 4), "step": step}
-            for text, confidence, step in zip(pieces, confidences, steps, strict=False)
-        ]
-        if output.token_branches is not None:
-            for token, branch in zip(tokens, output.token_branches[row].tolist(), strict=False):
-                token["branch"] = BRANCHES[branch - 1] if branch else None
-        result = {
-            "hypothesis": self.processor.decode(ids[:length]) if length else "",
-            "nfe": nfe,
-            "is_full": nfe > 0 and not has_end and confidences[0] > 0,
-            "tokens": tokens[:length],
-            "end": tokens[length] if has_end else None,
+        steps = read_steps(output, row, self.processor.tokenizer, self.model.config.eos_token_id)
+        length = len(steps["tokens"])
+        return {
+            "hypothesis": self.processor.decode(output.sequences[row].tolist()[:length]) if length else "",
+            "is_full": steps["nfe"] > 0 and steps["end"] is None and float(output.confidence[row][0]) > 0,
+            **steps,
         }
-        if output.token_branches is None:
-            return result
-        for name in ("accepted_drafts", "rejected_drafts"):
-            result[name] = dict(zip(BRANCHES, getattr(output, name)[row].tolist(), strict=True))
-        # Those of a text that was taken for silence have no text to stand in.
-        struck = output.struck_drafts[row] if tokens else []
-        result["struck_drafts"] = [
-            {"place": place, "branch": BRANCHES[branch], "text": tokenizer.decode(its_ids, skip_special_tokens=False)}
-            for place, branch, its_ids in struck
-        ]
-        return result
 
     def _skip(self, index: int, error: Exception) -> None:
         if self.on_bad_row == "raise":

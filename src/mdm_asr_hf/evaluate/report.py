@@ -16,6 +16,7 @@ from markupsafe import Markup
 from transformers.utils import logging
 
 from .scoring import align, read_rows, score
+from .steps import SCRIPT, STYLE, lay_out
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +35,6 @@ _AUDIO_TYPES = {
     ".webm": "audio/webm",
 }
 _MAX_EMBEDDED_MIB = 100
-# What stands for the end of text.
-_END = "[END]"
 
 # Key in metrics.json, label, unit, and what it says, in the order of the report's head.
 _METRICS = (
@@ -111,7 +110,7 @@ def make_report(
     utterances.sort(key=lambda utterance: (-utterance["wer"], -utterance["errors"], utterance["number"]))
     decodings = {}
     for utterance in utterances:
-        decoding = _decoding(rows[utterance["number"] - 1]) if len(decodings) != num_stepped else None
+        decoding = lay_out(rows[utterance["number"] - 1]) if len(decodings) != num_stepped else None
         utterance["num_steps"] = decoding and decoding["steps"]
         if decoding:
             decodings[utterance["number"]] = decoding
@@ -131,6 +130,8 @@ def make_report(
         utterances=utterances,
         num_audio=sum(utterance["audio"] is not None for utterance in utterances),
         decodings=decodings,
+        steps_script=Markup(SCRIPT),
+        steps_style=Markup(STYLE),
         has_canvases=any("items" not in decoding for decoding in decodings.values()),
         has_drafts=any("items" in decoding for decoding in decodings.values()),
     )
@@ -193,43 +194,6 @@ def _utterance(number: int, row: dict[str, Any]) -> dict[str, Any]:
         "kinds": [kind for kind, holds in kinds.items() if holds],
         "audio": None,
     }
-
-
-def _decoding(row: dict[str, Any]) -> dict[str, Any] | None:
-    """
-    The steps of a row. Of a canvas its tokens as [text, confidence, step]; of drafts, in the order of the text, its
-    "items": [text, step, branch, confidence] of tokens, the end of text included, and [text, step, branch] of struck
-    drafts. None where no steps were recorded.
-    """
-    tokens = row.get("tokens") or []
-    if not tokens or any(token.get("step") is None for token in tokens):
-        return None
-    if "struck_drafts" not in row:
-        # The end of text is not among the tokens, and may have been committed in a later step.
-        steps = max(row.get("nfe") or 0, *(token["step"] for token in tokens))
-        return {
-            "steps": steps,
-            "tokens": [[token["text"], token.get("confidence"), token["step"]] for token in tokens],
-        }
-    end = row.get("end")
-    tokens = [*tokens, *([end] if end else [])]
-    # Evaluations of an earlier text that was refused are not among these.
-    steps = max(token["step"] for token in tokens)
-    items: list[list[Any]] = []
-
-    def written(text: str) -> str:
-        return text.replace(end["text"], _END) if end else text
-
-    for place in range(len(tokens) + 1):
-        # What was struck stood where the same evaluation committed the donor's own token.
-        step = tokens[place]["step"] if place < len(tokens) else steps
-        for struck in row["struck_drafts"]:
-            if struck["place"] == place:
-                items.append([written(struck["text"]), step, struck["branch"]])
-        if place < len(tokens):
-            token = tokens[place]
-            items.append([written(token["text"]), step, token["branch"], token["confidence"]])
-    return {"steps": steps, "items": items}
 
 
 def _add_audio(

@@ -220,6 +220,9 @@ class Transcriber:
             return_token_timestamps=with_times,
             **_by_rows(arguments),
         )
+        return self._read_output(output, windows)
+
+    def _read_output(self, output: Any, windows: Sequence[Window]) -> list[DecodedWindow]:
         return read_output(output, windows, self.processor.tokenizer, self.model.config.eos_token_id)
 
     def _take_finished(
