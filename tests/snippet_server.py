@@ -10,7 +10,7 @@ import socket
 import sys
 
 # What takes too long, does not end, or writes to the Hub: its options are only read.
-ONLY_READ = ("push", "serve", "train-drafts")
+ONLY_READ = ("demo", "push", "serve", "train-drafts")
 
 CLIENT = """#!{python} -SE
 import json, os, socket, sys

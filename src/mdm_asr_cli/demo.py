@@ -37,7 +37,7 @@ def demo(
         try:
             from mdm_asr_hf.demo.page import launch
         except ModuleNotFoundError as error:
-            raise Failure(f'`demo` needs {error.name}: `pip install "mdm_asr_hf[demo]"`') from error
+            raise Failure(f'`demo` needs {error.name}: `pip install ".[demo]"` in a clone of this project') from error
         source = model or str(default_checkpoint())
         try:
             loaded, processor = load_named_model(source, device, trust_remote_code, dtype.value)
