@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, demo, evaluation, export, serve, streaming, training, transcribe
+from . import convert, dataset, demo, evaluation, export, serve, streaming, training, transcribe
 from .terminal import Failure, option_names, print_anything, report
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (transcribe, convert, export, evaluation, streaming, serve, demo, training):
+for module in (transcribe, dataset, convert, export, evaluation, streaming, serve, demo, training):
     module.register(app)
 
 

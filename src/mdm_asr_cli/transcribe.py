@@ -112,7 +112,7 @@ def transcribe(
     --output. A file that cannot be transcribed is reported on stderr, the others are still done, and the exit code
     is 1.
     """
-    from mdm_asr_hf.loading import default_checkpoint, generation_settings
+    from mdm_asr_hf.loading import default_checkpoint, generation_settings, model_identity
     from mdm_asr_hf.transcribe.transcriber import Transcriber
 
     formats = list(dict.fromkeys(formats or []))
@@ -153,7 +153,7 @@ def transcribe(
             )
             # Whatever decides a result; the batch size does not.
             decisive = {
-                "model": _model_identity(source),
+                "model": model_identity(source),
                 "dtype": dtype.value,
                 "settings": settings.to_dict(),
                 "window_s": transcriber.max_window_s,
@@ -216,17 +216,6 @@ def _check_stdin(files: list[Path], resume: bool) -> None:
         raise ValueError("`--resume` cannot tell whether what comes on stdin is the same. Name a file instead of -.")
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("`FILE` - is an audio file on stdin, but that is a terminal. Pipe one in, or name it.")
-
-
-def _model_identity(source: str) -> list[Any]:
-    """A checkpoint's name and, of a folder, what changes when its weights do."""
-    from importlib.metadata import version
-
-    weights = []
-    if Path(source).is_dir():
-        weights = sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".onnx", ".data"))
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-    return [source, version("mdm_asr_hf"), stats]
 
 
 # --- progress ---

@@ -3,6 +3,7 @@
 
 import copy
 import json
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,15 @@ def _onnx_processor(folder: str) -> Any:
     return AutoProcessor.from_pretrained(folder)
 
 
+def model_identity(source: str) -> list[Any]:
+    """A checkpoint's name and, of a folder, what changes when its weights do."""
+    weights = []
+    if Path(source).is_dir():
+        weights = sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".onnx", ".data"))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    return [source, version("mdm_asr_hf"), stats]
+
+
 def generation_settings(
     model: "MDMASRForConditionalGeneration", others: list[str] | None = None, **given: Any
 ) -> "MDMASRGenerationConfig":
@@ -136,4 +146,4 @@ def generation_settings(
     return settings
 
 
-__all__ = ["DEFAULT_CHECKPOINT_NAME", "default_checkpoint", "generation_settings", "load_model"]
+__all__ = ["DEFAULT_CHECKPOINT_NAME", "default_checkpoint", "generation_settings", "load_model", "model_identity"]

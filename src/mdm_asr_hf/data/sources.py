@@ -1,10 +1,8 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Where speech comes from: folders, manifests, data sets of `datasets`, growing shards; all to like rows."""
 
-import csv
 import gzip
 import importlib.util
-import json
 import math
 import os
 import re
@@ -16,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from transformers.utils import logging
 
 from ..audio_mdm_asr import audio_duration_s
+from .manifests import AUDIO_COLUMNS, MANIFESTS, find_audio_files, parse_line, read_manifest
 
 logger = logging.get_logger(__name__)
 
-AUDIO_COLUMNS = ("audio", "file_name", "audio_filepath", "path")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_text")
 LANGUAGE_COLUMNS = ("language", "lang")
 DURATION_COLUMNS = ("duration_s", "duration")
-MANIFESTS = (".jsonl", ".json", ".csv", ".tsv")
 # How often a growing folder is looked at.
 POLL_S = 2.0
 # Files, as it were, of a data set on disk that is streamed; and rows of a stream that are shuffled among.
@@ -259,7 +255,7 @@ def find_manifests(source: Source) -> list[Path]:
     """The manifests of a local source; empty if `datasets` should read the folder."""
     path = Path(source.path)
     if path.is_file():
-        if path.suffix not in MANIFESTS and source.text_column is None and find_audio_files(source):
+        if path.suffix not in MANIFESTS and source.text_column is None and find_audio_files(Path(source.path)):
             return []
         if path.suffix not in MANIFESTS:
             raise ValueError(f"{source.path!r} is not a manifest. Use one of {', '.join(MANIFESTS)}.")
@@ -275,70 +271,6 @@ def find_manifests(source: Source) -> list[Path]:
         if shards := sorted(folder.glob("shard-*/metadata.jsonl")):
             return shards
     return []
-
-
-def find_audio_files(source: Source) -> list[Path]:
-    """The audio files of a folder and of those in it, by their suffixes; of a file, itself."""
-    suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus", ".oga"}
-    path = Path(source.path)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file for file in files if file.suffix.lower() in suffixes - {".raw"} and file.is_file()]
-
-
-def read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any], Path]]:
-    """
-    Yields (name of the row, its values, folder its paths are relative to).
-
-    Not by `datasets`, which gives a column one type: a single odd value ends the file, and a text "null" or "NA" of a
-    CSV becomes none.
-    """
-    is_table = path.suffix in (".csv", ".tsv")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, values in _read_table(file, path) if is_table else _read_lines(file, path):
-                yield f"{path} line {number}", values, path.parent
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not in UTF-8 ({error}). Save it so.") from error
-
-
-def _read_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        # Files with a byte order mark may have been put together.
-        if line := line.strip("\ufeff \t\r\n"):
-            yield number, _parse_line(line, f"{path} line {number}")
-
-
-def _read_table(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    taken: list[str] = []
-    settings = {"delimiter": "\t" if path.suffix == ".tsv" else ","}
-    reader = csv.DictReader((taken.append(line) or line for line in file), **settings)
-    try:
-        if reader.fieldnames:
-            taken.clear()
-        for row in reader:
-            if sum(map(bool, map(str.strip, taken))) > 1:
-                # Quotes are read as they come, unless one that is not closed makes one row of many.
-                list(csv.reader(taken, strict=True, **settings))
-            taken.clear()
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path} line {reader.line_num} has more or fewer fields than the header. Quote commas."
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(
-            f"{path} line {max(reader.line_num - len(taken), 0) + 1} is no row ({error}). Is a quote not closed?"
-        ) from error
-
-
-def _parse_line(line: str | bytes, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON ({error}). Write one object per line.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} is not a JSON object. Write one object per line.")
-    return values
 
 
 def load_undecoded(source: Source, streaming: bool) -> Any:
@@ -464,7 +396,7 @@ def load_utterances(
     audio = None
     if source.is_local and (manifests := find_manifests(source)):
         raw = (entry for manifest in manifests for entry in read_manifest(manifest))
-    elif source.text_column is None and (files := find_audio_files(source)):
+    elif source.text_column is None and (files := find_audio_files(Path(source.path))):
         raw = ((str(file), {"audio": file.name}, file.parent) for file in files)
     else:
         data = load_undecoded(source, streaming=False)
@@ -565,7 +497,7 @@ class GrowingFolder:
 
     def _row(self, manifest: Path, number: int, line: bytes) -> dict[str, Any]:
         name = f"{manifest} line {number + 1}"
-        values = _parse_line(line, name)
+        values = parse_line(line, name)
         columns = self.source.columns(list(values))
         return _with_duration(make_row(self.source, columns, name, values, manifest.parent))
 

@@ -1,0 +1,101 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""`mdm-asr transcribe-dataset`: archives of audio, on as many cores, GPUs and machines as there are."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DType, Language, Model, OtherSettings, Precision, TrustRemoteCode, split_words
+from .output import Timestamps
+from .terminal import Failure, quiet_libraries
+from .transcribe import Vad
+
+
+class ShardFormat(StrEnum):
+    parquet = "parquet"
+    jsonl = "jsonl"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this module to the application."""
+    app.command()(transcribe_dataset)
+
+
+def transcribe_dataset(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of audio, of WebDataset tars or of Parquet files, one of these, a pattern of them, a "
+            "manifest (.jsonl, .csv, .tsv), or a folder or name that `datasets` knows."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For the shards. A second run writes what is missing.")
+    ],
+    model: Model = None,
+    format: Annotated[ShardFormat, typer.Option(help="Of the shards.")] = ShardFormat.parquet,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="That transcribe at the same time. Default: all that there is room for.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each actor.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each actor, such as 1, or 0.5 for two on one.")] = 0,
+    shard_mb: Annotated[
+        float, typer.Option(min=0.001, help="MB of stored audio in a shard; what a kill may cost each actor.")
+    ] = 16,
+    timestamps: Annotated[Timestamps | None, typer.Option(help="word: words with their times.")] = None,
+    hotwords: Annotated[
+        list[str] | None, typer.Option(metavar="WORDS", help="Words to expect, parted by commas. May be repeated.")
+    ] = None,
+    language: Language = None,
+    vad: Annotated[
+        Vad, typer.Option(help="How speech is found. Default: silero, if silero-vad is installed, else energy.")
+    ] = Vad.auto,
+    others: OtherSettings = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")] = 8,
+    dtype: Precision = DType.float32,
+    split: Annotated[str | None, typer.Option(help="Of a data set of `datasets`. Default: train.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of a data set of `datasets`.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """
+    Transcribe an archive of audio, on Ray Data.
+
+    Runs on the cores of this machine, or on the cluster that RAY_ADDRESS names. Writes shards with a row for each
+    recording: id, text, words, confidence, nfe, duration_s, language, warnings, error. A recording that cannot be
+    transcribed is a row with its error. Needs the extra `ray`.
+    """
+    from mdm_asr_hf.transcribe.dataset import transcribe_dataset as run
+
+    with quiet_libraries():
+        try:
+            done = run(
+                source,
+                output,
+                model=model,
+                format=format.value,
+                actors=actors,
+                threads=threads,
+                gpus=gpus,
+                shard_mb=shard_mb,
+                split=split,
+                config=config,
+                dtype=dtype.value,
+                trust_remote_code=trust_remote_code,
+                settings=others,
+                report=lambda line: print(line, file=sys.stderr, flush=True),
+                timestamps=timestamps is Timestamps.word,
+                hotwords=split_words(hotwords) or None,
+                language=language,
+                vad=vad.value,
+                batch_size=batch_size,
+            )
+        except (ValueError, OSError) as error:
+            raise Failure(f"cannot transcribe {source}: {error}") from error
+    news = f"{done['new_rows']} new ones, {done['errors']} of them errors"
+    print(f"wrote {output}: {done['rows']} rows in {done['shards']} shards; {news}")
+
+
+__all__ = ["register", "transcribe_dataset"]

@@ -1,0 +1,371 @@
+# Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
+"""transcribe_dataset: archives of audio to shards of transcripts, on Ray Data, on one machine or many."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..data.archives import Archive, AudioRow
+from ..encoding_mdm_asr import json_text
+from ..loading import default_checkpoint, generation_settings, load_model, model_identity
+from .transcriber import Transcriber
+from .transcript import Transcript
+
+FORMATS = ("parquet", "jsonl")
+RUN_FILE = "run.json"
+# Where nothing tells how large rows are.
+MAX_SHARD_ROWS = 4096
+# Ray tries a shard again whose worker died, for ever: so many times a run are enough.
+MAX_TRIES = 6
+OBJECT_STORE_BYTES = 200 * 2**20
+REPORT_S = 5.0
+
+
+def transcribe_dataset(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    format: str = "parquet",
+    actors: int | None = None,
+    threads: int = 1,
+    gpus: float = 0.0,
+    shard_mb: float = 16.0,
+    split: str | None = None,
+    config: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    settings: list[str] | None = None,
+    report: Callable[[str], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """
+    Transcribes an archive of audio, shard by shard, by a pool of Ray actors; called again, only the shards that are
+    not there yet.
+
+    Each file `shard-NNNNN` has the rows of its shard, in order: `id`, `text`, `words` (text, confidence, start_s and
+    end_s), `confidence`, `nfe`, `duration_s`, `language`, `warnings`, and `error`, which is null but for rows that
+    cannot be transcribed. A shard is there as a whole or not at all. Ray runs in this process, or as
+    RAY_ADDRESS says, on a cluster, whose machines have `output`, `source` and this package at the same paths.
+
+    Args:
+        source, split, config: of [`Archive`]. Ids that come twice get #2, #3 behind them.
+        output: the folder for the shards, on a disk that all machines share.
+        model (`str`, *optional*): a checkpoint, or what [`export_onnx`] wrote.
+        format (`str`): "parquet" or "jsonl".
+        actors (`int`, *optional*): that transcribe at the same time; by default as many as there is room for.
+        threads (`int`), gpus (`float`): CPU threads and GPUs of each.
+        shard_mb (`float`): MB of stored audio in a shard, about: what a kill may cost each actor.
+        dtype, trust_remote_code: as for [`load_model`].
+        settings (`list[str]`, *optional*): NAME=VALUE of generation settings.
+        report (`Callable`, *optional*): is called with lines about the progress.
+        options: of [`Transcriber`], such as `timestamps`, `language`, `batch_size`.
+
+    Returns:
+        `rows`, `shards` and `shards_before` of the archive; `new_rows`, `errors`, `duration_s` (of audio) and
+        `seconds` of this run.
+
+    Raises:
+        ValueError: an argument, a source or a model that cannot be used, `output` of another run, or shards that could
+            not be written. The others stay.
+    """
+    _check(format, actors, threads, gpus, shard_mb)
+    report = report or (lambda line: None)
+    archive = Archive(os.path.abspath(source) if os.path.exists(source) else str(source), split, config)
+    model = str(model or default_checkpoint())
+    model = os.path.abspath(model) if os.path.isdir(model) else model
+    output = Path(os.path.abspath(output))
+    kind, rows = archive.list_rows()
+    shards = cut_shards(rows, shard_mb)
+    decoding = {"dtype": dtype, "settings": settings or [], **options}
+    # The batch size changes no text.
+    kept = {name: value for name, value in decoding.items() if name != "batch_size"}
+    _open_output(
+        output, {"rows": _digest(rows), "format": format, "shard_mb": shard_mb, "model": model_identity(model), **kept}
+    )
+    paths = [output / f"shard-{i:05d}.{format}" for i in range(len(shards))]
+    todo = [i for i, path in enumerate(paths) if not path.is_file()]
+    for leftover in output.glob(".shard-*"):
+        leftover.unlink(missing_ok=True)
+    summary = {"rows": len(rows), "shards": len(shards), "shards_before": len(shards) - len(todo)}
+    totals = {"new_rows": 0, "errors": 0, "duration_s": 0.0}
+    started = reported = time.monotonic()
+    report(f"{len(rows)} rows in {len(shards)} shards, of which {summary['shards_before']} are there")
+    failures: list[str] = []
+    if todo:
+        units = [{"path": str(paths[i]), "rows": pickle.dumps(shards[i])} for i in todo]
+        worker = {"archive": archive, "kind": kind, "trust_remote_code": trust_remote_code, "model": model}
+        worker |= {"threads": threads, "decoding": decoding}
+        for number, result in enumerate(_run_actors(units, worker, actors, threads, gpus), start=1):
+            if result["failure"]:
+                failures.append(result["failure"])
+            for name in totals:
+                totals[name] += result[name]
+            elapsed_s = time.monotonic() - started
+            if time.monotonic() - reported > REPORT_S or number == len(todo):
+                reported = time.monotonic()
+                report(
+                    f"{number} of {len(todo)} shards, {totals['new_rows']} rows, {totals['errors']} of them errors, "
+                    f"{totals['duration_s'] / 3600:.2f} hours of audio at {totals['duration_s'] / elapsed_s:.1f} "
+                    "times real time"
+                )
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        why = failures[0] if failures else "Ray lost them."
+        raise ValueError(
+            f"{len(missing)} of {len(shards)} shards, from {missing[0]} on, could not be written: {why} The others "
+            "are there; the same call tries again."
+        )
+    return {**summary, **totals, "seconds": time.monotonic() - started}
+
+
+def cut_shards(rows: list[AudioRow], shard_mb: float) -> list[list[AudioRow]]:
+    """Rows, in order, in shards of at most so many MB, unless one row alone has more."""
+    shards: list[list[AudioRow]] = []
+    num_bytes = 0
+    for row in rows:
+        is_full = num_bytes + row.num_bytes > shard_mb * 1e6 or (shards and len(shards[-1]) == MAX_SHARD_ROWS)
+        if not shards or is_full:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(row)
+        num_bytes += row.num_bytes
+    return shards
+
+
+class ShardWorker:
+    """
+    What an actor does: loads a model once, and writes shards.
+
+    Called with a batch of columns, "path" of a shard and its "rows", pickled, it gives like columns: `new_rows`,
+    `errors`, `duration_s` in seconds, and `failure`, the reason why nothing was written, or "".
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        kind: str,
+        model: str,
+        threads: int,
+        decoding: dict[str, Any],
+        trust_remote_code: bool = False,
+    ):
+        self.archive, self.kind, self.problem = archive, kind, ""
+        options = dict(decoding)
+        dtype, others = options.pop("dtype"), options.pop("settings")
+        try:
+            loaded, processor = load_model(model, None, trust_remote_code, dtype, threads)
+            self.transcriber = Transcriber(loaded, processor, settings=generation_settings(loaded, others), **options)
+        except Exception as error:
+            # A damaged folder: each library raises classes of its own. Raised here, they would have Ray start it anew.
+            self.problem = f"cannot load the model {model}: {type(error).__name__}: {error}"
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        done = [self._write(path, pickle.loads(rows)) for path, rows in zip(batch["path"], batch["rows"], strict=True)]
+        return {name: [one[name] for one in done] for name in done[0]}
+
+    def _write(self, path: str, rows: list[AudioRow]) -> dict[str, Any]:
+        result = {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": self.problem}
+        if self.problem:
+            return result
+        tries = Path(path).with_name(f".{Path(path).stem}.tries")
+        try:
+            with open(tries, "ab") as file:
+                file.write(b".")
+            if tries.stat().st_size > MAX_TRIES:
+                raise RuntimeError(f"a worker died of it {MAX_TRIES} times, maybe for want of memory")
+            lines = [to_row(row.id, one) for row, one in zip(rows, self._transcribe(rows), strict=True)]
+            with _replacing(Path(path)) as temporary:
+                (_write_parquet if path.endswith(".parquet") else _write_jsonl)(lines, temporary)
+            tries.unlink(missing_ok=True)
+        except Exception as error:
+            return {**result, "failure": f"{type(error).__name__}: {error}."}
+        errors = sum(line["error"] is not None for line in lines)
+        duration_s = sum(line["duration_s"] or 0.0 for line in lines)
+        return {**result, "new_rows": len(rows), "errors": errors, "duration_s": duration_s}
+
+    def _transcribe(self, rows: list[AudioRow]) -> list[Transcript | ValueError]:
+        try:
+            return self._transcribe_together(rows)
+        except Exception:
+            if len(rows) == 1:
+                raise
+        # One of them is worse than bad. If all are, it is not the rows.
+        results, num_broken = [], 0
+        for row in rows:
+            try:
+                results += self._transcribe_together([row])
+            except Exception as error:
+                num_broken += 1
+                if num_broken == len(rows):
+                    raise
+                results.append(ValueError(f"{type(error).__name__}: {error}"))
+        return results
+
+    def _transcribe_together(self, rows: list[AudioRow]) -> list[Transcript | ValueError]:
+        unread: dict[int, ValueError] = {}
+
+        def audio() -> Iterator[Any]:
+            for i, one in enumerate(self.archive.read(self.kind, rows)):
+                if isinstance(one, ValueError):
+                    unread[i] = one
+                yield b"" if i in unread else one
+
+        return [unread.get(i, result) for i, result in self.transcriber.transcribe_all(audio())]
+
+
+def to_row(row_id: str, result: Transcript | ValueError) -> dict[str, Any]:
+    """What is written of a row."""
+    if isinstance(result, Transcript) and result.duration_s == 0:
+        result = ValueError("It is empty (no samples). Record or export it again.")
+    is_bad = isinstance(result, ValueError)
+    values = {
+        name: None if is_bad else getattr(result, name)
+        for name in ("text", "words", "confidence", "nfe", "duration_s", "language", "warnings")
+    }
+    if not is_bad:
+        values["words"] = [dataclasses.asdict(word) for word in result.words]
+    return {"id": row_id, **values, "error": str(result) if is_bad else None}
+
+
+def _write_parquet(lines: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, number = pa.string(), pa.float64()
+    word = pa.struct({"text": text, "start_s": number, "end_s": number, "confidence": number})
+    columns = {"id": text, "text": text, "words": pa.list_(word), "confidence": number, "nfe": pa.int64()}
+    columns |= {"duration_s": number, "language": text, "warnings": pa.list_(text), "error": text}
+    pq.write_table(pa.Table.from_pylist(lines, schema=pa.schema(columns)), path)
+
+
+def _write_jsonl(lines: list[dict[str, Any]], path: Path) -> None:
+    path.write_text("".join(json_text(line) + "\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when it is whole."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp's are for their owner alone.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _check(format: str, actors: int | None, threads: int, gpus: float, shard_mb: float) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
+    for name, value in (("actors", actors), ("threads", threads)):
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not is_count and not (name == "actors" and value is None):
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    if not gpus >= 0 or (gpus > 1 and gpus != int(gpus)):
+        raise ValueError(f"`gpus` must be a share of one or a whole number, got {gpus!r}.")
+    if not shard_mb > 0:
+        raise ValueError(f"`shard_mb` must be positive, got {shard_mb!r}.")
+
+
+def _digest(rows: list[AudioRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.id}\0{row.num_bytes}\0".encode())
+    return f"{len(rows)} rows, {digest.hexdigest()[:16]}"
+
+
+def _open_output(output: Path, run: dict[str, Any]) -> None:
+    """Makes the folder, or raises ValueError where it is another run's."""
+    run = json.loads(json.dumps(run, default=str))
+    path = output / RUN_FILE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if before is None and any(output.glob("shard-*")):
+            raise ValueError(f"`output` {str(output)!r} has shards but no {RUN_FILE}. Choose another folder.")
+        if before is None:
+            with _replacing(path) as temporary:
+                temporary.write_text(json_text(run, indent=1), encoding="utf-8")
+            return
+    except OSError as error:
+        raise ValueError(f"`output` {str(output)!r} cannot be written: {error}") from error
+    differing = [name for name in {**run, **before} if run.get(name) != before.get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"`output` {str(output)!r} is of another run: its {name!r} is {before.get(name)!r:.200}, not "
+            f"{run.get(name)!r:.200}. Choose another folder."
+        )
+
+
+def _run_actors(
+    units: list[dict[str, Any]], worker: dict[str, Any], actors: int | None, threads: int, gpus: float
+) -> Iterator[dict[str, Any]]:
+    """What workers say of each shard, as it is done."""
+    # It tells its makers of each start.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise ValueError(f'`transcribe_dataset` needs {error.name}: `pip install "mdm_asr_hf[ray]"`.') from error
+
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if not os.environ.get("RAY_ADDRESS"):
+            cores = (actors or max((os.cpu_count() or 1) // threads, 1)) * threads
+            quiet |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
+            quiet |= {"object_store_memory": OBJECT_STORE_BYTES}
+        ray.init(**quiet)
+    try:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        room = sum(_room(node["Resources"], threads, gpus) for node in ray.nodes() if node["Alive"])
+        if not room:
+            raise ValueError(
+                f"`threads={threads}`, `gpus={gpus:g}`: no machine that Ray has is so large. Ask for less."
+            )
+        data = ray.data.from_items(units, override_num_blocks=len(units))
+        data.context.enable_progress_bars = data.context.print_on_execution_start = False
+        data.context.max_errored_blocks = -1
+        data = data.map_batches(
+            ShardWorker,
+            fn_constructor_kwargs=worker,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                # A shard that waits at one actor would wait while others have none.
+                size=min(actors or room, room, len(units)),
+                max_tasks_in_flight_per_actor=1,
+            ),
+            num_cpus=threads,
+            num_gpus=gpus,
+        )
+        yield from data.iter_rows()
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _room(resources: dict[str, float], threads: int, gpus: float) -> int:
+    """Actors that a machine has room for."""
+    room = int(resources.get("CPU", 0) // threads)
+    return min(room, int(resources.get("GPU", 0) / gpus + 1e-6)) if gpus else room
+
+
+__all__ = ["ShardWorker", "cut_shards", "to_row", "transcribe_dataset"]
