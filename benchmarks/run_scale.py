@@ -91,7 +91,9 @@ def time_run(system: str, source: Path, args: argparse.Namespace, **known: Any) 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         started, load = time.perf_counter(), os.getloadavg()[0]
-        subprocess.run(command(system, source, output, args), check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command(system, source, output, args), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"error: the {system} ended: {done.stderr[-2000:]}")
         seconds = time.perf_counter() - started
         rows = read_rows(output)
         num_shards = len(list(output.glob("shard-*")))
@@ -126,6 +128,7 @@ def kill_runs(manifest: Path, args: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
     is_over = False
     while not is_over:
+        # What it says would fill a pipe that nobody reads.
         process = subprocess.Popen(command(TWO, manifest, output, args), stderr=subprocess.DEVNULL)
         runs += 1
         while process.poll() is None and made.total() < args.kills:

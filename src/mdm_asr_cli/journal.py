@@ -4,28 +4,16 @@
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, content: str) -> None:
     """Writes a file that, whenever the process is killed, is there as a whole or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are for their owner alone; this one gets what `open` would have given it.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    from mdm_asr_hf.files import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8", newline="\n")
 
 
 def append_line(path: Path, line: str) -> None:

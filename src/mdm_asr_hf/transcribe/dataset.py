@@ -1,14 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """transcribe_dataset: archives of audio to shards of transcripts, on Ray Data, on one machine or many."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import pickle
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 from ..data.archives import Archive, AudioRow
 from ..encoding_mdm_asr import json_text
+from ..files import replacing
 from ..loading import default_checkpoint, generation_settings, load_model, model_identity
 from .transcriber import Transcriber
 from .transcript import Transcript
@@ -184,7 +183,7 @@ class ShardWorker:
             if tries.stat().st_size > MAX_TRIES:
                 raise RuntimeError(f"a worker died of it {MAX_TRIES} times, maybe for want of memory")
             lines = [to_row(row.id, one) for row, one in zip(rows, self._transcribe(rows), strict=True)]
-            with _replacing(Path(path)) as temporary:
+            with replacing(Path(path)) as temporary:
                 (_write_parquet if path.endswith(".parquet") else _write_jsonl)(lines, temporary)
             tries.unlink(missing_ok=True)
         except Exception as error:
@@ -252,24 +251,6 @@ def _write_jsonl(lines: list[dict[str, Any]], path: Path) -> None:
     path.write_text("".join(json_text(line) + "\n" for line in lines), encoding="utf-8", newline="\n")
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when it is whole."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp's are for their owner alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def _check(format: str, actors: int | None, threads: int, gpus: float, shard_mb: float) -> None:
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
@@ -300,7 +281,7 @@ def _open_output(output: Path, run: dict[str, Any]) -> None:
         if before is None and any(output.glob("shard-*")):
             raise ValueError(f"`output` {str(output)!r} has shards but no {RUN_FILE}. Choose another folder.")
         if before is None:
-            with _replacing(path) as temporary:
+            with replacing(path) as temporary:
                 temporary.write_text(json_text(run, indent=1), encoding="utf-8")
             return
     except OSError as error:
