@@ -302,19 +302,18 @@ def main() -> None:
     parser.add_argument("--kill-within-s", type=float, default=10.0, help="seconds after a shard, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    output = Path(args.rescore or args.output or "")
-    if args.rescore:
-        rows = [json.loads(line) for line in (output / "raw.jsonl").read_text("utf-8").splitlines()]
-    elif args.data and args.output:
-        output.mkdir(parents=True, exist_ok=True)
-        rows = run(args)
-        (output / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    else:
+    if not args.rescore and not (args.data and args.output):
         parser.error("pass --data and --output, or --rescore")
-    summary = summarise(rows)
-    (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-    (output / "results.md").write_text(to_markdown(summary), "utf-8")
-    print(to_markdown(summary))
+    output = Path(args.rescore or args.output)
+    raw = output / "raw.jsonl"
+    if not args.rescore:
+        output.mkdir(parents=True, exist_ok=True)
+        raw.write_text("".join(json.dumps(row) + "\n" for row in run(args)), "utf-8")
+    summary = summarise([json.loads(line) for line in raw.read_text("utf-8").splitlines()])
+    table = to_markdown(summary)
+    for name, content in (("results.json", json.dumps(summary, indent=2) + "\n"), ("results.md", table)):
+        (output / name).write_text(content, "utf-8")
+    print(table)
 
 
 if __name__ == "__main__":

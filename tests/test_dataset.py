@@ -252,7 +252,7 @@ def test_shards_hold_all_rows_in_order(sizes, shard_mb):
         ({"threads": 1.5}, "`threads`"),
         ({"gpus": 1.5}, "`gpus`"),
         ({"shard_mb": float("nan")}, "`shard_mb`"),
-        ({"output": "taken"}, "has shards but no run.json"),
+        ({"output": "taken"}, "has shards but no _run.json"),
         ({"output": "other"}, "its 'format' is 'jsonl', not 'parquet'"),
     ],
 )
@@ -330,4 +330,4 @@ def test_kills(tmp_path, tiny):
     counts = collections.Counter(row["id"] for row in rows)
     assert counts == collections.Counter([f"{i:02d}.wav" for i in range(NUM_CLIPS)] + ["bad.wav"])
     assert [row["id"] for row in rows if row["error"] is not None] == ["bad.wav"]
-    assert sorted(path.name for path in output.iterdir()) == sorted([*shards_of(output), "run.json"])
+    assert sorted(path.name for path in output.iterdir()) == sorted([*shards_of(output), "_run.json"])

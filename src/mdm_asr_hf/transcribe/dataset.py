@@ -20,7 +20,8 @@ from .transcriber import Transcriber
 from .transcript import Transcript
 
 FORMATS = ("parquet", "jsonl")
-RUN_FILE = "run.json"
+# Those who read a folder of Parquet pass over names with an underscore.
+RUN_FILE = "_run.json"
 # Where nothing tells how large rows are.
 MAX_SHARD_ROWS = 4096
 # Ray tries a shard again whose worker died, for ever: so many times a run are enough.
