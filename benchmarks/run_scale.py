@@ -206,6 +206,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     texts = {row["system"]: row["texts"] for row in timed if row["audio_s"]}
     clips, audio_s = next((row["clips"], row["audio_s"]) for row in timed if row["audio_s"])
     work_s = {system: full_s[system] - start_s[system] for system in (LOOP, ONE, TWO)}
+    if min(work_s.values()) <= 0:
+        raise SystemExit("error: the clips take no longer than the start. Take more `--clips`, on a quiet machine.")
     empty_shards = next(row["shards"] for row in timed if row["system"] == EMPTY)
     summary |= {
         "clips": clips,

@@ -217,6 +217,14 @@ def test_a_shard_that_workers_die_of_is_given_up(tmp_path, worker):
     assert "died" in write(its_worker, tmp_path / "shard.jsonl", rows)["failure"]
 
 
+def test_a_model_that_cannot_be_loaded_leaves_shards_for_another_run(tmp_path):
+    source, _ = files(tmp_path)
+    kind, rows = Archive(str(source)).list_rows()
+    its_worker = ShardWorker(Archive(str(source)), kind, str(tmp_path / "nowhere"), 1, DECODING)
+    assert "nowhere" in write(its_worker, tmp_path / "shard.jsonl", rows)["failure"]
+    assert not (tmp_path / "shard.jsonl").exists()
+
+
 @given(st.lists(st.sampled_from(["a", "a#2", "a#2#2", "b", "\ud800"]), max_size=12))
 def test_ids_are_told_apart(ids):
     found = [row.id for row in _told_apart(AudioRow(one, "") for one in ids)]
@@ -265,8 +273,9 @@ def test_what_cannot_be_used(tmp_path, tiny, monkeypatch, arguments, message):
     for name in ("broken.tar", "broken.parquet"):
         Path(name).write_bytes(b"broken")
     Path("columns.jsonl").write_text('{"wav": "a.wav"}\n')
-    monkeypatch.setattr(dataset, "_run_actors", lambda *arguments: [])
-    with pytest.raises(ValueError, match="could not be written"):
+    failure = {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": "It fell."}
+    monkeypatch.setattr(dataset, "_run_actors", lambda *arguments: [failure])
+    with pytest.raises(ValueError, match="1 of 1 shards, from shard-00000.jsonl on, could not be written: It fell. "):
         transcribe_dataset("source", "other", model=tiny, format="jsonl")
     with pytest.raises(ValueError, match=message):
         transcribe_dataset(**{"source": "source", "output": "out", "model": tiny} | arguments)

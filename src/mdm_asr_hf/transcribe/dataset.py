@@ -9,6 +9,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ RUN_FILE = "_run.json"
 MAX_SHARD_ROWS = 4096
 # Ray tries a shard again whose worker died, for ever: so many times a run are enough.
 MAX_TRIES = 6
+# If nothing else comes before, nothing will.
+MAX_FAILURES = 8
 OBJECT_STORE_BYTES = 200 * 2**20
 REPORT_S = 5.0
 
@@ -108,6 +111,8 @@ def transcribe_dataset(
         for number, result in enumerate(_run_actors(units, worker, actors, threads, gpus), start=1):
             if result["failure"]:
                 failures.append(result["failure"])
+                if len(failures) == MAX_FAILURES and not totals["new_rows"]:
+                    break
             for name in totals:
                 totals[name] += result[name]
             elapsed_s = time.monotonic() - started
@@ -159,24 +164,23 @@ class ShardWorker:
         decoding: dict[str, Any],
         trust_remote_code: bool = False,
     ):
-        self.archive, self.kind, self.problem = archive, kind, ""
-        options = dict(decoding)
-        dtype, others = options.pop("dtype"), options.pop("settings")
-        try:
-            loaded, processor = load_model(model, None, trust_remote_code, dtype, threads)
-            self.transcriber = Transcriber(loaded, processor, settings=generation_settings(loaded, others), **options)
-        except Exception as error:
-            # A damaged folder: each library raises classes of its own. Raised here, they would have Ray start it anew.
-            self.problem = f"cannot load the model {model}: {type(error).__name__}: {error}"
+        self.archive, self.kind, self.decoding = archive, kind, decoding
+        self.loading = (model, None, trust_remote_code, decoding["dtype"], threads)
+
+    @cached_property
+    def transcriber(self) -> Transcriber:
+        """Loaded with the first shard, so that a worker that dies of it counts among that shard's tries."""
+        options = {name: value for name, value in self.decoding.items() if name not in ("dtype", "settings")}
+        loaded, processor = load_model(*self.loading)
+        settings = generation_settings(loaded, self.decoding["settings"])
+        return Transcriber(loaded, processor, settings=settings, **options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         done = [self._write(path, pickle.loads(rows)) for path, rows in zip(batch["path"], batch["rows"], strict=True)]
         return {name: [one[name] for one in done] for name in done[0]}
 
     def _write(self, path: str, rows: list[AudioRow]) -> dict[str, Any]:
-        result = {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": self.problem}
-        if self.problem:
-            return result
+        result = {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": ""}
         tries = Path(path).with_name(f".{Path(path).stem}.tries")
         try:
             with open(tries, "ab") as file:
@@ -188,14 +192,15 @@ class ShardWorker:
                 (_write_parquet if path.endswith(".parquet") else _write_jsonl)(lines, temporary)
             tries.unlink(missing_ok=True)
         except Exception as error:
-            return {**result, "failure": f"{type(error).__name__}: {error}."}
+            return {**result, "failure": _reason(error).rstrip(".") + "."}
         errors = sum(line["error"] is not None for line in lines)
         duration_s = sum(line["duration_s"] or 0.0 for line in lines)
         return {**result, "new_rows": len(rows), "errors": errors, "duration_s": duration_s}
 
     def _transcribe(self, rows: list[AudioRow]) -> list[Transcript | ValueError]:
+        transcriber = self.transcriber
         try:
-            return self._transcribe_together(rows)
+            return self._transcribe_together(transcriber, rows)
         except Exception:
             if len(rows) == 1:
                 raise
@@ -203,15 +208,15 @@ class ShardWorker:
         results, num_broken = [], 0
         for row in rows:
             try:
-                results += self._transcribe_together([row])
+                results += self._transcribe_together(transcriber, [row])
             except Exception as error:
                 num_broken += 1
                 if num_broken == len(rows):
                     raise
-                results.append(ValueError(f"{type(error).__name__}: {error}"))
+                results.append(ValueError(_reason(error)))
         return results
 
-    def _transcribe_together(self, rows: list[AudioRow]) -> list[Transcript | ValueError]:
+    def _transcribe_together(self, transcriber: Transcriber, rows: list[AudioRow]) -> list[Transcript | ValueError]:
         unread: dict[int, ValueError] = {}
 
         def audio() -> Iterator[Any]:
@@ -220,7 +225,11 @@ class ShardWorker:
                     unread[i] = one
                 yield b"" if i in unread else one
 
-        return [unread.get(i, result) for i, result in self.transcriber.transcribe_all(audio())]
+        return [unread.get(i, result) for i, result in transcriber.transcribe_all(audio())]
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 def to_row(row_id: str, result: Transcript | ValueError) -> dict[str, Any]:
