@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Scores against hand-computed numbers, and what must not change them."""
 
+import gzip
 import json
 import math
 
@@ -22,6 +23,7 @@ from mdm_asr_hf.evaluate.scoring import (
     read_rows,
     score,
     word_confidences,
+    word_error_rate,
 )
 
 
@@ -78,12 +80,10 @@ def test_words_said_where_there_are_none_count():
 
 def test_normalisers():
     assert normaliser("en")("It's colour, Mr. Fox!") == "it is colour mister fox"
-    assert normaliser("en", {"colour": "color"})("colour") == "color"
     assert normaliser("de")("Straße, Nr. 5!") == "straße nr 5 "
     assert normaliser(None)("can't") == "can not"
     assert [normaliser(language)(text) for language in ("en", "de") for text in ("...", "?!", "…", "-")] == [""] * 8
     assert describe_normaliser("en") == "transformers EnglishTextNormalizer({}), no spelling table"
-    assert describe_normaliser("en", {"colour": "color"}) == "transformers EnglishTextNormalizer, 1 spellings"
     assert describe_normaliser("de") == "transformers BasicTextNormalizer()"
     # Each row by its own language, unless one is given: "it's" is "it is" in English, "it s" elsewhere.
     rows = [row("it is", "it's", language="en"), row("it is", "it's", language="de")]
@@ -111,6 +111,7 @@ def test_counts_are_jiwers():
     characters = count_errors(references, hypotheses, characters=True).sum(axis=0)
     assert characters[:3].sum() / characters[3] == jiwer.cer(["a b c d", "", "x y"], hypotheses)
     assert count_errors([], []).shape == (0, 4)
+    assert word_error_rate(["It's so.", ""], ["it is", "uh"]) == 33.33 and word_error_rate([""], ["a"]) is None
 
 
 def test_repetitions_by_hand():
@@ -167,13 +168,13 @@ def test_accepted_drafts_are_of_those_each_branch_made():
         return dict(zip(("accepted_drafts", "rejected_drafts"), pairs, strict=True))
 
     rows = [row("a", "a", **drafts((3, 1), (1, 0))), row("b", "b", **drafts((0, 0), (4, 0)))]
-    result = score(rows, num_bootstrap=10)
+    result = score(rows, num_bootstrap=100)
     metrics = result["metrics"]
     assert (metrics["acceptance_rate_masks"], metrics["acceptance_rate_hypothesis"]) == (37.5, 100.0)
     assert metrics["num_accepted_drafts"] == {"masks": 3, "hypothesis": 1}
     assert metrics["num_rejected_drafts"] == {"masks": 5, "hypothesis": 0}
-    low, high = result["intervals"]["acceptance_rate_masks"]
-    assert 0 <= low <= 37.5 <= high <= 75
+    # Either utterance alone has 75 or 0 %.
+    assert result["intervals"]["acceptance_rate_masks"] == [0.0, 75.0]
 
 
 def test_speed_is_of_all_seconds():
@@ -249,12 +250,9 @@ def test_intervals_are_the_bootstraps():
     # The standard error of the mean of 200 utterances.
     expected = 2 * 1.96 * 100 * wrong.mean(axis=1).std() / math.sqrt(200)
     assert high - low == pytest.approx(expected, rel=0.1)
-    assert result == score(rows, num_bootstrap=2000)
-    assert result["intervals"] != score(rows, num_bootstrap=2000, seed=1)["intervals"]
     # The same utterances are drawn for each metric: NFE is a tenth of the WER here.
     assert result["intervals"]["mean_nfe"] == [pytest.approx(low / 10, abs=0.01), pytest.approx(high / 10, abs=0.01)]
     assert score(rows, num_bootstrap=0)["intervals"] == {}
-    assert score(rows[:1], num_bootstrap=10)["intervals"]["wer"] == [score(rows[:1])["metrics"]["wer"]] * 2
 
 
 def test_paired_intervals_are_narrower():
@@ -272,8 +270,6 @@ def test_paired_intervals_are_narrower():
     assert compare(rows, others[::-1])["difference"] == -10.0
     with pytest.raises(ValueError, match="same ids"):
         compare(rows, others[1:])
-    with pytest.raises(ValueError, match="same ids"):
-        compare([*rows, rows[0]], [*others, others[0]])
     with pytest.raises(ValueError, match="`metric` 'speed' is not one of.*wer"):
         compare(rows, others, metric="speed")
 
@@ -339,6 +335,9 @@ def test_files(tmp_path):
     assert read_rows(tmp_path / "one") == read_rows(tmp_path / "one" / "hypotheses.jsonl") == rows
     assert find_results(tmp_path / "one") == {"one": tmp_path / "one" / "hypotheses.jsonl"}
     assert list(find_results(tmp_path)) == ["one", "two/deep"]
+    (tmp_path / "zip").mkdir()
+    (tmp_path / "zip" / "hypotheses.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    assert read_rows(tmp_path / "zip") == rows and list(find_results(tmp_path)) == ["one", "two/deep", "zip"]
     bad = tmp_path / "bad.jsonl"
     for text, message in (
         (lines[0] + "\n{", "bad.jsonl line 2 is not JSON"),

@@ -5,6 +5,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ..data.sources import (
     BadRowError,
     BadRows,
     Source,
-    check_on_bad_row,
     check_text,
     find_manifests,
     header_duration_s,
@@ -29,19 +29,13 @@ ID_COLUMNS = ("id", "segment_id", "utterance_id")
 
 
 def _leaderboard(name: str, split: str = "test") -> Source:
-    return Source(
-        "hf-audio/esb-datasets-test-only-sorted",
-        name=name,
-        split=split,
-        duration_column="audio_length_s",
-        language="en",
-    )
+    path = "hf-audio/esb-datasets-test-only-sorted"
+    return Source(path, name=name, split=split, duration_column="audio_length_s", language="en")
 
 
 def _mls(name: str, language: str) -> Source:
-    return Source(
-        "facebook/multilingual_librispeech", name=name, split="test", text_column="transcript", language=language
-    )
+    path = "facebook/multilingual_librispeech"
+    return Source(path, name=name, split="test", text_column="transcript", language=language)
 
 
 # The paper's test sets. English: data set, configurations and columns of the Open ASR Leaderboard
@@ -94,88 +88,82 @@ class EvaluationData:
 
     def describe(self) -> dict[str, Any]:
         """What metrics.json says about it."""
-        return {
-            "name": self.name,
-            "path": self.path,
-            "num_utterances": len(self.rows),
-            "num_skipped": len(self.skipped),
-            "skipped": self.skipped,
-            "sha256": self.sha256,
-        }
+        described = {"name": self.name, "path": self.path, "num_utterances": len(self.rows)}
+        return described | {"num_skipped": len(self.skipped), "skipped": self.skipped, "sha256": self.sha256}
+
+    def skip(self, one_id: str, error: Exception) -> None:
+        """Takes note of a row that cannot be measured, once: the same data may be measured with many settings."""
+        if all(known["id"] != one_id for known in self.skipped):
+            self.skipped.append({"id": one_id, "reason": str(error)})
+            logger.warning(f"Skipped {one_id}: {error}")
 
 
 def load_data(
-    data: "str | Path | dict | Source | EvaluationData",
-    *,
-    label: str | None = None,
-    limit: int | None = None,
-    on_bad_row: str = "skip",
-    **settings: Any,
+    data: "str | Path | dict | Source | EvaluationData", *, limit: int | None = None, **settings: Any
 ) -> EvaluationData:
     """
-    Reads texts and durations of a data set.
-
-    Args:
-        data: the name of one of `PRESETS`; a folder with metadata.jsonl or metadata.csv; a manifest (.jsonl, .csv,
-            .tsv); the name of a data set of `datasets`; or a [`Source`].
-        label (`str`, *optional*): the data set's name for tables and folders.
-        limit (`int`, *optional*): only the first rows.
-        on_bad_row (`str`): "skip" reports and counts rows whose audio cannot be read, "raise" ends at the first.
-        settings: of [`Source`], such as `name`, `split` ("test" by default), `text_column`, `language`; None is not
-            set.
+    Reads texts and durations of a data set. Rows whose audio cannot be read are reported, counted and left out.
 
     Empty texts, and those of punctuation alone, are kept: what is recognised there counts as insertions. A row whose
     text is missing, or null, cannot be measured.
 
+    Args:
+        data: the name of one of `PRESETS`; a folder with metadata.jsonl or metadata.csv; a manifest (.jsonl, .csv,
+            .tsv); the name of a data set of `datasets`; or a [`Source`].
+        limit (`int`, *optional*): only the first rows.
+        settings: of [`Source`], such as `name`, `split` ("test" by default), `text_column`, `language`; None is not
+            set.
+
     Raises:
-        ValueError: no such data, no such column, and what `on_bad_row` says.
+        ValueError: no such data, no such column, or no row that can be measured.
     """
     if isinstance(data, EvaluationData):
         return data if limit is None else data.select(range(min(limit, len(data))))
-    check_on_bad_row(on_bad_row)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"`limit` must be an integer of at least 1, got {limit!r}.")
     is_preset = isinstance(data, str) and data in PRESETS and not Path(data).exists()
     source = PRESETS[data] if is_preset else Source.of(data)
     source = _with_test_split(replace(source, **{k: v for k, v in settings.items() if v is not None}))
-    label = label or (data if is_preset else _name(source))
-
-    rows, skipped, columns, taken = [], [], None, Counter()
     try:
-        values_of_rows, column, sha256 = _read_values(source, limit)
+        values_of_rows, audio, sha256 = _read_values(source, limit)
     except ValueError as error:
         if source.is_local or is_preset or "/" in source.path:
             raise
         raise ValueError(f"{error} The data sets that have a name here are {', '.join(PRESETS)}.") from error
+
+    result = EvaluationData(data if is_preset else _name(source), source.path, [], audio, sha256=sha256)
+    columns, taken = None, Counter()
     for row_name, values, folder in values_of_rows:
         columns = source.columns(list(values), columns)
-        audio, audio_path = values.get(columns.audio), None
-        if folder is not None and isinstance(audio, str) and audio:
-            audio_path = _relative(folder / audio, Path(source.path))
-        one_id = str(audio_path or next((values[c] for c in ID_COLUMNS if values.get(c) not in (None, "")), row_name))
-        one_id = _unique(one_id, taken)
+        path, audio_path = values.get(columns.audio), None
+        if folder is not None and isinstance(path, str) and path:
+            audio_path = _relative(folder / path, Path(source.path))
+        ids = (str(values[name]) for name in ID_COLUMNS if values.get(name) not in (None, ""))
+        one_id = _unique(audio_path or next(ids, row_name), taken)
         try:
             row = make_row(source, columns, row_name, values, folder)
-            if columns.text:
-                check_text(row["text"], row_name, columns.text, allow_empty=True)
-            if row["duration_s"] is None:
-                its_audio = row["audio"] if column is None else column[row["audio"]]
-                row["duration_s"] = header_duration_s(its_audio, row_name)
+            _complete(row, columns.text, audio)
         except BadRowError as error:
-            if on_bad_row == "raise":
-                raise
-            report_skipped(skipped, one_id, error)
-            continue
-        rows.append({"id": one_id, "audio_path": audio_path, **row})
-    if not rows:
-        if not skipped:
+            result.skip(one_id, error)
+        else:
+            result.rows.append({"id": one_id, "audio_path": audio_path, **row})
+    if not result.rows:
+        if not result.skipped:
             raise ValueError(f"{source.path!r} has no rows. Check the file.")
-        causes = BadRows(one["reason"] for one in skipped)
-        raise ValueError(f"None of the {len(skipped)} rows of {source.path!r} can be measured: {causes}")
+        causes = BadRows(one["reason"] for one in result.skipped)
+        raise ValueError(f"None of the {len(result.skipped)} rows of {source.path!r} can be measured: {causes}")
     if sha256 is None:
-        lines = "".join(f"{row['id']}\t{row['text']}\n" for row in rows)
-        sha256 = hashlib.sha256(lines.encode()).hexdigest()
-    return EvaluationData(label, source.path, rows, column, skipped, sha256)
+        lines = "".join(f"{row['id']}\t{row['text']}\n" for row in result.rows)
+        result.sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    return result
+
+
+def _complete(row: dict[str, Any], text_column: str | None, audio: Any) -> None:
+    """Adds the duration that the audio's header tells. Raises BadRowError without that, or without a text."""
+    if text_column:
+        check_text(row["text"], row["row"], text_column, allow_empty=True)
+    if row["duration_s"] is None:
+        row["duration_s"] = header_duration_s(row["audio"] if audio is None else audio[row["audio"]], row["row"])
 
 
 def _unique(one_id: str, taken: Counter) -> str:
@@ -190,13 +178,14 @@ def _unique(one_id: str, taken: Counter) -> str:
 
 def _with_test_split(source: Source) -> Source:
     """Where nothing tells the split: a folder's own rows, else its or the data set's "test"."""
-    if source.split is not None or Path(source.path).is_file():
-        return source
     folder = Path(source.path)
-    has_rows = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
-    if folder.is_dir() and (has_rows or (find_manifests(source) and not (folder / "test").is_dir())):
+    if source.split is not None or folder.is_file():
         return source
-    return source if not folder.is_dir() and source.is_local else replace(source, split="test")
+    if not folder.is_dir():
+        return source if source.is_local else replace(source, split="test")
+    has_rows = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
+    is_its_own = has_rows or (find_manifests(source) and not (folder / "test").is_dir())
+    return source if is_its_own else replace(source, split="test")
 
 
 def _name(source: Source) -> str:
@@ -211,10 +200,8 @@ def _read_values(source: Source, limit: int | None) -> tuple[Iterator[tuple], An
     """(name, values, folder) of the rows; the audio column of a data set of `datasets`; a checksum of the manifest."""
     if source.is_local and (manifests := find_manifests(source)):
         rows = (row for manifest in manifests for row in read_manifest(manifest))
-        digest = hashlib.sha256()
-        for manifest in manifests:
-            digest.update(manifest.read_bytes())
-        return (row for row, _ in zip(rows, _counter(limit), strict=False)), None, digest.hexdigest()
+        digest = hashlib.sha256(b"".join(manifest.read_bytes() for manifest in manifests))
+        return islice(rows, limit), None, digest.hexdigest()
     data = load_undecoded(source, streaming=False)
     if limit is not None:
         data = data.select(range(min(limit, len(data))))
@@ -223,19 +210,9 @@ def _read_values(source: Source, limit: int | None) -> tuple[Iterator[tuple], An
     return ((f"row {i}", {**row, audio_name: i}, None) for i, row in enumerate(texts)), data[audio_name], None
 
 
-def _counter(limit: int | None) -> Iterable[int]:
-    return range(limit) if limit is not None else iter(int, 1)
-
-
 def _relative(path: Path, root: Path) -> str:
     root = root if root.is_dir() else root.parent
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def report_skipped(skipped: list[dict[str, str]], one_id: str, error: Exception) -> None:
-    """Takes note of a row that cannot be measured."""
-    skipped.append({"id": one_id, "reason": str(error)})
-    logger.warning(f"Skipped {one_id}: {error}")
-
-
-__all__ = ["PRESETS", "EvaluationData", "load_data", "report_skipped"]
+__all__ = ["PRESETS", "EvaluationData", "load_data"]

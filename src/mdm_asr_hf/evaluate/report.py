@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from transformers.utils import logging
 
-from .scoring import align, read_rows, score
+from .scoring import METRICS_NAME, align, read_rows, score
 from .steps import SCRIPT, STYLE, lay_out
 
 logger = logging.get_logger(__name__)
@@ -70,7 +71,6 @@ def make_report(
     output: str | Path | None = None,
     *,
     audio_root: str | Path | None = None,
-    num_stepped: int | None = None,
     embed_audio: bool = False,
 ) -> Path:
     """
@@ -83,14 +83,13 @@ def make_report(
         output: the file to write; default: report.html in `folder`.
         audio_root: where the rows' `audio` (or, without it, their `id`) is looked for. Default: the folders of the
             data that metrics.json names, then `folder`. Players are made for the files that are found.
-        num_stepped: of how many utterances, the worst first, the steps are kept; default: all that have them.
         embed_audio: put the audio into the file, at most 100 MiB in all. Default: links relative to `output`.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: no rows, `audio_root` is no folder, a negative `num_stepped`, too much audio to embed.
+        ValueError: no rows, `audio_root` is no folder, too much audio to embed.
         OSError: a file cannot be read or written.
     """
     folder = Path(folder)
@@ -98,22 +97,17 @@ def make_report(
     output = root / "report.html" if output is None else Path(output)
     if audio_root is not None and not Path(audio_root).is_dir():
         raise ValueError(f"`audio_root` {str(audio_root)!r} is not a folder. Name the one the audio lies in.")
-    if num_stepped is not None and num_stepped < 0:
-        raise ValueError(f"`num_stepped` must be at least 0, got {num_stepped}. Leave it out to keep all.")
     rows = read_rows(folder)
     if not rows:
         raise ValueError(f"`folder` {str(folder)!r} has no rows in its hypotheses.jsonl. Evaluate again.")
 
-    record = _read_record(root / "metrics.json", rows)
+    record = _read_record(root / METRICS_NAME, rows)
     utterances = [_utterance(number, row) for number, row in enumerate(rows, start=1)]
     _add_audio(utterances, rows, record, root, output.parent, audio_root, embed_audio)
-    utterances.sort(key=lambda utterance: (-utterance["wer"], -utterance["errors"], utterance["number"]))
-    decodings = {}
-    for utterance in utterances:
-        decoding = lay_out(rows[utterance["number"] - 1]) if len(decodings) != num_stepped else None
-        utterance["num_steps"] = decoding and decoding["steps"]
-        if decoding:
-            decodings[utterance["number"]] = decoding
+    utterances.sort(key=lambda one: (-one["wer"], -one["errors"], one["number"]))
+    decodings = {one["number"]: steps for one in utterances if (steps := lay_out(rows[one["number"] - 1]))}
+    for one in utterances:
+        one["num_steps"] = decodings[one["number"]]["steps"] if one["number"] in decodings else None
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": _format_number, "csp_hash": _csp_hash, "script_json": _script_json}
@@ -147,27 +141,19 @@ def _read_record(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}). Remove it, and the metrics are computed again.") from error
-    if "metrics" in record:
-        return record
-    # Folders of earlier versions: a flat metrics.json, its metrics among the settings.
-    names = {name for name, *_ in _METRICS}
-    scored = score(rows)
-    metrics = {**scored["metrics"], **{name: value for name, value in record.items() if name in names}}
-    rest = {name: value for name, value in record.items() if name not in names}
-    return {**rest, "metrics": metrics, "intervals": scored["intervals"]}
+    if not isinstance(record, dict) or not isinstance(record.get("metrics", {}), dict):
+        raise ValueError(f"{path} is not of `mdm-asr evaluate`. Remove it, and the metrics are computed again.")
+    record["data"] = [entry for entry in record.get("data") or [] if isinstance(entry, dict)]
+    return record if "metrics" in record else {**record, **score(rows)}
 
 
 def _utterance(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """What the report shows of one row: aligned words, counts of errors, and the row's own figures."""
-    pairs = []
-    for op, reference, hypothesis in align(row["reference"], row["hypothesis"], row.get("language")):
-        longest = max(len(reference), len(hypothesis))
-        pairs += zip(
-            [op] * longest,
-            [*reference, *[None] * (longest - len(reference))],
-            [*hypothesis, *[None] * (longest - len(hypothesis))],
-            strict=True,
-        )
+    pairs = [
+        (op, *words)
+        for op, reference, hypothesis in align(row["reference"], row["hypothesis"], row.get("language"))
+        for words in zip_longest(reference, hypothesis)
+    ]
     counts = Counter(op for op, *_ in pairs)
     num_words = sum(reference is not None for _, reference, _ in pairs)
     errors = len(pairs) - counts["equal"]
@@ -206,19 +192,17 @@ def _add_audio(
     embed: bool,
 ) -> None:
     """Sets the source of each utterance's player, where its file is found."""
-    data = {entry.get("name"): entry.get("path") for entry in record.get("data") or [] if isinstance(entry, dict)}
+    data = {entry.get("name"): entry.get("path") for entry in record["data"]}
     found: list[tuple[dict[str, Any], Path]] = []
     for utterance, row in zip(utterances, rows, strict=True):
-        name = str(row.get("audio") or row.get("id"))
+        name, dataset = str(row.get("audio") or row.get("id")), row.get("dataset")
         if Path(name).suffix.lower() not in _AUDIO_TYPES:
             continue
-        dataset = row.get("dataset")
-        if audio_root is None:
-            # The data may be named by its manifest.
-            given = Path(data.get(dataset) or root)
-            places = [given.parent if given.is_file() else given, root]
-        else:
-            places = [audio_root, *([Path(audio_root) / dataset] if dataset else [])]
+        # The data may be named by its manifest.
+        given = Path(data.get(dataset) or root)
+        places = [given.parent if given.is_file() else given, root]
+        if audio_root is not None:
+            places = [Path(audio_root), Path(audio_root, dataset or "")]
         # Joining an absolute path drops what is before it.
         path = next((Path(place, name) for place in places if Path(place, name).is_file()), None)
         if path is not None:
@@ -242,30 +226,20 @@ def _add_audio(
 
 
 def _dataset_names(rows: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
-    names = [entry.get("name") for entry in record.get("data") or [] if isinstance(entry, dict)]
+    names = [entry.get("name") for entry in record["data"]]
     return list(dict.fromkeys(str(name) for name in names or [row.get("dataset") for row in rows] if name))
 
 
 def _cards(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics at the head of the report: label, value, unit, interval and meaning."""
     metrics, intervals = record["metrics"], record.get("intervals") or {}
-    cards = [
-        {
-            "label": label,
-            # As many digits as the interval has, but whole numbers as such.
-            "value": metrics[name] if name != "audio_s" else round(metrics[name]),
-            "unit": unit,
-            "interval": intervals.get(name),
-            "meaning": meaning,
-        }
-        for name, label, unit, meaning in _METRICS
-        if metrics.get(name) is not None
-    ]
     one = (metrics.get("rtfx_batch_1") or {}).get("rtfx")
-    if one is not None:
-        meaning = "RTFx of single utterances, measured on a part"
-        cards.append({"label": "RTFx, batch 1", "value": one, "unit": "", "interval": None, "meaning": meaning})
-    return cards
+    if metrics.get("audio_s") is not None:
+        metrics = metrics | {"audio_s": round(metrics["audio_s"])}
+    shown = [(metrics.get(name), *rest, intervals.get(name)) for name, *rest in _METRICS]
+    shown.append((one, "RTFx, batch 1", "", "RTFx of single utterances, measured on a part", None))
+    keys = ("value", "label", "unit", "meaning", "interval")
+    return [dict(zip(keys, values, strict=True)) for values in shown if values[0] is not None]
 
 
 def _details(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -279,7 +253,8 @@ def _details(record: dict[str, Any]) -> list[tuple[str, str]]:
         return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
 
     skipped = ("metrics", "intervals", "command")
-    return [line for name, value in record.items() if name not in skipped for line in lines(name, value)]
+    shown = {name: value for name, value in record.items() if name not in skipped and value != []}
+    return [line for name, value in shown.items() for line in lines(name, value)]
 
 
 def _frequent_errors(utterances: list[dict[str, Any]], num_shown: int = 12) -> dict[str, list[tuple]]:

@@ -1,11 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """From the rows of a hypotheses.jsonl to error rates, intervals, calibration and speed; no model is needed."""
 
+import gzip
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +27,29 @@ LOOP_TIMES = 3
 _RESAMPLES_AT_ONCE = 100
 
 
-def normaliser(language: str | None = "en", spellings: dict[str, str] | None = None) -> Callable[[str], str]:
+def normaliser(language: str | None = "en") -> Callable[[str], str]:
     """
-    Whisper's normaliser of `language`: the English one for "en" (or None), its basic one for every other. A text of
-    punctuation alone has no words.
+    Whisper's normaliser of `language`: the English one, without its table of spellings, for "en" (or None), its basic
+    one for every other. A text of punctuation alone has no words.
+    """
+    # "en_us", as FLEURS has it, is a region too.
+    first = (language or "en").lower().replace("_", "-").split("-")[0]
+    return _normaliser(first in ("en", "eng", "english"))
 
-    Args:
-        spellings (`dict`, *optional*): British to American spellings. They come with Whisper's tokenizers and not with
-            transformers, so there are none by default, and scores do not depend on which tokenizer is at hand.
-    """
-    if not _is_english(language):
-        normalise = _basic_normaliser()
-    else:
-        normalise = EnglishTextNormalizer(spellings) if spellings else _english_normaliser()
+
+@cache
+def _normaliser(is_english: bool) -> Callable[[str], str]:
+    # The table of spellings comes with Whisper's tokenizers and not with transformers.
+    normalise = EnglishTextNormalizer({}) if is_english else BasicTextNormalizer()
     # The English one leaves a word "." of "...".
     return lambda text: normalise(text) if any(map(str.isalnum, text)) else ""
 
 
-def describe_normaliser(language: str | None = "en", spellings: dict[str, str] | None = None) -> str:
+def describe_normaliser(language: str | None = "en") -> str:
     """What [`normaliser`] is, for the record."""
-    if not _is_english(language):
-        return "transformers BasicTextNormalizer()"
-    if spellings:
-        return f"transformers EnglishTextNormalizer, {len(spellings)} spellings"
-    return "transformers EnglishTextNormalizer({}), no spelling table"
-
-
-def _is_english(language: str | None) -> bool:
-    # "en_us", as FLEURS has it, is a region too.
-    return language is None or language.lower().replace("_", "-").split("-")[0] in ("en", "eng", "english")
-
-
-@lru_cache(maxsize=1)
-def _english_normaliser() -> EnglishTextNormalizer:
-    return EnglishTextNormalizer({})
-
-
-@lru_cache(maxsize=1)
-def _basic_normaliser() -> BasicTextNormalizer:
-    return BasicTextNormalizer()
+    if normaliser(language) is _normaliser(True):
+        return "transformers EnglishTextNormalizer({}), no spelling table"
+    return "transformers BasicTextNormalizer()"
 
 
 def count_errors(references: Sequence[str], hypotheses: Sequence[str], *, characters: bool = False) -> np.ndarray:
@@ -72,25 +57,26 @@ def count_errors(references: Sequence[str], hypotheses: Sequence[str], *, charac
     Substitutions, deletions, insertions and reference words (or characters) of each pair of texts: integers (B, 4).
     Where nothing was said, everything recognised is an insertion.
     """
-    process = jiwer.process_characters if characters else jiwer.process_words
     counts = np.zeros((len(references), 4), dtype=np.int64)
-    if len(references):
-        output = process([_one_spaced(text) for text in references], [_one_spaced(text) for text in hypotheses])
-        columns = {"substitute": 0, "delete": 1, "insert": 2}
-        for row, units, chunks in zip(counts, output.references, output.alignments, strict=True):
-            row[3] = len(units)
-            for chunk in chunks:
-                if chunk.type != "equal":
-                    row[columns[chunk.type]] += _chunk_length(chunk)
+    if not len(references):
+        return counts
+    process = jiwer.process_characters if characters else jiwer.process_words
+    output = process(*([" ".join(text.split()) for text in side] for side in (references, hypotheses)))
+    columns = {"substitute": 0, "delete": 1, "insert": 2}
+    for row, units, chunks in zip(counts, output.references, output.alignments, strict=True):
+        row[3] = len(units)
+        for chunk in chunks:
+            if chunk.type != "equal":
+                length = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+                row[columns[chunk.type]] += length
     return counts
 
 
-def _one_spaced(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _chunk_length(chunk: Any) -> int:
-    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str], language: str | None = "en") -> float | None:
+    """In per cent, of all texts together, both sides normalised; None where nothing was said."""
+    normalise = normaliser(language)
+    errors = count_errors(*([normalise(text) for text in side] for side in (references, hypotheses))).sum(axis=0)
+    return round(float(100 * errors[:3].sum() / errors[3]), 2) if errors[3] else None
 
 
 def align(reference: str, hypothesis: str, language: str | None = "en") -> list[tuple[str, list[str], list[str]]]:
@@ -101,22 +87,18 @@ def align(reference: str, hypothesis: str, language: str | None = "en") -> list[
         In order, (what, reference words, hypothesis words), what being "equal", "substitute", "delete" or "insert".
     """
     normalise = normaliser(language)
-    return [(what, ref, hyp) for what, ref, hyp, _ in _align_words(normalise(reference), normalise(hypothesis))]
-
-
-def _align_words(reference: str, hypothesis: str) -> list[tuple[str, list[str], list[str], int]]:
-    """The last of each entry: where its hypothesis words start."""
-    output = jiwer.process_words([_one_spaced(reference)], [_one_spaced(hypothesis)])
-    said, heard = output.references[0], output.hypotheses[0]
     return [
-        (
-            chunk.type,
-            said[chunk.ref_start_idx : chunk.ref_end_idx],
-            heard[chunk.hyp_start_idx : chunk.hyp_end_idx],
-            chunk.hyp_start_idx,
-        )
-        for chunk in output.alignments[0]
+        (what, said[ref], heard[hyp])
+        for what, ref, hyp, said, heard in _align_words(normalise(reference), normalise(hypothesis))
     ]
+
+
+def _align_words(reference: str, hypothesis: str) -> Iterator[tuple[str, slice, slice, list[str], list[str]]]:
+    """What, where in either text's words, and the words of both."""
+    output = jiwer.process_words([" ".join(reference.split())], [" ".join(hypothesis.split())])
+    for chunk in output.alignments[0]:
+        places = slice(chunk.ref_start_idx, chunk.ref_end_idx), slice(chunk.hyp_start_idx, chunk.hyp_end_idx)
+        yield chunk.type, *places, output.references[0], output.hypotheses[0]
 
 
 def count_repetitions(text: str) -> Counter:
@@ -148,71 +130,66 @@ def word_confidences(row: dict[str, Any], language: str | None = "en") -> list[t
     several became one ("twenty one", "21"), the product of theirs.
     """
     tokens = row.get("tokens") or ()
-    written = [
-        (word.text, word.confidence)
-        for word in group_words([t["text"] for t in tokens], [t["confidence"] for t in tokens])
-    ]
+    written = group_words([t["text"] for t in tokens], [t["confidence"] for t in tokens])
     if not written:
         return []
     normalise = normaliser(language)
     hypothesis = normalise(row["hypothesis"])
-    sources = [(part, confidence) for word, confidence in written for part in normalise(word).split()]
-    confidences: list[float | None] = [None] * len(hypothesis.split())
+    parts = [(part, word.confidence) for word in written for part in normalise(word.text).split()]
+    words = hypothesis.split()
+    confidences: list[float | None] = [None] * len(words)
     # Equal words one to one; in between, whatever the normaliser made of several words in their context.
-    start, between = 0, []
-    for what, parts, words, position in _align_words(" ".join(part for part, _ in sources), hypothesis):
-        its_sources = [confidence for _, confidence in sources[start : start + len(parts)]]
-        start += len(parts)
+    sources: list[float] = []
+    places: list[int] = []
+
+    def share() -> None:
+        for place in places if sources else ():
+            confidences[place] = math.prod(sources)
+        sources.clear()
+        places.clear()
+
+    for what, ref, hyp, *_ in _align_words(" ".join(part for part, _ in parts), hypothesis):
+        its = [confidence for _, confidence in parts[ref]]
         if what == "equal":
-            _share(between, confidences)
-            between = []
-            confidences[position : position + len(words)] = its_sources
+            share()
+            confidences[hyp] = its
         else:
-            between.append((its_sources, range(position, position + len(words))))
-    _share(between, confidences)
+            sources += its
+            places += range(hyp.start, hyp.stop)
+    share()
 
-    is_correct = [False] * len(confidences)
-    for what, _, words, position in _align_words(normalise(row["reference"]), hypothesis):
-        if what == "equal":
-            is_correct[position : position + len(words)] = [True] * len(words)
-    rows = zip(hypothesis.split(), confidences, is_correct, strict=True)
+    is_correct = [False] * len(words)
+    for what, _, hyp, *_ in _align_words(normalise(row["reference"]), hypothesis):
+        is_correct[hyp] = [what == "equal"] * (hyp.stop - hyp.start)
+    rows = zip(words, confidences, is_correct, strict=True)
     return [(word, confidence, correct) for word, confidence, correct in rows if confidence is not None]
-
-
-def _share(between: list[tuple[list[float], range]], confidences: list[float | None]) -> None:
-    sources = [confidence for its_sources, _ in between for confidence in its_sources]
-    if sources:
-        for _, positions in between:
-            for position in positions:
-                confidences[position] = math.prod(sources)
 
 
 class _Sums:
     """Numbers per utterance whose sums the metrics are ratios of, so that a resample is a sum of columns."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], language: str | None, spellings: dict[str, str] | None):
+    def __init__(self, rows: Sequence[dict[str, Any]], language: str | None):
         languages = [language or row.get("language") for row in rows]
-        normalisers = [normaliser(one, spellings) for one in languages]
         raw = [[row[key] for row in rows] for key in ("reference", "hypothesis")]
-        sides = [[normalise(t) for normalise, t in zip(normalisers, side, strict=True)] for side in raw]
+        sides = [[normaliser(one)(text) for one, text in zip(languages, side, strict=True)] for side in raw]
         self.words = count_errors(*sides)
-        characters = count_errors(*sides, characters=True)
-        raw_words, raw_characters = count_errors(*raw), count_errors(*raw, characters=True)
-        has_words = self.words[:, 3] > 0
-        num_rows = len(rows)
-        ones = np.ones(num_rows)
+        ones, has_words = np.ones(len(rows)), self.words[:, 3] > 0
         nfe = np.array([row["nfe"] for row in rows], dtype=np.float64)
-        repetitions = [[count_repetitions(text) for text in side] for side in sides]
-        repeats = [any(heard[n] > said[n] for n in heard) for said, heard in zip(*repetitions, strict=True)]
-        in_a_row = [[most_in_a_row(text) for text in side] for side in sides]
-        self.loops = [heard >= LOOP_TIMES and heard > said for said, heard in zip(*in_a_row, strict=True)]
+        repetitions = zip(*([count_repetitions(text) for text in side] for side in sides), strict=True)
+        repeats = [any(heard[n] > said[n] for n in heard) for said, heard in repetitions]
+        in_a_row = zip(*([most_in_a_row(text) for text in side] for side in sides), strict=True)
+        self.num_loops = sum(heard >= LOOP_TIMES and heard > said for said, heard in in_a_row)
         is_empty = np.array([not row["hypothesis"].strip() for row in rows])
+
+        def rate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+            return counts[:, :3].sum(axis=1), counts[:, 3], 100.0
+
         # Name -> numerator, denominator, factor. Ratios of sums over utterances, as WER is.
         self.ratios: dict[str, tuple[np.ndarray, np.ndarray, float]] = {
-            "wer": (self.words[:, :3].sum(axis=1), self.words[:, 3], 100.0),
-            "cer": (characters[:, :3].sum(axis=1), characters[:, 3], 100.0),
-            "wer_raw": (raw_words[:, :3].sum(axis=1), raw_words[:, 3], 100.0),
-            "cer_raw": (raw_characters[:, :3].sum(axis=1), raw_characters[:, 3], 100.0),
+            "wer": rate(self.words),
+            "cer": rate(count_errors(*sides, characters=True)),
+            "wer_raw": rate(count_errors(*raw)),
+            "cer_raw": rate(count_errors(*raw, characters=True)),
             "mean_nfe": (nfe, ones, 1.0),
             "empty_rate": (is_empty & has_words, has_words, 100.0),
             "repetition_rate": (np.array(repeats), ones, 100.0),
@@ -223,21 +200,30 @@ class _Sums:
         self.drafts: dict[str, np.ndarray] = {}
         if all("accepted_drafts" in row for row in rows):
             for name in rows[0]["accepted_drafts"]:
-                counts = np.array(
-                    [[row[kind][name] for kind in ("accepted_drafts", "rejected_drafts")] for row in rows]
-                )
-                self.drafts[name] = counts
+                pairs = [[row[kind][name] for kind in ("accepted_drafts", "rejected_drafts")] for row in rows]
+                self.drafts[name] = counts = np.array(pairs)
                 self.ratios[f"acceptance_rate_{name}"] = (counts[:, 0], counts.sum(axis=1), 100.0)
         # Per utterance and bin: words, the sum of their confidences, correct words.
-        self.bins = np.zeros((num_rows, NUM_BINS, 3))
+        self.bins = np.zeros((len(rows), NUM_BINS, 3))
         for row, row_language, bins in zip(rows, languages, self.bins, strict=True):
             for _, confidence, correct in word_confidences(row, row_language):
                 bins[min(int(confidence * NUM_BINS), NUM_BINS - 1)] += (1, confidence, correct)
 
     def ratio(self, name: str, mask: np.ndarray | slice = slice(None)) -> float | None:
+        """None where the metric cannot be computed."""
+        if name not in self.ratios:
+            return None
         numerator, denominator, factor = self.ratios[name]
         total = denominator[mask].sum()
         return round(float(factor * numerator[mask].sum() / total), 2) if total else None
+
+    def resampled(self, name: str, drawn: np.ndarray) -> np.ndarray:
+        """The metric (R,) of R resamples, of how often each utterance was drawn (R, B); not finite without one."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if name == "ece":
+                return _ece((drawn @ self.bins.reshape(len(self.bins), -1)).reshape(-1, NUM_BINS, 3))
+            numerator, denominator, factor = self.ratios[name]
+            return factor * (drawn @ numerator) / (drawn @ denominator)
 
 
 def _num_decoded(row: dict[str, Any]) -> int:
@@ -251,17 +237,11 @@ def _ece(bins: np.ndarray) -> np.ndarray:
     weighted by words (arXiv 1706.04599, equation 3).
     """
     counts, confidence, correct = np.moveaxis(bins, -1, 0)
-    with np.errstate(invalid="ignore"):
-        return 100 * np.abs(confidence - correct).sum(axis=-1) / counts.sum(axis=-1)
+    return 100 * np.abs(confidence - correct).sum(axis=-1) / counts.sum(axis=-1)
 
 
 def score(
-    rows: Sequence[dict[str, Any]],
-    *,
-    language: str | None = None,
-    num_bootstrap: int = 1000,
-    seed: int = 0,
-    spellings: dict[str, str] | None = None,
+    rows: Sequence[dict[str, Any]], *, language: str | None = None, num_bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """
     Metrics of the rows of a hypotheses.jsonl, in any order, and their intervals.
@@ -272,7 +252,6 @@ def score(
         language (`str`, *optional*): whose normaliser to use. Default: each row's own "language", else "en".
         num_bootstrap (`int`): resamples of the utterances for the intervals; 0 leaves them out.
         seed (`int`): of the resamples. Utterances are drawn with all their numbers.
-        spellings: for [`normaliser`].
 
     Returns:
         `{"metrics": ..., "intervals": ...}`. Rates are in per cent: "wer", "cer" (normalised), "wer_raw", "cer_raw"
@@ -295,16 +274,13 @@ def score(
             raise ValueError(f"Row {i} ({row.get('id')}) of `rows` has no {missing[0]!r}, but {sorted(row)}. Add it.")
     # In one order, whatever the order they come in, so that sums and resamples do not depend on it.
     rows = sorted(rows, key=lambda row: json.dumps([str(row.get("id")), row], sort_keys=True, default=str))
-    sums = _Sums(rows, language, spellings)
+    sums = _Sums(rows, language)
     durations_s = np.array([row["duration_s"] for row in rows], dtype=np.float64)
     bins = sums.bins.sum(axis=0)
-    num_words = bins[:, 0].sum()
-    metrics: dict[str, Any] = {name: sums.ratio(name) for name in ("wer", "cer", "wer_raw", "cer_raw", "mean_nfe")}
-    metrics["tokens_per_nfe"] = sums.ratio("tokens_per_nfe") if "tokens_per_nfe" in sums.ratios else None
-    metrics |= _speed(rows)
-    metrics["ece"] = round(float(_ece(bins)), 2) if num_words else None
-    metrics |= {name: sums.ratio(name) for name in ("empty_rate", "repetition_rate")}
-    metrics |= {"num_loops": sum(sums.loops)}
+    names = ("wer", "cer", "wer_raw", "cer_raw", "mean_nfe", "tokens_per_nfe")
+    metrics: dict[str, Any] = {name: sums.ratio(name) for name in names} | _speed(rows)
+    metrics["ece"] = round(float(_ece(bins)), 2) if bins.any() else None
+    metrics |= {name: sums.ratio(name) for name in ("empty_rate", "repetition_rate")} | {"num_loops": sums.num_loops}
     metrics |= {f"acceptance_rate_{name}": sums.ratio(f"acceptance_rate_{name}") for name in sums.drafts}
     for i, kind in enumerate(("num_accepted_drafts", "num_rejected_drafts")):
         metrics[kind] = {name: int(counts[:, i].sum()) for name, counts in sums.drafts.items()} or None
@@ -315,35 +291,33 @@ def score(
         "num_substitutions": substitutions,
         "num_deletions": deletions,
         "num_insertions": insertions,
-        "num_full": sum(bool(row.get("is_full")) for row in rows) if all("is_full" in row for row in rows) else None,
+        "num_full": sum(bool(row["is_full"]) for row in rows) if all("is_full" in row for row in rows) else None,
         "audio_s": round(float(durations_s.sum()), 1),
+        "by_duration": [
+            {
+                "from_s": low,
+                "to_s": high if high < math.inf else None,
+                "num_utterances": int(mask.sum()),
+                "num_reference_words": int(sums.words[mask, 3].sum()),
+                "wer": sums.ratio("wer", mask),
+                "mean_nfe": sums.ratio("mean_nfe", mask),
+            }
+            for low, high in zip(DURATION_EDGES_S, DURATION_EDGES_S[1:], strict=False)
+            if (mask := (durations_s >= low) & (durations_s < high)).any()
+        ],
+        "reliability": [
+            {
+                "low": i / NUM_BINS,
+                "high": (i + 1) / NUM_BINS,
+                "count": int(count),
+                "confidence": round(confidence / count, 4),
+                "accuracy": round(correct / count, 4),
+            }
+            for i, (count, confidence, correct) in enumerate(bins.tolist())
+            if count
+        ],
+        "reliability_unit": "word" if bins.any() else None,
     }
-    metrics["by_duration"] = []
-    for low, high in zip(DURATION_EDGES_S, DURATION_EDGES_S[1:], strict=False):
-        mask = (durations_s >= low) & (durations_s < high)
-        if mask.any():
-            metrics["by_duration"].append(
-                {
-                    "from_s": low,
-                    "to_s": high if high < math.inf else None,
-                    "num_utterances": int(mask.sum()),
-                    "num_reference_words": int(sums.words[mask, 3].sum()),
-                    "wer": sums.ratio("wer", mask),
-                    "mean_nfe": sums.ratio("mean_nfe", mask),
-                }
-            )
-    metrics["reliability"] = [
-        {
-            "low": i / NUM_BINS,
-            "high": (i + 1) / NUM_BINS,
-            "count": int(count),
-            "confidence": round(confidence / count, 4),
-            "accuracy": round(correct / count, 4),
-        }
-        for i, (count, confidence, correct) in enumerate(bins.tolist())
-        if count
-    ]
-    metrics["reliability_unit"] = "word" if num_words else None
     return {"metrics": metrics, "intervals": _intervals(sums, num_bootstrap, seed)}
 
 
@@ -365,23 +339,18 @@ def bootstrap_draws(num_rows: int, num_bootstrap: int, seed: int) -> Iterator[np
         yield np.stack([np.bincount(row, minlength=num_rows) for row in drawn]).astype(np.float64)
 
 
-def _percentiles(values: np.ndarray) -> list[float] | None:
+def _percentiles(samples: list[np.ndarray]) -> list[float] | None:
+    values = np.concatenate(samples)
     values = values[np.isfinite(values)]
     return [round(float(value), 2) for value in np.percentile(values, [2.5, 97.5])] if len(values) else None
 
 
 def _intervals(sums: _Sums, num_bootstrap: int, seed: int) -> dict[str, list[float] | None]:
-    if not num_bootstrap:
-        return {}
-    samples: dict[str, list[np.ndarray]] = {name: [] for name in (*sums.ratios, "ece")}
-    bins = sums.bins.reshape(len(sums.bins), -1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for drawn in bootstrap_draws(len(bins), num_bootstrap, seed):
-            for name, (numerator, denominator, factor) in sums.ratios.items():
-                samples[name].append(factor * (drawn @ numerator) / (drawn @ denominator))
-            if bins.any():
-                samples["ece"].append(_ece((drawn @ bins).reshape(-1, NUM_BINS, 3)))
-    return {name: _percentiles(np.concatenate(values)) for name, values in samples.items() if values}
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in (*sums.ratios, *(["ece"] if sums.bins.any() else []))}
+    for drawn in bootstrap_draws(len(sums.words), num_bootstrap, seed):
+        for name, values in samples.items():
+            values.append(sums.resampled(name, drawn))
+    return {name: _percentiles(values) for name, values in samples.items() if values}
 
 
 def compare(
@@ -408,36 +377,40 @@ def compare(
     if not sides[0] or sides[0].keys() != sides[1].keys() or not len(rows) == len(others) == len(sides[0]):
         raise ValueError("`rows` and `others` must have the same ids, each once. Run both on the same data.")
     ids = sorted(sides[0])
-    ratios = [_Sums([side[one] for one in ids], language, None).ratios for side in sides]
-    if any(metric not in one for one in ratios):
-        raise ValueError(f"`metric` {metric!r} is not one of {sorted(ratios[0].keys() & ratios[1].keys())}.")
+    first, second = (_Sums([side[one] for one in ids], language) for side in sides)
+    if metric not in (known := first.ratios.keys() & second.ratios.keys()):
+        raise ValueError(f"`metric` {metric!r} is not one of {sorted(known)}.")
 
     def difference(drawn: np.ndarray) -> np.ndarray:
-        first, second = (f * (drawn @ a) / (drawn @ b) for a, b, f in (one[metric] for one in ratios))
-        return first - second
+        return first.resampled(metric, drawn) - second.resampled(metric, drawn)
 
-    with np.errstate(invalid="ignore", divide="ignore"):
-        samples = [difference(drawn) for drawn in bootstrap_draws(len(ids), num_bootstrap, seed)]
-        value = float(difference(np.ones(len(ids))))
+    (value,) = difference(np.ones((1, len(ids))))
+    samples = [difference(drawn) for drawn in bootstrap_draws(len(ids), num_bootstrap, seed)]
     return {
-        "difference": round(value, 2) if math.isfinite(value) else None,
-        "interval": _percentiles(np.concatenate(samples)) if samples else None,
+        "difference": round(float(value), 2) if math.isfinite(value) else None,
+        "interval": _percentiles(samples) if samples else None,
     }
+
+
+def _find_file(path: Path) -> Path | None:
+    """The hypotheses.jsonl of a folder, which may be gzipped, or the file itself."""
+    places = [path, path / HYPOTHESES_NAME, path / f"{HYPOTHESES_NAME}.gz"]
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """
-    The rows of a hypotheses.jsonl, or of the one in a folder.
+    The rows of a hypotheses.jsonl, or of the one in a folder; gzipped ones end in .gz.
 
     Raises:
         ValueError: there is none, or a line is not one of its rows.
     """
-    path = Path(path)
-    file = path / HYPOTHESES_NAME if path.is_dir() else path
-    if not file.is_file():
+    file = _find_file(Path(path))
+    if file is None:
         raise ValueError(f"{str(path)!r} is neither a {HYPOTHESES_NAME} nor a folder with one. Check the path.")
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -456,9 +429,10 @@ def find_results(path: str | Path) -> dict[str, Path]:
     path = Path(path)
     if path.is_file():
         return {path.parent.name or path.name: path}
-    if (path / HYPOTHESES_NAME).is_file():
-        return {path.resolve().name: path / HYPOTHESES_NAME}
-    found = {file.parent.relative_to(path).as_posix(): file for file in sorted(path.rglob(HYPOTHESES_NAME))}
+    if file := _find_file(path):
+        return {path.resolve().name: file}
+    files = sorted(path.rglob(f"{HYPOTHESES_NAME}*"))
+    found = {file.parent.relative_to(path).as_posix(): file for file in files if file == _find_file(file.parent)}
     if not found:
         raise ValueError(f"{str(path)!r} holds no {HYPOTHESES_NAME}. Check the path.")
     return found
@@ -477,4 +451,5 @@ __all__ = [
     "read_rows",
     "score",
     "word_confidences",
+    "word_error_rate",
 ]
