@@ -12,17 +12,17 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import RATE_HZ
 
-SAMPLING_RATE = 16_000
 MODULES = {"faster-whisper": ("ctranslate2", "faster_whisper"), "whisper.cpp": ("pywhispercpp",)}
-INSTALL_PEERS = "pip install -r benchmarks/requirements.txt"
+MODULES |= {"onnx": ("onnxruntime",)}
 
 
 def read_branches(text: str) -> list[str]:
@@ -30,19 +30,41 @@ def read_branches(text: str) -> list[str]:
     return [] if text == "none" else text.split("+")
 
 
-# Names of `--ours gamma=0.05,draft-length=4`, as the flags of `mdm-asr transcribe` are called, and their types.
+# Names of `--ours gamma=0.05,draft-length=4`, what they are called here, and their types.
 OUR_SETTINGS = {
-    "sampler": ("sampler", str),
     "gamma": ("gamma", float),
-    "lambda": ("lambda_", float),
-    "k": ("k", int),
-    "steps": ("max_denoising_steps", int),
-    "canvas-length": ("canvas_length", int),
     "branches": ("draft_branches", read_branches),
     "draft-length": ("draft_length", int),
+    "window-s": ("window_s", float),
+    "dtype": ("dtype", str),
+    "onnx": ("onnx", str),
 }
-WINDOW = "window-s"
 OUR_DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """
+    What "onnx=FOLDER,gamma=3,draft-length=4" stands for.
+
+    Raises:
+        ValueError: a name that is no setting, a value that does not fit it, a folder that is not there.
+    """
+    settings: dict[str, Any] = {}
+    for pair in filter(None, text.split(",")):
+        name, _, value = (part.strip() for part in pair.partition("="))
+        if not value or name not in OUR_SETTINGS or OUR_SETTINGS[name][0] in settings:
+            known = ", ".join(OUR_SETTINGS)
+            raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, each NAME once and one of {known}.")
+        argument, kind = OUR_SETTINGS[name]
+        try:
+            settings[argument] = kind(value)
+        except ValueError as error:
+            raise ValueError(f"`--ours` {text!r}: {value!r} is not of type {kind.__name__}.") from error
+    if settings.get("dtype", "float32") not in OUR_DTYPES or {"dtype", "onnx"} <= set(settings):
+        raise ValueError(f"`--ours` {text!r}: `dtype=` must be one of {', '.join(OUR_DTYPES)}, without an export.")
+    if "onnx" in settings and not Path(settings["onnx"]).is_dir():
+        raise ValueError(f"`--ours` {text!r}: there is no folder {settings['onnx']!r}. Export the checkpoint first.")
+    return settings
 
 
 @dataclass(frozen=True)
@@ -53,12 +75,11 @@ class Peer:
     Args:
         kind (`str`): "transformers", "compiled", "faster-whisper", "whisper.cpp", "ours" or "onnx", which is ours in
             ONNX Runtime.
-        source (`str`): folder or id of the checkpoint; what was converted for faster-whisper and whisper.cpp.
+        source (`str`): folder or id of the checkpoint; what was converted or exported.
         name (`str`): what tables call the checkpoint.
         dtype (`str`): of torch, the compute type of CTranslate2, or the kind of ggml's matrices; the name of the
             exported folder for ONNX Runtime.
         settings (`str`): of ours, as in "gamma=3,draft-length=4"; empty for the checkpoint's own.
-        onnx (`str`): the exported folder, for ONNX Runtime; `source` then is where the processor comes from.
     """
 
     kind: str
@@ -66,20 +87,13 @@ class Peer:
     name: str
     dtype: str
     settings: str = ""
-    onnx: str = ""
 
     @property
     def label(self) -> str:
-        settings = self.settings.replace(",", " ") or "its own settings"
-        middle = {
-            "transformers": "transformers",
-            "compiled": "transformers, torch.compile",
-            "faster-whisper": "faster-whisper",
-            "whisper.cpp": "whisper.cpp",
-            "ours": settings,
-            "onnx": f"ONNX Runtime, {settings}",
-        }[self.kind]
-        return f"{self.name}, {middle}, {self.dtype}"
+        pairs = [pair for pair in self.settings.split(",") if pair and not pair.startswith(("onnx=", "dtype="))]
+        settings = " ".join(pairs) or "its own settings"
+        named = {"compiled": "transformers, torch.compile", "ours": settings, "onnx": f"ONNX Runtime, {settings}"}
+        return f"{self.name}, {named.get(self.kind, self.kind)}, {self.dtype}"
 
     @property
     def encoder_label(self) -> str:
@@ -94,55 +108,6 @@ class Peer:
     @property
     def is_ours(self) -> bool:
         return self.kind in ("ours", "onnx")
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
-
-
-def split_off(name: str, text: str) -> tuple[str, str]:
-    """The value of one name in "onnx=FOLDER,gamma=0.2", empty if there is none, and the settings without it."""
-    pairs = list(filter(None, text.split(",")))
-    values = [pair.partition("=")[2] for pair in pairs if pair.startswith(f"{name}=")]
-    if len(values) > 1 or not all(values):
-        raise ValueError(f"`--ours` {text!r}: `{name}=` must have one value.")
-    return "".join(values), ",".join(pair for pair in pairs if not pair.startswith(f"{name}="))
-
-
-def read_window_s(text: str) -> float | None:
-    """Of "window-s=7": clips are cut into windows of at most so many seconds; None decodes each as a whole."""
-    try:
-        return float(text) if text else None
-    except ValueError as error:
-        raise ValueError(f"`--ours`: `{WINDOW}={text}` must be a number of seconds.") from error
-
-
-def read_ours(text: str) -> tuple[str, str, str]:
-    """The exported folder, the precision and the settings of "onnx=FOLDER,gamma=0.2" or "dtype=int8,gamma=0.2"."""
-    folder, rest = split_off("onnx", text)
-    dtype, settings = split_off("dtype", rest)
-    if dtype and (folder or dtype not in OUR_DTYPES):
-        raise ValueError(f"`--ours` {text!r}: `dtype=` must be one of {', '.join(OUR_DTYPES)}, without an export.")
-    return folder, dtype, settings
-
-
-def parse_settings(text: str) -> dict[str, Any]:
-    """
-    The keyword arguments of `generation_settings` that "gamma=3,draft-length=4" stands for.
-
-    Raises:
-        ValueError: a name that is no setting, or a value that does not fit it.
-    """
-    settings: dict[str, Any] = {}
-    for pair in filter(None, text.split(",")):
-        name, _, value = (part.strip() for part in pair.partition("="))
-        if not value or name not in OUR_SETTINGS:
-            raise ValueError(f"`--ours` {text!r}: {pair!r} must be NAME=VALUE, NAME one of {', '.join(OUR_SETTINGS)}.")
-        argument, kind = OUR_SETTINGS[name]
-        try:
-            settings[argument] = kind(value)
-        except ValueError as error:
-            raise ValueError(f"`--ours` {text!r}: {value!r} is not of type {kind.__name__}.") from error
-    return settings
 
 
 class TransformersWhisper:
@@ -163,18 +128,16 @@ class TransformersWhisper:
             # As Whisper's model cards do it. transformers would compile a second time on CUDA by itself.
             self.options["cache_implementation"] = "static"
             model.generation_config.disable_compile = True
-            mode = "reduce-overhead" if device == "cuda" else "default"
             encoder = model.get_encoder()
             encoder.forward = torch.compile(encoder.forward)
-            model.forward = torch.compile(model.forward, mode=mode)
+            model.forward = torch.compile(model.forward, mode="reduce-overhead" if device == "cuda" else "default")
 
     def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
         ids = self.model.generate(self.encoder_inputs(clips), **self.options)
-        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-        return [{"hypothesis": text.strip()} for text in texts]
+        return [{"hypothesis": text.strip()} for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
-        extracted = self.processor.feature_extractor(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+        extracted = self.processor.feature_extractor(clips, sampling_rate=RATE_HZ, return_tensors="pt")
         return extracted.input_features.to(self.device, self.dtype)
 
     def encode(self, features: Any) -> None:
@@ -222,10 +185,8 @@ class FasterWhisper:
         """By the library's own pipeline for long recordings, as it comes: pieces that it finds speech in."""
         from faster_whisper import BatchedInferencePipeline
 
-        pipeline, language = BatchedInferencePipeline(self.whisper), self.tokenizer.language_code
-        segments, _ = pipeline.transcribe(
-            samples, batch_size=batch_size, beam_size=1, language=language, without_timestamps=True
-        )
+        options = {"batch_size": batch_size, "beam_size": 1, "language": "en", "without_timestamps": True}
+        segments, _ = BatchedInferencePipeline(self.whisper).transcribe(samples, **options)
         return " ".join(segment.text for segment in segments)
 
 
@@ -257,52 +218,41 @@ class OurModel:
     def __init__(self, peer: Peer, device: str, threads: int):
         from mdm_asr_hf.loading import generation_settings
 
-        self.no_grad = nullcontext
-        if peer.kind == "onnx":
-            self.model, self.processor = _load_onnx(peer.onnx, threads)
+        settings, self.no_grad, self.device = parse_settings(peer.settings), nullcontext, device
+        if settings.pop("onnx", None):
+            self.model, self.processor = _load_onnx(peer.source, threads)
         else:
             self.no_grad = _torch(threads).no_grad
             self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
-        window_s, settings = split_off(WINDOW, peer.settings)
-        self.settings = generation_settings(self.model, **parse_settings(settings))
-        self.window_s, self.transcriber = read_window_s(window_s), None
-        self.device = device
+        settings.pop("dtype", None)
+        self.window_s = settings.pop("window_s", None)
+        self.settings = generation_settings(self.model, **settings)
         # Seconds of the parts of `transcribe` so far.
         self.stages: dict[str, float] = {}
 
     def transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
         with watch_stages(self.model, self.stages):
-            return self._transcribe(clips)
-
-    def _transcribe(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
-        if self.window_s is not None:
-            return self._transcribe_windows(clips)
-        inputs = self.encoder_inputs(clips)
-        # The random and DFM samplers draw; the others leave the seeds alone.
-        output = self.model.generate(**inputs, generation_config=self.settings, generator=[0] * len(clips))
-        texts = self.processor.batch_decode(output.sequences)
-        return [{"hypothesis": text, "nfe": nfe} for text, nfe in zip(texts, output.nfe.tolist(), strict=True)]
-
-    def _transcribe_windows(self, clips: list[np.ndarray]) -> list[dict[str, Any]]:
-        """As `mdm-asr transcribe` and the pipeline do: cut at pauses, all windows of all clips in common batches."""
-        if self.transcriber is None:
-            self.transcriber = self._new_transcriber(64)
-        results = self.transcriber.transcribe_all(clips, sampling_rate=SAMPLING_RATE)
-        return [{"hypothesis": transcript.text, "nfe": transcript.nfe} for _, transcript in results]
+            if self.window_s is not None:
+                # As `mdm-asr transcribe` does: cut at pauses, all windows of all clips in common batches.
+                found = self._transcriber(64).transcribe_all(clips, sampling_rate=RATE_HZ)
+                return [{"hypothesis": one.text, "nfe": one.nfe} for _, one in found]
+            output = self.model.generate(**self.encoder_inputs(clips), generation_config=self.settings)
+            texts = self.processor.batch_decode(output.sequences)
+            return [{"hypothesis": text, "nfe": nfe} for text, nfe in zip(texts, output.nfe.tolist(), strict=True)]
 
     def transcribe_recording(self, samples: np.ndarray, batch_size: int) -> str:
         """As `mdm-asr transcribe` does."""
         with watch_stages(self.model, self.stages):
-            return self._new_transcriber(batch_size).transcribe(samples, sampling_rate=SAMPLING_RATE).text
+            return self._transcriber(batch_size).transcribe(samples, sampling_rate=RATE_HZ).text
 
-    def _new_transcriber(self, batch_size: int) -> Any:
+    def _transcriber(self, batch_size: int) -> Any:
         from mdm_asr_hf.transcribe.transcriber import Transcriber
 
         window = {} if self.window_s is None else {"max_window_s": self.window_s}
         return Transcriber(self.model, self.processor, settings=self.settings, batch_size=batch_size, **window)
 
     def encoder_inputs(self, clips: list[np.ndarray]) -> Any:
-        return self.processor(clips, sampling_rate=SAMPLING_RATE).to(self.device)
+        return self.processor(clips, sampling_rate=RATE_HZ).to(self.device)
 
     def encode(self, inputs: Any) -> None:
         with self.no_grad():
@@ -364,7 +314,7 @@ def _torch(threads: int) -> Any:
     return torch
 
 
-def load_peer(peer: Peer, device: str, threads: int) -> TransformersWhisper | FasterWhisper | WhisperCpp | OurModel:
+def load_peer(peer: Peer, device: str, threads: int) -> Any:
     """Raises ValueError or OSError where its checkpoint cannot be used."""
     classes = {"faster-whisper": FasterWhisper, "whisper.cpp": WhisperCpp, "ours": OurModel, "onnx": OurModel}
     return classes.get(peer.kind, TransformersWhisper)(peer, device, threads)
@@ -372,18 +322,10 @@ def load_peer(peer: Peer, device: str, threads: int) -> TransformersWhisper | Fa
 
 def require_peer(kind: str) -> None:
     """Raises ValueError where what it needs is not installed."""
-    for module in MODULES[kind]:
+    for module in MODULES.get(kind, ()):
         if find_spec(module) is None:
-            raise ValueError(f"`{module}` is not installed: {INSTALL_PEERS}, or pass --skip {kind}.")
-
-
-def require_onnx(folder: str) -> None:
-    """Raises ValueError where ONNX Runtime is not installed or there is no such folder."""
-    for module in ("onnxruntime", "mdm_asr_hf.onnx.model"):
-        if find_spec(module) is None:
-            raise ValueError(f"`--ours` onnx={folder}: {module!r} cannot be found. Install it, or leave this out.")
-    if not Path(folder).is_dir():
-        raise ValueError(f"`--ours` onnx={folder}: there is no such folder. Export the checkpoint first.")
+            install = "pip install -r benchmarks/requirements.txt"
+            raise ValueError(f"`{module}` is not installed: {install}, or leave it out (--skip {kind}).")
 
 
 def convert_for_faster_whisper(donor: str, folder: Path, quantization: str) -> None:
@@ -399,9 +341,7 @@ def convert_for_faster_whisper(donor: str, folder: Path, quantization: str) -> N
     (folder / "benchmark.json").write_text(json.dumps({"max_length": max_length}), encoding="utf-8")
 
 
-def measure_memory(
-    peer: Peer, batches: Iterable[list[np.ndarray]], device: str, threads: int
-) -> list[dict[str, float]]:
+def measure_memory(peer: Peer, batches: Iterable[list[np.ndarray]], device: str, threads: int) -> list[dict[str, Any]]:
     """
     Loads the peer and transcribes each batch twice, smaller ones first. To be called in a process that has done
     nothing else.
@@ -432,19 +372,18 @@ def measure_memory(
 class _DeviceMemory(threading.Thread):
     """Looks every few milliseconds at how much of the GPU is taken, whoever allocates it: torch or CTranslate2."""
 
-    def __init__(self, interval_s: float = 0.002):
+    def __init__(self):
         import torch
 
         super().__init__(daemon=True)
         self.read = torch.cuda.mem_get_info
         self.lowest_free = self.free_before = self.read()[0]
-        self.interval_s = interval_s
         self.start()
 
     def run(self) -> None:
         while True:
             self.lowest_free = min(self.lowest_free, self.read()[0])
-            time.sleep(self.interval_s)
+            time.sleep(0.002)
 
     def peak_mib(self) -> float:
         """The most that was taken until now."""
@@ -462,20 +401,3 @@ def _peak_rss_mib() -> float:
 
     # Bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-__all__ = [
-    "FasterWhisper",
-    "OurModel",
-    "Peer",
-    "TransformersWhisper",
-    "WhisperCpp",
-    "convert_for_faster_whisper",
-    "load_peer",
-    "measure_memory",
-    "parse_settings",
-    "read_ours",
-    "require_onnx",
-    "require_peer",
-    "split_off",
-]

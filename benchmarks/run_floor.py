@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
 What a clip takes, beside the least that this machine could take for it: the encoder's arithmetic at the peak that
@@ -9,19 +10,17 @@ OUT8 is what `mdm-asr export --int8` wrote, of a Whisper donor.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from peers import watch_stages
-from run_peers import make_clips, table
+from common import RATE_HZ, Row, make_parser, run, table
 
 FRAMES_PER_S, ROUNDS = 50, 5
+STAGES = ("encoder", "causal rows", "drafts")
 
 
 def best_seconds(call: Callable[[], Any], rounds: int = 20) -> float:
@@ -38,6 +37,8 @@ def bytes_per_s(threads: int) -> float:
     """How fast the threads read a quarter of a gigabyte."""
     from concurrent.futures import ThreadPoolExecutor
 
+    import numpy as np
+
     parts = np.split(np.ones(1 << 26, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
         return sum(part.nbytes for part in parts) / best_seconds(lambda: list(pool.map(np.sum, parts)))
@@ -45,18 +46,19 @@ def bytes_per_s(threads: int) -> float:
 
 def operations_per_s(threads: int, int8: bool, size: int = 1024) -> float:
     """Additions and multiplications of products of matrices, by ONNX Runtime as the model runs with it."""
+    import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper, save_model
 
     from mdm_asr_hf.onnx.model import session_options
 
     weight = np.random.default_rng(0).integers(-127, 127, (size, size))
-    kind = (TensorProto.UINT8, TensorProto.INT32) if int8 else (TensorProto.FLOAT, TensorProto.FLOAT)
+    given, made = (TensorProto.UINT8, TensorProto.INT32) if int8 else (TensorProto.FLOAT, TensorProto.FLOAT)
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger" if int8 else "MatMul", ["x", "w"], ["y"])],
         "product",
-        [helper.make_tensor_value_info("x", kind[0], [size, size])],
-        [helper.make_tensor_value_info("y", kind[1], [size, size])],
+        [helper.make_tensor_value_info("x", given, [size, size])],
+        [helper.make_tensor_value_info("y", made, [size, size])],
         [numpy_helper.from_array(weight.astype(np.int8 if int8 else np.float32), "w")],
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -80,35 +82,41 @@ def encoder_operations(config: Any, duration_s: float) -> tuple[float, float]:
     return 2.0 * frames * linear, 2.0 * frames * (convolutions + attention)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Peaks of the machine, and for each length milliseconds a clip and their floors."""
+def is_int8(folder: Path) -> bool:
+    import onnx
+
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    return any(one.data_type == onnx.TensorProto.INT8 for one in graph.initializer)
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """The peaks of the machine; then for each length milliseconds a clip, and their floors."""
+    from peers import watch_stages
+    from run_peers import make_clips
+
     import mdm_asr_hf
 
-    model = mdm_asr_hf.OnnxMDMASR.from_pretrained(args.model, num_threads=args.threads)
-    processor = mdm_asr_hf.OnnxProcessor.from_pretrained(args.model)
-    is_int8 = "int8" in json.dumps(_initializer_types(args.model))
+    folder = Path(args.model)
+    model = mdm_asr_hf.OnnxMDMASR.from_pretrained(folder, num_threads=args.threads)
+    processor = mdm_asr_hf.OnnxProcessor.from_pretrained(folder)
     peaks = {
         "GB/s": bytes_per_s(args.threads) / 1e9,
-        "linear GOP/s": operations_per_s(args.threads, is_int8) / 1e9,
+        "linear GOP/s": operations_per_s(args.threads, is_int8(folder)) / 1e9,
         "fp32 GOP/s": operations_per_s(args.threads, False) / 1e9,
     }
-    weights = {name: (Path(args.model) / f"{name}.onnx").stat().st_size / 1e9 for name in ("decoder", "drafts")}
-    rows = []
-    for length, clips in make_clips(args.data, args.lengths, args.clips).items():
+    weights = {name: (folder / f"{name}.onnx").stat().st_size / 1e9 for name in ("decoder", "drafts")}
+    yield {"kind": "peaks", "peaks": peaks, "weights_gb": weights}
+    for length_s, clips in make_clips(args.data[0], args.lengths, args.clips).items():
         rounds = []
         for _ in range(ROUNDS):
             seconds: dict[str, float] = {}
             evaluations, start = 0, time.perf_counter()
             with watch_stages(model, seconds):
                 for clip in clips:
-                    output = model.generate(
-                        **processor(clip["samples"], sampling_rate=16_000), return_dict_in_generate=True
-                    )
-                    evaluations += int(output.nfe[0])
+                    inputs = processor(clip["samples"], sampling_rate=RATE_HZ)
+                    evaluations += int(model.generate(**inputs, return_dict_in_generate=True).nfe[0])
             rounds.append({**seconds, "all": time.perf_counter() - start})
-        found = {name: statistics.median(one[name] for one in rounds) / len(clips) * 1e3 for name in rounds[0]}
-        mean_s = statistics.mean(len(clip["samples"]) / 16_000 for clip in clips)
-        linear, other = encoder_operations(model.config, mean_s)
+        linear, other = encoder_operations(model.config, statistics.mean(clip["duration_s"] for clip in clips))
         nfe = evaluations / len(clips)
         floor = {
             "encoder": linear / peaks["linear GOP/s"] / 1e6 + other / peaks["fp32 GOP/s"] / 1e6,
@@ -116,45 +124,33 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             # The text's end is not drafted behind.
             "drafts": (nfe - 1) * weights["drafts"] / peaks["GB/s"] * 1e3,
         }
-        rows.append({"length_s": length, "evaluations": nfe, "ms": found, "floor_ms": floor})
-    return {"peaks": peaks, "weights_gb": weights, "threads": args.threads, "rows": rows}
+        ms = {name: statistics.median(one[name] for one in rounds) / len(clips) * 1e3 for name in rounds[0]}
+        yield {"kind": "clips", "length_s": length_s, "evaluations": nfe, "ms": ms, "floor_ms": floor}
 
 
-def _initializer_types(folder: str) -> list[str]:
-    import onnx
-
-    graph = onnx.load(Path(folder) / "decoder.onnx", load_external_data=False).graph
-    return [onnx.TensorProto.DataType.Name(one.data_type).lower() for one in graph.initializer]
+def summarise(rows: list[Row]) -> dict[str, Any]:
+    return {"machine": rows[0], "rows": rows[1:]}
 
 
-def to_markdown(results: dict[str, Any], command: str) -> str:
-    stages = ("encoder", "causal rows", "drafts")
+def to_markdown(summary: dict[str, Any]) -> str:
     lines = []
-    for row in results["rows"]:
+    for row in summary["rows"]:
         ms, floor = row["ms"], row["floor_ms"]
-        cells = [f"{ms[stage]:.1f} / {floor[stage]:.1f}" for stage in stages]
+        cells = [f"{ms.get(stage, 0.0):.1f} / {floor[stage]:.1f}" for stage in STAGES]
         lines.append([f"{row['length_s']:g} s", *cells, f"{ms['all']:.1f} / {sum(floor.values()):.1f}"])
-    peaks = ", ".join(f"{value:.1f} {name}" for name, value in results["peaks"].items())
-    head = ["ms a clip, measured / floor", *stages, "all"]
-    return f"{table(head, lines)}\n\n{results['threads']} threads: {peaks}.\n\n```bash\n{command}\n```\n"
+    peaks = ", ".join(f"{value:.1f} {name}" for name, value in summary["machine"]["peaks"].items())
+    rows, run = table(["ms a clip, measured / floor", *STAGES, "all"], lines), summary["run"]
+    return f"{rows}\n\n{run['threads']} threads: {peaks}.\n\n```bash\n{run['command']}\n```\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = make_parser(__doc__, threads=2)
     parser.add_argument("--lengths", type=float, nargs="+", default=[2, 5, 10, 20, 25])
     parser.add_argument("--clips", type=int, default=8, help="of each length")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    results = measure(args)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(results, indent=1))
-    command = f"python benchmarks/run_floor.py --model {args.model} --data {args.data} --threads {args.threads} "
-    page = to_markdown(results, command + f"--output {args.output}")
-    (args.output / "results.md").write_text(page)
-    print(page)
+    args = parser.parse_args(argv)
+    if not args.rescore and not Path(args.model or "", "decoder.onnx").is_file():
+        parser.error("--model must be a folder that `mdm-asr export` wrote")
+    return run(parser, args, measure, summarise, to_markdown)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Speech with known word times, from joined clips or a forced aligner, and the errors of timestamps against it."""
+"""Speech with known word times, from joined clips or a forced aligner."""
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ NOISE_DB = 10.0
 # Of full scale: digital silence and the dither on it.
 LEAST_DB = -90.0
 HOP_S = 0.01
+LONGEST_GAP_S = 0.8
 
 
 @dataclass
@@ -56,12 +56,7 @@ def speech_span(samples: np.ndarray, rate_hz: int) -> tuple[float, float]:
 
 
 def join_clips(
-    clips: Sequence[np.ndarray],
-    texts: Sequence[str],
-    rate_hz: int,
-    generator: np.random.Generator,
-    name: str = "",
-    longest_gap_s: float = 0.8,
+    clips: Sequence[np.ndarray], texts: Sequence[str], rate_hz: int, generator: np.random.Generator, name: str = ""
 ) -> TimedSpeech:
     """
     Clips one behind the other, each cut to its speech, with silences of random lengths before, between and behind
@@ -76,7 +71,7 @@ def join_clips(
 
     def silence() -> np.ndarray:
         # Not digital silence, which no recording has.
-        return generator.normal(0.0, 1e-4, int(generator.uniform(0.0, longest_gap_s) * rate_hz))
+        return generator.normal(0.0, 1e-4, int(generator.uniform(0.0, LONGEST_GAP_S) * rate_hz))
 
     add(silence())
     for clip, text in zip(clips, texts, strict=True):
@@ -141,30 +136,3 @@ def match_words(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tup
     first, second = [plain_word(word) for word in reference], [plain_word(word) for word in hypothesis]
     blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
     return [(b.a + k, b.b + k) for b in blocks for k in range(b.size) if first[b.a + k]]
-
-
-def summarise_errors(errors_s: Sequence[float]) -> dict[str, Any]:
-    """Absolute errors in ms: median, mean, 90th percentile; shares within 50, 100, 200 ms; and the median error."""
-    errors_ms = 1000 * np.asarray(errors_s, dtype=np.float64)
-    if not len(errors_ms):
-        return {"num_words": 0}
-    size = np.abs(errors_ms)
-    return {
-        "num_words": len(size),
-        "median_ms": round(float(np.median(size)), 1),
-        "mean_ms": round(float(size.mean()), 1),
-        "p90_ms": round(float(np.percentile(size, 90)), 1),
-        **{f"within_{limit}_ms": round(float((size <= limit).mean()), 4) for limit in (50, 100, 200)},
-        "median_signed_ms": round(float(np.median(errors_ms)), 1),
-    }
-
-
-__all__ = [
-    "ForcedAligner",
-    "TimedSpeech",
-    "join_clips",
-    "match_words",
-    "plain_word",
-    "speech_span",
-    "summarise_errors",
-]

@@ -1,18 +1,14 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Token times from cross-attention: the warping, what surrounds it, and `return_token_timestamps`."""
 
-import importlib.util
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timing import ForcedAligner, join_clips, match_words, speech_span, summarise_errors
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 
 import mdm_asr_hf
@@ -319,67 +315,3 @@ def test_golden_times_of_a_recording():
     assert np.median(errors) < 0.12 and errors.max() < 0.25, errors
     # The pause after "was," is no word's, nor is the silence at the end.
     assert words[6].end_s < words[7].start_s - 0.1 and 3.9 < words[-1].end_s < 4.4
-
-
-# --- references ---
-
-
-def tone(duration_s, rate_hz=16000):
-    return np.sin(2 * np.pi * 220 * np.arange(round(duration_s * rate_hz)) / rate_hz).astype(np.float32)
-
-
-def test_speech_span_and_joined_clips():
-    generator = np.random.default_rng(0)
-    noise = [generator.normal(0, 1e-4, 8000).astype(np.float32) for _ in range(2)]
-    clip = np.concatenate([noise[0], tone(1.0), noise[1][:4000]])
-    start_s, end_s = speech_span(clip, 16000)
-    assert start_s == pytest.approx(0.5, abs=0.015) and end_s == pytest.approx(1.5, abs=0.015)
-    assert speech_span(np.zeros(16000, np.float32), 16000) == (0.0, 1.0)
-    joined = join_clips([clip, clip], ["one two", "three"], 16000, generator)
-    assert joined.text == "one two three"
-    assert joined.starts_s[1] is None and joined.ends_s[0] is None
-    for known_s, inside in (joined.starts_s[0], 1), (joined.ends_s[1], -1), (joined.starts_s[2], 1):
-        place = round(known_s * 16000)
-        around = [np.abs(joined.samples[place + side * 640 :][:320]).max() for side in (-2 * inside, inside)]
-        assert around[0] < 0.01 < 0.5 < around[1]
-
-
-def test_matching_and_summary():
-    assert match_words("The cat, sat on".split(), "the CAT on it".split()) == [(0, 0), (1, 1), (3, 2)]
-    numbers = summarise_errors([0.01, -0.03, 0.06, 0.3])
-    assert (numbers["num_words"], numbers["median_ms"], numbers["mean_ms"]) == (4, 45.0, 100.0)
-    assert [numbers[f"within_{ms}_ms"] for ms in (50, 100, 200)] == [0.5, 0.75, 0.75]
-    assert numbers["median_signed_ms"] == 35.0 and numbers["p90_ms"] == 228.0
-    assert summarise_errors([]) == {"num_words": 0}
-
-
-def test_forced_aligner_on_a_recording():
-    pytest.importorskip("pocketsphinx")
-    samples, rate_hz = soundfile.read(RECORDING, dtype="float32")
-    assert rate_hz == ForcedAligner.rate_hz
-    aligner, words = ForcedAligner(), (ROOT / "demo" / "transcript.txt").read_text().split()
-    times_s = aligner.align(samples, words)
-    assert [start for start, _ in times_s] == pytest.approx(STARTS_S, abs=0.03)
-    assert aligner.align(samples, ["qwxzk"]) is None
-
-
-def test_the_benchmark_scores_its_own_words_again(tmp_path):
-    spec = importlib.util.spec_from_file_location("run_timestamps", ROOT / "benchmarks" / "run_timestamps.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    lines = [
-        # The second word was not recognised; of joined clips only the outermost times are known.
-        ("checked", [["a", 0.1, 0.2], ["b", 0.2, 0.4], ["c", 0.4, 0.6]], [["A", 0.13, 0.2], ["c.", 0.3, 0.66]]),
-        ("joined", [["a", 0.5, None], ["b", None, 0.9]], [["a", 0.5, 0.6], ["b", 0.6, 0.95]]),
-    ]
-    rows = [
-        {"dataset": "d", "id": kind, "reference": kind, "system": "mdm-asr", "known": known, "words": words}
-        for kind, known, words in lines
-    ]
-    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "results.json").write_text(json.dumps({"data": {"d": {"name": "d"}}}))
-    scored = benchmark.main(["--rescore", str(tmp_path)])["data"]["d"]["mdm-asr"]
-    assert scored["checked"]["start"]["num_words"] == 2 and scored["checked"]["start"]["mean_ms"] == 65.0
-    assert scored["aligner"] == scored["checked"]
-    assert scored["joined"]["start"]["median_ms"] == 0.0 and scored["joined"]["end"]["median_signed_ms"] == 50.0
-    assert "| d | checked | mdm-asr | start | 2 | 65.0 |" in (tmp_path / "results.md").read_text()
