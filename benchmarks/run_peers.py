@@ -446,6 +446,30 @@ def _tables(results: list[Row], ratios: list[Row], lengths_s: list[float], title
         yield table(head, [[*pair, *numbers] for pair, numbers in times.items()])
 
 
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """RTFx against the length of the clips, a panel per batch size; encoders alone dashed."""
+    from matplotlib.figure import Figure
+
+    results = summary["results"]
+    batch_sizes = sorted({one["batch_size"] for one in results})
+    figure = Figure(figsize=(5.5 * len(batch_sizes), 5.5), layout="constrained")
+    panels = figure.subplots(1, len(batch_sizes), squeeze=False, sharey=True)[0]
+    colours = {system: f"C{i % 10}" for i, system in enumerate(dict.fromkeys(one["system"] for one in results))}
+    for panel, batch_size in zip(panels, batch_sizes, strict=True):
+        for system, colour in colours.items():
+            points = [one for one in results if (one["system"], one["batch_size"]) == (system, batch_size)]
+            points.sort(key=lambda one: one["length_s"])
+            if points:
+                style = {"linestyle": "--"} if points[0]["task"] == "encode" else {}
+                xy = zip(*((one["length_s"], one["rtfx"]) for one in points), strict=True)
+                panel.plot(*xy, marker="o", color=colour, label=system, **style)
+        panel.set(title=f"batch size {batch_size}", xlabel="length of the clips, s", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("RTFx, s of audio per s")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser = make_parser(__doc__, data=1, threads=2)
     parser.add_argument("--donor", help="folder or id of the Whisper checkpoint")
@@ -473,7 +497,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         parser.error("--clips, --rounds, --threads and --batch-sizes must be at least 1")
     if args.data and not args.donor and set(args.skip) != set(PEERS):
         parser.error(f"--donor is needed, or --skip {' '.join(PEERS)}")
-    return run(parser, args, measure, summarise, to_markdown)
+    summary = run(parser, args, measure, summarise, to_markdown)
+    plot(summary, (args.rescore or args.output) / "results.png")
+    return summary
 
 
 if __name__ == "__main__":
