@@ -1,6 +1,6 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The handler of a Hugging Face Inference Endpoint: beside requirements.txt in a model's repository, it serves that model.
+The handler of a Hugging Face Inference Endpoint: beside requirements.txt in a model's repository it serves that model.
 """
 
 import base64
