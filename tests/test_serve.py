@@ -577,7 +577,7 @@ def test_curl_as_printed(command):
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     _, url = command
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```bash[^\n]*\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("curl")]
     assert len(lines) >= 4
     for line in lines:

@@ -86,6 +86,9 @@ def allowed(extras):
 def hidden(distributions):
     """The modules of this environment that none of these distributions has."""
     own = {"mdm-asr-hf", "pip", "setuptools"}
+    if "ray" in distributions:
+        # It brings them in a folder that it puts on the path itself.
+        own |= {"colorama", "psutil"}
     return sorted(
         module
         for module, owners in packages_distributions().items()

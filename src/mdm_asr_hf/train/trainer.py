@@ -118,15 +118,14 @@ def make_wer_metric(processor: Any, language: str | None = None) -> Callable[[Ev
     Args:
         processor: the processor or tokenizer whose `decode` turns ids into text. Negative ids are padding.
         language (`str`, *optional*): "en" normalises with Whisper's English normaliser (without its table of
-            spellings, unless the tokenizer has one), any other with its basic one. Default: the prompt's language.
+            spellings), any other with its basic one. Default: the prompt's language.
 
     Raises:
         ValueError: (the metric) there is no word in the references.
     """
     if language is None:
         language = ((getattr(processor, "prompt_template", None) or {}).get("defaults") or {}).get("language", "en")
-    tokenizer = getattr(processor, "tokenizer", processor)
-    normalize = normaliser(language, getattr(tokenizer, "english_spelling_normalizer", None))
+    normalize = normaliser(language)
 
     def texts(rows: Any) -> list[str]:
         rows = rows[0] if isinstance(rows, tuple) else rows
