@@ -487,23 +487,12 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         return self.embed(embeds.flatten(1, 2), positions.flatten(1))
 
     def _self_attention_mask(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, future_visibility: float | None
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor | None:
         if self.config.is_causal:
             # There is no cache, whose name differs between releases.
             return create_causal_mask(self.config, hidden_states, attention_mask, None)
-        if future_visibility is None:
-            return key_mask(self, hidden_states, attention_mask)
-        length = hidden_states.shape[1]
-        # Each later position is revealed with this probability, drawn anew in every call (arXiv 2410.17891).
-        shape = (hidden_states.shape[0], length, length)
-        revealed = torch.rand(shape, device=hidden_states.device) < future_visibility
-        visible = revealed | torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()
-        if attention_mask is not None:
-            # The diagonal stays: a row without any key would be NaN.
-            itself = torch.eye(length, dtype=torch.bool, device=hidden_states.device)
-            visible = visible & (attention_mask.bool()[:, None, :] | itself)
-        return self._pair_mask(visible, hidden_states.dtype)
+        return key_mask(self, hidden_states, attention_mask)
 
     def _pair_mask(self, visible: torch.BoolTensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         """A mask of pairs (B, Q, K) as the attention takes it."""
@@ -532,7 +521,6 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         cross_attention_states: tuple[KeyValue, ...] | None = None,
         token_embeds: torch.Tensor | None = None,
-        future_visibility: float | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: DraftingCache | None = None,
         frontiers: torch.LongTensor | None = None,
@@ -550,9 +538,6 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
             encoder_attention_mask (`torch.Tensor` of shape (B, T), *optional*): 0 for padded frames.
             cross_attention_states (*optional*): what `cross_attention_states` returned for these frames.
             token_embeds (`torch.Tensor` of shape (B, L, D), *optional*): instead of the embeddings of `input_ids`.
-            future_visibility (`float`, *optional*):
-                The share of later positions a position may attend to: from 0, causal as the donor, to 1, for annealing
-                from the one to the other in training. None is the full attention.
             position_ids (`torch.LongTensor` of shape (B, L), *optional*): where `input_ids` stand, default 0 to L - 1.
             past_key_values ([`DraftingCache`], *optional*): the causal rows' keys and values are written to its slots.
             frontiers (`torch.LongTensor` of shape (B, F), *optional*): positions behind which blocks of drafts stand.
@@ -565,7 +550,7 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         if cross_attention_states is None:
             cross_attention_states = self.cross_attention_states(encoder_hidden_states)
         if past_key_values is None:
-            self_mask = self._self_attention_mask(hidden_states, attention_mask, future_visibility)
+            self_mask = self._self_attention_mask(hidden_states, attention_mask)
         else:
             self_mask = self._pair_mask(attention_mask, hidden_states.dtype)
         # One for all rows: causal ones and masks are of different numbers.

@@ -340,8 +340,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             input_values (`torch.Tensor`, *optional*): another name for `input_features`, as waveform encoders call
                 them.
             teacher ([`TeacherOutput`], *optional*): what objectives with weights for frames or logits learn.
-            kwargs: for encoder and decoder, such as `output_attentions`, or `future_visibility`, `past_key_values` and
-                `frontiers` of [`MDMASRDecoder`].
+            kwargs: for encoder and decoder, such as `output_attentions`, or `past_key_values` and `frontiers` of
+                [`MDMASRDecoder`].
 
         Returns:
             [`MDMASROutput`]: `loss` if there are labels; `logits` (B, P + L, V), or (B, L, V) of the canvas alone with
