@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..data.sources import BadRows, describe_skipped
 from ..encoder_mdm_asr import MDMASREncoderOutput
+from ..files import replacing
 from ..objective_mdm_asr import TeacherOutput
 from ..safeguards_mdm_asr import NO_SAFEGUARDS, is_suspicious
 from .clips import SpeechClips
@@ -142,9 +143,8 @@ class _Blocks:
         description, path = {"version": VERSION, **describe_donor(model), "source": source}, folder / "cache.json"
         if not path.exists():
             # At once: other processes may be about to read it.
-            temporary = path.with_suffix(f".{os.getpid()}.part")
-            temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         there = json.loads(path.read_text(encoding="utf-8"))
         different = [name for name in description if there.get(name) != description[name]]
         if different:
