@@ -31,7 +31,7 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.evaluate.scoring import count_errors, normaliser
 from mdm_asr_hf.transcribe import transcriber
 from mdm_asr_hf.transcribe.joining import DecodedWindow, join_texts, join_windows, keep_once
-from mdm_asr_hf.transcribe.transcriber import Transcriber, batches, longest_window_s, read_output
+from mdm_asr_hf.transcribe.transcriber import Transcriber, batches, read_output, window_lengths
 
 REPOSITORY = Path(__file__).parent.parent
 RECORDING = next((REPOSITORY / "demo").glob("*.flac"))
@@ -263,7 +263,7 @@ def test_out_of_memory_names_the_remedy():
         raise torch.OutOfMemoryError("no memory")
 
     transcriber = Transcriber(ToneModel(fails=fails), ToneProcessor(), vad="energy")
-    with pytest.raises(ValueError, match="max_window_s=30.*Set it lower"):
+    with pytest.raises(ValueError, match="max_window_s.*Set it lower"):
         transcriber.transcribe((recording([[1]], [0.5]), RATE))
 
 
@@ -332,10 +332,10 @@ def test_what_an_earlier_run_decoded_is_not_decoded_again():
 def test_the_longest_window():
     extractor = ToneProcessor(30.0).feature_extractor
     settings = MDMASRGenerationConfig(max_window_s=12.0)
-    assert longest_window_s(None, MDMASRGenerationConfig(), extractor) == 30
-    assert longest_window_s(None, settings, extractor) == 12 and longest_window_s(8, settings, extractor) == 8
-    assert longest_window_s(None, settings, ToneProcessor(10.0).feature_extractor) == 10
-    assert longest_window_s(None, MDMASRGenerationConfig(), ToneProcessor(None).feature_extractor) == 30
+    assert window_lengths(None, MDMASRGenerationConfig(), extractor) == (20, 30)
+    assert window_lengths(None, settings, extractor) == (12, 12) and window_lengths(8, settings, extractor) == (8, 8)
+    assert window_lengths(None, settings, ToneProcessor(10.0).feature_extractor) == (10, 10)
+    assert window_lengths(None, MDMASRGenerationConfig(), ToneProcessor(None).feature_extractor) == (20, 30)
     for wrong in (31, 0.5, 0, -1, "8", True, float("nan")):
         with pytest.raises(ValueError, match="max_window_s"):
             Transcriber(ToneModel(), ToneProcessor(), max_window_s=wrong)

@@ -310,6 +310,13 @@ def test_no_sound_is_lost_whatever_is_cut(data, durations_s, max_window_s, vad):
         assert mask.all()
 
 
+@pytest.mark.parametrize(("seconds", "is_whole"), [(9.0, True), (10.0, True), (10.1, False)])
+def test_what_is_short_enough_is_not_cut(seconds, is_whole):
+    samples = np.ones(round(seconds * RATE), dtype=np.float32)
+    windows = list(cut_windows([samples], RATE, None, 6.0, 10.0))
+    assert (len(windows) == 1) == is_whole and (is_whole or max(window.duration_s for window in windows) <= 6.0)
+
+
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.floats(0.3, 4.0), st.floats(0.4, 5.0)), min_size=1, max_size=15), st.floats(5.0, 12.0))
 def test_where_there_are_pauses_no_sound_is_cut(parts, max_window_s):

@@ -27,7 +27,7 @@ from ..generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from ..int8 import is_int8
 from ..prompt_mdm_asr import AUTO, prompt_values
 from ..transcribe.joining import DecodedWindow, join_windows, keep_once
-from ..transcribe.transcriber import longest_window_s
+from ..transcribe.transcriber import window_lengths
 from ..transcribe.voice_activity import make_vad
 from ..transcribe.windows import Window, cut_windows
 from .data import PRESETS, EvaluationData, load_data
@@ -163,7 +163,7 @@ class _Runner:
         extractor = processor.feature_extractor
         self.rate_hz = extractor.sampling_rate
         self.max_duration_s = getattr(extractor, "max_duration_s", None) or math.inf
-        self.max_window_s = longest_window_s(None, self.settings, extractor)
+        self.window_lengths = window_lengths(None, self.settings, extractor)
         self.skipped: list[tuple[str, ValueError]] = []
 
     def warm_up(self, batches: Sequence[Sequence[int]]) -> None:
@@ -201,7 +201,7 @@ class _Runner:
     def _row_of_windows(self, index: int, clip: np.ndarray, batch_size: int) -> dict[str, Any]:
         """Of a clip that has to be cut. One without any speech is a window without samples."""
         duration_s = len(clip) / self.rate_hz
-        windows = list(cut_windows([clip], self.rate_hz, make_vad("auto", self.rate_hz), self.max_window_s))
+        windows = list(cut_windows([clip], self.rate_hz, make_vad("auto", self.rate_hz), *self.window_lengths))
         windows = windows or [Window(0.0, duration_s, clip[:0])]
         rows = []
         for start in range(0, len(windows), batch_size):

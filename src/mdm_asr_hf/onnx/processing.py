@@ -112,6 +112,7 @@ class Tokenizer:
         self._vocabulary = self._model["vocab"] | self._added
         self._pieces = {token_id: _piece(token) for token, token_id in self._vocabulary.items()}
         self.all_special_ids = [token["id"] for token in content["added_tokens"] if token["special"]]
+        self._special = frozenset(self.all_special_ids)
         self.unk_token_id = None if unk_token is None else self._vocabulary.get(unk_token)
 
     @cached_property
@@ -136,7 +137,7 @@ class Tokenizer:
         return [token_id for token_id in found if token_id is not None]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
-        skipped = self.all_special_ids if skip_special_tokens else ()
+        skipped = self._special if skip_special_tokens else ()
         pieces = (self._pieces.get(token_id, b"") for token_id in token_ids if token_id not in skipped)
         return b"".join(pieces).decode("utf-8", errors="replace")
 

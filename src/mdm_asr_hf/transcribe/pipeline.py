@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..audio_mdm_asr import AudioStream, is_audio_batch, is_audio_stream
 from ..processing_mdm_asr import MDMASRProcessor
 from .joining import DecodedWindow, join_windows, keep_once
-from .transcriber import longest_window_s, read_output
+from .transcriber import read_output, window_lengths
 from .transcript import Transcript, round_share
 from .voice_activity import make_vad
 from .windows import Window, cut_windows
@@ -71,9 +71,8 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
         preprocess, forward, postprocess = {}, {**(generate_kwargs or {}), **kwargs}, {}
         if chunk_length_s:
             settings = self.model.generation_config
-            preprocess["max_window_s"] = longest_window_s(
-                chunk_length_s, settings, self.feature_extractor, name="chunk_length_s"
-            )
+            lengths = window_lengths(chunk_length_s, settings, self.feature_extractor, name="chunk_length_s")
+            preprocess["lengths"] = lengths
         if vad is not None:
             make_vad(vad, self.feature_extractor.sampling_rate)
             preprocess["vad"] = vad
@@ -108,15 +107,14 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
         return MDMASRProcessor(self.feature_extractor, self.tokenizer, template)
 
     def preprocess(
-        self, inputs: Any, max_window_s: float | None = None, vad: str = "auto"
+        self, inputs: Any, lengths: tuple[float, float] | None = None, vad: str = "auto"
     ) -> Iterator[dict[str, Any]]:
         """The windows of one recording; at least one, which is empty if nobody speaks."""
         rate_hz = self.feature_extractor.sampling_rate
-        if max_window_s is None:
-            max_window_s = longest_window_s(None, self.model.generation_config, self.feature_extractor)
+        lengths = lengths or window_lengths(None, self.model.generation_config, self.feature_extractor)
         stream = AudioStream(inputs, target_sampling_rate=rate_hz)
         try:
-            windows = cut_windows(stream, rate_hz, make_vad(vad, rate_hz), max_window_s)
+            windows = cut_windows(stream, rate_hz, make_vad(vad, rate_hz), *lengths)
             is_empty = True
             for window in windows:
                 is_empty = False

@@ -65,22 +65,25 @@ class Window:
         return self.overlap_before_s > 0 or self.overlap_after_s > 0
 
 
-def cut_windows(blocks: Iterable[np.ndarray], rate_hz: float, vad: Any, max_window_s: float) -> Iterator[Window]:
+def cut_windows(
+    blocks: Iterable[np.ndarray], rate_hz: float, vad: Any, max_window_s: float, whole_s: float | None = None
+) -> Iterator[Window]:
     """
     Windows of a recording, in order, of at most `max_window_s` seconds each.
 
-    A recording that fits into one window is one, as it is. Of a longer one, stretches without speech are skipped, and
+    A recording of at most `whole_s` is one, as it is. Of a longer one, stretches without speech are skipped, and
     it is cut at pauses: those are taken for which all windows in view cost the least, long pauses being cheap. Where
     speech goes on for longer than a window without a pause, windows overlap. A recording without any speech gives no
-    window, unless it fits into one.
+    window, unless it is so short.
 
     Args:
         blocks (iterable of `np.ndarray`): mono samples, in order; held no longer than some windows.
         rate_hz (`float`): their rate.
         vad: a detector of `voice_activity`, which stays as it is, or None: everything is speech.
         max_window_s (`float`): the longest window.
+        whole_s (`float`, *optional*): the longest recording that is not cut. By default `max_window_s`.
     """
-    windows = _Cutter(rate_hz, vad, max_window_s).cut(blocks)
+    windows = _Cutter(rate_hz, vad, max_window_s, whole_s or max_window_s).cut(blocks)
     previous = next(windows, None)
     if previous is None:
         return
@@ -97,14 +100,14 @@ class _Cutter:
     `continues`, and its first `overlap` frames are shared with the window before.
     """
 
-    def __init__(self, rate_hz: float, vad: Any, max_window_s: float):
+    def __init__(self, rate_hz: float, vad: Any, max_window_s: float, whole_s: float):
         # What a detector remembers is of one recording, and others may be cut by the same one at the same time.
         self.rate_hz, self.vad = rate_hz, copy.copy(vad)
         self.frame_size = round(FRAME_S * rate_hz) if vad is None else vad.frame_size
         if vad is not None:
             self.vad.reset()
         self.max_frames = int(max_window_s * rate_hz / self.frame_size)
-        self.max_samples = int(max_window_s * rate_hz)
+        self.whole_samples = int(whole_s * rate_hz)
         self.overlap_frames = self._frames(min(OVERLAP_SHARE * max_window_s, MAX_OVERLAP_S))
         self.origin, self.samples, self.scores = 0, np.zeros(0, dtype=np.float32), np.zeros(0)
         self.is_complete = False
@@ -117,7 +120,7 @@ class _Cutter:
             self.samples = np.concatenate([self.samples, block])
             scores = np.ones(math.ceil(len(block) / self.frame_size)) if self.vad is None else self.vad(block)
             self.scores = np.concatenate([self.scores, scores])
-            if self.origin == 0 and not self.continues and len(self.samples) <= self.max_samples:
+            if self.origin == 0 and not self.continues and len(self.samples) <= self.whole_samples:
                 if self.is_complete:
                     yield self._window(0, len(self.scores))
                     return
