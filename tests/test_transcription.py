@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Transcriber: every word once and in order, whatever is cut; the same text in any batch; bad recordings apart."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -192,6 +193,41 @@ def test_words_have_their_times(clips):
     for word, (_, start_s) in zip(found, expected, strict=True):
         # Windows start amid frames of 32 ms, and the recogniser has frames of 10 ms.
         assert abs(word.start_s - start_s) < 0.03 and abs(word.end_s - start_s - WORD_S) < 0.03
+
+
+class HastyModel(ToneModel):
+    """Takes a pause for the end, as Whisper does now and then."""
+
+    def _hear(self, samples):
+        words = super()._hear(samples)
+        ends = [k for k, (one, after) in enumerate(itertools.pairwise(words), 1) if after[1] - one[2] > 0.4]
+        return words[: ends[0]] if ends else words
+
+
+@pytest.mark.parametrize("vad", ["energy", "none"])
+def test_what_is_said_behind_an_early_end_is_heard(vad):
+    clips = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22]]
+    samples = recording(clips, [0.5] * 3)
+    transcriber = Transcriber(HastyModel(), ToneProcessor(), vad=vad, timestamps=True)
+    found = transcriber.transcribe(samples, sampling_rate=RATE)
+    if vad == "none":
+        # Nothing tells how much is spoken.
+        assert found.text == text_of(clips[:1])
+        return
+    assert found.text == text_of(clips)
+    # The whole window's evaluations are counted, too.
+    assert found.nfe == len(clips[0]) + 1 + sum(len(one) + 1 for one in clips)
+    assert abs(found.words[9].start_s - (0.5 + 9 * (WORD_S + GAP_S) - GAP_S + 0.5)) < 0.03
+
+
+def test_slow_speech_stays_as_it_is():
+    # A word every two seconds, in one window: its halves say no more.
+    clips, model = [[word] for word in range(8)], ToneModel()
+    found = Transcriber(model, ToneProcessor(), vad="energy").transcribe(
+        recording(clips, [1.2] * 8), sampling_rate=RATE
+    )
+    assert found.text == text_of(clips)
+    assert found.confidence == pytest.approx(0.9)
 
 
 def test_a_word_repeated_without_end_keeps_its_number():

@@ -5,8 +5,11 @@ heard it farther from its edges."""
 import itertools
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from ..confidence_mdm_asr import utterance_confidence
 from .transcript import UNSPACED, Segment, Transcript, group_words, round_seconds, round_share
 from .windows import Window
 
@@ -106,6 +109,27 @@ def keep_once(windows: Sequence[DecodedWindow]) -> list[range]:
             stop, firsts[i + 1] = _seam(left, right, firsts[i])
             stops[i] = max(stop, firsts[i])
     return [range(first, max(first, stop)) for first, stop in zip(firsts, stops, strict=True)]
+
+
+def join_parts(whole: DecodedWindow, parts: Sequence[DecodedWindow]) -> DecodedWindow:
+    """A window of what was decoded of its parts, in order, for which it was decoded itself before."""
+    pieces, confidences, times_s = [], [], []
+    for part, kept in zip(parts, keep_once(parts), strict=True):
+        own = [part.pieces[k] for k in kept]
+        if pieces and own and join_texts([pieces[-1].strip(), own[0].strip()]) != pieces[-1].strip() + own[0].strip():
+            own[0] = " " + own[0].lstrip()
+        pieces += own
+        confidences += [part.confidences[k] for k in kept]
+        times_s += [part.times_s[k] for k in kept] if part.times_s is not None else []
+    return replace(
+        whole,
+        pieces=pieces,
+        confidences=confidences,
+        times_s=times_s if len(times_s) == len(pieces) else None,
+        confidence=utterance_confidence(np.array([confidences]))[0],
+        nfe=whole.nfe + sum(part.nfe for part in parts),
+        is_full=any(part.is_full for part in parts),
+    )
 
 
 def join_texts(texts: Sequence[str]) -> str:

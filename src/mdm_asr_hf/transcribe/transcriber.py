@@ -5,7 +5,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,10 @@ from ..confidence_mdm_asr import utterance_confidence
 from ..encoding_mdm_asr import check_unicode
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
 from ..prompt_mdm_asr import prompt_values
-from .joining import DecodedWindow, join_windows
+from .joining import DecodedWindow, join_parts, join_windows
 from .transcript import Transcript, text_length, token_texts
 from .voice_activity import make_vad
-from .windows import Window, cut_windows
+from .windows import Window, cut_in_half, cut_windows
 
 # Seconds of audio that wait to be batched with others of their length: 38 MB of samples.
 POOL_S = 600.0
@@ -29,6 +29,9 @@ WINDOW_S = 20.0
 # Of models that do not say how much they take at once.
 FALLBACK_WHOLE_S = 30.0
 MIN_WINDOW_S = 1.0
+# Speakers take two to five tokens for a second of speech. A text of fewer than this, of at least so many seconds, may
+# have ended too early; it did if others say more by this factor.
+TOKENS_PER_S, LEAST_HEARD_OUT_S, MORE_HEARD = 1.6, 6.0, 1.5
 
 
 class Transcriber:
@@ -199,7 +202,7 @@ class Transcriber:
             return []
         arguments = [self.arguments] * len(windows) if arguments is None else arguments
         try:
-            return self._generate(windows, arguments)
+            return self._hear_out(windows, arguments, self._generate(windows, arguments))
         except (ValueError, *self.model.memory_errors) as error:
             if len(windows) > 1:
                 pairs = zip(windows, arguments, strict=True)
@@ -212,6 +215,34 @@ class Transcriber:
                     f"memory than {self.model.device} has. Set it lower."
                 )
             ]
+
+    def _hear_out(
+        self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]], results: list[DecodedWindow]
+    ) -> list[DecodedWindow]:
+        """Whisper takes a pause between two sentences for the end now and then. Texts that are too short for what is
+        spoken give way to those of the windows' halves, where these say more."""
+        results, halves = list(results), {}
+        for place, (window, result) in enumerate(zip(windows, results, strict=True)):
+            # Where nothing was found, or words will be looked for in other windows, it stays as it is.
+            if self.vad is None or not result.pieces or window.needs_times or window.duration_s < LEAST_HEARD_OUT_S:
+                continue
+            if len(result.pieces) < TOKENS_PER_S * window.duration_s:
+                parts, spoken_s = cut_in_half(window, self.rate_hz, self.vad)
+                if len(parts) > 1 and len(result.pieces) < TOKENS_PER_S * spoken_s:
+                    halves[place] = parts
+        parts = [part for parts in halves.values() for part in parts]
+        its = [arguments[place] for place, parts in halves.items() for _ in parts]
+        decoded = []
+        for start in range(0, len(parts), self.batch_size):
+            chosen = slice(start, start + self.batch_size)
+            decoded += self._decode(parts[chosen], its[chosen])
+        for place, parts in halves.items():
+            own, decoded = decoded[: len(parts)], decoded[len(parts) :]
+            if not any(isinstance(one, ValueError) for one in own):
+                whole, joined = results[place], join_parts(results[place], own)
+                says_more = len(joined.pieces) > MORE_HEARD * len(whole.pieces)
+                results[place] = joined if says_more else replace(whole, nfe=joined.nfe)
+        return results
 
     def _generate(self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]]) -> list[DecodedWindow]:
         with_times = self.timestamps or any(window.needs_times for window in windows)
