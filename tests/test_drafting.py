@@ -200,8 +200,8 @@ def test_drawn_tokens_have_the_softmaxs_distribution():
 def test_logits_are_read_where_they_are(make):
     assert choose_tokens(make([[[1.0, 3.0, 3.0]]])).tolist() == [[1]]
     logits = make([[[0.0, math.log(3), -math.inf], [0.0, 0.0, 0.0]]])
-    log_probs = log_probs_of(logits, np.array([[1, 0, 0]]), np.array([[2, 1, 0]]))
-    np.testing.assert_allclose(log_probs, [[math.log(1 / 3), math.log(3 / 4), math.log(1 / 4)]], rtol=1e-5)
+    log_probs = log_probs_of(logits, np.zeros(3, int), np.array([1, 0, 0]), np.array([2, 1, 0]))
+    np.testing.assert_allclose(log_probs, [math.log(1 / 3), math.log(3 / 4), math.log(1 / 4)], rtol=1e-5)
 
 
 # The hypothesis.

@@ -247,15 +247,14 @@ def choose_tokens(
     return to_numpy(logits.argmax(-1))
 
 
-def log_probs_of(logits: Any, columns: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-    """The log-probabilities (R, A) of tokens (R, A) by columns (R, A) of logits (R, N, V)."""
-    rows = np.arange(len(columns))[:, None]
-    if isinstance(logits, np.ndarray):
-        read = logits[rows, columns]
+def log_probs_of(logits: Any, rows: np.ndarray, columns: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """The log-probabilities (A,) of tokens (A,) by rows (A,) and columns (A,) of logits (R, N, V)."""
+    read, places = logits[rows, columns], np.arange(len(rows))
+    if isinstance(read, np.ndarray):
         read -= read.max(axis=-1, keepdims=True)
-        chosen = np.take_along_axis(read, token_ids[..., None], -1)[..., 0]
+        chosen = read[places, token_ids]
         return chosen - np.log(np.exp(read, out=read).sum(axis=-1))
-    return to_numpy(logits[rows, columns].log_softmax(-1)[rows, np.arange(columns.shape[1]), token_ids])
+    return to_numpy(read.log_softmax(-1)[places, token_ids])
 
 
 def to_numpy(values: Any) -> np.ndarray:

@@ -82,8 +82,8 @@ def no_speech_probability(logits: Any, no_speech_token_id: int) -> np.ndarray:
     the probability tells speech from sounds by itself, and the text need not be written
     (`benchmarks/run_safeguards.py`).
     """
-    columns = np.zeros((len(logits), 1), dtype=np.int64)
-    return np.exp(log_probs_of(logits[:, None], columns, columns + no_speech_token_id)[:, 0])
+    rows, columns = np.arange(len(logits)), np.zeros(len(logits), dtype=np.int64)
+    return np.exp(log_probs_of(logits[:, None], rows, columns, columns + no_speech_token_id))
 
 
 __all__ = [

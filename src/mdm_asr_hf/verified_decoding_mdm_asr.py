@@ -318,7 +318,10 @@ class VerifiedDecoder:
         numbers = np.array([*branches, -1])[accepted.branch] + 1
         at = rows[:, None]
         text.tokens[at, target] = new
-        text.log_probs[at, target] = log_probs_of(logits, accepted.path, new)
+        row, place = is_new.nonzero()
+        text.log_probs[rows[row], target[row, place]] = log_probs_of(
+            logits, row, accepted.path[row, place], new[row, place]
+        )
         text.commit_steps[at, target] = text.nfe[at]
         text.branches[at, target] = np.where(places < accepted.num_accepted[:, None], numbers[:, None], 0)
         num_new = is_new.sum(axis=1)
