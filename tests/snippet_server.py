@@ -1,7 +1,8 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Runs the commands of documentation in forks of one process that has imported what takes seconds, without what is
-hidden from it: `python snippet_server.py SOCKET '["hidden", "modules"]' [CHECKPOINT]`."""
+hidden from it, or only reads their options: `python snippet_server.py SOCKET '["hidden", "modules"]' [CHECKPOINT]`."""
 
+import argparse
 import json
 import os
 import runpy
@@ -16,19 +17,33 @@ CLIENT = """#!{python} -SE
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-socket.send_fds(server, [json.dumps([sys.argv, os.getcwd()]).encode()], [0, 1, 2])
+socket.send_fds(server, [json.dumps([sys.argv, os.getcwd(), "ONLY_READ" in os.environ]).encode()], [0, 1, 2])
 sys.exit(int(server.recv(16) or 70))
 """
 
 
-def run(program, arguments):
+PARSE = argparse.ArgumentParser.parse_known_args
+
+
+def read_arguments(parser, args=None, namespace=None):
+    """Ends the program once its arguments are read."""
+    _, unknown = PARSE(parser, args, namespace)
+    if unknown:
+        parser.error(f"unknown: {unknown}")
+    sys.exit()
+
+
+def run(program, arguments, only_read):
     if program == "python":
+        if only_read:
+            argparse.ArgumentParser.parse_known_args = read_arguments
         sys.argv = arguments
+        sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
         runpy.run_path(arguments[0], run_name="__main__")
         return
     from mdm_asr_cli.app import app, main
 
-    if arguments[0] in ONLY_READ:
+    if only_read or arguments[0] in ONLY_READ:
         import typer
 
         typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
@@ -73,11 +88,11 @@ def serve(path, hidden, checkpoint=None):
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, encoding="utf-8", closefd=False) for number, mode in ((0, "r"), (1, "w"), (2, "w"))
         )
-        (program, *arguments), folder = json.loads(message)
+        (program, *arguments), folder, only_read = json.loads(message)
         os.chdir(folder)
         code = 0
         try:
-            run(os.path.basename(program), arguments)
+            run(os.path.basename(program), arguments, only_read)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:

@@ -2,7 +2,7 @@
 """
 The code blocks of the documentation, run as they are printed and in that order, in a folder with recordings of the
 names they mention, where nothing can be imported but what the page says to install. A block that no test can run is
-marked `no-run` and why, in a word.
+marked `no-run` and why, in a word; of some the arguments are read all the same.
 """
 
 import json
@@ -37,8 +37,9 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INSTALL = re.compile(r'pip install "\.\[([\w,]+)\]"')
-# What cannot be there where tests run.
-REASONS = {"data", "docker", "gpu", "Hub", "microphone", "multilingual", "server", "setup", "training"}
+# What cannot be there where tests run; of what takes hours or recordings of its own, the arguments are read.
+ONLY_READ = {"data", "training"}
+REASONS = {"docker", "gpu", "Hub", "microphone", "multilingual", "server", "setup", *ONLY_READ}
 SPEECH = ("common_voice", "librispeech", "speechocean762", "vctk")
 
 
@@ -123,24 +124,30 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def commands(clone, tmp_path_factory):
-    """Gives the folder of programs, for the path, that see what these extras install."""
+    """Gives the folder of programs, for the path, that see what these extras install; without any, all there is."""
     processes, folders = [], {}
 
     def start(extras, is_tiny):
         if (extras, is_tiny) in folders:
             return folders[extras, is_tiny]
-        distributions = allowed(extras)
-        if distributions is None:
+        distributions = extras and allowed(extras)
+        if extras and distributions is None:
             return None
         folder = folders[extras, is_tiny] = tmp_path_factory.mktemp("bin")
         path = str(folder / "socket")
-        command = [sys.executable, ROOT / "tests" / "snippet_server.py", path, json.dumps(hidden(distributions))]
+        command = [
+            sys.executable,
+            ROOT / "tests" / "snippet_server.py",
+            path,
+            json.dumps(hidden(distributions) if extras else []),
+        ]
         source = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
         processes.append(subprocess.Popen([*command, *([clone / "tiny"] if is_tiny else [])], env=source, cwd=clone))
         for name in ("mdm-asr", "python"):
             (folder / name).write_text(CLIENT.format(python=sys.executable, path=path))
         (folder / "pip").write_text("#!/bin/sh\nexit 0\n")
         (folder / "curl").write_text("#!/bin/sh\ncat talk.mp3\n")
+        (folder / "hf").write_text(f"#!/bin/sh\nexec {sys.executable} -m huggingface_hub.cli.hf \"$@\"\n")
         raw = load_audio(clone / "talk.flac") * 2**15
         (folder / "raw").write_bytes(raw.astype("<i2").tobytes())
         (folder / "arecord").write_text(f"#!/bin/sh\ncat {folder}/raw\n")
@@ -170,9 +177,9 @@ def test_snippets_run_as_printed(page, place, commands):
         if reason is None and language == "python":
             python.append((extras, code))
             continue
-        if reason is not None:
+        if reason is not None and reason not in ONLY_READ:
             continue
-        if (folder := commands(extras, is_tiny)) is None:
+        if (folder := commands(None if reason else extras, is_tiny)) is None:
             warnings.warn(f"{page.name}: without {extras}, not run: {code}", stacklevel=1)
             continue
         expected = None
@@ -182,6 +189,8 @@ def test_snippets_run_as_printed(page, place, commands):
         (place / ".venv" / "bin").unlink(missing_ok=True)
         (place / ".venv" / "bin").symlink_to(folder)
         environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+        if reason is not None:
+            environment["ONLY_READ"] = "1"
         done = subprocess.run(
             ["bash", "-eo", "pipefail", "-c", code], cwd=place, env=environment, capture_output=True, text=True
         )
