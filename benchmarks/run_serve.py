@@ -12,8 +12,8 @@ DIR is an audiofolder: audio files and a metadata.jsonl with `file_name` per lin
     OUT/results.md    the same as tables
 A client sends its next request when it has the answer to the one before. The text of a clip is what the same server
 answers when nothing else runs; an answer is wrong if it is another text, and lost if it is an error or none. The peer
-has to run already, and is one with OpenAI's API. Memory is the server's resident memory, before and after; its CPU
-time is of all cores together.
+has to run already, and is one with OpenAI's API. Memory is the server's resident memory, before,
+at half of the requests, and after; its CPU time is of all cores together.
 With `--fuzz-s`, schemathesis sends what the server's description allows and what it forbids for so many seconds, some
 of it with audio, and counts answers of 500 and above.
 """
@@ -144,7 +144,8 @@ class Load:
         """Rows of requests by so many clients, which take turns at the clips; `beside`, one more sends a long one."""
         todo = iter(range(num_requests))
         rows, is_over = [], False
-        before_mb, before_cpu_s, started = memory_mb(self.pid), cpu_s(self.pid), time.perf_counter()
+        mb = [memory_mb(self.pid)]
+        before_cpu_s, started = cpu_s(self.pid), time.perf_counter()
 
         async def client() -> None:
             for i in todo:
@@ -154,6 +155,8 @@ class Load:
                 rows.append(
                     {"clip": clip["name"], "duration_s": clip["duration_s"], "seconds": seconds, "right": right}
                 )
+                if len(rows) == num_requests // 2:
+                    mb.append(memory_mb(self.pid))
 
         async def other() -> None:
             while beside is not None and not is_over:
@@ -166,7 +169,7 @@ class Load:
         wall_s, is_over = time.perf_counter() - started - (1.0 if beside else 0.0), True
         long.cancel()
         head = {"system": self.system, "scene": scene, "clients": num_clients, "wall_s": wall_s}
-        head |= {"before_mb": before_mb, "after_mb": memory_mb(self.pid)}
+        head["mb"] = [*mb, memory_mb(self.pid)]
         head["cpu_s"] = None if before_cpu_s is None else cpu_s(self.pid) - before_cpu_s
         return [head | {"requests": rows}]
 
@@ -180,7 +183,7 @@ async def measure(load: Load, clips: list[dict[str, Any]], args: argparse.Namesp
     if args.long_s:
         long = join_clips(clips, args.long_s)
         rows += await load.run("beside a long file", 1, clips, args.requests // 4, long)
-    if args.growth:
+    if args.growth and load.system == BATCHES:
         rows += await load.run("growth", 8, clips, args.growth)
     await load.client.aclose()
     for row in rows:
@@ -222,7 +225,7 @@ def summarise_row(row: dict[str, Any]) -> dict[str, Any]:
     requests = row["requests"]
     answered = [one for one in requests if one["right"] is not None]
     seconds = [one["seconds"] for one in answered]
-    summary = {name: row[name] for name in ("system", "scene", "clients", "before_mb", "after_mb")}
+    summary = {name: row[name] for name in ("system", "scene", "clients", "mb")}
     summary |= {
         "requests": len(requests),
         "lost": len(requests) - len(answered),
@@ -246,7 +249,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 HEAD = ["system", "scene", "clients", "requests", "wrong", "lost", "RTFx", "requests/s", "p50 s", "p95 s", "p99 s"]
-HEAD += ["CPU s a minute of audio", "MB"]
+HEAD += ["CPU s a minute of audio", "MB before, at half, after"]
 
 
 def one_line(scene: dict[str, Any]) -> str:
@@ -257,7 +260,7 @@ def one_line(scene: dict[str, Any]) -> str:
     cells += [shown(scene["rtfx"], 1), shown(scene["requests_per_s"], 2)]
     cells += [shown(scene[f"p{share}_s"], 3) for share in (50, 95, 99)]
     cells += [shown(scene.get("cpu_s_per_minute"), 2)]
-    cells += [" to ".join(shown(scene[name], 0) for name in ("before_mb", "after_mb"))]
+    cells += [", ".join(shown(mb, 0) for mb in scene["mb"])]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -272,29 +275,26 @@ def to_markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(args: argparse.Namespace, output: Path) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace, output: Path) -> Iterator[dict[str, Any]]:
     clips = read_clips(Path(args.data), args.clips)
-    rows = [
-        {
-            "run": {
-                "command": shlex.join(["python", *sys.argv]),
-                "versions": {name: version(name) for name in PACKAGES},
-                "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
-                "clips": len(clips),
-            }
+    yield {
+        "run": {
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": {name: version(name) for name in PACKAGES},
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
+            "clips": len(clips),
         }
-    ]
+    }
     options = ["--max-requests", str(max([*args.clients, 8]) + 2)]
     options += ["--model", args.model] if args.model else []
     options += ["--threads", str(args.threads)] if args.threads else []
     for system, batch_size in ((BATCHES, args.batch_size), (ALONE, 1)):
         with serving([*options, "--batch-size", str(batch_size)]) as (url, pid):
-            rows += asyncio.run(measure(Load(system, url, pid), clips, args))
+            yield from asyncio.run(measure(Load(system, url, pid), clips, args))
             if system == BATCHES and args.fuzz_s:
-                rows.append(fuzz(url, args.fuzz_s, clips[0], output))
+                yield fuzz(url, args.fuzz_s, clips[0], output)
     if args.peer:
-        rows += asyncio.run(measure(Load(PEER, args.peer.rstrip("/"), args.peer_pid), clips, args))
-    return rows
+        yield from asyncio.run(measure(Load(PEER, args.peer.rstrip("/"), args.peer_pid), clips, args))
 
 
 def main() -> None:
@@ -309,7 +309,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--requests", type=int, default=256, help="of each number of clients")
     parser.add_argument("--long-s", type=float, default=600.0, help="seconds of the long file; 0 leaves it out")
-    parser.add_argument("--growth", type=int, default=1000, help="requests for memory's growth; 0 leaves it out")
+    parser.add_argument(
+        "--growth", type=int, default=1000, help="requests for memory's growth, of batches; 0 leaves it out"
+    )
     parser.add_argument("--fuzz-s", type=int, default=0, help="seconds of schemathesis")
     parser.add_argument("--peer", metavar="URL", help="another server with OpenAI's API")
     parser.add_argument("--peer-pid", type=int, help="its process, for its memory")
@@ -319,8 +321,11 @@ def main() -> None:
         rows = [json.loads(line) for line in (output / "raw.jsonl").read_text("utf-8").splitlines()]
     elif args.data and args.output:
         output.mkdir(parents=True, exist_ok=True)
-        rows = run(args, output)
-        (output / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        rows = []
+        with open(output / "raw.jsonl", "w", encoding="utf-8") as raw:
+            for row in run(args, output):
+                rows.append(row)
+                print(json.dumps(row), file=raw, flush=True)
     else:
         parser.error("pass --data and --output, or --rescore")
     summary = summarise(rows)
