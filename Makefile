@@ -13,4 +13,4 @@ check:
 # transformers' own common tests of the installed release, downloaded from PyPI into build/.
 contracts:
 	.venv/bin/python tests/contracts/fetch.py build/contracts
-	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/build/contracts .venv/bin/python -m pytest tests/contracts
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/build/contracts .venv/bin/python -m pytest --import-mode=prepend tests/contracts

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_auto_classes import save_with_code, transcribe_as_remote_code
+from remote_code import save_with_code, transcribe_as_remote_code
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from mdm_asr_hf import MDMASRPipeline, default_checkpoint
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 RECORDING = next((REPOSITORY / "demo").glob("*.flac"))
 GOLDEN = "He had found where his treasure was, and was frightened of what might happen."
 # Recordings with transcripts that may lie beside the repository.

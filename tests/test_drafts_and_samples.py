@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_generation import PAD, START, generate
-from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model
+from tiny_models import PAD, START, generate, tiny_drafts_model, tiny_inputs, tiny_model
 
 from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
 

@@ -452,7 +452,7 @@ def test_a_crash_is_seen_and_its_input_is_kept(tmp_path):
     """The net itself: a process that dies by a signal has left the seed, from which the input is made again."""
     code = f"""
 import os, sys, signal
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent / "helpers")!r}]
 import test_fuzz
 from mdm_asr_hf import audio_mdm_asr
 def crash(*args, **kwargs):
@@ -468,4 +468,5 @@ test_fuzz.run_cases(7, 8, test_fuzz.Path({str(tmp_path)!r}))
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent / "helpers"))
     run_cases(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ENCODERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
+from tiny_models import ENCODERS, PAD, START, VOCAB_SIZE, generate, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mdm_asr_hf import MDMASRGenerateOutput, MDMASRGenerationConfig, PBEBConfConfig
 from mdm_asr_hf.generation_configuration_mdm_asr import SAMPLERS
 
-EOS, PAD, START, MASK = 1, 2, VOCAB_SIZE, VOCAB_SIZE + 1
+EOS, MASK = 1, VOCAB_SIZE + 1
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,6 @@ class ScriptedModel:
 
 
 # --- rows, EOS and counting, on scripted logits ---
-
-
-def generate(model, seconds=(1.0, 0.6), **kwargs):
-    features, mask = tiny_inputs("whisper", seconds=seconds)
-    return model.generate(features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
 
 
 def test_text_ends_at_the_first_eos_and_rows_count_their_own_steps(monkeypatch):

@@ -20,7 +20,7 @@ from mdm_asr_hf.hotwords_mdm_asr import (
     spellings,
 )
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
 V = 12
 

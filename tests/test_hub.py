@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from remote_code import noise, transcribe_as_remote_code
 from safetensors.torch import load_file, save_file
-from test_auto_classes import noise, transcribe_as_remote_code
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 

@@ -12,11 +12,10 @@ import canary_donors
 import numpy as np
 import pytest
 import soundfile
-import test_convert_whisper
 import torch
+import whisper_donors
 from canary_donors import needs_parakeet_features, nemo_settings, nemo_vocab_size, nemo_weights, write_nemo
-from test_convert_whisper import GREEDY
-from test_tokenization import ENGLISH, GERMAN, train
+from tiny_sentencepiece import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+from whisper_donors import GREEDY
 
 import mdm_asr_hf
 from mdm_asr_hf.convert.canary import _prompt_template, canary_processor, from_canary
@@ -39,7 +39,7 @@ from mdm_asr_hf.train.collator import DataCollatorForMDMASR
 from mdm_asr_hf.transcribe.transcript import token_texts
 
 RATE_HZ = 16_000
-NUM_MEL_BINS = test_convert_whisper.NUM_MEL_BINS
+NUM_MEL_BINS = whisper_donors.NUM_MEL_BINS
 # All of Whisper's own, in its order.
 WHISPER_TOKENS = [
     *("<|endoftext|>", "<|startoftranscript|>", *(f"<|{code}|>" for code in LANGUAGES), "<|translate|>"),
@@ -52,8 +52,8 @@ def whisper(tmp_path_factory):
     """A multilingual donor with all languages: its folder, model and tokenizer."""
     folder = tmp_path_factory.mktemp("whisper") / "donor"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_convert_whisper, "SPECIALS", WHISPER_TOKENS)
-        donor, tokenizer = test_convert_whisper.save_donor(folder, multilingual=True)
+        patch.setattr(whisper_donors, "SPECIALS", WHISPER_TOKENS)
+        donor, tokenizer = whisper_donors.save_donor(folder, multilingual=True)
     return folder, donor, tokenizer
 
 
@@ -306,7 +306,7 @@ def test_detection_survives_saving(converted, tmp_path):
 
 
 def test_models_that_cannot_detect(whisper, tmp_path):
-    test_convert_whisper.save_donor(tmp_path / "english", multilingual=False)
+    whisper_donors.save_donor(tmp_path / "english", multilingual=False)
     model = mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper(tmp_path / "english")
     features = torch.randn(2, 100, NUM_MEL_BINS)
     for language in ("auto", ["auto", None]):
@@ -554,7 +554,7 @@ def write_data(folder, languages):
 
 def test_fine_tuning_keeps_the_language(whisper, tmp_path, monkeypatch):
     """The prompts of training, of its evaluation and of the saved model are the same, by one code path."""
-    path = Path(__file__).parent.parent / "training" / "run_train.py"
+    path = Path(__file__).parents[1] / "training" / "run_train.py"
     spec = importlib.util.spec_from_file_location("run_train", path)
     run_train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run_train)

@@ -22,8 +22,8 @@ import soundfile
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from snippet_server import CLIENT
-from test_convert_whisper import save_donor
 from tiny_models import tiny_drafts_model, tiny_processor
+from whisper_donors import save_donor
 
 from mdm_asr_hf.audio_mdm_asr import load_audio
 
@@ -137,7 +137,7 @@ def commands(clone, tmp_path_factory):
         path = str(folder / "socket")
         command = [
             sys.executable,
-            ROOT / "tests" / "snippet_server.py",
+            ROOT / "tests" / "helpers" / "snippet_server.py",
             path,
             json.dumps(hidden(distributions) if extras else []),
         ]
@@ -147,7 +147,7 @@ def commands(clone, tmp_path_factory):
             (folder / name).write_text(CLIENT.format(python=sys.executable, path=path))
         (folder / "pip").write_text("#!/bin/sh\nexit 0\n")
         (folder / "curl").write_text("#!/bin/sh\ncat talk.mp3\n")
-        (folder / "hf").write_text(f"#!/bin/sh\nexec {sys.executable} -m huggingface_hub.cli.hf \"$@\"\n")
+        (folder / "hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m huggingface_hub.cli.hf "$@"\n')
         raw = load_audio(clone / "talk.flac") * 2**15
         (folder / "raw").write_bytes(raw.astype("<i2").tobytes())
         (folder / "arecord").write_text(f"#!/bin/sh\ncat {folder}/raw\n")

@@ -8,7 +8,6 @@ transformers' own common tests, which `make contracts` brings, on tiny models of
 import copy
 import json
 import os
-import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -21,7 +20,6 @@ import transformers
 common = pytest.importorskip("tests.test_modeling_common", reason="transformers' own tests come with `make contracts`")
 
 # ruff: noqa: E402
-sys.path.insert(0, str(Path(__file__).parents[1]))
 # Where the pipelines' tests look for tiny models, as soon as they are imported.
 FOLDER = tempfile.TemporaryDirectory()
 os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = FOLDER.name
@@ -32,12 +30,12 @@ PARTS = {"tokenizer_classes": ["PreTrainedTokenizerFast"], "processor_classes": 
 )
 
 import tiny_models
-from test_tokenization import ENGLISH, GERMAN, SPECIAL_TOKENS, train
 from tests.test_configuration_common import ConfigTester
 from tests.test_processing_common import ProcessorTesterMixin
 from tests.test_sequence_feature_extraction_common import SequenceFeatureExtractionTestMixin
 from tests.test_tokenization_common import TokenizerTesterMixin
 from tiny_models import ENCODERS, VOCAB_SIZE
+from tiny_sentencepiece import ENGLISH, GERMAN, SPECIAL_TOKENS, train
 
 from mdm_asr_hf import (
     MDMASRAggregateTokenizer,

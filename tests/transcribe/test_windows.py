@@ -19,7 +19,7 @@ from mdm_asr_hf.transcribe.voice_activity import EnergyVAD, make_vad, speech_run
 from mdm_asr_hf.transcribe.windows import cut_windows
 
 RATE = 16_000
-RECORDING = next((Path(__file__).parent.parent / "demo").glob("*.flac"))
+RECORDING = next((Path(__file__).parents[2] / "demo").glob("*.flac"))
 needs_silero = pytest.mark.skipif(importlib.util.find_spec("silero_vad") is None, reason="silero-vad is an extra")
 
 

@@ -1,12 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The benchmark of archives: its ratios and costs, on made-up runs."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from run_scale import EMPTY, LOOP, ONE, TWO, summarise, to_markdown
 
 

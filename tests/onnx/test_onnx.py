@@ -34,7 +34,7 @@ from mdm_asr_hf.transcribe.transcript import token_texts
 for module in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(module)
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 RECORDING = REPOSITORY / "demo" / "common_voice_en_48.flac"
 # Recordings with transcripts that may lie beside the repository.
 LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"

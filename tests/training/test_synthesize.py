@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-SCRIPT = Path(__file__).parents[1] / "training" / "synthesize.py"
+SCRIPT = Path(__file__).parents[2] / "training" / "synthesize.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import synthesize  # noqa: E402

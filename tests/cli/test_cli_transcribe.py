@@ -34,7 +34,7 @@ from mdm_asr_hf.transcribe.subtitles import to_json
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.transcript import Segment, Transcript, Word
 
-DEMO = Path(__file__).parents[1] / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
 # As Whisper tiny.en writes it.
 TEXT = "He had found where his treasure was, and was frightened of what might happen."

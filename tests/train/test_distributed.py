@@ -21,7 +21,7 @@ from mdm_asr_hf.train import clips, distillation, donor_cache
 from mdm_asr_hf.train import trainer as training
 from mdm_asr_hf.train.trainer import ISCTTrainer
 
-FSDP_CONFIG = Path(__file__).parents[1] / "training" / "configs" / "fsdp.yaml"
+FSDP_CONFIG = Path(__file__).parents[2] / "training" / "configs" / "fsdp.yaml"
 NUM_STEPS = 6
 
 

@@ -31,7 +31,7 @@ from canary_donors import (
     nemo_weights,
     write_nemo,
 )
-from test_tokenization import ENGLISH, GERMAN, train
+from tiny_sentencepiece import ENGLISH, GERMAN, train
 from transformers import ParakeetFeatureExtractor
 
 from mdm_asr_hf.convert.canary import canary_processor, from_canary

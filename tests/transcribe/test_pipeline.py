@@ -15,7 +15,7 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 
 RATE = 16_000
-RECORDING = next((Path(__file__).parent.parent / "demo").glob("*.flac"))
+RECORDING = next((Path(__file__).parents[2] / "demo").glob("*.flac"))
 
 
 @pytest.fixture(scope="module")

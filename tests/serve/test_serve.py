@@ -53,7 +53,7 @@ from mdm_asr_hf.transcribe.subtitles import WRITERS
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.windows import Window
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
 TEXT = "He had found where his treasure was, and was frightened of what might happen."
 ROUTE = "/v1/audio/transcriptions"

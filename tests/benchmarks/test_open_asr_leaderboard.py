@@ -17,7 +17,7 @@ from tiny_models import tiny_model, tiny_processor
 
 from mdm_asr_hf import default_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "open_asr_leaderboard"
 RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
 # As Whisper tiny.en writes it.

@@ -24,7 +24,7 @@ from mdm_asr_hf.demo.watching import Draft, Watched, _Follower, watch  # noqa: E
 from mdm_asr_hf.transcribe.transcript import Segment, Transcript, Word  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-RECORDING = Path(__file__).parents[1] / "demo" / "common_voice_en_48.flac"
+RECORDING = Path(__file__).parents[2] / "demo" / "common_voice_en_48.flac"
 TEXT = "He had found where his treasure was, and was frightened of what might happen."
 HOSTILE = "<img src=x onerror=\"document.title='HACKED'\"> & {{ 7 }} ${7} 'it'"
 
@@ -233,7 +233,7 @@ def test_command_says_what_is_wrong(run_command):
 
 
 def test_space_has_what_the_package_asks_for():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = {*project["dependencies"], *project["optional-dependencies"]["torch"]}
     lines = (root / "spaces" / "requirements.txt").read_text(encoding="utf-8").splitlines()

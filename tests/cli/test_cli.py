@@ -22,8 +22,8 @@ from canary_donors import (
     write_nemo,
 )
 from safetensors.torch import load_file, save_file
-from test_tokenization import ENGLISH, GERMAN, train
 from tiny_models import tiny_drafts_model
+from tiny_sentencepiece import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -42,7 +42,7 @@ from mdm_asr_hf import (
 from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
 from mdm_asr_hf.loading import generation_settings
 
-DEMO = Path(__file__).parents[1] / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 RECORDING = DEMO / "common_voice_en_48.flac"
 # As Whisper tiny.en writes it.
 TEXT = "He had found where his treasure was, and was frightened of what might happen."

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from mdm_asr_hf import MDMASRConfig, MDMASRFeatureExtractor, MDMASRForConditionalGeneration, MDMASRProcessor
 
 VOCAB_SIZE = 60
+PAD, START = 2, VOCAB_SIZE
 WHISPER_ENCODER = dict(
     model_type="whisper",
     d_model=16,
@@ -169,6 +170,11 @@ def tiny_inputs(encoder="whisper", seconds=(1.0, 0.6, 0.35), seed=0):
     features = torch.randn(shape, generator=generator) * (0.1 if encoder == "wav2vec2" else 1.0)
     mask = (torch.arange(shape[1]) < lengths[:, None]).long()
     return features, mask
+
+
+def generate(model, seconds=(1.0, 0.6), **kwargs):
+    features, mask = tiny_inputs("whisper", seconds=seconds)
+    return model.generate(features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
 
 
 def tiny_tokenizer():

@@ -34,7 +34,7 @@ from mdm_asr_hf.transcribe import transcriber
 from mdm_asr_hf.transcribe.joining import DecodedWindow, join_texts, join_windows, keep_once
 from mdm_asr_hf.transcribe.transcriber import Transcriber, batches, read_output, window_lengths
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 RECORDING = next((REPOSITORY / "demo").glob("*.flac"))
 LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
 

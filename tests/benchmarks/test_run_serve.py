@@ -1,12 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The benchmark of the server: its counts and percentiles, on made-up requests."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from run_serve import percentile, summarise_row, to_markdown
 
 HEAD = {"system": "batches", "scene": "clips", "clients": 8, "wall_s": 10.0, "mb": [100.4, 105.2, 110.4]}
