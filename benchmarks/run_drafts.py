@@ -104,6 +104,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 def decoding(model: Any, processor: Any, folder: Path, batch_size: int) -> Iterator[Row]:
     from mdm_asr_hf.evaluate.evaluation import evaluate_model
     from mdm_asr_hf.safeguards_mdm_asr import NO_SAFEGUARDS
+    from mdm_asr_hf.sampling_mdm_asr import make_sampler
 
     out = model.get_decoder().drafts.head.out
     kept, texts = {name: tensor.clone() for name, tensor in out.state_dict().items()}, None
@@ -111,7 +112,7 @@ def decoding(model: Any, processor: Any, folder: Path, batch_size: int) -> Itera
         settings = copy.deepcopy(model.generation_config)
         vars(settings).update(NO_SAFEGUARDS | {k: v for k, v in condition.items() if k.startswith("draft_")})
         if "gamma" in condition:
-            settings.sampler = {**settings.sampler, "gamma": condition["gamma"]}
+            settings.sampler = make_sampler(settings.sampler, gamma=condition["gamma"])
         if not condition.get("head", True):
             out.load_state_dict({its_name: tensor * 0 for its_name, tensor in kept.items()})
         with proposing_by(condition.get("rule")):

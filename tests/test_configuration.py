@@ -11,7 +11,7 @@ from mdm_asr_hf import (
     MDMASRDecoderConfig,
     MDMASRForConditionalGeneration,
     MDMASRGenerationConfig,
-    PBEBConfConfig,
+    PBEBConfSampler,
 )
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
 
@@ -171,7 +171,7 @@ def test_a_folder_with_a_ctc_head_loads_without_it(tmp_path, caplog):
 
 def test_generation_config_round_trip(tmp_path):
     config = MDMASRGenerationConfig(
-        sampler=PBEBConfConfig(gamma=0.3, lambda_=0.1),
+        sampler=PBEBConfSampler(gamma=0.3, lambda_=0.1),
         max_denoising_steps=8,
         canvas_length=64,
         temperature=0.5,
@@ -183,7 +183,7 @@ def test_generation_config_round_trip(tmp_path):
     stored = json.loads((tmp_path / "generation_config.json").read_text())
     assert stored["sampler"] == {"name": "pbeb_conf", "gamma": 0.3, "lambda_": 0.1}
     loaded = MDMASRGenerationConfig.from_pretrained(tmp_path)
-    assert loaded.sampler_config == PBEBConfConfig(gamma=0.3, lambda_=0.1)
+    assert loaded.sampler_config == PBEBConfSampler(gamma=0.3, lambda_=0.1)
     for name in (
         "max_denoising_steps",
         "canvas_length",
@@ -197,7 +197,7 @@ def test_generation_config_round_trip(tmp_path):
 
 def test_generation_defaults_are_the_papers():
     config = MDMASRGenerationConfig()
-    assert config.sampler_config == PBEBConfConfig(gamma=0.05, lambda_=0.2)
+    assert config.sampler_config == PBEBConfSampler(gamma=0.05, lambda_=0.2)
     assert config.max_denoising_steps == 32 and config.temperature == 0 and config.canvas_length is None
     # What the stock pipeline and Seq2SeqTrainer read.
     assert config.num_beams == 1 and config.max_length is not None

@@ -8,8 +8,8 @@ from tiny_models import ENCODERS, PAD, START, VOCAB_SIZE, generate, tiny_drafts_
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from mdm_asr_hf import MDMASRGenerateOutput, MDMASRGenerationConfig, PBEBConfConfig
-from mdm_asr_hf.generation_configuration_mdm_asr import SAMPLERS
+from mdm_asr_hf import MDMASRGenerateOutput, MDMASRGenerationConfig
+from mdm_asr_hf.sampling_mdm_asr import SAMPLERS, ConfTopKSampler, EBConfSampler, PBEBConfSampler
 
 EOS, MASK = 1, VOCAB_SIZE + 1
 
@@ -281,12 +281,12 @@ def test_a_plain_tensor_by_default_and_settings_from_the_file(model, tmp_path):
     features, mask = tiny_inputs()
     assert isinstance(model.generate(features, attention_mask=mask), torch.Tensor)
     model = tiny_model()
-    model.generation_config.sampler = PBEBConfConfig(gamma=0.7, lambda_=0.4).to_dict()
+    model.generation_config.sampler = PBEBConfSampler(gamma=0.7, lambda_=0.4).to_dict()
     model.generation_config.max_denoising_steps = 3
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert isinstance(loaded.generation_config, MDMASRGenerationConfig)
-    assert loaded.generation_config.sampler_config == PBEBConfConfig(gamma=0.7, lambda_=0.4)
+    assert loaded.generation_config.sampler_config == PBEBConfSampler(gamma=0.7, lambda_=0.4)
     out = loaded.generate(features, attention_mask=mask, return_dict_in_generate=True)
     assert out.num_steps <= 3
     assert torch.equal(out.sequences, model.generate(features, attention_mask=mask))
@@ -300,11 +300,11 @@ def test_arguments_override_and_do_not_stick(model):
     )
     assert model.generation_config.to_dict() == before
     settings, _ = model._settle_generation_config(None, dict(sampler="conf_top_k", k=3, max_denoising_steps=5), set())
-    assert settings.sampler == {"name": "conf_top_k", "k": 3} and settings.max_denoising_steps == 5
+    assert settings.sampler == ConfTopKSampler(k=3) and settings.max_denoising_steps == 5
     mine = MDMASRGenerationConfig(sampler="eb_conf", max_denoising_steps=7)
     settings, _ = model._settle_generation_config(mine, dict(gamma=0.4), set())
-    assert settings.sampler == {"name": "eb_conf", "gamma": 0.4} and settings.max_denoising_steps == 7
-    assert mine.sampler["gamma"] == 0.05
+    assert settings.sampler == EBConfSampler(gamma=0.4) and settings.max_denoising_steps == 7
+    assert mine.sampler.gamma == 0.05
 
 
 def test_what_stock_code_passes_is_accepted(model):

@@ -5,16 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm_asr_hf.generation_configuration_mdm_asr import (
+from mdm_asr_hf.sampling_mdm_asr import (
     SAMPLERS,
-    ConfTopKConfig,
-    DFMConfig,
-    EBConfConfig,
-    PBEBConfConfig,
-    RandomConfig,
+    ConfTopKSampler,
+    DFMSampler,
+    EBConfSampler,
+    PBEBConfSampler,
+    RandomSampler,
+    Sampler,
     make_sampler,
+    propose_tokens,
 )
-from mdm_asr_hf.sampling_mdm_asr import propose_tokens, sampler_step
 
 MASK = 9
 # Four positions, three tokens. Entropies in nats, by hand:
@@ -27,9 +28,10 @@ LOGITS = PROBS.log()[None]
 CANVAS = torch.full((1, 4), MASK)
 
 
-def committed(config, *, logits=LOGITS, canvas=CANVAS, steps_left=10, **kwargs):
+def committed(sampler, *, logits=LOGITS, canvas=CANVAS, candidates=None, steps_left=10, **kwargs):
     """The positions committed in the first row."""
-    out = sampler_step(config, logits, canvas, mask_token_id=MASK, steps_left=steps_left, **kwargs)
+    candidates = canvas == MASK if candidates is None else candidates
+    out = sampler.step(logits[candidates], canvas, candidates, steps_left=steps_left, **kwargs)
     return out.committed[0].nonzero().flatten().tolist()
 
 
@@ -39,16 +41,16 @@ def noise_at(*positions):
 
 
 def test_tokens_confidences_and_entropies():
-    tokens, log_confidence, entropy = propose_tokens(LOGITS)
-    assert tokens.tolist() == [[0, 1, 2, 1]]
-    torch.testing.assert_close(log_confidence.exp(), torch.tensor([[0.7, 0.9, 0.98, 0.6]]))
-    torch.testing.assert_close(entropy, torch.tensor([[0.8018, 0.3944, 0.1119, 0.8979]]), atol=1e-4, rtol=0)
+    tokens, log_confidence, entropy = propose_tokens(LOGITS[0])
+    assert tokens.tolist() == [0, 1, 2, 1]
+    torch.testing.assert_close(log_confidence.exp(), torch.tensor([0.7, 0.9, 0.98, 0.6]))
+    torch.testing.assert_close(entropy, torch.tensor([0.8018, 0.3944, 0.1119, 0.8979]), atol=1e-4, rtol=0)
 
 
 def test_suppressed_tokens_leave_the_entropy_finite():
-    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     tokens, log_confidence, entropy = propose_tokens(logits)
-    torch.testing.assert_close(entropy, torch.tensor([[math.log(2)]]))
+    torch.testing.assert_close(entropy, torch.tensor([math.log(2)]))
     assert log_confidence.exp().item() == pytest.approx(0.5)
 
 
@@ -67,22 +69,22 @@ def test_suppressed_tokens_leave_the_entropy_finite():
     ],
 )
 def test_eb_conf_takes_the_longest_prefix_in_the_budget(gamma, expected):
-    assert committed(EBConfConfig(gamma=gamma)) == expected
+    assert committed(EBConfSampler(gamma=gamma)) == expected
 
 
 # With lambda = 0.2 the biased confidences are 0.7, 0.9 e^-0.2 = 0.7369, 0.98 e^-0.4 = 0.6569, 0.6 e^-0.6 = 0.3293:
 # order 1, 0, 2, 3.   1: 0;   1,0: 1.1962 - 0.8018 = 0.3944;   1,0,2: 1.3081 - 0.8018 = 0.5063
 @pytest.mark.parametrize("gamma, expected", [(0.05, [1]), (0.39, [1]), (0.4, [0, 1]), (0.51, [0, 1, 2])])
 def test_pbeb_conf_prefers_the_left(gamma, expected):
-    assert committed(PBEBConfConfig(gamma=gamma, lambda_=0.2)) == expected
+    assert committed(PBEBConfSampler(gamma=gamma, lambda_=0.2)) == expected
 
 
 # From left to right. 0: 0;   0,1: 1.1962 - 0.8018 = 0.3944;   0,1,2: 1.3081 - 0.8018 = 0.5063;   all: 1.3081
 @pytest.mark.parametrize("gamma, expected", [(0.0, [0]), (0.39, [0]), (0.4, [0, 1]), (1.3, [0, 1, 2])])
 def test_an_infinite_position_bias_goes_from_left_to_right(gamma, expected):
-    assert committed(PBEBConfConfig(gamma=gamma, lambda_=None)) == expected
+    assert committed(PBEBConfSampler(gamma=gamma, lambda_=None)) == expected
     behind = torch.tensor([[False, True, True, True]])
-    assert committed(PBEBConfConfig(gamma=0.0, lambda_=None), candidates=behind) == [1]
+    assert committed(PBEBConfSampler(gamma=0.0, lambda_=None), candidates=behind) == [1]
 
 
 def test_pbeb_conf_does_not_underflow_on_a_long_canvas():
@@ -94,30 +96,30 @@ def test_pbeb_conf_does_not_underflow_on_a_long_canvas():
     candidates[0, [680, 690]] = True
     # 690 is 10 further right (a factor e^-2) but its confidence is 0.987 against 0.333 (a factor e^1.09): 680 goes
     # first.
-    assert committed(PBEBConfConfig(gamma=0.0), logits=logits, canvas=canvas, candidates=candidates) == [680]
-    assert committed(PBEBConfConfig(gamma=0.0, lambda_=0.1), logits=logits, canvas=canvas, candidates=candidates) == [
+    assert committed(PBEBConfSampler(gamma=0.0), logits=logits, canvas=canvas, candidates=candidates) == [680]
+    assert committed(PBEBConfSampler(gamma=0.0, lambda_=0.1), logits=logits, canvas=canvas, candidates=candidates) == [
         690
     ]
 
 
 def test_conf_top_k():
-    assert committed(ConfTopKConfig(k=1)) == [2]
-    assert committed(ConfTopKConfig(k=3)) == [0, 1, 2]
+    assert committed(ConfTopKSampler(k=1)) == [2]
+    assert committed(ConfTopKSampler(k=3)) == [0, 1, 2]
     # Without k, four positions over two steps are two a step, over three steps ceil(4 / 3) = 2.
-    assert committed(ConfTopKConfig(), steps_left=2) == [1, 2]
-    assert committed(ConfTopKConfig(), steps_left=3) == [1, 2]
+    assert committed(ConfTopKSampler(), steps_left=2) == [1, 2]
+    assert committed(ConfTopKSampler(), steps_left=3) == [1, 2]
 
 
 def test_random_commits_an_even_share_by_noise():
-    assert committed(RandomConfig(), steps_left=2, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1, 3]
-    assert committed(RandomConfig(), steps_left=4, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1]
+    assert committed(RandomSampler(), steps_left=2, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1, 3]
+    assert committed(RandomSampler(), steps_left=4, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1]
 
 
 def test_dfm_jumps_with_probability_one_over_the_steps_left():
     # Four steps left: a position jumps if its noise is below 1 / 4.
-    assert committed(DFMConfig(), steps_left=4, noise=noise_at(0.2, 0.9, 0.24, 0.3)) == [0, 2]
+    assert committed(DFMSampler(), steps_left=4, noise=noise_at(0.2, 0.9, 0.24, 0.3)) == [0, 2]
     # None below: the lowest jumps.
-    assert committed(DFMConfig(), steps_left=4, noise=noise_at(0.5, 0.9, 0.4, 0.6)) == [2]
+    assert committed(DFMSampler(), steps_left=4, noise=noise_at(0.5, 0.9, 0.4, 0.6)) == [2]
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -129,49 +131,55 @@ def test_the_last_step_commits_everything(name):
 def test_only_candidates_are_committed_and_finished_rows_left_alone(name):
     canvas = torch.tensor([[MASK, 0, MASK, MASK], [1, 2, 0, 1]])
     candidates = torch.tensor([[True, True, False, True], [True] * 4])
-    out = sampler_step(
-        make_sampler(name),
-        LOGITS.expand(2, -1, -1),
-        canvas,
-        mask_token_id=MASK,
-        steps_left=1,
-        candidates=candidates,
-        noise=torch.rand(2, 4, 2),
-    )
+    candidates &= canvas == MASK
+    logits = LOGITS.expand(2, -1, -1)[candidates]
+    out = make_sampler(name).step(logits, canvas, candidates, steps_left=1, noise=torch.rand(2, 4, 2))
     assert out.committed.tolist() == [[True, False, False, True], [False] * 4]
     assert out.canvas.tolist() == [[0, 0, MASK, 1], [1, 2, 0, 1]]
 
 
 def test_equal_confidences_go_left_to_right():
     logits = torch.tensor([8.0, 0.0, 0.0]).expand(1, 4, 3) + torch.tensor([0.0, 3e-6, 1e-6, 2e-6])[None, :, None]
-    assert committed(ConfTopKConfig(k=1), logits=logits) == [0]
-    assert committed(EBConfConfig(gamma=0.0), logits=logits) == [0]
+    assert committed(ConfTopKSampler(k=1), logits=logits) == [0]
+    assert committed(EBConfSampler(gamma=0.0), logits=logits) == [0]
 
 
 def test_temperature_draws_by_inverse_transform():
     noise = torch.zeros(1, 4, 2)
     # Cumulative probabilities of position 0 are 0.7, 0.9, 1.0; of position 1: 0.05, 0.95, 1.0; and so on.
     noise[0, :, 0] = torch.tensor([0.85, 0.02, 0.999, 0.3])
-    tokens, log_confidence, _ = propose_tokens(LOGITS, 1.0, noise[..., 0])
-    assert tokens.tolist() == [[1, 0, 2, 1]]
-    torch.testing.assert_close(log_confidence.exp(), torch.tensor([[0.2, 0.05, 0.98, 0.6]]))
+    tokens, log_confidence, _ = propose_tokens(LOGITS[0], 1.0, noise[0, :, 0])
+    assert tokens.tolist() == [1, 0, 2, 1]
+    torch.testing.assert_close(log_confidence.exp(), torch.tensor([0.2, 0.05, 0.98, 0.6]))
     # A low temperature sharpens: 0.7^10 : 0.2^10 leaves nothing to the second token.
-    assert propose_tokens(LOGITS, 0.1, noise[..., 0])[0].tolist() == [[0, 1, 2, 1]]
+    assert propose_tokens(LOGITS[0], 0.1, noise[0, :, 0])[0].tolist() == [0, 1, 2, 1]
 
 
 def test_temperature_draws_the_distribution():
-    noise = torch.rand(1, 20000, generator=torch.Generator().manual_seed(0))
-    tokens, *_ = propose_tokens(LOGITS[:, :1].expand(1, 20000, 3), 1.0, noise)
-    shares = torch.bincount(tokens[0], minlength=3) / 20000
+    noise = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    tokens, *_ = propose_tokens(LOGITS[0, :1].expand(20000, 3), 1.0, noise)
+    shares = torch.bincount(tokens, minlength=3) / 20000
     torch.testing.assert_close(shares, PROBS[0], atol=0.012, rtol=0)
 
 
 def test_names_and_settings():
-    assert make_sampler("PBEB-Conf") == PBEBConfConfig(gamma=0.05, lambda_=0.2)
-    assert make_sampler("Conf Top-K", k=2) == ConfTopKConfig(k=2)
-    assert make_sampler(PBEBConfConfig(gamma=0.3), lambda_=0.1) == PBEBConfConfig(gamma=0.3, lambda_=0.1)
-    for config in (RandomConfig(), DFMConfig(), ConfTopKConfig(k=5), EBConfConfig(0.3), PBEBConfConfig(0.1, 0.4)):
+    assert make_sampler("PBEB-Conf") == PBEBConfSampler(gamma=0.05, lambda_=0.2)
+    assert make_sampler("Conf Top-K", k=2) == ConfTopKSampler(k=2)
+    assert make_sampler(PBEBConfSampler(gamma=0.3), lambda_=0.1) == PBEBConfSampler(gamma=0.3, lambda_=0.1)
+    for config in (RandomSampler(), DFMSampler(), ConfTopKSampler(k=5), EBConfSampler(0.3), PBEBConfSampler(0.1, 0.4)):
         assert make_sampler(config.to_dict()) == config
+
+
+def test_a_sampler_of_ones_own():
+    class Last(Sampler):
+        """The last candidate."""
+
+        name = "last"
+
+        def choose(self, choice):
+            return choice.best(torch.arange(choice.candidates.shape[-1]).expand(choice.candidates.shape).float(), 1)
+
+    assert make_sampler(Last()) == Last() and committed(Last()) == [3]
 
 
 @pytest.mark.parametrize(
@@ -179,14 +187,14 @@ def test_names_and_settings():
     [
         (lambda: make_sampler("beam"), "`sampler` 'beam' is unknown"),
         (lambda: make_sampler("random", gamma=0.1), "gamma.*not settings of the sampler 'random'"),
-        (lambda: EBConfConfig(gamma=-0.1), "`gamma` must be"),
-        (lambda: EBConfConfig(gamma=float("nan")), "`gamma` must be"),
-        (lambda: PBEBConfConfig(lambda_=-1), "`lambda_` must be"),
-        (lambda: PBEBConfConfig(lambda_=float("inf")), "`lambda_` must be finite"),
-        (lambda: ConfTopKConfig(k=0), "`k` must be"),
-        (lambda: committed(EBConfConfig(), steps_left=0), "`steps_left`"),
-        (lambda: committed(RandomConfig()), "`noise`"),
-        (lambda: committed(EBConfConfig(), temperature=1.0), "`noise`"),
+        (lambda: EBConfSampler(gamma=-0.1), "`gamma` must be"),
+        (lambda: EBConfSampler(gamma=float("nan")), "`gamma` must be"),
+        (lambda: PBEBConfSampler(lambda_=-1), "`lambda_` must be"),
+        (lambda: PBEBConfSampler(lambda_=float("inf")), "`lambda_` must be finite"),
+        (lambda: ConfTopKSampler(k=0), "`k` must be"),
+        (lambda: committed(EBConfSampler(), steps_left=0), "`steps_left`"),
+        (lambda: committed(RandomSampler()), "`noise`"),
+        (lambda: committed(EBConfSampler(), temperature=1.0), "`noise`"),
     ],
 )
 def test_what_makes_no_sense_raises(call, message):
@@ -209,39 +217,30 @@ def states(draw):
     return logits, canvas, torch.rand(batch, length, 2, generator=generator)
 
 
-def step(config, state, steps_left=5):
+def step(sampler, state, steps_left=5, temperature=0.0):
     logits, canvas, noise = state
-    return sampler_step(config, logits, canvas, mask_token_id=99, steps_left=steps_left, noise=noise)
+    candidates = canvas == 99
+    return sampler.step(
+        logits[candidates], canvas, candidates, steps_left=steps_left, temperature=temperature, noise=noise
+    )
 
 
-@given(states(), st.sampled_from(sorted(SAMPLERS)), st.integers(1, 40))
-def test_at_least_one_commit_per_unfinished_row_and_no_committed_token_changes(state, name, steps_left):
+@given(states(), st.sampled_from(sorted(SAMPLERS)), st.integers(1, 40), st.sampled_from([0.0, 0.7]))
+def test_at_least_one_commit_per_unfinished_row_and_no_committed_token_changes(state, name, steps_left, temperature):
     _, canvas, _ = state
-    out = step(make_sampler(name), state, steps_left)
+    out = step(make_sampler(name), state, steps_left, temperature)
     unfinished = (canvas == 99).any(dim=-1)
     assert torch.equal(out.committed.any(dim=-1), unfinished)
     assert not (out.committed & (canvas != 99)).any()
     assert torch.equal(out.canvas[canvas != 99], canvas[canvas != 99])
     assert (out.canvas[out.committed] != 99).all()
     assert ((out.confidence >= 0) & (out.confidence <= 1 + 1e-6)).all()
-
-
-@given(states(), st.sampled_from(sorted(SAMPLERS)), st.integers(1, 8), st.sampled_from([0.0, 0.7]))
-def test_logits_of_the_candidates_alone_give_the_same(state, name, steps_left, temperature):
-    logits, canvas, noise = state
-    candidates = (canvas == 99) & (noise[..., 0] < 0.8)
-    settings = {"mask_token_id": 99, "steps_left": steps_left, "candidates": candidates, "noise": noise}
-    settings["temperature"] = temperature
-    whole = sampler_step(make_sampler(name), logits, canvas, **settings)
-    some = sampler_step(make_sampler(name), logits[candidates], canvas, **settings)
-    assert torch.equal(some.committed, whole.committed) and torch.equal(some.canvas, whole.canvas)
-    assert torch.equal(some.confidence[candidates], whole.confidence[candidates])
-    assert not some.confidence[~candidates].any()
+    assert not out.confidence[canvas != 99].any()
 
 
 def test_logits_of_another_number_of_positions_raise():
     with pytest.raises(ValueError, match="`logits` are of 3 positions, but 4 are candidates"):
-        sampler_step(make_sampler("eb_conf"), LOGITS[0, :3], CANVAS, mask_token_id=MASK, steps_left=2)
+        make_sampler("eb_conf").step(LOGITS[0, :3], CANVAS, CANVAS == MASK, steps_left=2)
 
 
 @given(states(), st.sampled_from(["eb_conf", "pbeb_conf"]), st.floats(0, 3), st.floats(0, 3))
@@ -260,7 +259,7 @@ def test_gamma_zero_is_one_token_and_infinity_all(state, name):
 
 @given(states(), st.floats(0, 2))
 def test_pbeb_without_bias_is_eb(state, gamma):
-    biased, plain = step(PBEBConfConfig(gamma, lambda_=0.0), state), step(EBConfConfig(gamma), state)
+    biased, plain = step(PBEBConfSampler(gamma, lambda_=0.0), state), step(EBConfSampler(gamma), state)
     assert torch.equal(biased.committed, plain.committed) and torch.equal(biased.canvas, plain.canvas)
 
 

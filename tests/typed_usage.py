@@ -22,7 +22,7 @@ assert_type(text, str)
 assert_type(processor.batch_decode([[1], [2]]), list[str])
 assert_type(processor.previous_ids("before"), list[int])
 
-settings = mdm_asr_hf.MDMASRGenerationConfig(sampler=mdm_asr_hf.PBEBConfConfig(gamma=4.0, lambda_=None))
+settings = mdm_asr_hf.MDMASRGenerationConfig(sampler=mdm_asr_hf.PBEBConfSampler(gamma=4.0, lambda_=None))
 settings.no_speech_threshold = None
 
 transcriber = mdm_asr_hf.Transcriber(*load_model(str(folder), dtype="float32"), batch_size=4)

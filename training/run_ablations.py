@@ -40,8 +40,8 @@ from mdm_asr_cli.terminal import quiet_libraries
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.evaluate.data import EvaluationData, load_data
 from mdm_asr_hf.evaluate.evaluation import PACKAGES, evaluate_model, machine, model_sha256
-from mdm_asr_hf.generation_configuration_mdm_asr import SAMPLERS, make_sampler
 from mdm_asr_hf.loading import load_model
+from mdm_asr_hf.sampling_mdm_asr import SAMPLERS, make_sampler
 
 # The front's bound is so large that gamma decides and not the bound.
 DEFAULT_STEPS = {"samplers": [32], "nfe": [2, 4, 8, 16, 32], "speed": [32], "front": [128]}
@@ -66,7 +66,7 @@ class Canvas:
 
     def sampler(self, args: argparse.Namespace, name: str | None = None) -> Any:
         """`name`'s settings: those given, else the checkpoint's, as far as `name` has them."""
-        own = make_sampler(self.model.generation_config.sampler).to_dict()
+        own = self.model.generation_config.sampler_config.to_dict()
         name = name or own["name"]
         given = {"gamma": args.gamma, "lambda_": args.lambda_}
         values = own | {key: value for key, value in given.items() if value is not None}
@@ -76,7 +76,7 @@ class Canvas:
 
     def rows(self, data: EvaluationData, sampler: Any, steps: int, seed: int, batch_size: int) -> Iterator[Row]:
         settings = copy.deepcopy(self.model.generation_config)
-        settings.sampler, settings.max_denoising_steps = sampler.to_dict(), steps
+        settings.sampler, settings.max_denoising_steps = sampler, steps
         values = sampler.to_dict()
         common = {"kind": "utterance", "model": self.name, "steps": steps, "seed": seed, "sampler": values["name"]}
         # JSON knows no infinity.

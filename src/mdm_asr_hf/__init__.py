@@ -3,17 +3,11 @@
 
 from importlib.util import find_spec
 
-from .generation_configuration_mdm_asr import (
-    ConfTopKConfig,
-    DFMConfig,
-    EBConfConfig,
-    MDMASRGenerationConfig,
-    PBEBConfConfig,
-    RandomConfig,
-)
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .loading import default_checkpoint
 from .onnx.model import OnnxMDMASR
 from .onnx.processing import OnnxProcessor
+from .sampling_mdm_asr import ConfTopKSampler, DFMSampler, EBConfSampler, PBEBConfSampler, RandomSampler
 from .transcribe.streaming import StreamingTranscriber
 from .transcribe.transcriber import Transcriber
 
@@ -68,11 +62,11 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "ConfTopKConfig",
-    "DFMConfig",
+    "ConfTopKSampler",
+    "DFMSampler",
     "DataCollatorForMDMASR",
     "DiffusionObjective",
-    "EBConfConfig",
+    "EBConfSampler",
     "ISCTTrainer",
     "MDMASRAggregateTokenizer",
     "MDMASRConfig",
@@ -90,8 +84,8 @@ __all__ = [
     "MDMASRTrainingArguments",
     "OnnxMDMASR",
     "OnnxProcessor",
-    "PBEBConfConfig",
-    "RandomConfig",
+    "PBEBConfSampler",
+    "RandomSampler",
     "StreamingTranscriber",
     "Transcriber",
     "default_checkpoint",

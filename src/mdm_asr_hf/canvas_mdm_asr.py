@@ -10,7 +10,7 @@ import torch
 from .diffusion_mdm_asr import draw_uniform
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .sampling_mdm_asr import SamplerOutput, sampler_step
+from .sampling_mdm_asr import SamplerOutput
 
 # Finished rows are dropped once they are this share of the rows that the decoder reads.
 DROPPED_SHARE = 1 / 8
@@ -146,7 +146,7 @@ def denoise(
     Steps, in place, until every row of the canvas is finished (arXiv 2602.18952); a row's last step, by
     `max_denoising_steps`, commits all it has open. `lengths` (B,) are the canvases'.
     """
-    sampler, temperature = settings.sampler_config, settings.temperatures[0]
+    sampler, temperature = settings.sampler, settings.temperatures[0]
     noisy = temperature > 0 or sampler.needs_noise
     candidates = canvas.open_positions()
     while model._any_unfinished(candidates.any(), synced_gpus):
@@ -165,14 +165,12 @@ def denoise(
         logits = outputs.logits.float()
         if settings.suppress_tokens:
             logits[..., settings.suppress_tokens] = -torch.inf
-        step = sampler_step(
-            sampler,
+        step = sampler.step(
             logits,
             canvas.tokens,
-            mask_token_id=canvas.mask_token_id,
+            candidates,
             # A finished row has nothing to commit, whatever it has left.
             steps_left=(settings.max_denoising_steps - canvas.nfe).clamp(min=1),
-            candidates=candidates,
             temperature=temperature,
             noise=draw_noise(generator, lengths, canvas.tokens.device) if noisy else None,
         )

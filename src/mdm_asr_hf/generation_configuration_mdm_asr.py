@@ -1,15 +1,13 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The settings of generate(), as generation_config.json holds them."""
 
-import dataclasses
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from .confidence_mdm_asr import validate_calibration
 from .prompt_mdm_asr import map_prompt_ids, validate_prompt_template
+from .sampling_mdm_asr import Sampler, make_sampler
 
 try:
     from transformers import GenerationConfig
@@ -48,124 +46,12 @@ _RETIRED_SETTINGS = (
 FALLBACK_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-@dataclass(frozen=True)
-class SamplerConfig:
-    """Base of the samplers' settings; `name` is the sampler's name in generation_config.json and in `generate`."""
-
-    name: ClassVar[str] = ""
-    needs_noise: ClassVar[bool] = False
-
-    def to_dict(self) -> dict:
-        return {"name": self.name, **dataclasses.asdict(self)}
-
-
-@dataclass(frozen=True)
-class RandomConfig(SamplerConfig):
-    """Random: a random subset, as large as needed to finish within the steps left."""
-
-    name: ClassVar[str] = "random"
-    needs_noise: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class DFMConfig(SamplerConfig):
-    """
-    Discrete flow matching (arXiv 2407.15595): each masked position jumps with the probability of its rate. With
-    alpha_t = 1 - t and n steps left that is dt / t = 1 / n. A row in which no position jumps commits one, so that no
-    decoder evaluation is lost.
-    """
-
-    name: ClassVar[str] = "dfm"
-    needs_noise: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class ConfTopKConfig(SamplerConfig):
-    """Conf Top-K: the `k` positions of highest confidence; None takes as many as needed to finish within the steps
-    left."""
-
-    name: ClassVar[str] = "conf_top_k"
-    k: int | None = None
-
-    def __post_init__(self):
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
-            raise ValueError(f"`k` must be an integer of at least 1 or None, got {self.k!r}.")
-
-
-@dataclass(frozen=True)
-class EBConfConfig(SamplerConfig):
-    """
-    EB-Conf (arXiv 2505.24857): positions sorted by confidence; the longest prefix whose entropies sum, less the
-    largest of them, to at most `gamma` (nats). gamma = 0 commits one token a step, gamma = inf all in one step.
-    """
-
-    name: ClassVar[str] = "eb_conf"
-    gamma: float = 0.05
-
-    def __post_init__(self):
-        _check_at_least_zero("gamma", self.gamma)
-
-
-@dataclass(frozen=True)
-class PBEBConfConfig(EBConfConfig):
-    """
-    PBEB-Conf (arXiv 2602.18952): as EB-Conf, with the confidence multiplied by the position bias exp(-lambda_ * i), i
-    counted from the start of the canvas. lambda_ = 0 is EB-Conf; None is an infinite bias: strictly left to right.
-    """
-
-    name: ClassVar[str] = "pbeb_conf"
-    lambda_: float | None = 0.2
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lambda_ is None:
-            return
-        _check_at_least_zero("lambda_", self.lambda_)
-        if math.isinf(self.lambda_):
-            raise ValueError("`lambda_` must be finite, or None for strictly left to right.")
-
-
-SAMPLERS: dict[str, type[SamplerConfig]] = {
-    config.name: config for config in (RandomConfig, DFMConfig, ConfTopKConfig, EBConfConfig, PBEBConfConfig)
-}
-
-
-def _check_at_least_zero(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value) or value < 0:
-        raise ValueError(f"`{name}` must be a number >= 0, got {value!r}.")
-
-
-def make_sampler(sampler: str | dict | SamplerConfig, **settings) -> SamplerConfig:
-    """
-    Builds a sampler's settings from its name ("pbeb_conf", "PBEB-Conf", ...), from what `to_dict` gave, or from
-    another configuration; `settings` override.
-
-    Raises:
-        ValueError: an unknown sampler, or a setting the sampler does not have.
-    """
-    if isinstance(sampler, SamplerConfig):
-        name, values = sampler.name, dataclasses.asdict(sampler)
-    elif isinstance(sampler, dict):
-        values = dict(sampler)
-        name = values.pop("name", None)
-    else:
-        name, values = sampler, {}
-    key = str(name).lower().replace("-", "_").replace(" ", "_")
-    if key not in SAMPLERS:
-        raise ValueError(f"`sampler` {name!r} is unknown. Use one of {sorted(SAMPLERS)}.")
-    values.update(settings)
-    known = {field.name for field in dataclasses.fields(SAMPLERS[key])}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{unknown} are not settings of the sampler {key!r}, which takes {sorted(known)}.")
-    return SAMPLERS[key](**values)
-
-
 class MDMASRGenerationConfig(GenerationConfig):
     r"""
     Settings of [`MDMASRGenerationMixin.generate`], stored in and loaded from generation_config.json.
 
     Args:
-        sampler (`str`, `dict` or [`SamplerConfig`]):
+        sampler (`str`, `dict` or [`Sampler`]):
             On a canvas one of "random", "dfm", "conf_top_k", "eb_conf", "pbeb_conf"; a dict adds settings, as in
             `{"name": "pbeb_conf", "gamma": 0.05, "lambda_": 0.2}`, the paper's main setting and the default. With
             drafts, pbeb_conf from left to right (`lambda_` None): gamma is the entropy, in nats, that a block's drafts
@@ -259,8 +145,13 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.validate()
 
     @property
-    def sampler_config(self) -> SamplerConfig:
+    def sampler_config(self) -> Sampler:
+        """The sampler, also where `sampler` was set to a name or a dict."""
         return make_sampler(self.sampler)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as generation_config.json holds them."""
+        return {**super().to_dict(), "sampler": self.sampler_config.to_dict()}
 
     @property
     def temperatures(self) -> list[float]:
@@ -276,8 +167,8 @@ class MDMASRGenerationConfig(GenerationConfig):
             self.prompt_template = map_prompt_ids(self.prompt_template, change)
 
     def validate(self, *args, **kwargs) -> None:
-        """Raises ValueError on a setting that makes no sense; brings `sampler` into its JSON form."""
-        self.sampler = make_sampler(self.sampler).to_dict()
+        """Raises ValueError on a setting that makes no sense; makes the [`Sampler`] of a name or dict."""
+        self.sampler = make_sampler(self.sampler)
         optional = ("canvas_length", "max_new_tokens", "draft_length", "max_window_s")
         for name in (*optional[:3], "max_denoising_steps", "max_length", "num_return_sequences"):
             value = getattr(self, name)
@@ -324,14 +215,4 @@ def _check_finite(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
 
 
-__all__ = [
-    "ConfTopKConfig",
-    "DFMConfig",
-    "EBConfConfig",
-    "MDMASRGenerationConfig",
-    "PBEBConfConfig",
-    "RandomConfig",
-    "SAMPLERS",
-    "SamplerConfig",
-    "make_sampler",
-]
+__all__ = ["MDMASRGenerationConfig"]

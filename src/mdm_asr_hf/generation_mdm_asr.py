@@ -16,10 +16,11 @@ import numpy as np
 from .alignment_mdm_asr import check_alignment_heads, token_timestamps
 from .confidence_mdm_asr import calibrate, utterance_confidence
 from .drafting_mdm_asr import Hypothesis, to_numpy
-from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig, make_sampler
+from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
 from .prompt_mdm_asr import build_prompt_ids, settle_languages
 from .safeguards_mdm_asr import is_refused, is_suspicious, mean_log_prob, repeats_itself
+from .sampling_mdm_asr import make_sampler
 from .verified_decoding_mdm_asr import VerifiedDecoder, VerifiedText
 
 logger = logging.getLogger(__name__)
@@ -466,7 +467,7 @@ class GenerationMixin:
         return [list(row) for row in rows]
 
     def _check_samples(self, settings: MDMASRGenerationConfig) -> None:
-        draws = not self.config.has_drafts and settings.sampler_config.needs_noise
+        draws = not self.config.has_drafts and settings.sampler.needs_noise
         if not (settings.temperatures[0] > 0 or draws):
             raise ValueError(
                 f"`num_return_sequences={settings.num_return_sequences}` would return the same text each time. Set "
@@ -535,7 +536,7 @@ class GenerationMixin:
 
     def _check_kind(self, settings: MDMASRGenerationConfig) -> None:
         """Raises ValueError where the checkpoint cannot do what the settings ask for."""
-        sampler, config, vocab_size = settings.sampler_config, self.config, self.config.vocab_size
+        sampler, config, vocab_size = settings.sampler, self.config, self.config.vocab_size
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             if wrong := [i for i in getattr(settings, name) or () if not 0 <= i < vocab_size]:
                 raise ValueError(f"`{name}` has {wrong[:5]}, but ids go from 0 to {vocab_size - 1}.")

@@ -398,7 +398,7 @@ def test_any_setting_can_be_given_and_a_bad_one_is_named():
         model, ["draft_length=2", "max_new_tokens=null", "alignment_heads=[[0, 1]]"], gamma=1.5
     )
     assert (settings.draft_length, settings.max_new_tokens, settings.alignment_heads) == (2, None, [[0, 1]])
-    assert settings.sampler["gamma"] == 1.5 and model.generation_config.max_new_tokens == 7
+    assert settings.sampler.gamma == 1.5 and model.generation_config.max_new_tokens == 7
     for bad, message in (
         ("draft=1", "'draft' is not a setting"),
         ("gamma", "'gamma' is not a setting"),

@@ -11,7 +11,6 @@ import gradio as gr
 import numpy as np
 
 from ..evaluate.steps import SCRIPT, STYLE
-from ..generation_configuration_mdm_asr import make_sampler
 from ..loading import generation_settings
 from .drawing import draw_drafts, draw_error, draw_figures, draw_result
 from .watching import Watched, watch
@@ -29,7 +28,7 @@ one to hear it."""
 
 def make_page(model: Any, processor: Any) -> gr.Blocks:
     """The page of a model and its processor."""
-    has_drafts, gamma = model.config.has_drafts, getattr(make_sampler(model.generation_config.sampler), "gamma", None)
+    has_drafts, gamma = model.config.has_drafts, getattr(model.generation_config.sampler_config, "gamma", None)
     # Of some of a canvas's samplers there is none.
     takes_gamma = gamma is not None
     top = 2 * gamma if gamma and math.isfinite(gamma) else 8.0

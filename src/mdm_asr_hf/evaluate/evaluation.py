@@ -431,7 +431,7 @@ def describe_settings(settings: MDMASRGenerationConfig, has_drafts: bool = False
         return {"decoding": "drafts", "gamma": gamma, **{name: getattr(settings, name) for name in names}}
     return {
         "decoding": "canvas",
-        "sampler": settings.sampler,
+        "sampler": settings.sampler_config.to_dict(),
         "max_denoising_steps": settings.max_denoising_steps,
         "canvas": {k: getattr(settings, k) for k in ("canvas_length", "canvas_tokens_per_s", "canvas_extra_tokens")},
         "temperature": settings.temperature,
