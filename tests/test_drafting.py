@@ -8,6 +8,7 @@ import torch
 
 from mdm_asr_hf.configuration_mdm_asr import MDMASRDecoderConfig
 from mdm_asr_hf.decoder_mdm_asr import MDMASRDrafts, entropy
+from mdm_asr_hf.diffusion_mdm_asr import lay_blocks, lay_hints
 from mdm_asr_hf.drafting_mdm_asr import (
     DraftAllowance,
     DraftTree,
@@ -19,7 +20,6 @@ from mdm_asr_hf.drafting_mdm_asr import (
     gumbel_noise,
     log_probs_of,
 )
-from mdm_asr_hf.objective_mdm_asr import lay_blocks, lay_hints
 
 PADDING = 99
 

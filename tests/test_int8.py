@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq
 
 from mdm_asr_hf import MDMASRInt8Config, default_checkpoint, int8, quantize_int8
+from mdm_asr_hf.diffusion_mdm_asr import lay_blocks
 from mdm_asr_hf.int8 import Int8Linear
-from mdm_asr_hf.objective_mdm_asr import lay_blocks
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoi
 
 from mdm_asr_hf import MDMASRForConditionalGeneration
 from mdm_asr_hf.decoder_mdm_asr import DraftingCache
-from mdm_asr_hf.diffusion_mdm_asr import masked_diffusion_loss
-from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
+from mdm_asr_hf.diffusion_mdm_asr import DiffusionObjective, DraftObjective, masked_diffusion_loss
 
 EOS, PAD, START, MASK = 1, 2, VOCAB_SIZE, VOCAB_SIZE + 1
 

@@ -23,10 +23,10 @@ if find_spec("torch") is not None:
 
     from .configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
     from .decoder_mdm_asr import MDMASRDecoder
+    from .diffusion_mdm_asr import DiffusionObjective
     from .feature_extraction_mdm_asr import MDMASRFeatureExtractor
     from .int8 import MDMASRInt8Config, quantize_int8
     from .modeling_mdm_asr import MDMASRForConditionalGeneration, MDMASRModel, MDMASROutput
-    from .objective_mdm_asr import DiffusionObjective
     from .onnx.export import export_onnx
     from .processing_mdm_asr import MDMASRProcessor
     from .tokenization_mdm_asr import MDMASRAggregateTokenizer

@@ -16,10 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_mdm_asr import MDMASRConfig
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
-from .diffusion_mdm_asr import masked_diffusion_loss
-from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
-from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .objective_mdm_asr import (
+from .diffusion_mdm_asr import (
     DiffusionObjective,
     DraftObjective,
     TeacherOutput,
@@ -31,7 +28,10 @@ from .objective_mdm_asr import (
     lay_blocks,
     lay_hints,
     logit_loss,
+    masked_diffusion_loss,
 )
+from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
+from .generation_configuration_mdm_asr import MDMASRGenerationConfig
 from .torch_generation_mdm_asr import MDMASRGenerationMixin
 
 # The stock ASR pipeline tells sequence models from CTC models by the class name in this table. The line stands in this

@@ -15,8 +15,8 @@ import torch
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from tiny_training import EOS, LAUNCHERS, arguments, launch
 
-from mdm_asr_hf import MDMASRForConditionalGeneration, decoder_mdm_asr, objective_mdm_asr
-from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
+from mdm_asr_hf import MDMASRForConditionalGeneration, decoder_mdm_asr, diffusion_mdm_asr
+from mdm_asr_hf.diffusion_mdm_asr import DiffusionObjective, DraftObjective
 from mdm_asr_hf.train import clips, distillation, donor_cache
 from mdm_asr_hf.train import trainer as training
 from mdm_asr_hf.train.trainer import ISCTTrainer
@@ -109,8 +109,8 @@ def train(folder, num_processes, patch):
         **settings,
     )
     assert args.world_size == num_processes
-    patch.setattr(objective_mdm_asr, "sample_timesteps", lambda n, device=None, **_: 0.25 + 0.5 * torch.ones(n))
-    patch.setattr(objective_mdm_asr, "mask_tokens", MaskByRow())
+    patch.setattr(diffusion_mdm_asr, "sample_timesteps", lambda n, device=None, **_: 0.25 + 0.5 * torch.ones(n))
+    patch.setattr(diffusion_mdm_asr, "mask_tokens", MaskByRow())
     patch.setattr(training, "STEPS_BETWEEN_LOOKS", 1)
 
     def count_rows(prediction):

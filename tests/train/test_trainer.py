@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mdm_asr_hf.objective_mdm_asr import DiffusionObjective, DraftObjective
+from mdm_asr_hf.diffusion_mdm_asr import DiffusionObjective, DraftObjective
 from mdm_asr_hf.train.trainer import TRAINING_WEIGHTS_NAME, ISCTTrainer, make_wer_metric
 
 MASK = VOCAB_SIZE + 1
@@ -93,7 +93,7 @@ def test_the_objective_is_that_of_the_arguments_or_given(tmp_path):
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
     # At t = 1 all positions of both steps are masked, so that nothing is random.
-    monkeypatch.setattr("mdm_asr_hf.objective_mdm_asr.sample_timesteps", lambda n, device=None, **_: torch.ones(n))
+    monkeypatch.setattr("mdm_asr_hf.diffusion_mdm_asr.sample_timesteps", lambda n, device=None, **_: torch.ones(n))
     results = []
     for batch_size, accumulation in ((4, 1), (1, 4)):
         model = trainable_model()

@@ -20,9 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.mixing import Mixture
 from ..data.sources import Source, describe_skipped
+from ..diffusion_mdm_asr import DraftObjective
 from ..encoder_mdm_asr import WHISPER_FRAMES_PER_S
 from ..evaluate.scoring import count_errors
-from ..objective_mdm_asr import DraftObjective
 from ..safeguards_mdm_asr import NO_SAFEGUARDS
 from .clips import SpeechClips
 from .donor_cache import CachedSpeech, DistillationCollator, recode_cache, without_remarks, write_cache

@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..data.sources import BadRows, describe_skipped
+from ..diffusion_mdm_asr import TeacherOutput
 from ..encoder_mdm_asr import MDMASREncoderOutput
 from ..files import replacing
-from ..objective_mdm_asr import TeacherOutput
 from ..safeguards_mdm_asr import NO_SAFEGUARDS, is_suspicious
 from .clips import SpeechClips
 

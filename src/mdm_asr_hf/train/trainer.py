@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from ..alignment_mdm_asr import frame_duration_s
 from ..data.augmentation import spec_augment
+from ..diffusion_mdm_asr import DiffusionObjective, DraftObjective
 from ..evaluate.scoring import count_errors, normaliser
-from ..objective_mdm_asr import DiffusionObjective, DraftObjective
 from ..processing_mdm_asr import IGNORED_LABEL
 from ..safeguards_mdm_asr import NO_SAFEGUARDS
 from .collator import SecondsBatches, SecondsBatchSampler
