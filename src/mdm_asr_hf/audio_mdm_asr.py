@@ -67,6 +67,9 @@ MAGIC = {
     b"FLV\x01": "FLV",
     b"#!SI": "SILK",
 }
+# What libsndfile reads, and those of them that the first bytes tell.
+READABLE = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF")
+RECOGNISED = set(READABLE) - {"MP3"}
 # Of MPEG audio's layer III: rates of its first version, and kbit/s of the others and of the first.
 MP3_RATES_HZ = (44_100, 48_000, 32_000)
 MP3_KBITS = (
@@ -189,14 +192,12 @@ def load_audio(
     Raises:
         ValueError: anything else, with what to do on one line.
     """
-    target_sampling_rate = check_rate(target_sampling_rate, "target_sampling_rate")
-    if sampling_rate is not None:
-        sampling_rate = check_rate(sampling_rate, "sampling_rate")
-    rate, _, *blocks = _decode(audio, sampling_rate, target_sampling_rate, max_duration_s)
+    reader = _Reader(sampling_rate, target_sampling_rate, max_duration_s)
+    rate, _, *blocks = reader.read(audio)
     waveform = blocks[0] if blocks else np.zeros(0, dtype=np.float32)
-    if rate != target_sampling_rate and waveform.size:
+    if rate != reader.target_rate_hz and waveform.size:
         # Mixing before resampling costs one channel's work and gives the same samples: both are linear.
-        waveform = soxr.resample(np.ascontiguousarray(waveform), rate, target_sampling_rate, quality="HQ")
+        waveform = soxr.resample(np.ascontiguousarray(waveform), rate, reader.target_rate_hz, quality="HQ")
     return waveform
 
 
@@ -227,10 +228,8 @@ class AudioStream:
         max_duration_s: float | None = None,
         block_s: float = BLOCK_S,
     ):
-        self.target_rate_hz = check_rate(target_sampling_rate, "target_sampling_rate")
-        if sampling_rate is not None:
-            sampling_rate = check_rate(sampling_rate, "sampling_rate")
-        self._reading = _decode(audio, sampling_rate, self.target_rate_hz, max_duration_s, block_s)
+        reader = _Reader(sampling_rate, target_sampling_rate, max_duration_s, block_s)
+        self.target_rate_hz, self._reading = reader.target_rate_hz, reader.read(audio)
         self.rate_hz, num_samples = next(self._reading), next(self._reading)
         self.duration_s = num_samples / self.rate_hz
 
@@ -259,7 +258,7 @@ def audio_duration_s(audio: Any) -> float:
     Raises:
         ValueError: as [`load_audio`] does, as far as a header tells.
     """
-    reading = _decode(audio, None, 16_000, None)
+    reading = _Reader().read(audio)
     rate_hz, num_samples = next(reading), next(reading)
     reading.close()
     return num_samples / rate_hz
@@ -323,13 +322,7 @@ def to_mono_float32(samples: Any, channel_axis: int | None = None, downmix: Down
             8 entries: torchcodec and transformers write (channels, samples), soundfile (samples, channels).
         downmix ([`Downmix`], *optional*): of the recording that these samples go on with.
     """
-    samples = _to_numpy(samples)
-    if samples.ndim not in (1, 2):
-        raise ValueError(
-            f"`audio` must have one or two dimensions (samples, or channels and samples), got shape {samples.shape}. "
-            "Pass several clips as a list."
-        )
-    samples = _to_float32(samples)
+    samples = _to_float32(_by_time(_to_numpy(samples), channel_axis))
     if samples.size == 0:
         return np.zeros(0, dtype=np.float32)
     if not np.isfinite(samples).all():
@@ -340,207 +333,193 @@ def to_mono_float32(samples: Any, channel_axis: int | None = None, downmix: Down
             f"`audio` is float with a peak of {peak:.6g}, but float samples must lie in -1..1. Divide by the integer "
             "full scale (32768 for 16 bit), or pass the integers as they are (dtype int16 or int32)."
         )
-    if samples.ndim == 2:
-        axis = _channel_axis(samples.shape) if channel_axis is None else channel_axis
-        samples = (downmix or Downmix())(samples if axis == 1 else samples.T)
-    return samples
+    return samples if samples.ndim == 1 else (downmix or Downmix())(samples)
 
 
-def _decode(
-    audio: Any,
-    sampling_rate: float | None,
-    target_sampling_rate: float,
-    max_duration_s: float | None,
-    block_s: float | None = None,
-) -> Iterator[Any]:
-    """
-    Reads one clip of any form: yields its sampling rate, its number of samples at that rate as far as it is known
-    beforehand, then its mono samples, in blocks of `block_s` seconds or at once.
-    """
-    if isinstance(audio, (str, os.PathLike)):
-        yield from _read_path(os.fspath(audio), max_duration_s, block_s)
-    elif isinstance(audio, (bytes, bytearray, memoryview)):
-        yield from _read_bytes(bytes(audio), max_duration_s, block_s)
-    elif hasattr(audio, "get_all_samples"):
-        yield from _read_decoder(audio, max_duration_s)
-    elif hasattr(audio, "read"):
-        yield from _read_bytes(_content(audio), max_duration_s, block_s)
-    elif _holds_clips(audio):
-        raise ValueError(
-            f"`audio` of type {type(audio).__name__} holds several clips, where one is taken. Pass them one by one."
-        )
-    elif isinstance(audio, Mapping) or (not _is_array_like(audio) and hasattr(audio, "__getitem__")):
-        yield from _read_mapping(audio, sampling_rate, target_sampling_rate, max_duration_s, block_s)
-    else:
-        if (pair := _samples_and_rate(audio)) is not None:
-            audio, sampling_rate = pair[0], check_rate(pair[1], "sampling_rate")
-        if sampling_rate is None and _is_array_like(audio):
-            _warn_once(
-                f"Audio samples came without `sampling_rate`: they are taken to be at {target_sampling_rate} Hz."
+class _Reader:
+    """What reads a clip of any form, as [`load_audio`] or, in blocks, [`AudioStream`] is asked to."""
+
+    def __init__(
+        self,
+        sampling_rate: float | None = None,
+        target_sampling_rate: float = 16_000,
+        max_duration_s: float | None = None,
+        block_s: float | None = None,
+    ):
+        self.target_rate_hz = check_rate(target_sampling_rate, "target_sampling_rate")
+        self.rate_hz = None if sampling_rate is None else check_rate(sampling_rate, "sampling_rate")
+        self.max_duration_s, self.block_s = max_duration_s, block_s
+
+    def read(self, audio: Any) -> Iterator[Any]:
+        """Yields a clip's sampling rate, its number of samples at that rate as far as it is known beforehand, then its
+        mono samples, in blocks of `block_s` seconds or at once."""
+        if isinstance(audio, (str, os.PathLike)):
+            yield from self._read_path(os.fspath(audio))
+        elif isinstance(audio, (bytes, bytearray, memoryview)):
+            yield from self._read_bytes(bytes(audio))
+        elif hasattr(audio, "get_all_samples"):
+            yield from self._read_decoder(audio)
+        elif hasattr(audio, "read"):
+            yield from self._read_bytes(_content(audio))
+        elif _holds_clips(audio):
+            raise ValueError(
+                f"`audio` of type {type(audio).__name__} holds several clips, where one is taken. Pass them one by "
+                "one."
             )
-        yield from _read_samples(audio, sampling_rate or target_sampling_rate, max_duration_s, block_s)
+        elif isinstance(audio, Mapping) or (not _is_array_like(audio) and hasattr(audio, "__getitem__")):
+            yield from self._read_mapping(audio)
+        elif (pair := _samples_and_rate(audio)) is not None:
+            yield from self._read_samples(pair[0], check_rate(pair[1], "sampling_rate"))
+        elif _is_array_like(audio):
+            if self.rate_hz is None:
+                _warn_once(
+                    f"Audio samples came without `sampling_rate`: they are taken to be at {self.target_rate_hz} Hz."
+                )
+            yield from self._read_samples(audio, self.rate_hz or self.target_rate_hz)
+        else:
+            raise ValueError(
+                f"`audio` of type {type(audio).__name__} is not supported. Pass a path, bytes, samples with their "
+                "sampling rate, or an entry of an audio dataset."
+            )
 
+    def _block_size(self, rate: float, num_samples: int) -> int:
+        """Samples to take at once."""
+        return num_samples if self.block_s is None else max(round(self.block_s * rate), 1)
 
-def _read_samples(samples: Any, rate: float, max_duration_s: float | None, block_s: float | None) -> Iterator[Any]:
-    if not _is_array_like(samples):
-        raise ValueError(
-            f"`audio` of type {type(samples).__name__} is not supported. Pass a path, bytes, samples with their "
-            "sampling rate, or an entry of an audio dataset."
-        )
-    samples = _to_numpy(samples)
-    if block_s is None or samples.ndim not in (1, 2) or samples.size == 0:
-        waveform = to_mono_float32(samples)
-        check_duration(len(waveform), rate, max_duration_s)
-        yield from (rate, len(waveform), waveform)
-        return
-    channel_axis = _channel_axis(samples.shape) if samples.ndim == 2 else None
-    by_time = samples.T if channel_axis == 0 else samples
-    check_duration(len(by_time), rate, max_duration_s)
-    yield from (rate, len(by_time))
-    block_size, downmix = max(round(block_s * rate), 1), Downmix()
-    for start in range(0, len(by_time), block_size):
-        yield to_mono_float32(by_time[start : start + block_size], channel_axis=1, downmix=downmix)
+    def _read_samples(self, samples: Any, rate: float) -> Iterator[Any]:
+        samples = _by_time(_to_numpy(samples))
+        check_duration(len(samples), rate, self.max_duration_s)
+        yield from (rate, len(samples))
+        # A clip without samples is one block, which is checked.
+        size, downmix = max(self._block_size(rate, len(samples)), 1), Downmix()
+        for start in range(0, max(len(samples), 1), size):
+            yield to_mono_float32(samples[start : start + size], channel_axis=1, downmix=downmix)
 
+    def _read_mapping(self, audio: Mapping) -> Iterator[Any]:
+        def get(key):
+            try:
+                return audio[key]
+            except (KeyError, IndexError, TypeError, AttributeError):
+                return None
 
-def _read_mapping(
-    audio: Mapping,
-    sampling_rate: float | None,
-    target_sampling_rate: float,
-    max_duration_s: float | None,
-    block_s: float | None,
-) -> Iterator[Any]:
-    def get(key):
+        samples = get("array") if get("array") is not None else get("raw")
+        entry = get("audio")
+        if samples is None and _is_array_like(entry) and _samples_and_rate(entry) is None:
+            samples = entry
+        if samples is not None:
+            rate = get("sampling_rate") if get("sampling_rate") is not None else self.rate_hz
+            if rate is None:
+                raise ValueError("`audio` is a dict without a `sampling_rate`. Add the rate of its samples in Hz.")
+            if not _is_array_like(samples):
+                raise ValueError(f"`audio` is a dict whose samples are a {type(samples).__name__}. Pass an array.")
+            yield from self._read_samples(samples, check_rate(rate, "sampling_rate"))
+            return
+        # A row may have a path beside it, which is that on another machine.
+        files = (get(key) for key in ("bytes", "path"))
+        files = [one for one in files if isinstance(one, (str, bytes, os.PathLike))]
+        if entry is None and not files:
+            raise ValueError(
+                f"`audio` is a {type(audio).__name__}, but has neither 'array' (or 'raw') and 'sampling_rate' nor "
+                "'bytes', 'path' or 'audio'. Pass one of these."
+            )
+        yield from self.read(files[0] if entry is None else entry)
+
+    def _read_decoder(self, decoder: Any) -> Iterator[Any]:
+        """torchcodec's AudioDecoder, known by its methods, so that torchcodec need not be installed."""
+        duration_s = getattr(getattr(decoder, "metadata", None), "duration_seconds", None)
+        if _is_number(duration_s):
+            check_duration(duration_s, 1.0, self.max_duration_s)
         try:
-            return audio[key]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return None
-
-    samples = get("array") if get("array") is not None else get("raw")
-    entry = get("audio")
-    if samples is None and _is_array_like(entry) and _samples_and_rate(entry) is None:
-        samples = entry
-    if samples is not None:
-        rate = get("sampling_rate") if get("sampling_rate") is not None else sampling_rate
-        if rate is None:
-            raise ValueError("`audio` is a dict without a `sampling_rate`. Add the rate of its samples in Hz.")
-        yield from _read_samples(samples, check_rate(rate, "sampling_rate"), max_duration_s, block_s)
-        return
-    # A row may have a path beside it, which is that on another machine.
-    if entry is not None:
-        yield from _decode(entry, sampling_rate, target_sampling_rate, max_duration_s, block_s)
-        return
-    for key in ("bytes", "path"):
-        if isinstance(get(key), (str, bytes, os.PathLike)):
-            yield from _decode(get(key), None, target_sampling_rate, max_duration_s, block_s)
-            return
-    raise ValueError(
-        f"`audio` is a {type(audio).__name__}, but has neither 'array' (or 'raw') and 'sampling_rate' nor 'bytes', "
-        "'path' or 'audio'. Pass one of these."
-    )
-
-
-def _read_decoder(decoder: Any, max_duration_s: float | None) -> Iterator[Any]:
-    """torchcodec's AudioDecoder, known by its methods, so that torchcodec need not be installed."""
-    duration_s = getattr(getattr(decoder, "metadata", None), "duration_seconds", None)
-    if _is_number(duration_s):
-        check_duration(duration_s, 1.0, max_duration_s)
-    try:
-        samples = decoder.get_all_samples()
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"`audio` cannot be decoded ({_one_line(error)}). Is the file damaged?") from error
-    waveform, rate = to_mono_float32(samples.data, channel_axis=0), check_rate(samples.sample_rate, "sampling_rate")
-    check_duration(len(waveform), rate, max_duration_s)
-    yield from (rate, len(waveform), waveform)
-
-
-def _read_path(path: str | bytes, max_duration_s: float | None, block_s: float | None) -> Iterator[Any]:
-    name = f"{os.fsdecode(path)!r}"
-    # Such as text where a path should be; no file system takes longer ones.
-    name = name if len(name) <= 4200 else f"{name[:100]}...{name[-20:]}"
-    # Where a path was made of it, one of the slashes is gone.
-    if re.match(r"[a-z][a-z0-9+.-]+:/", os.fsdecode(path), flags=re.IGNORECASE) and not os.path.exists(path):
-        raise ValueError(f"{name} is a URL. Download it first and pass the file.")
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise ValueError(f"{name} is a directory. Pass the audio files in it one by one.")
-        if stat.S_ISFIFO(mode):
-            with open(path, "rb") as file:
-                content = file.read()
-            yield from _read_bytes(content, max_duration_s, block_s, name)
-            return
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{name} is not a regular file. Pass an audio file.")
-        # By descriptor, libsndfile reads the file itself and judges it by its content, not by its name. It shares the
-        # descriptor's position, which only an unbuffered file keeps in step.
-        with open(path, "rb", buffering=0) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            yield from _read_file(file, file.fileno(), num_bytes, max_duration_s, block_s, name)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name} does not exist. Check the path.") from error
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror or _one_line(error)}.") from error
-
-
-def _read_bytes(
-    content: bytes, max_duration_s: float | None, block_s: float | None, name: str = "the audio"
-) -> Iterator[Any]:
-    file = _Content(content)
-    yield from _read_file(file, file, len(content), max_duration_s, block_s, name)
-
-
-def _read_file(
-    file: BinaryIO, source: Any, num_bytes: int, max_duration_s: float | None, block_s: float | None, name: str
-) -> Iterator[Any]:
-    """Decodes an audio file; `source` is what libsndfile opens, `file` the same content for a look at it."""
-    if num_bytes == 0:
-        raise ValueError(f"{name} is empty (0 bytes). Record or download it again.")
-    if _is_unfinished_ogg(file, num_bytes):
-        logger.warning(f"{name} has no end-of-stream mark: it may be cut off. What it holds is read.")
-    patches, is_error = _unfinished(file, num_bytes)
-    if is_error:
-        logger.warning(f"{name} has more samples than its header says: it was not ended properly. All are read.")
-    if patches and not isinstance(file, _Content):
-        file = source = _Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for place, written in patches.items():
-        file.seek(place)
-        file.write(written)
-        file.seek(0)
-    num_read = 0
-    try:
-        with soundfile.SoundFile(source, closefd=False) as sound:
-            rate = check_rate(sound.samplerate, f"sampling_rate of {name}")
-            _check_header(sound, num_bytes, name)
-            check_duration(sound.frames, rate, max_duration_s, name)
-            num_frames, is_mp3 = sound.frames, sound.format == "MP3"
-            if block_s is not None and sound.format == "FLAC" and num_frames:
-                # Its header does not tell whether the end is there, and one should not learn that hours later.
-                sound.seek(num_frames - 1)
-                sound.read(1)
-                sound.seek(0)
-            yield from (rate, num_frames)
-            # Some codecs of WAV want to be told the number.
-            block_size = num_frames if block_s is None else max(round(block_s * rate), 1)
-            downmix = Downmix(name)
-            while len(samples := sound.read(block_size, dtype="float32", always_2d=True)):
-                num_read += len(samples)
-                yield _mono_of_file(samples, name, downmix)
-                if block_s is None:
-                    break
-    except (soundfile.SoundFileError, RuntimeError, TypeError, MemoryError) as error:
-        reason = _one_line(getattr(error, "error_string", error))
-        # The first bytes of a file that was recognised fit its format, so what failed is what follows them.
-        if _is_recognised(file):
-            raise ValueError(f"{name} is truncated or damaged ({reason}). Copy or convert it again.") from error
-        raise ValueError(
-            f"{name} is not audio of a format that can be read ({', '.join(_formats())}). If it is audio, {CONVERT}."
-        ) from error
-    missing_s = (num_frames - num_read) / rate
-    if missing_s > (MP3_TOLERANCE_S if is_mp3 else 0):
-        raise ValueError(
-            f"{name} is truncated: {num_read / rate:.2f} s of {num_frames / rate:.2f} s are there. Copy or "
-            "convert it again."
+            samples = decoder.get_all_samples()
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"`audio` cannot be decoded ({_one_line(error)}). Is the file damaged?") from error
+        waveform, rate = (
+            to_mono_float32(samples.data, channel_axis=0),
+            check_rate(samples.sample_rate, "sampling_rate"),
         )
+        check_duration(len(waveform), rate, self.max_duration_s)
+        yield from (rate, len(waveform), waveform)
+
+    def _read_path(self, path: str | bytes) -> Iterator[Any]:
+        name = f"{os.fsdecode(path)!r}"
+        # Such as text where a path should be; no file system takes longer ones.
+        name = name if len(name) <= 4200 else f"{name[:100]}...{name[-20:]}"
+        # Where a path was made of it, one of the slashes is gone.
+        if re.match(r"[a-z][a-z0-9+.-]+:/", os.fsdecode(path), flags=re.IGNORECASE) and not os.path.exists(path):
+            raise ValueError(f"{name} is a URL. Download it first and pass the file.")
+        try:
+            mode = os.stat(path).st_mode
+            if stat.S_ISDIR(mode):
+                raise ValueError(f"{name} is a directory. Pass the audio files in it one by one.")
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+                raise ValueError(f"{name} is not a regular file. Pass an audio file.")
+            # By descriptor, libsndfile reads the file itself and judges it by its content, not by its name. It shares
+            # the descriptor's position, which only an unbuffered file keeps in step.
+            with open(path, "rb", buffering=0) as file:
+                if stat.S_ISFIFO(mode):
+                    yield from self._read_bytes(file.read(), name)
+                else:
+                    yield from self._read_file(file, file.fileno(), os.fstat(file.fileno()).st_size, name)
+        except FileNotFoundError as error:
+            raise ValueError(f"{name} does not exist. Check the path.") from error
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error.strerror or _one_line(error)}.") from error
+
+    def _read_bytes(self, content: bytes, name: str = "the audio") -> Iterator[Any]:
+        file = _Content(content)
+        yield from self._read_file(file, file, len(content), name)
+
+    def _read_file(self, file: BinaryIO, source: Any, num_bytes: int, name: str) -> Iterator[Any]:
+        """Decodes an audio file; `source` is what libsndfile opens, `file` the same content for a look at it."""
+        if num_bytes == 0:
+            raise ValueError(f"{name} is empty (0 bytes). Record or download it again.")
+        if _is_unfinished_ogg(file, num_bytes):
+            logger.warning(f"{name} has no end-of-stream mark: it may be cut off. What it holds is read.")
+        patches, is_error = _unfinished(file, num_bytes)
+        if is_error:
+            logger.warning(f"{name} has more samples than its header says: it was not ended properly. All are read.")
+        if patches and not isinstance(file, _Content):
+            file = source = _Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for place, written in patches.items():
+            file.seek(place)
+            file.write(written)
+            file.seek(0)
+        num_read = 0
+        try:
+            with soundfile.SoundFile(source, closefd=False) as sound:
+                rate = check_rate(sound.samplerate, f"sampling_rate of {name}")
+                _check_header(sound, num_bytes, name)
+                check_duration(sound.frames, rate, self.max_duration_s, name)
+                num_frames, is_mp3 = sound.frames, sound.format == "MP3"
+                if self.block_s is not None and sound.format == "FLAC" and num_frames:
+                    # Its header does not tell whether the end is there, and one should not learn that hours later.
+                    sound.seek(num_frames - 1)
+                    sound.read(1)
+                    sound.seek(0)
+                yield from (rate, num_frames)
+                # Some codecs of WAV want to be told the number.
+                size, downmix = self._block_size(rate, num_frames), Downmix(name)
+                while len(samples := sound.read(size, dtype="float32", always_2d=True)):
+                    num_read += len(samples)
+                    yield _mono_of_file(samples, name, downmix)
+                    if self.block_s is None:
+                        break
+        except (soundfile.SoundFileError, RuntimeError, TypeError, MemoryError) as error:
+            reason = _one_line(getattr(error, "error_string", error))
+            # The first bytes of a file that was recognised fit its format, so what failed is what follows them.
+            file.seek(0)
+            if name_format(file.read(12)) in RECOGNISED:
+                raise ValueError(f"{name} is truncated or damaged ({reason}). Copy or convert it again.") from error
+            readable = ", ".join(one for one in READABLE if one in soundfile.available_formats())
+            raise ValueError(
+                f"{name} is not audio of a format that can be read ({readable}). If it is audio, {CONVERT}."
+            ) from error
+        missing_s = (num_frames - num_read) / rate
+        if missing_s > (MP3_TOLERANCE_S if is_mp3 else 0):
+            raise ValueError(
+                f"{name} is truncated: {num_read / rate:.2f} s of {num_frames / rate:.2f} s are there. Copy or "
+                "convert it again."
+            )
 
 
 def _mono_of_file(samples: np.ndarray, name: str, downmix: Downmix) -> np.ndarray:
@@ -667,31 +646,21 @@ def _without_chunks(file: BinaryIO, num_bytes: int, start: int, order: str) -> i
     first = max(start, num_bytes - MAX_TAIL)
     first += (first - start) % 2
     file.seek(first)
-    tail, end = file.read(), num_bytes
-    for _ in range(MAX_NUM_CHUNKS):
-        count = (end - first - 8) // 2 + 1
-        if count <= 0:
-            break
-        places = 2 * np.arange(count)
-        content = np.frombuffer(tail, np.uint8)
-        sizes = sum(
-            content[places + 4 + byte].astype(np.int64) << (8 * (byte if order == "<" else 3 - byte))
-            for byte in range(4)
-        )
+    content = np.frombuffer(file.read(), np.uint8)
+    if len(content) < 8:
+        return num_bytes
+    # What would be heads of chunks: a name and a size each, at every second byte.
+    heads = np.lib.stride_tricks.sliding_window_view(content, 8)[::2]
+    sizes = np.ascontiguousarray(heads[:, 4:]).view(f"{order}u4")[:, 0].astype(np.int64)
+    places = first + 2 * np.arange(len(heads))
+    behind = places + 8 + sizes
+    is_named = ((heads[:, :4] >= 32) & (heads[:, :4] < 127)).all(axis=1)
+    ends = {num_bytes}
+    for k in np.flatnonzero(is_named & (behind <= num_bytes))[::-1]:
         # The last chunk of a file often lacks the byte that makes its size even.
-        reach = first + places + 8 + sizes
-        found = np.flatnonzero((reach == end) | (reach + sizes % 2 == end))
-        found = [k for k in found if all(32 <= byte < 127 for byte in tail[2 * k : 2 * k + 4])]
-        if not found:
-            break
-        # A chunk of chunks ends where the last of them does.
-        end = first + 2 * int(found[0])
-    return end
-
-
-def _is_recognised(file: BinaryIO) -> bool:
-    file.seek(0)
-    return name_format(file.read(12)) in ("WAV", "FLAC", "OGG", "AIFF", "CAF", "AU")
+        if not ends.isdisjoint((behind[k], behind[k] + sizes[k] % 2)):
+            ends.add(int(places[k]))
+    return min(ends)
 
 
 def name_format(head: bytes) -> str | None:
@@ -734,12 +703,6 @@ def _mp3_frame_length(head: bytes) -> int | None:
         return None
     rate_hz = MP3_RATES_HZ[rate_code] // {0x18: 1, 0x10: 2, 0x00: 4}[head[1] & 0x18]
     return (144 if is_first else 72) * MP3_KBITS[is_first][bit_code - 1] * 1000 // rate_hz + (head[2] >> 1 & 1)
-
-
-def _formats() -> list[str]:
-    return [
-        name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF") if name in soundfile.available_formats()
-    ]
 
 
 def _content(file: Any) -> bytes:
@@ -787,18 +750,29 @@ def _to_float32(samples: np.ndarray) -> np.ndarray:
     return (samples.astype(np.float32) - np.float32(zero)) / np.float32(full_scale)
 
 
-def _channel_axis(shape: tuple[int, int]) -> int:
-    small = [size <= MAX_NUM_CHANNELS for size in shape]
-    # One entry along an axis is one channel, however short the clip is.
-    if shape[0] == 1 or (small[0] and not small[1]):
-        return 0
-    if shape[1] == 1 or (small[1] and not small[0]):
-        return 1
-    raise ValueError(
-        f"`audio` of shape {shape}: "
-        + ("both axes could count the channels" if all(small) else f"no axis has at most {MAX_NUM_CHANNELS} channels")
-        + ". Mix it to one channel first, or pass several clips as a list."
-    )
+def _by_time(samples: np.ndarray, channel_axis: int | None = None) -> np.ndarray:
+    """Samples in memory as (N,) or (N, channels)."""
+    if samples.ndim not in (1, 2):
+        raise ValueError(
+            f"`audio` must have one or two dimensions (samples, or channels and samples), got shape {samples.shape}. "
+            "Pass several clips as a list."
+        )
+    if samples.ndim == 1 or samples.size == 0:
+        return samples.ravel()
+    if channel_axis is None:
+        small = [size <= MAX_NUM_CHANNELS for size in samples.shape]
+        # One entry along an axis is one channel, however short the clip is.
+        if samples.shape[0] == 1 or (small[0] and not small[1]):
+            channel_axis = 0
+        elif samples.shape[1] == 1 or (small[1] and not small[0]):
+            channel_axis = 1
+        else:
+            found = "both axes could count the" if all(small) else f"no axis has at most {MAX_NUM_CHANNELS}"
+            raise ValueError(
+                f"`audio` of shape {samples.shape}: {found} channels. Mix it to one channel first, or pass several "
+                "clips as a list."
+            )
+    return samples if channel_axis == 1 else samples.T
 
 
 def _is_number(value: Any) -> bool:
