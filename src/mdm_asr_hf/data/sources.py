@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +76,23 @@ class BadRows:
     What was wrong with rows that were left out: how many there are of each cause, and the first of each.
 
     Args:
-        messages: of the errors. Those that differ in names, paths and numbers alone are of one cause.
+        errors: or their messages. Those that differ in names, paths and numbers alone are of one cause.
+
+    Attributes:
+        reasons (`Counter`): how many there are of each of `BAD_ROW_REASONS`.
     """
 
-    def __init__(self, messages: Iterable[str] = ()):
-        self._counts, self._first = Counter(), {}
-        for message in messages:
-            self.add(message)
+    def __init__(self, errors: Iterable[Exception | str] = ()):
+        self._counts, self._first, self.reasons = Counter(), {}, Counter()
+        for error in errors:
+            self.add(error)
 
-    def add(self, message: str) -> None:
-        cause = re.sub(r"'[^']*'|\S*[/\\\d]\S*", "", message)
+    def add(self, error: Exception | str) -> None:
+        cause = re.sub(r"'[^']*'|\S*[/\\\d]\S*", "", str(error))
         self._counts[cause] += 1
-        self._first.setdefault(cause, message)
+        self._first.setdefault(cause, str(error))
+        if isinstance(error, BadRowError):
+            self.reasons[error.reason] += 1
 
     def __len__(self) -> int:
         return self._counts.total()
@@ -206,21 +212,13 @@ class Source:
     def is_local(self) -> bool:
         return Path(self.path).exists() or Path(self.path).suffix in MANIFESTS
 
-    def columns(self, available: Sequence[str], known: Columns | None = None) -> Columns:
+    def columns(self, available: Sequence[str]) -> Columns:
         """
-        Which column holds what, of a row with these columns; `known` is the answer for the rows before it.
+        Which column holds what, of a row with these columns.
 
         Raises:
-            ValueError: one that is wanted is missing, and nothing is `known`. It names the columns there are.
+            ValueError: one that is wanted is missing. It names the columns there are.
         """
-        if known is not None:
-            if {known.audio, known.text} - {None} <= set(available):
-                return known
-            try:
-                return self.columns(available)
-            except ValueError:
-                # Only this row lacks it, which makes it a bad one.
-                return known
 
         def find(setting: str, usual: tuple[str, ...], needed: bool = False) -> str | None:
             wanted = getattr(self, setting)
@@ -255,7 +253,7 @@ def find_manifests(source: Source) -> list[Path]:
     """The manifests of a local source; empty if `datasets` should read the folder."""
     path = Path(source.path)
     if path.is_file():
-        if path.suffix not in MANIFESTS and source.text_column is None and find_audio_files(Path(source.path)):
+        if path.suffix not in MANIFESTS and source.text_column is None and find_audio_files(path):
             return []
         if path.suffix not in MANIFESTS:
             raise ValueError(f"{source.path!r} is not a manifest. Use one of {', '.join(MANIFESTS)}.")
@@ -296,6 +294,26 @@ def load_undecoded(source: Source, streaming: bool) -> Any:
     plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     is_plain = streaming and importlib.util.find_spec("torchcodec") is None
     return data.cast_column(audio_name, plain if is_plain else datasets.Audio(decode=False))
+
+
+def open_rows(source: Source, limit: int | None = None) -> tuple[Iterator[tuple[str, dict, Path | None]], Any]:
+    """
+    The first `limit` rows of a source, or all, as they are there: (name, values, folder that paths are relative to).
+    And of a data set of `datasets` the column of its audio, in the place of which these rows hold their index.
+    """
+    if source.is_local and (manifests := find_manifests(source)):
+        return islice((entry for manifest in manifests for entry in read_manifest(manifest)), limit), None
+    if source.text_column is None and (files := find_audio_files(Path(source.path))):
+        return ((str(file), {"audio": file.name}, file.parent) for file in files[:limit]), None
+    data = load_undecoded(source, streaming=False)
+    if limit is not None:
+        data = data.select(range(min(limit, len(data))))
+    audio_name = source.columns(data.column_names).audio
+    others = data.remove_columns(audio_name)
+    # Without a column a data set has no rows either.
+    others = others if others.column_names else ({} for _ in range(len(data)))
+    rows = ((f"{source.path} row {i}", {**row, audio_name: i}, None) for i, row in enumerate(others))
+    return rows, data[audio_name]
 
 
 # Rows
@@ -340,12 +358,15 @@ def check_text(text: Any, row_name: str, column: str, allow_empty: bool = False)
         raise BadRowError.of(row_name, EMPTY_TEXT, detail)
 
 
-def header_duration_s(audio: Any, row_name: str) -> float:
-    """Seconds that a file's header tells."""
-    try:
-        return audio_duration_s(audio)
-    except ValueError as error:
-        raise BadRowError.of(row_name, UNREADABLE, str(error)) from error
+def complete_row(row: dict[str, Any], columns: Columns, audio: Any, allow_empty: bool = False) -> None:
+    """Checks a row's text, and adds the seconds that its audio's header tells, where no column does."""
+    if columns.text:
+        check_text(row["text"], row["row"], columns.text, allow_empty)
+    if row["duration_s"] is None:
+        try:
+            row["duration_s"] = audio_duration_s(row["audio"] if audio is None else audio[row["audio"]])
+        except ValueError as error:
+            raise BadRowError.of(row["row"], UNREADABLE, str(error)) from error
 
 
 class Utterances:
@@ -353,23 +374,25 @@ class Utterances:
     Rows {"audio", "text", "language", "duration_s", "row"} of one source, with random access.
 
     Args:
-        rows: dicts; where `audio` is given, with an "index" in the place of "audio".
-        audio (*optional*): a `datasets` column with the audio of row i at its index.
-        skipped (`dict`), bad_rows ([`BadRows`]): how many rows were left out per reason, and what was wrong with them.
+        rows: dicts.
+        audio (*optional*): a `datasets` column; rows hold the index of their audio in it.
+        bad_rows ([`BadRows`], *optional*): those that were left out.
     """
 
-    def __init__(self, rows: Sequence[dict], audio: Any = None, skipped: Any = (), bad_rows: BadRows | None = None):
-        self.rows, self.audio, self.skipped, self.bad_rows = rows, audio, dict(skipped), bad_rows or BadRows()
+    def __init__(self, rows: Sequence[dict], audio: Any = None, bad_rows: BadRows | None = None):
+        self.rows, self.audio, self.bad_rows = rows, audio, bad_rows or BadRows()
         self.durations_s = np.array([row["duration_s"] for row in rows], dtype=np.float64)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return dict(self.bad_rows.reasons)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.rows[index])
-        if self.audio is not None:
-            row["audio"] = self.audio[row.pop("index")]
-        return row
+        row = self.rows[index]
+        return {**row, "audio": row["audio"] if self.audio is None else self.audio[row["audio"]]}
 
     def read(self, seed: int, epoch: int, worker: int, num_workers: int) -> Iterator[dict[str, Any]]:
         """One pass over a worker's share, in random order."""
@@ -392,42 +415,23 @@ def load_utterances(
             whose header cannot be read, or audio longer than `max_duration_s`; otherwise, more than `max_bad_share` of
             such rows.
     """
-    check_on_bad_row(on_bad_row, max_bad_share)
-    audio = None
-    if source.is_local and (manifests := find_manifests(source)):
-        raw = (entry for manifest in manifests for entry in read_manifest(manifest))
-    elif source.text_column is None and (files := find_audio_files(Path(source.path))):
-        raw = ((str(file), {"audio": file.name}, file.parent) for file in files)
-    else:
-        data = load_undecoded(source, streaming=False)
-        audio_name = source.columns(data.column_names).audio
-        audio, texts = data[audio_name], data.remove_columns(audio_name)
-        # Without a column a data set has no rows either.
-        texts = texts if texts.column_names else ({} for _ in range(len(data)))
-        raw = ((f"{source.path} row {i}", {**row, audio_name: i}, None) for i, row in enumerate(texts))
-
-    rows, skipped, bad, columns = [], Counter(), BadRows(), None
+    raw, audio = open_rows(source)
+    rows, bad, columns = [], BadRows(), None
     for row_name, values, folder in raw:
-        columns = source.columns(list(values), columns)
+        columns = columns or source.columns(list(values))
         try:
             row = make_row(source, columns, row_name, values, folder)
-            if audio is not None:
-                row["index"] = row.pop("audio")
-            its_audio = row["audio"] if audio is None else audio[row["index"]]
-            if columns.text:
-                check_text(row["text"], row_name, columns.text)
-            if row["duration_s"] is None:
-                row["duration_s"] = header_duration_s(its_audio, row_name)
-            elif folder is not None and not os.path.isfile(its_audio):
-                raise BadRowError.of(row_name, UNREADABLE, f"{its_audio!r} does not exist. Check the path.")
+            is_told = row["duration_s"] is not None
+            complete_row(row, columns, audio)
+            if is_told and folder is not None and not os.path.isfile(row["audio"]):
+                raise BadRowError.of(row_name, UNREADABLE, f"{row['audio']!r} does not exist. Check the path.")
             if max_duration_s is not None and row["duration_s"] > max_duration_s:
                 detail = f"It lasts {row['duration_s']:.2f} s, more than {max_duration_s:g} s. Split it."
                 raise BadRowError.of(row_name, LONG_AUDIO, detail)
         except BadRowError as error:
             if on_bad_row == "raise":
                 raise
-            skipped[error.reason] += 1
-            bad.add(str(error))
+            bad.add(error)
         else:
             rows.append(row)
     if bad:
@@ -435,15 +439,17 @@ def load_utterances(
         logger.warning(f"{source.path!r}: {len(bad)} of {len(rows) + len(bad)} rows skipped: {bad}")
     if not rows:
         raise ValueError(f"{source.path!r} has no rows to use." + (f" They were left out: {bad}" if bad else ""))
-    return Utterances(rows, audio, skipped, bad)
+    return Utterances(rows, audio, bad)
 
 
 class HubStream:
     """Rows of a data set of `datasets` as it is downloaded. What is wrong with one, the collator finds."""
 
+    skipped: dict[str, int] = {}
+
     def __init__(self, source: Source, seed: int = 0):
         stream = load_undecoded(source, streaming=True)
-        self.source, self.skipped = source, {}
+        self.source = source
         self.columns = source.columns(stream.column_names or list(next(iter(stream))))
         self.stream = stream.shuffle(seed=seed, buffer_size=SHUFFLED_ROWS)
 
@@ -454,14 +460,16 @@ class HubStream:
             audio = values[self.columns.audio]
             path = audio.get("path") if isinstance(audio, dict) else None
             name = " ".join(filter(None, [self.source.path, path]))
-            yield _with_duration(make_row(self.source, self.columns, name, values, None))
+            yield _unchecked_row(self.source, self.columns, name, values, None)
 
 
 class GrowingFolder:
     """A folder that synthesize.py is still writing. `datasets` has no source that grows."""
 
+    skipped: dict[str, int] = {}
+
     def __init__(self, source: Source):
-        self.source, self.skipped = source, {}
+        self.source = source
 
     def read(self, seed: int, epoch: int, worker: int, num_workers: int) -> Iterator[dict[str, Any]]:
         """Rows without an end: each new one as soon as it is there; in between the old ones again."""
@@ -498,17 +506,16 @@ class GrowingFolder:
     def _row(self, manifest: Path, number: int, line: bytes) -> dict[str, Any]:
         name = f"{manifest} line {number + 1}"
         values = parse_line(line, name)
-        columns = self.source.columns(list(values))
-        return _with_duration(make_row(self.source, columns, name, values, manifest.parent))
+        return _unchecked_row(self.source, self.source.columns(list(values)), name, values, manifest.parent)
 
 
-def _with_duration(row: dict[str, Any]) -> dict[str, Any]:
-    if row["duration_s"] is None:
-        try:
-            row["duration_s"] = header_duration_s(row["audio"], row["row"])
-        except BadRowError:
-            # The collator, which counts, will find it unreadable, too.
-            row["duration_s"] = 0.0
+def _unchecked_row(source: Source, columns: Columns, *entry: Any) -> dict[str, Any]:
+    """A row of a stream. What is wrong with it the collator finds, which counts: it lasts no time until then."""
+    row = make_row(source, columns, *entry)
+    try:
+        complete_row(row, Columns(columns.audio), None)
+    except BadRowError:
+        row["duration_s"] = 0.0
     return row
 
 
@@ -521,9 +528,11 @@ __all__ = [
     "HubStream",
     "Source",
     "Utterances",
-    "header_duration_s",
+    "complete_row",
+    "find_manifests",
     "load_undecoded",
     "load_utterances",
     "make_row",
+    "open_rows",
     "read_sentences",
 ]

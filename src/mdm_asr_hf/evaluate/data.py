@@ -3,25 +3,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from ..data.sources import (
-    BadRowError,
-    BadRows,
-    Source,
-    check_text,
-    find_manifests,
-    header_duration_s,
-    load_undecoded,
-    make_row,
-    read_manifest,
-)
+from ..data.sources import BadRowError, BadRows, Source, complete_row, find_manifests, make_row, open_rows
 
 logger = logging.get_logger(__name__)
 
@@ -125,24 +114,24 @@ def load_data(
     source = PRESETS[data] if is_preset else Source.of(data)
     source = _with_test_split(replace(source, **{k: v for k, v in settings.items() if v is not None}))
     try:
-        values_of_rows, audio, sha256 = _read_values(source, limit)
+        entries, audio = open_rows(source, limit)
     except ValueError as error:
         if source.is_local or is_preset or "/" in source.path:
             raise
         raise ValueError(f"{error} The data sets that have a name here are {', '.join(PRESETS)}.") from error
 
-    result = EvaluationData(data if is_preset else _name(source), source.path, [], audio, sha256=sha256)
+    result = EvaluationData(data if is_preset else _name(source), source.path, [], audio)
     columns, taken = None, Counter()
-    for row_name, values, folder in values_of_rows:
-        columns = source.columns(list(values), columns)
+    for row_name, values, folder in entries:
+        columns = columns or source.columns(list(values))
         path, audio_path = values.get(columns.audio), None
         if folder is not None and isinstance(path, str) and path:
             audio_path = _relative(folder / path, Path(source.path))
         ids = (str(values[name]) for name in ID_COLUMNS if values.get(name) not in (None, ""))
-        one_id = _unique(audio_path or next(ids, row_name), taken)
+        one_id = _unique(audio_path or next(ids, row_name.removeprefix(f"{source.path} ")), taken)
         try:
             row = make_row(source, columns, row_name, values, folder)
-            _complete(row, columns.text, audio)
+            complete_row(row, columns, audio, allow_empty=True)
         except BadRowError as error:
             result.skip(one_id, error)
         else:
@@ -152,18 +141,12 @@ def load_data(
             raise ValueError(f"{source.path!r} has no rows. Check the file.")
         causes = BadRows(one["reason"] for one in result.skipped)
         raise ValueError(f"None of the {len(result.skipped)} rows of {source.path!r} can be measured: {causes}")
-    if sha256 is None:
-        lines = "".join(f"{row['id']}\t{row['text']}\n" for row in result.rows)
-        result.sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    if source.is_local and (manifests := find_manifests(source)):
+        content = b"".join(manifest.read_bytes() for manifest in manifests)
+    else:
+        content = "".join(f"{row['id']}\t{row['text']}\n" for row in result.rows).encode()
+    result.sha256 = hashlib.sha256(content).hexdigest()
     return result
-
-
-def _complete(row: dict[str, Any], text_column: str | None, audio: Any) -> None:
-    """Adds the duration that the audio's header tells. Raises BadRowError without that, or without a text."""
-    if text_column:
-        check_text(row["text"], row["row"], text_column, allow_empty=True)
-    if row["duration_s"] is None:
-        row["duration_s"] = header_duration_s(row["audio"] if audio is None else audio[row["audio"]], row["row"])
 
 
 def _unique(one_id: str, taken: Counter) -> str:
@@ -179,12 +162,10 @@ def _unique(one_id: str, taken: Counter) -> str:
 def _with_test_split(source: Source) -> Source:
     """Where nothing tells the split: a folder's own rows, else its or the data set's "test"."""
     folder = Path(source.path)
-    if source.split is not None or folder.is_file():
+    if source.split is not None or (source.is_local and not folder.is_dir()):
         return source
-    if not folder.is_dir():
-        return source if source.is_local else replace(source, split="test")
-    has_rows = any((folder / name).is_file() for name in ("metadata.jsonl", "metadata.csv"))
-    is_its_own = has_rows or (find_manifests(source) and not (folder / "test").is_dir())
+    manifests = find_manifests(source) if folder.is_dir() else []
+    is_its_own = manifests and (manifests[0].parent == folder or not (folder / "test").is_dir())
     return source if is_its_own else replace(source, split="test")
 
 
@@ -194,20 +175,6 @@ def _name(source: Source) -> str:
     stem = path.parent.name if path.name.startswith("metadata.") else path.stem if path.is_file() else path.name
     parts = [stem or path.resolve().name, source.name, source.split if not path.exists() else None]
     return "-".join(part.replace("/", "-") for part in parts if part)
-
-
-def _read_values(source: Source, limit: int | None) -> tuple[Iterator[tuple], Any, str | None]:
-    """(name, values, folder) of the rows; the audio column of a data set of `datasets`; a checksum of the manifest."""
-    if source.is_local and (manifests := find_manifests(source)):
-        rows = (row for manifest in manifests for row in read_manifest(manifest))
-        digest = hashlib.sha256(b"".join(manifest.read_bytes() for manifest in manifests))
-        return islice(rows, limit), None, digest.hexdigest()
-    data = load_undecoded(source, streaming=False)
-    if limit is not None:
-        data = data.select(range(min(limit, len(data))))
-    audio_name = source.columns(data.column_names).audio
-    texts = data.remove_columns(audio_name)
-    return ((f"row {i}", {**row, audio_name: i}, None) for i, row in enumerate(texts)), data[audio_name], None
 
 
 def _relative(path: Path, root: Path) -> str:
