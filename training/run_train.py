@@ -14,7 +14,7 @@ Writes the model with its processor, checkpoints, and `results.json` with the co
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from mdm_asr_hf.data.sources import MAX_BAD_SHARE, describe_skipped
 from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
 from mdm_asr_hf.train.collator import DataCollatorForMDMASR, load_sources, max_label_tokens
 from mdm_asr_hf.train.distillation import train_drafts
-from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments
+from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments, setting
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,84 +38,58 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelArguments:
-    model: str = field(default="default", metadata={"help": "An MDM-ASR folder or id; 'default': the package's own."})
-    donor: str | None = field(
-        default=None, metadata={"help": "Start from a Whisper or Canary checkpoint (folder, id or .nemo) instead."}
+    model: str = setting("default", "An MDM-ASR folder or id; 'default': the package's own.")
+    donor: str | None = setting(None, "Start from a Whisper or Canary checkpoint (folder, id or .nemo) instead.")
+    donor_kind: str = setting("whisper", "'whisper' or 'canary'.")
+    draft_layers: int | None = setting(
+        None, "Of a donor's drafts: by default as many as it has; 0 is the paper's canvas."
     )
-    donor_kind: str = field(default="whisper", metadata={"help": "'whisper' or 'canary'."})
-    draft_layers: int | None = field(
-        default=None,
-        metadata={"help": "Of a donor's drafts: by default as many as it has; 0 is the paper's canvas."},
+    vocab_size: int | None = setting(None, "Shrink a Whisper donor's vocabulary to N ids, for a canvas.")
+    vocab_text: str | None = setting(None, "A file of sentences: keep the ids that they use most, not the first ones.")
+    encoder_trailing_silence_s: float | None = setting(
+        None, "Seconds of silence behind the audio, for Whisper encoders."
     )
-    vocab_size: int | None = field(
-        default=None, metadata={"help": "Shrink a Whisper donor's vocabulary to N ids, for a canvas."}
+    encoder_min_duration_s: float | None = setting(
+        None, "Seconds of audio and silence together, at least, for Whisper encoders."
     )
-    vocab_text: str | None = field(
-        default=None, metadata={"help": "A file of sentences: keep the ids that they use most, not the first ones."}
+    freeze_encoder: bool = setting(False, "Keep the encoder as it is.")
+    freeze_embeddings: bool = setting(
+        False, "Keep token (and tied output) and position embeddings as they are; [MASK] still learns."
     )
-    encoder_trailing_silence_s: float | None = field(
-        default=None, metadata={"help": "Seconds of silence behind the audio, for Whisper encoders."}
-    )
-    encoder_min_duration_s: float | None = field(
-        default=None, metadata={"help": "Seconds of audio and silence together, at least, for Whisper encoders."}
-    )
-    freeze_encoder: bool = field(default=False, metadata={"help": "Keep the encoder as it is."})
-    freeze_embeddings: bool = field(
-        default=False,
-        metadata={"help": "Keep token (and tied output) and position embeddings as they are; [MASK] still learns."},
-    )
-    lora_rank: int = field(
-        default=0,
-        metadata={"help": "Train adapters of this rank in the decoder's projections instead of all its weights."},
-    )
-    trained_share: float = field(
-        default=1.0,
-        metadata={"help": "Save this share of what was learnt, the rest as it was before (arXiv 2109.01903)."},
-    )
-    shift_logits: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Read a canvas's logits one position earlier, as the donor predicts. Default: yes for donors."
-        },
+    lora_rank: int = setting(0, "Train adapters of this rank in the decoder's projections instead of all its weights.")
+    trained_share: float = setting(1.0, "Save this share of what was learnt, the rest as before (arXiv 2109.01903).")
+    shift_logits: bool | None = setting(
+        None, "Read a canvas's logits one position earlier, as the donor predicts. Default: yes for donors."
     )
 
 
 @dataclass
 class DataArguments:
-    train_sources: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Folders, manifests, data set names, or JSON objects with the settings of `Source`."},
+    train_sources: list[str] = setting(
+        [], "Folders, manifests, data set names, or JSON objects with the settings of `Source`."
     )
-    eval_sources: list[str] = field(default_factory=list, metadata={"help": "The same, for evaluation."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
-    join_utterances: bool = field(default=False, metadata={"help": "Join utterances into windows, anew each epoch."})
-    join_min_s: float = field(default=1.0, metadata={"help": "Shortest window in seconds."})
-    join_max_s: float = field(default=25.0, metadata={"help": "Longest window in seconds."})
-    augment: bool = field(default=False, metadata={"help": "Noise, speed, room and gain on the fly."})
-    language: str | None = field(
-        default=None,
-        metadata={"help": "Of rows whose source tells none; what the saved model's prompt says unless it is told."},
+    eval_sources: list[str] = setting([], "The same, for evaluation.")
+    join_utterances: bool = setting(False, "Join utterances into windows, anew each epoch.")
+    join_min_s: float = setting(1.0, "Shortest window in seconds.")
+    join_max_s: float = setting(25.0, "Longest window in seconds.")
+    augment: bool = setting(False, "Noise, speed, room and gain on the fly.")
+    language: str | None = setting(
+        None, "Of rows whose source tells none; what the saved model's prompt says unless it is told."
     )
-    on_bad_row: str = field(default="raise", metadata={"help": "'raise' at rows that cannot be used, or 'skip'."})
-    max_bad_share: float = field(
-        default=MAX_BAD_SHARE, metadata={"help": "With 'skip': more bad rows than this share end the training."}
-    )
-    benchmark_input: int = field(
-        default=0, metadata={"help": "Only measure the input pipeline, over so many batches, and stop."}
-    )
+    on_bad_row: str = setting("raise", "'raise' at rows that cannot be used, or 'skip'.")
+    max_bad_share: float = setting(MAX_BAD_SHARE, "With 'skip': more bad rows than this share end the training.")
+    benchmark_input: int = setting(0, "Only measure the input pipeline, over so many batches, and stop.")
 
 
 @dataclass
 class DistillationArguments:
     """Of drafts that learn by the donor's own text, from audio without transcripts: see `train_drafts`."""
 
-    distill: bool = field(default=False, metadata={"help": "Learn what the donor says itself; no transcripts."})
-    cache: str | None = field(default=None, metadata={"help": "For what the donor makes of the audio."})
-    silence_s: float = field(default=1.0, metadata={"help": "Behind the audio, taken for more."})
-    encoder_steps: int | None = field(
-        default=None, metadata={"help": "Of the encoder's stage; default: 500 for a Whisper; 0 leaves it out."}
-    )
-    draft_steps: int = field(default=6000, metadata={"help": "Of the masks' stage."})
+    distill: bool = setting(False, "Learn what the donor says itself; no transcripts.")
+    cache: str | None = setting(None, "For what the donor makes of the audio.")
+    silence_s: float = setting(1.0, "Behind the audio, taken for more.")
+    encoder_steps: int | None = setting(None, "Of the encoder's stage; default: 500 for a Whisper; 0 leaves it out.")
+    draft_steps: int = setting(6000, "Of the masks' stage.")
 
 
 def read_arguments(
@@ -143,8 +117,7 @@ def load_model(arguments: ModelArguments):
     if arguments.donor is not None:
         if arguments.donor_kind not in ("whisper", "canary"):
             raise ValueError(f"`donor_kind` must be 'whisper' or 'canary', got {arguments.donor_kind!r}.")
-        options = {name: getattr(arguments, name) for name in ("vocab_size", "vocab_text")}
-        options = {name: value for name, value in options.items() if value is not None}
+        options = {n: v for n in ("vocab_size", "vocab_text") if (v := getattr(arguments, n)) is not None}
         processor = getattr(MDMASRProcessor, f"from_{arguments.donor_kind}")(arguments.donor, **options)
         make = getattr(MDMASRForConditionalGeneration, f"from_{arguments.donor_kind}")
         model = make(arguments.donor, draft_layers=arguments.draft_layers, **options).float()
@@ -239,33 +212,25 @@ def main(argv: list[str]) -> dict:
         # What is saved transcribes this language without being told.
         for part in (model.generation_config, processor):
             part.prompt_template = with_prompt_defaults(part.prompt_template or {"tokens": [0]}, **slots)
-    takes_language = "language" in ((processor.prompt_template or {}).get("slots") or {})
+    template = processor.prompt_template or {"tokens": [0]}
     # Each row's own, if the data tell.
-    language_column = "language" if takes_language else None
-    prompt_length = len((processor.prompt_template or {"tokens": [0]})["tokens"])
+    language_column = "language" if "language" in (template.get("slots") or {}) else None
     bad_rows = {"on_bad_row": data_arguments.on_bad_row, "max_bad_share": data_arguments.max_bad_share}
     limits = {**bad_rows, "max_duration_s": processor.feature_extractor.max_duration_s}
     join = None
     if data_arguments.join_utterances:
         join = {"min_s": data_arguments.join_min_s, "max_s": data_arguments.join_max_s}
-    train = load_sources(
-        parse_sources(data_arguments.train_sources),
-        join=join,
-        seed=arguments.seed,
-        repeat=True,
-        **limits,
-    )
+    sources = parse_sources(data_arguments.train_sources)
+    train = load_sources(sources, join=join, seed=arguments.seed, repeat=True, **limits)
     evaluation = None
     if data_arguments.eval_sources:
         evaluation = load_sources(parse_sources(data_arguments.eval_sources), **limits)
-        if data_arguments.max_eval_rows is not None:
-            evaluation = torch.utils.data.Subset(evaluation, range(min(len(evaluation), data_arguments.max_eval_rows)))
     collators = [
         DataCollatorForMDMASR(
             processor,
             language_column=language_column,
             augment=augment,
-            max_label_tokens=max_label_tokens(config, prompt_length),
+            max_label_tokens=max_label_tokens(config, len(template["tokens"])),
             seed=arguments.seed,
             **bad_rows,
             **slots,
@@ -273,14 +238,8 @@ def main(argv: list[str]) -> dict:
         for augment in (Augmenter() if data_arguments.augment else None, None)
     ]
     collator = collators[0]
-    trainer = TrainerWithPlainEvaluation(
-        model,
-        arguments,
-        data_collator=collator,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=processor,
-    )
+    data = {"data_collator": collator, "train_dataset": train, "eval_dataset": evaluation}
+    trainer = TrainerWithPlainEvaluation(model, arguments, processing_class=processor, **data)
     trainer.evaluation_collator = collators[1]
     if data_arguments.benchmark_input:
         results = benchmark_input(trainer, data_arguments.benchmark_input)
@@ -296,9 +255,8 @@ def main(argv: list[str]) -> dict:
     }
     if evaluation is not None:
         results["before"] = trainer.evaluate()
-    if getattr(train, "is_growing", False):
-        # A stream without an end that changes meanwhile cannot be brought to the place where a run stopped.
-        arguments.ignore_data_skip = True
+    # A stream that changes meanwhile cannot be brought to the place where a run stopped.
+    arguments.ignore_data_skip |= train.is_growing
     start = {}
     if model_arguments.trained_share != 1:
         start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -315,8 +273,8 @@ def main(argv: list[str]) -> dict:
         trainer.save_model(arguments.output_dir)
     results["log"] = trainer.state.log_history
     results["skipped"] = collator.report()
-    if left_out := getattr(train, "skipped", {}):
-        results["skipped"] += f" Left out of the sources before: {describe_skipped(left_out)}."
+    if train.skipped:
+        results["skipped"] += f" Left out of the sources before: {describe_skipped(train.skipped)}."
     if trainer.is_world_process_zero():
         Path(arguments.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         shown = {name: results[name] for name in ("before", "after") if name in results}

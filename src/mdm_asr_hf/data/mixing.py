@@ -89,8 +89,17 @@ def load_sources(
 class Epoch:
     """Something that is another in each epoch, also its copies in the persistent workers of a DataLoader."""
 
+    parts: Sequence[Any] = ()
+    # Nothing brings a source that grows to the place where a run stopped.
+    is_growing = False
+
     def __init__(self):
         self._epoch = torch.tensor(0, dtype=torch.int64).share_memory_()
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many rows were left out when its sources were read, per reason."""
+        return dict(sum((Counter(part.skipped) for part in self.parts), Counter()))
 
     @property
     def epoch(self) -> int:
@@ -121,40 +130,39 @@ class Mixture(Epoch, Dataset):
         counts = num_rows = [len(part) for part in self.parts]
         if weights is not None:
             counts = [max(1, round(sum(num_rows) * weight / sum(weights))) for weight in weights]
-        self._orders = [np.argsort(part.durations_s, kind="stable") for part in self.parts]
-        slots = [_turns(order, count) for order, count in zip(self._orders, counts, strict=True)]
-        # Slot i is filled from ranks low..high - 1 of the part's rows, sorted by duration.
-        self._part = np.repeat(np.arange(len(slots)), [len(low) for low, _ in slots])
-        self._low, self._high = (np.concatenate(ends) for ends in zip(*slots, strict=True))
-        sorted_s = [np.asarray(p.durations_s)[o] for p, o in zip(self.parts, self._orders, strict=True)]
-        self.durations_s = np.concatenate([d[high - 1] for d, (_, high) in zip(sorted_s, slots, strict=True)])
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many rows were left out when the sources were read, per reason."""
-        return dict(sum((Counter(part.skipped) for part in self.parts), Counter()))
+        durations_s = [np.asarray(part.durations_s) for part in self.parts]
+        slots = [_slots(one, count) for one, count in zip(durations_s, counts, strict=True)]
+        self._part = np.repeat(np.arange(len(slots)), [len(sizes) for _, sizes in slots])
+        self._rows, self._sizes = (np.concatenate(all_) for all_ in zip(*slots, strict=True))
+        self._ends = np.cumsum(self._sizes)
+        longest = [one[rows[np.cumsum(sizes) - 1]] for one, (rows, sizes) in zip(durations_s, slots, strict=True)]
+        self.durations_s = np.concatenate(longest)
 
     def __len__(self) -> int:
         return len(self._part)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        part, low, num = int(self._part[index]), int(self._low[index]), int(self._high[index] - self._low[index])
-        rank = low
+        num, turn = int(self._sizes[index]), 0
         if num > 1:
-            turn = np.random.default_rng([self.seed, 1, self.epoch // num, index]).permutation(num)
-            rank += int(turn[self.epoch % num])
-        row = self.parts[part][int(self._orders[part][rank])]
+            turns = np.random.default_rng([self.seed, 1, self.epoch // num, index]).permutation(num)
+            turn = int(turns[self.epoch % num])
+        row = self.parts[self._part[index]][int(self._rows[self._ends[index] - num + turn])]
         return {**row, "augment_seed": augment_seed(self.seed, self.epoch, index)}
 
 
-def _turns(order: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks low..high - 1 that take turns in each of `count` slots, so that all rows come equally often."""
-    whole, rest = divmod(count, len(order))
-    # All rows in their own order, then some in that of their durations.
-    ranks = np.tile(np.argsort(order), whole)
-    edges = np.arange(rest + 1) * len(order) // max(rest, 1)
-    return np.concatenate([ranks, edges[:-1]]), np.concatenate([ranks + 1, edges[1:]])
+def _slots(durations_s: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The rows that take turns in each of `count` places, the longest last, one place after the other, and how many each
+    place has: once or several times all rows, each alone; then rows of about the same duration, so that all come
+    equally often.
+    """
+    whole, rest = divmod(count, len(durations_s))
+    rows, sizes = np.tile(np.arange(len(durations_s)), whole), np.ones(whole * len(durations_s), dtype=np.int64)
+    if rest:
+        rows = np.concatenate([rows, np.argsort(durations_s, kind="stable")])
+        sizes = np.concatenate([sizes, np.diff(np.arange(rest + 1) * len(durations_s) // rest)])
+    return rows, sizes
 
 
 def augment_seed(*key: int) -> int:
@@ -208,13 +216,7 @@ class SpeechStream(Epoch, IterableDataset):
     ):
         super().__init__()
         self.parts, self.weights, self.join, self.seed, self.repeat = list(parts), weights, join, seed, repeat
-        # Nothing brings one that grows to the place where a run stopped.
         self.is_growing = any(isinstance(part, GrowingFolder) for part in parts)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many rows were left out when local sources were read, per reason."""
-        return dict(sum((Counter(part.skipped) for part in self.parts), Counter()))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for epoch in itertools.count(self.epoch):

@@ -34,7 +34,10 @@ TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 STEPS_BETWEEN_LOOKS = 10
 
 
-def _setting(default: Any, text: str) -> Any:
+def setting(default: Any, text: str) -> Any:
+    """A field of a dataclass that `HfArgumentParser` reads, with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -46,34 +49,34 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
     `predict_with_generate` and `load_best_model_at_end` are set.
     """
 
-    isct_steps: int = _setting(2, "Self-correction steps per batch: 2 is the paper's ISCT, 1 the plain loss.")
-    position_biased_share: float = _setting(
+    isct_steps: int = setting(2, "Self-correction steps per batch: 2 is the paper's ISCT, 1 the plain loss.")
+    position_biased_share: float = setting(
         0.0, "Share of rows whose masks are position-biased, as at inference; 0 is the paper's."
     )
-    draft_weight: float = _setting(1.0, "With drafts: the weight of their loss beside the donor's.")
-    encoder_learning_rate: float | None = _setting(
+    draft_weight: float = setting(1.0, "With drafts: the weight of their loss beside the donor's.")
+    encoder_learning_rate: float | None = setting(
         None,
         "Peak learning rate of the encoder, such as a tenth of `learning_rate`, with which it adapts to shorter "
         "silence or other rooms and keeps what it knows. None: `learning_rate`.",
     )
-    max_minutes: float | None = _setting(
+    max_minutes: float | None = setting(
         None,
         "Ends training after so many minutes, or after `max_steps` if they come first. The learning rate then follows "
         "the clock: its schedule is over at the end of the time, however many steps that allows.",
     )
-    ema_decay: float | None = _setting(
+    ema_decay: float | None = setting(
         None,
         "Decay of an exponential moving average of the trained weights, such as 0.999. The average is what is "
         "evaluated and saved. None: no average.",
     )
-    spec_augment: bool = _setting(False, "Mask bands of time and of frequency of the features.")
-    max_seconds_per_batch: float | None = _setting(
+    spec_augment: bool = setting(False, "Mask bands of time and of frequency of the features.")
+    max_seconds_per_batch: float | None = setting(
         None,
         "Seconds of audio, padding included, that a device takes at once, in batches of similar lengths. Replaces "
         "`per_device_train_batch_size`. None: batches of a fixed number of utterances.",
     )
-    remove_unused_columns: bool = _setting(False, "Drop columns the model does not know before the collator.")
-    logging_nan_inf_filter: bool = _setting(False, "Filter NaN losses out of the logs. Training stops at them anyway.")
+    remove_unused_columns: bool = setting(False, "Drop columns the model does not know before the collator.")
+    logging_nan_inf_filter: bool = setting(False, "Filter NaN losses out of the logs. Training stops at them anyway.")
 
     def __post_init__(self):
         try:
@@ -464,10 +467,9 @@ class ISCTTrainer(Seq2SeqTrainer):
         if not finite.item():
             raise ValueError(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}, at a learning rate of "
-                f"{self._get_learning_rate():.3g}. Training on would spoil the weights; the optimizer has not used "
-                "this batch. Resume from the last checkpoint with a lower `learning_rate`, more `warmup_steps`, a "
-                "lower `max_grad_norm`, or `bf16` instead of `fp16`; if it happens in the first steps, check the "
-                "features for NaN."
+                f"{self._get_learning_rate():.3g}; the optimizer has not used this batch. Resume from the last "
+                "checkpoint with a lower `learning_rate` or `max_grad_norm`, more `warmup_steps`, or `bf16` instead "
+                "of `fp16`; if it happens in the first steps, check the features for NaN."
             )
         return loss
 
