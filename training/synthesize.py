@@ -21,7 +21,6 @@ tried again. When the text is used up before the hours are full, it is read agai
 """
 
 import argparse
-import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -49,6 +48,7 @@ MAX_CRASHES = 20
 # Exit status of a process that gives up.
 BROKEN_VOICE = 3
 MAX_DURATION_S = 600.0
+REPORT_EVERY_S = 10.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,10 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", choices=sorted(FORMATS), default="flac", help="ogg (Opus) takes a tenth of flac")
     parser.add_argument("--language", help="written into every line of metadata")
-    parser.add_argument("--report-every-s", type=float, default=10.0)
     options = parser.parse_args(arguments)
-    if not options.hours > 0 or options.processes < 1 or options.report_every_s <= 0 or options.seed < 0:
-        parser.error("--hours, --processes and --report-every-s must be positive, and --seed not negative")
+    if not options.hours > 0 or options.processes < 1 or options.seed < 0:
+        parser.error("--hours and --processes must be positive, and --seed not negative")
     try:
         return synthesize(options, sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
@@ -73,7 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def synthesize(options: argparse.Namespace, command: list[str]) -> int:
     """Runs the processes until the hours are full. Returns the exit status."""
-    sentences = read_sentences(options.text)
+    # Here, where the voices' processes do not wait for it.
+    from mdm_asr_hf.data.sources import read_sentences
+
+    sentences = read_sentences(options.text, "--text")
     settings = {
         "command": ["training/synthesize.py", *command],
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "soundfile": soundfile.__version__},
@@ -132,7 +134,7 @@ def synthesize(options: argparse.Namespace, command: list[str]) -> int:
                         raise RuntimeError(f"{MAX_CRASHES} processes crashed; the last at {examples[-1]}")
                     # The counter stands behind the sentence: the new process goes on with the next ones.
                     processes[number] = start(number)
-            if time.monotonic() - reported >= options.report_every_s:
+            if time.monotonic() - reported >= REPORT_EVERY_S:
                 reported = time.monotonic()
                 print(progress(shared["seconds"].value, start_s, reported - started, options, errors), flush=True)
             time.sleep(0.05)
@@ -274,17 +276,6 @@ def open_for_appending(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
-def read_sentences(path: Path) -> list[str]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            sentences = [" ".join(line.split()) for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--text {str(path)!r} cannot be read: {error}") from error
-    if not sentences:
-        raise ValueError(f"--text {str(path)!r} has no sentences")
-    return sentences
-
-
 def find_done(output: Path) -> tuple[set[int], float]:
     """Numbers of the sentences that are there already, and their seconds."""
     done, seconds = set(), 0.0
@@ -299,14 +290,13 @@ def find_done(output: Path) -> tuple[set[int], float]:
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Refuses to go on in a folder that was begun with another voice, text, seed or format."""
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name in FIXED:
-            if before.get(name) != settings[name]:
-                raise ValueError(
-                    f"{str(path.parent)!r} was begun with {name} {before.get(name)!r}, not {settings[name]!r}. "
-                    "Use another --output"
-                )
+    before = json.loads(path.read_text()) if path.exists() else settings
+    for name in FIXED:
+        if before.get(name) != settings[name]:
+            raise ValueError(
+                f"{str(path.parent)!r} was begun with {name} {before.get(name)!r}, not {settings[name]!r}. "
+                "Use another --output"
+            )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
