@@ -78,13 +78,9 @@ def add_silence(model: Any, silence_s: float) -> None:
 
 def set_short_list(model: Any, texts: Sequence[Sequence[int]]) -> None:
     """Lets untrained drafts have the ids that these texts use most, and the end of text."""
-    counts = Counter(token for text in texts for token in text)
-    buffer = model.draft_token_ids
-    others = (i for i in range(model.config.vocab_size) if i not in counts)
-    ids = [model.config.eos_token_id, *(i for i, _ in counts.most_common() if i != model.config.eos_token_id)]
-    while len(ids) < len(buffer):
-        ids.append(next(others))
-    buffer.copy_(torch.tensor(sorted(ids[: len(buffer)])))
+    counts, buffer = Counter(token for text in texts for token in text), model.draft_token_ids
+    wanted = [model.config.eos_token_id, *(i for i, _ in counts.most_common()), *range(model.config.vocab_size)]
+    buffer.copy_(torch.tensor(sorted(list(dict.fromkeys(wanted))[: len(buffer)])))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@
 import errno
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,12 +66,12 @@ def write_cache(
         ValueError: the folder holds what another donor or another source made, more than 5 % of the clips cannot be
             read (their first causes are told), or the disk is full.
     """
-    # Not the number of recordings, since a source may grow.
-    source = {"seed": clips.seed, "held_out": clips.held_out, "max_s": clips.max_s}
-    blocks = _Blocks.begin(folder, model, source, process_index, num_processes, report)
-    rate, num_clips, bad = processor.feature_extractor.sampling_rate, 0, BadRows()
-    for block, name in blocks.missing(len(clips), "block-{:05d}.safetensors".format):
-        rows, left_out = [], Counter()
+    bad, num_clips = BadRows(), 0
+    rate = processor.feature_extractor.sampling_rate
+
+    def transcribe(block: int, left_out: Counter) -> list[dict[str, Any]]:
+        nonlocal num_clips
+        rows = []
         for batch in _batches(clips.plan(block), lambda clip: clip.duration_s):
             samples = []
             for clip in batch:
@@ -80,7 +79,7 @@ def write_cache(
                     samples.append(clips.read(clip, rate))
                 except ValueError as error:
                     left_out[UNREADABLE] += 1
-                    bad.add(str(error))
+                    bad.add(error)
             if samples:
                 slots, languages = dict(prompt_slots), [clips.language(clip) for clip in batch]
                 if "language" not in slots and all(languages) and len(languages) == len(samples):
@@ -89,7 +88,12 @@ def write_cache(
             num_clips += len(batch)
             clips.check_readable(bad, num_clips, is_sample=True)
         clips.check_readable(bad, num_clips)
-        blocks.write(block, name, rows, left_out, f" ({bad})" if left_out[UNREADABLE] else "")
+        return rows
+
+    # Not the number of recordings, since a source may grow.
+    source = {"seed": clips.seed, "held_out": clips.held_out, "max_s": clips.max_s}
+    names = [f"block-{block:05d}.safetensors" for block in range(len(clips))]
+    _write_blocks(folder, model, source, names, transcribe, process_index, num_processes, report, bad)
 
 
 @torch.no_grad()
@@ -110,62 +114,61 @@ def recode_cache(
         model ([`MDMASRForConditionalGeneration`]): whose encoder has learnt.
         cache ([`CachedSpeech`]): with features.
     """
-    blocks = _Blocks.begin(folder, model, str(cache.folder), process_index, num_processes, report)
-    for block, name in blocks.missing(cache.num_blocks, cache.block_name):
-        rows, left_out = [], Counter()
+
+    def recode(block: int, left_out: Counter) -> list[dict[str, Any]]:
+        rows = []
         for indices in _batches(cache.block_rows(block), lambda index: float(cache.durations_s[index])):
             batch = [cache[index] for index in indices]
-            features = _pad([row["features"].float() for row in batch], 0.0).to(model.device)
-            mask = _lengths_mask([row["features"] for row in batch]).to(model.device)
+            features, mask = (x.to(model.device) for x in _pad_and_mask([row["features"].float() for row in batch]))
             prompts = torch.stack([row["prompt"].long() for row in batch]).to(model.device)
             encoded = model.prepare_cross_attention(model.encode(features, mask))
             written = _greedy_texts(model, features, mask, encoded, decoder_input_ids=prompts)
             seconds = [float(row["seconds"]) for row in batch]
             rows += [row for _, row in _rows(model, written, encoded, seconds, prompts, left_out)]
-        blocks.write(block, name, rows, left_out)
+        return rows
+
+    source, names = str(cache.folder), cache.block_names
+    _write_blocks(folder, model, source, names, recode, process_index, num_processes, report, BadRows())
 
 
-@dataclass
-class _Blocks:
-    """A cache that is being written."""
-
-    folder: Path
-    process_index: int
-    num_processes: int
-    report: Callable[[str], None]
-    number: int = 0
-
-    @classmethod
-    def begin(cls, folder: str | Path, model: Any, source: Any, *shares: Any) -> "_Blocks":
-        """Makes the folder, or checks that the same donor and source made it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        description, path = {"version": VERSION, **describe_donor(model), "source": source}, folder / "cache.json"
-        if not path.exists():
-            # At once: other processes may be about to read it.
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        there = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in description if there.get(name) != description[name]]
-        if different:
-            raise ValueError(
-                f"The cache {str(folder)!r} was made otherwise ({different[0]}: {there.get(different[0])}, now "
-                f"{description[different[0]]}). Name another folder, or remove it."
-            )
-        return cls(folder, *shares)
-
-    def missing(self, number: int, name_of: Callable[[int], str]) -> Iterator[tuple[int, str]]:
-        """This process's blocks of `number` that are not there, with their files' names."""
-        self.number = number
-        for block in range(self.process_index, number, self.num_processes):
-            if not (self.folder / name_of(block)).exists():
-                yield block, name_of(block)
-
-    def write(self, block: int, name: str, rows: list[dict], left_out: Counter, causes: str = "") -> None:
-        write_block(self.folder / name, rows, left_out)
+def _write_blocks(
+    folder: str | Path,
+    model: Any,
+    source: Any,
+    names: Sequence[str],
+    make_rows: Callable[[int, Counter], list[dict[str, Any]]],
+    process_index: int,
+    num_processes: int,
+    report: Callable[[str], None],
+    bad: BadRows,
+) -> None:
+    """
+    This process's share of the blocks that are not in the folder, which the same donor and source have to have made.
+    `make_rows` counts what it leaves out, and notes in `bad` what was wrong with what cannot be read.
+    """
+    folder = Path(folder)
+    description, path = {"version": VERSION, **describe_donor(model), "source": source}, folder / "cache.json"
+    if not path.exists():
+        # At once: other processes may be about to read it.
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    there = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name in description if there.get(name) != description[name]]
+    if different:
+        raise ValueError(
+            f"The cache {str(folder)!r} was made otherwise ({different[0]}: {there.get(different[0])}, now "
+            f"{description[different[0]]}). Name another folder, or remove it."
+        )
+    for block in range(process_index, len(names), num_processes):
+        if (folder / names[block]).exists():
+            continue
+        left_out: Counter = Counter()
+        rows = make_rows(block, left_out)
+        write_block(folder / names[block], rows, left_out)
         minutes = sum(row["seconds"] for row in rows) / 60
-        done = f"block {block + 1} of {self.number}: {len(rows)} clips, {minutes:.0f} minutes"
-        self.report(f"{done}; left out: {describe_skipped(left_out)}{causes}")
+        done = f"block {block + 1} of {len(names)}: {len(rows)} clips, {minutes:.0f} minutes"
+        causes = f" ({bad})" if left_out[UNREADABLE] else ""
+        report(f"{done}; left out: {describe_skipped(left_out)}{causes}")
 
 
 def describe_donor(model: Any) -> dict[str, Any]:
@@ -285,13 +288,10 @@ def write_block(path: Path, rows: list[dict[str, Any]], left_out: Counter) -> No
         if parts := [row[name] for row in rows if name in row]:
             tensors[name] = torch.cat(parts)
             tensors[f"{name}_ends"] = torch.tensor([len(part) for part in parts]).cumsum(0)
-    # What is not whole does not bear the block's name.
-    temporary = path.with_suffix(".part")
     try:
-        save_file(tensors, temporary, {"left_out": json.dumps(left_out)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"left_out": json.dumps(left_out)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         remedy = "Free some space and start again: the blocks before it are kept." if is_full else str(error)
         raise ValueError(f"{str(path)!r} cannot be written. {remedy}") from error
@@ -338,11 +338,8 @@ class CachedSpeech(Dataset):
         self._first = np.cumsum([0, *map(len, seconds)])
 
     @property
-    def num_blocks(self) -> int:
-        return len(self._paths)
-
-    def block_name(self, block: int) -> str:
-        return self._paths[block].name
+    def block_names(self) -> list[str]:
+        return [path.name for path in self._paths]
 
     def block_rows(self, block: int) -> range:
         return range(int(self._first[block]), int(self._first[block + 1]))
@@ -392,7 +389,7 @@ class DistillationCollator:
             features = [row["features"].float() for row in rows]
             # Of the audio itself: Whisper's second convolution halves its frames.
             own = [len(one) // 2 for one in features]
-            batch["input_features"], batch["attention_mask"] = _pad(features, 0.0), _lengths_mask(features)
+            batch["input_features"], batch["attention_mask"] = _pad_and_mask(features)
             batch["teacher"] = TeacherOutput(
                 frames=_pad([row["frames"][:n].float() for row, n in zip(rows, own, strict=True)], 0.0),
                 num_frames=torch.tensor(own),
@@ -400,9 +397,8 @@ class DistillationCollator:
                 log_probs=_pad([row["log_probs"].float() for row in rows], 0.0),
             )
         else:
-            frames = [row["frames"].float() for row in rows]
-            mask = _lengths_mask(frames).bool()
-            batch["encoder_outputs"] = MDMASREncoderOutput(last_hidden_state=_pad(frames, 0.0), attention_mask=mask)
+            frames, mask = _pad_and_mask([row["frames"].float() for row in rows])
+            batch["encoder_outputs"] = MDMASREncoderOutput(last_hidden_state=frames, attention_mask=mask.bool())
         return batch
 
 
@@ -410,9 +406,10 @@ def _pad(parts: list[torch.Tensor], value: float) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
 
 
-def _lengths_mask(parts: list[torch.Tensor]) -> torch.Tensor:
+def _pad_and_mask(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T, ...) of parts (T, ...), and a mask (B, T) of 1 where they are."""
     lengths = torch.tensor([len(part) for part in parts])
-    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return _pad(parts, 0.0), (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
 __all__ = ["CachedSpeech", "DistillationCollator", "recode_cache", "without_remarks", "write_block", "write_cache"]
