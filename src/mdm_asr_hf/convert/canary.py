@@ -1,13 +1,14 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Canary as a donor, weight by weight: transformers' format (canary-1b-v2) or NeMo's (canary-1b-flash, 180m-flash)."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AddedToken, AutoConfig, AutoFeatureExtractor, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoTokenizer
 from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME
 
 from ..configuration_mdm_asr import MDMASRConfig
@@ -17,22 +18,15 @@ from ..processing_mdm_asr import MDMASRProcessor
 from ..tokenization_mdm_asr import MDMASRAggregateTokenizer
 from .common import (
     DRAFT_SAMPLER,
-    EMBEDDING,
-    INPUT_ONLY_EMBEDDINGS,
     MASK_TOKEN,
-    add_drafts,
-    build_model,
     draft_settings,
     encoder_settings,
-    expected_shapes,
     find_file,
+    load_frontend,
     load_part,
-    load_weights,
-    match_weights,
-    mean_embedding,
+    make_model,
     read_json,
     read_safetensors,
-    resolve_dtype,
 )
 from .nemo import NEMO_BUFFERS, NEMO_NAMES, NEMO_POSITIONS, permute_decoder_width, read_nemo
 
@@ -91,7 +85,7 @@ class _Donor:
     encoder_config: dict[str, Any]
     decoder_config: dict[str, Any]
     weights: dict[str, torch.Tensor] | None
-    names: Iterable[tuple[str, str]]
+    names: Sequence[tuple[str, str]]
     computed: Collection[str] = ()
 
 
@@ -138,14 +132,18 @@ def from_canary(
         decoder_start_token_id=template["tokens"][0],
         input_frames_per_s=donor.frontend["sampling_rate"] / donor.frontend["hop_length"],
     )
-    model = build_model(model_class, config)
-    weights = match_weights(expected_shapes(model, config.vocab_size), donor.weights, donor.names, donor.computed)
-    if donor.names is NEMO_NAMES:
-        permute_decoder_width(weights, donor.weights.get(NEMO_POSITIONS))
-    weights[INPUT_ONLY_EMBEDDINGS] = mean_embedding(weights[EMBEDDING])
-    if drafts:
-        add_drafts(model, weights)
-    load_weights(model, weights, resolve_dtype(dtype, own=weights[EMBEDDING].dtype))
+    # NeMo's width is in another order.
+    arrange = partial(permute_decoder_width, positions=donor.weights.get(NEMO_POSITIONS))
+    model = make_model(
+        model_class,
+        config,
+        donor.weights,
+        donor.names,
+        config.vocab_size,
+        dtype=dtype,
+        computed=donor.computed,
+        arrange=arrange if donor.names is NEMO_NAMES else None,
+    )
     model.generation_config = MDMASRGenerationConfig(
         prompt_template=template,
         pad_token_id=config.pad_token_id,
@@ -153,7 +151,7 @@ def from_canary(
         eos_token_id=config.eos_token_id,
         **({"sampler": DRAFT_SAMPLER} if drafts else {}),
     )
-    return model.eval()
+    return model
 
 
 def canary_processor(path_or_id: str | Path, **hub_kwargs: Any) -> MDMASRProcessor:
@@ -252,15 +250,10 @@ def _prompt_template(tokenizer: Any, prompt_format: str) -> dict[str, Any]:
 def _read_native(path_or_id: str, hub_kwargs: dict[str, Any], with_weights: bool) -> _Donor:
     config = AutoConfig.from_pretrained(path_or_id, **hub_kwargs)
     tokenizer = load_part(AutoTokenizer, path_or_id, hub_kwargs)
-    extractor = load_part(AutoFeatureExtractor, path_or_id, hub_kwargs)
+    extractor = load_frontend(path_or_id, config.encoder_config.num_mel_bins, hub_kwargs)
     for name in ("pad_token", "bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise ValueError(f"The tokenizer of {path_or_id!r} names no `{name}`.")
-    if extractor.feature_size != config.encoder_config.num_mel_bins:
-        raise ValueError(
-            f"The donor's feature extractor gives {extractor.feature_size} mel bins, its encoder takes "
-            f"{config.encoder_config.num_mel_bins}."
-        )
     names = ("feature_size", "sampling_rate", "hop_length", "n_fft", "win_length", "preemphasis", "padding_value")
     decoder = config.decoder_config
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

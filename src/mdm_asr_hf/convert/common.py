@@ -1,16 +1,17 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""What all converters share: reading a donor's files, accounting for every tensor, filling a model with them."""
+"""What all converters share: reading a donor's files, and a model that every tensor of them arrives in."""
 
 import json
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoFeatureExtractor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
@@ -107,7 +108,17 @@ def load_part(auto_class: type, path_or_id: str | Path, hub_kwargs: dict[str, An
         ) from error
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, own: torch.dtype) -> torch.dtype:
+def load_frontend(path_or_id: str | Path, num_mel_bins: int, hub_kwargs: dict[str, Any]) -> Any:
+    """The donor's feature extractor, which must give as many mel bins as its encoder takes."""
+    frontend = load_part(AutoFeatureExtractor, path_or_id, hub_kwargs)
+    if frontend.feature_size != num_mel_bins:
+        raise ValueError(
+            f"The donor's feature extractor gives {frontend.feature_size} mel bins, its encoder takes {num_mel_bins}."
+        )
+    return frontend
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, own: torch.dtype) -> torch.dtype:
     """The dtype that was asked for; `own` for None and `"auto"`."""
     found = own if dtype in (None, "auto") else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -122,54 +133,82 @@ def encoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name != "dtype"}
 
 
-def build_model(model_class: type, config: MDMASRConfig) -> nn.Module:
-    """A model whose parameters are still to be loaded, all of them."""
-    with no_init_weights():
-        return model_class(config)
-
-
-def expected_shapes(model: nn.Module, num_rows: int) -> dict[str, torch.Size]:
+def make_model(
+    model_class: type,
+    config: MDMASRConfig,
+    donor: dict[str, torch.Tensor],
+    names: Sequence[tuple[str, str]],
+    num_rows: int,
+    *,
+    dtype: str | torch.dtype | None = None,
+    donor_ids: Sequence[int] | None = None,
+    computed: Collection[str] = (),
+    arrange: Callable[[dict[str, torch.Tensor]], None] | None = None,
+) -> nn.Module:
     """
-    The shapes a donor's tensors must have, under this model's names; what drafts is not the donor's.
+    The model of a configuration, in evaluation mode, with a donor's weights, an embedding of the mask, and drafts that
+    are yet to be trained if the configuration says so.
 
     Args:
+        donor: the donor's tensors under its own names.
+        names: substitutions (pattern, replacement) that make this model's names the donor's, in their order.
         num_rows (`int`): rows of the donor's token embedding, which may be more than this model's.
+        dtype (*optional*): of the model; None and "auto" keep the donor's own.
+        donor_ids (*optional*): the donor's ids of ids 0, 1, ..., without the mask; by default the same.
+        computed: the donor's names of buffers that it stores but that are not learned.
+        arrange (*optional*): changes the weights, under this model's names, in place.
+
+    Raises:
+        ValueError: tensors that are missing, unknown or of another shape, by the donor's names; an output that is not
+            tied to the token embedding; or a dtype that is none.
     """
+    with no_init_weights():
+        model = model_class(config)
+    weights = _match_weights(model, donor, names, num_rows, computed)
+    if arrange is not None:
+        arrange(weights)
+    rows = weights[EMBEDDING] if donor_ids is None else weights[EMBEDDING][donor_ids]
+    dtype = _resolve_dtype(dtype, own=rows.dtype)
+    # The mask stands for every token it may turn out to be: their mean lies amid the inputs the decoder knows.
+    rows = torch.cat([rows.float(), rows.float().mean(dim=0, keepdim=True)])
+    num_predicted = config.decoder_config.vocab_size
+    weights[EMBEDDING] = weights[OUTPUT] = rows[:num_predicted].clone()
+    weights[INPUT_ONLY_EMBEDDINGS] = rows[num_predicted:].clone()
+    if config.has_drafts:
+        _add_drafts(model, weights)
+    weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def rename(name: str, names: Sequence[tuple[str, str]]) -> str:
+    """A name after all substitutions (pattern, replacement), in their order."""
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _match_weights(
+    model: nn.Module,
+    donor: dict[str, torch.Tensor],
+    names: Sequence[tuple[str, str]],
+    num_rows: int,
+    computed: Collection[str],
+) -> dict[str, torch.Tensor]:
+    """All of the donor's tensors under this model's names; what drafts is not the donor's."""
     shapes = {
         name: tensor.shape
         for name, tensor in model.state_dict().items()
         if name != INPUT_ONLY_EMBEDDINGS and not name.startswith(DRAFTS)
     }
     shapes[EMBEDDING] = shapes[OUTPUT] = torch.Size([num_rows, shapes[EMBEDDING][1]])
-    return shapes
-
-
-def match_weights(
-    shapes: dict[str, torch.Size],
-    donor: dict[str, torch.Tensor],
-    names: Iterable[tuple[str, str]],
-    computed: Collection[str] = (),
-) -> dict[str, torch.Tensor]:
-    """
-    The donor's tensors under this model's names.
-
-    Args:
-        shapes: what must be found, see `expected_shapes`.
-        donor: the donor's tensors under its own names.
-        names: substitutions (pattern, replacement) that make this model's names the donor's, in their order.
-        computed: the donor's names of buffers that it stores but that are not learned.
-
-    Raises:
-        ValueError: tensors that are missing, unknown or of another shape, by the donor's names; or an output that is
-            not tied to the token embedding.
-    """
     if EMBEDDING in donor:
         donor = {OUTPUT: donor[EMBEDDING], **donor}  # transformers stores tied weights once
     weights, used, missing, misshapen = {}, set(), [], []
     for name, shape in shapes.items():
-        donor_name = name
-        for pattern, replacement in names:
-            donor_name = re.sub(pattern, replacement, donor_name)
+        donor_name = rename(name, names)
         used.add(donor_name)
         tensor = donor.get(donor_name)
         if tensor is None and name.endswith(".num_batches_tracked"):
@@ -196,14 +235,6 @@ def match_weights(
     return weights
 
 
-def mean_embedding(rows: torch.Tensor) -> torch.Tensor:
-    """
-    The mask's embedding (1, D), the only new parameter, from those of all tokens (V, D). The mask stands for every
-    token it may turn out to be: their mean lies amid the inputs the decoder knows.
-    """
-    return rows.float().mean(dim=0, keepdim=True)
-
-
 def draft_settings(draft_layers: int | None, num_layers: int, vocab_size: int) -> dict[str, Any]:
     """
     The decoder's settings of drafts that start from the donor.
@@ -226,7 +257,7 @@ def draft_settings(draft_layers: int | None, num_layers: int, vocab_size: int) -
     return {"draft_layers": draft_layers, "draft_vocab_size": min(DRAFT_VOCAB_SIZE, vocab_size)}
 
 
-def add_drafts(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def _add_drafts(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """
     Adds the drafts' first weights, in place: copies of the donor's last layers and of its last norm, no difference
     between the masks of a block, and a sequential head that changes nothing yet.
@@ -256,34 +287,21 @@ def add_drafts(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     config.draft_embedding_scale = round(float(1 / weights[EMBEDDING].float().square().mean().sqrt()), 4)
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Makes `weights`, under this model's names and complete, the model's parameters, in `dtype`."""
-    weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.tie_weights()
-    model.config.dtype = dtype
-
-
 __all__ = [
     "DRAFTS",
     "DRAFT_SAMPLER",
     "EMBEDDING",
     "INPUT_ONLY_EMBEDDINGS",
     "MASK_TOKEN",
-    "OUTPUT",
-    "add_drafts",
-    "build_model",
     "donor_kind",
     "draft_settings",
     "encoder_settings",
-    "expected_shapes",
     "find_file",
     "first_line",
+    "load_frontend",
     "load_part",
-    "load_weights",
-    "match_weights",
-    "mean_embedding",
+    "make_model",
     "read_json",
     "read_safetensors",
-    "resolve_dtype",
+    "rename",
 ]

@@ -121,8 +121,6 @@ def _extract(path: Path, folder: Path, with_weights: bool) -> tuple[dict[str, An
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                if hasattr(tarfile, "data_filter"):  # Python 3.11.4 and later
-                    tarfile.data_filter(member, str(folder))
                 name = posixpath.normpath(member.name)
                 if name.startswith(("/", "..")) or not (member.isreg() or member.isdir()):
                     raise tarfile.TarError(f"{member.name!r} is not a plain file inside the archive")

@@ -2,7 +2,6 @@
 """Whisper as a donor: its weights, weight by weight, its tokenizer (shrunk on request) and its prompt."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
@@ -14,7 +13,6 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
-    AutoFeatureExtractor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -33,22 +31,16 @@ from ..prompt_mdm_asr import AUTO, with_prompt_defaults
 from .common import (
     DRAFT_SAMPLER,
     DRAFTS,
-    EMBEDDING,
     INPUT_ONLY_EMBEDDINGS,
     MASK_TOKEN,
-    OUTPUT,
-    add_drafts,
-    build_model,
     draft_settings,
     encoder_settings,
-    expected_shapes,
+    load_frontend,
     load_part,
-    load_weights,
-    match_weights,
-    mean_embedding,
+    make_model,
     read_json,
     read_safetensors,
-    resolve_dtype,
+    rename,
 )
 
 EOS, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"
@@ -106,14 +98,13 @@ def from_whisper(
     Raises:
         ValueError: a tensor that is missing, unknown or of another shape, named; or a donor that is not Whisper's.
     """
-    donor_config, stated, multilingual = _read_config(path_or_id, hub_kwargs)
     if vocab_size is not None and draft_layers != 0:
         raise ValueError(
             f"`vocab_size` ({vocab_size!r}) changes the text that the donor can write. Pass `draft_layers=0` too, for "
             "a canvas to train, or leave it out."
         )
+    donor_config, stated, tokenizer, donor_ids, template = _read_donor(path_or_id, vocab_size, vocab_text, hub_kwargs)
     drafts = draft_settings(draft_layers, donor_config.decoder_layers, donor_config.vocab_size)
-    tokenizer, donor_ids = whisper_tokenizer(path_or_id, vocab_size, vocab_text, **hub_kwargs)
     ids = tokenizer.get_vocab()
     # A whole vocabulary can be predicted; of a shrunk one, the text tokens and the end of text.
     num_predicted = len(donor_ids) if vocab_size is None else ids[EOS] + 1
@@ -146,57 +137,36 @@ def from_whisper(
         encoder_min_duration_s=encoder_min_duration_s,
         shift_logits=shift_logits,
     )
-    model = build_model(model_class, config)
     donor = read_safetensors(path_or_id, hub_kwargs)
-    weights = match_weights(expected_shapes(model, donor_config.vocab_size), donor, WHISPER_NAMES)
-    rows = weights[EMBEDDING][donor_ids]
-    dtype = resolve_dtype(dtype, own=rows.dtype)
-    _set_embeddings(weights, torch.cat([rows.float(), mean_embedding(rows)]), num_predicted)
-    if drafts:
-        add_drafts(model, weights)
-    load_weights(model, weights, dtype)
-    template = _donor_prompt(ids, donor_ids, stated, multilingual, can_detect=vocab_size is None)
-    common = {
+    num_rows = donor_config.vocab_size
+    model = make_model(model_class, config, donor, WHISPER_NAMES, num_rows, dtype=dtype, donor_ids=donor_ids)
+    settings = {
         "prompt_template": template,
         "max_length": donor_config.max_target_positions,
         "max_new_tokens": donor_config.max_target_positions - len(template["tokens"]),
-        "alignment_heads": stated.get("alignment_heads"),
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
     }
     if drafts:
-        model.generation_config = _draft_generation(common, stated, ids)
+        # The donor's own settings, and Whisper's safeguards at the values of its release.
+        settings |= {
+            "sampler": DRAFT_SAMPLER,
+            "alignment_heads": stated.get("alignment_heads"),
+            "suppress_tokens": stated.get("suppress_tokens") or None,
+            "begin_suppress_tokens": stated.get("begin_suppress_tokens") or None,
+            # The token before <|notimestamps|>, which tokenizers name in two ways.
+            "no_speech_token_id": ids[NO_TIMESTAMPS] - 1,
+            "temperature": list(FALLBACK_TEMPERATURES),
+            **THRESHOLDS,
+        }
     else:
-        model.generation_config = _canvas_generation(common, tokenizer, num_predicted)
-    return model.eval()
-
-
-def _draft_generation(common: dict[str, Any], stated: dict[str, Any], ids: dict[str, int]) -> MDMASRGenerationConfig:
-    """The donor's own settings, and Whisper's safeguards at the values of its release."""
-    return MDMASRGenerationConfig(
-        **common,
-        sampler=DRAFT_SAMPLER,
-        suppress_tokens=stated.get("suppress_tokens") or None,
-        begin_suppress_tokens=stated.get("begin_suppress_tokens") or None,
-        # The token before <|notimestamps|>, which tokenizers name in two ways.
-        no_speech_token_id=ids[NO_TIMESTAMPS] - 1,
-        temperature=list(FALLBACK_TEMPERATURES),
-        **THRESHOLDS,
-    )
-
-
-def _canvas_generation(
-    common: dict[str, Any], tokenizer: PreTrainedTokenizerFast, num_predicted: int
-) -> MDMASRGenerationConfig:
-    ids = tokenizer.get_vocab()
-    specials = {ids[token] for token in tokenizer.all_special_tokens} - {ids[EOS]}
-    return MDMASRGenerationConfig(
-        **{**common, "alignment_heads": None},
+        specials = {ids[token] for token in tokenizer.all_special_tokens} - {ids[EOS]}
         # Byte-level tokens of other scripts are shorter than those of English.
-        canvas_tokens_per_s=12.0 if "slots" in common["prompt_template"] else 7.0,
+        settings["canvas_tokens_per_s"] = 12.0 if "slots" in template else 7.0
         # Timestamps, languages and tasks stand in no transcript.
-        suppress_tokens=sorted(i for i in specials if i < num_predicted) or None,
-    )
+        settings["suppress_tokens"] = sorted(i for i in specials if i < num_predicted) or None
+    model.generation_config = MDMASRGenerationConfig(**settings)
+    return model
 
 
 def to_whisper(model: nn.Module) -> WhisperForConditionalGeneration:
@@ -215,16 +185,12 @@ def to_whisper(model: nn.Module) -> WhisperForConditionalGeneration:
             f"{config.encoder_config.model_type!r} and {config.decoder_config.draft_layers} draft layers: what else "
             "there is, a canvas too, is no Whisper any more. Convert the donor with `from_whisper(donor)`."
         )
-    state = model.state_dict()
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(DRAFTS)}
-    kept.pop(INPUT_ONLY_EMBEDDINGS)
-    # What was learnt for a short silence: behind 30 seconds the encoder is Whisper's.
-    kept.pop("model.encoder.silence_embeddings", None)
-    weights = {}
-    for name, tensor in kept.items():
-        for pattern, replacement in WHISPER_NAMES:
-            name = re.sub(pattern, replacement, name)
-        weights[name] = tensor.clone()
+    weights = {
+        rename(name, WHISPER_NAMES): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        # Behind 30 seconds the encoder is Whisper's, without what was learnt for a short silence.
+        if not name.startswith((DRAFTS, INPUT_ONLY_EMBEDDINGS, "model.encoder.silence_embeddings"))
+    }
     with no_init_weights():
         stated = encoder_settings(config.encoder_config)
         stated.pop("silence_frames", None)
@@ -278,15 +244,8 @@ def whisper_processor(
         vocab_size (`int`, *optional*), vocab_text (*optional*): the same as for the model, see `whisper_tokenizer`.
         hub_kwargs: passed to the download.
     """
-    donor_config, stated, multilingual = _read_config(path_or_id, hub_kwargs)
-    tokenizer, donor_ids = whisper_tokenizer(path_or_id, vocab_size, vocab_text, **hub_kwargs)
-    template = _donor_prompt(tokenizer.get_vocab(), donor_ids, stated, multilingual, can_detect=vocab_size is None)
-    frontend = load_part(AutoFeatureExtractor, path_or_id, hub_kwargs)
-    if frontend.feature_size != donor_config.num_mel_bins:
-        raise ValueError(
-            f"The donor's feature extractor gives {frontend.feature_size} mel bins, its encoder takes "
-            f"{donor_config.num_mel_bins}."
-        )
+    donor_config, _, tokenizer, _, template = _read_donor(path_or_id, vocab_size, vocab_text, hub_kwargs)
+    frontend = load_frontend(path_or_id, donor_config.num_mel_bins, hub_kwargs)
     return MDMASRProcessor(
         MDMASRFeatureExtractor(frontend, max_duration_s=float(frontend.chunk_length)),
         tokenizer,
@@ -296,10 +255,26 @@ def whisper_processor(
     )
 
 
-def _set_embeddings(weights: dict[str, torch.Tensor], rows: torch.Tensor, num_predicted: int) -> None:
-    """Divides the embeddings (V + E, D) into those of the ids that are predicted and those that are not, in place."""
-    weights[EMBEDDING] = weights[OUTPUT] = rows[:num_predicted].clone()
-    weights[INPUT_ONLY_EMBEDDINGS] = rows[num_predicted:].clone()
+def _read_donor(
+    path_or_id: str | Path, vocab_size: int | None, vocab_text: Any, hub_kwargs: dict[str, Any]
+) -> tuple[WhisperConfig, dict[str, Any], PreTrainedTokenizerFast, list[int], dict[str, Any]]:
+    """
+    The donor's configuration and generation settings; its tokenizer and ids, see `whisper_tokenizer`; and its prompt,
+    with the language and task that these settings ask for, if any: by name, or as older ones do by token ids
+    (`forced_decoder_ids`).
+    """
+    config, stated, multilingual = _read_config(path_or_id, hub_kwargs)
+    tokenizer, donor_ids = whisper_tokenizer(path_or_id, vocab_size, vocab_text, **hub_kwargs)
+    template = whisper_prompt_template(tokenizer.get_vocab(), multilingual, can_detect=vocab_size is None)
+    if multilingual:
+        defaults = {name: stated.get(name) for name in ("language", "task")}
+        if not any(defaults.values()):
+            forced = dict(stated.get("forced_decoder_ids") or ())
+            for place, name in enumerate(defaults, start=1):
+                its_ids = {donor_ids[token_id]: value for value, token_id in template["slots"][name].items()}
+                defaults[name] = its_ids.get(forced.get(place))
+        template = with_prompt_defaults(template, **defaults)
+    return config, stated, tokenizer, donor_ids, template
 
 
 def _read_config(path_or_id: str | Path, hub_kwargs: dict[str, Any]) -> tuple[WhisperConfig, dict[str, Any], bool]:
@@ -497,23 +472,6 @@ def whisper_prompt_template(ids: dict[str, int], multilingual: bool, can_detect:
         **previous,
         **({"translation": {"task": translate, "targets": ["en"]}} if "en" in languages else {}),
     }
-
-
-def _donor_prompt(
-    ids: dict[str, int], donor_ids: list[int], stated: dict[str, Any], multilingual: bool, can_detect: bool
-) -> dict[str, Any]:
-    """`whisper_prompt_template` with the language and task that the donor's generation settings ask for, if any: by
-    name, or as older ones do by token ids (`forced_decoder_ids`)."""
-    template = whisper_prompt_template(ids, multilingual, can_detect)
-    if not multilingual:
-        return template
-    defaults = {name: stated.get(name) for name in ("language", "task")}
-    if not any(defaults.values()):
-        forced = dict(stated.get("forced_decoder_ids") or ())
-        for place, name in enumerate(defaults, start=1):
-            its_ids = {donor_ids[token_id]: value for value, token_id in template["slots"][name].items()}
-            defaults[name] = its_ids.get(forced.get(place))
-    return with_prompt_defaults(template, **defaults)
 
 
 __all__ = [
