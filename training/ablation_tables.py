@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mdm_asr_hf.data.manifests import parse_line
 from mdm_asr_hf.evaluate.scoring import bootstrap_draws, count_errors, normaliser
 
 NUM_BOOTSTRAP, BOOTSTRAP_SEED = 1000, 0
@@ -259,10 +260,7 @@ def read_raw(folder: Path) -> tuple[list[Row], list[Row]]:
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist. Run training/run_ablations.py first.")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}). Run the part again.") from error
+        entries.append(parse_line(line, f"{path} line {number}"))
     runs, rows = ([one for one in entries if one["kind"] == kind] for kind in ("run", "utterance"))
     if not rows:
         raise ValueError(f"{str(path)!r} holds no utterances. Run the part again.")

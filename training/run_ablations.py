@@ -39,7 +39,7 @@ from ablation_tables import PARTS, POOLED, Row, write_part
 from mdm_asr_cli.terminal import quiet_libraries
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.evaluate.data import EvaluationData, load_data
-from mdm_asr_hf.evaluate.evaluation import PACKAGES, evaluate_model, machine, model_sha256
+from mdm_asr_hf.evaluate.evaluation import PACKAGES, TIMES, evaluate_model, machine, model_sha256
 from mdm_asr_hf.loading import load_model
 from mdm_asr_hf.sampling_mdm_asr import SAMPLERS, make_sampler
 
@@ -47,7 +47,6 @@ from mdm_asr_hf.sampling_mdm_asr import SAMPLERS, make_sampler
 DEFAULT_STEPS = {"samplers": [32], "nfe": [2, 4, 8, 16, 32], "speed": [32], "front": [128]}
 # Whisper's, without which nothing can be compared.
 DONOR_WINDOW_S = 30.0
-TIMES = ("features_s", "encoder_s", "decoder_s")
 # Not the tokens: rows would be ten times as long, and no table needs them.
 KEPT = ("id", "dataset", "reference", "hypothesis", "language", "duration_s", "nfe", *TIMES)
 

@@ -342,7 +342,7 @@ def test_files(tmp_path):
     for text, message in (
         (lines[0] + "\n{", "bad.jsonl line 2 is not JSON"),
         ('{"reference": "a"}', "line 1 has no 'hypothesis'"),
-        ("[1]", "line 1 has no 'reference'"),
+        ("[1]", "line 1 is not a JSON object"),
     ):
         bad.write_text(text)
         with pytest.raises(ValueError, match=message):

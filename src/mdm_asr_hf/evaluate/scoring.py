@@ -14,6 +14,7 @@ import jiwer
 import numpy as np
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+from ..data.manifests import parse_line
 from ..transcribe.transcript import group_words
 
 HYPOTHESES_NAME, METRICS_NAME = "hypotheses.jsonl", "metrics.json"
@@ -411,16 +412,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     rows = []
     for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file} line {number} is not JSON ({error}). Write the file again.") from error
-        missing = [key for key in NEEDED_KEYS if key not in row] if isinstance(row, dict) else NEEDED_KEYS
-        if missing:
-            raise ValueError(f"{file} line {number} has no {missing[0]!r}. Check that it is a {HYPOTHESES_NAME}.")
-        rows.append(row)
+        if line.strip():
+            row = parse_line(line, f"{file} line {number}")
+            if missing := [key for key in NEEDED_KEYS if key not in row]:
+                raise ValueError(f"{file} line {number} has no {missing[0]!r}. Check that it is a {HYPOTHESES_NAME}.")
+            rows.append(row)
     return rows
 
 
