@@ -8,16 +8,14 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm.auto import tqdm
 
 from ..audio_mdm_asr import DURATION_TOLERANCE_S, load_audio
 from ..confidence_mdm_asr import utterance_confidence
@@ -83,10 +81,9 @@ def evaluate_model(
     mine = batches[process_index::num_processes]
     runner.warm_up(batches)
     rows: dict[int, dict[str, Any]] = {}
-    with _bar(len(mine), data.name, progress and process_index == 0) as advance:
-        for indices in mine:
-            rows |= runner.transcribe(indices)
-            advance()
+    # None: where it is no terminal there is no bar.
+    for indices in tqdm(mine, data.name, leave=False, disable=None if progress and process_index == 0 else True):
+        rows |= runner.transcribe(indices)
     return _merge(data, rows, runner.skipped)
 
 
@@ -127,15 +124,6 @@ def _batches(data: EvaluationData, batch_size: int) -> list[list[int]]:
     # Longest first: what does not fit into memory shows at once.
     order = sorted(range(len(data)), key=lambda i: (-data.rows[i]["duration_s"], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-@contextmanager
-def _bar(total: int, description: str, is_shown: bool) -> Iterator[Callable[[], None]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (is_shown and console.is_terminal)) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
 
 
 class _Runner:
@@ -185,7 +173,7 @@ class _Runner:
                 else:
                     clips[i] = clip
             except ValueError as error:
-                self._skip(i, error)
+                self.skipped.append((self.data.rows[i]["id"], error))
         return rows | self._rows_of_clips(clips)
 
     def _rows_of_clips(self, clips: dict[int, np.ndarray]) -> dict[int, dict[str, Any]]:
@@ -195,7 +183,7 @@ class _Runner:
         except ValueError as error:
             if len(clips) > 1:
                 return {i: row for one in clips.items() for i, row in self._rows_of_clips(dict([one])).items()}
-            self._skip(*clips, error)
+            self.skipped += [(self.data.rows[i]["id"], error) for i in clips]
             return {}
 
     def _row_of_windows(self, index: int, clip: np.ndarray, batch_size: int) -> dict[str, Any]:
@@ -230,7 +218,8 @@ class _Runner:
             attention_mask=mask,
             encoder_outputs=self.model.prepare_cross_attention(outputs),
             generation_config=self.settings,
-            generator=[_row_seed(self.seed, entry["id"]) for entry in entries],
+            # Of 32 bits: torch's generators on the CPU take no more of a seed.
+            generator=[zlib.crc32(f"{self.seed} {entry['id']}".encode()) for entry in entries],
             return_token_timestamps=with_times,
             **({"language": languages} if self.takes_language else {}),
         )
@@ -242,34 +231,25 @@ class _Runner:
             languages = [detected if one in (None, AUTO) else one for one, detected in pairs]
         rows = []
         for k, (entry, confidence) in enumerate(zip(entries, utterance_confidence(output.confidence), strict=True)):
+            steps = read_steps(output, k, self.processor.tokenizer, self.model.config.eos_token_id)
+            length = len(steps["tokens"])
             row = {
                 "id": entry["id"],
                 "dataset": self.data.name,
                 "audio": entry["audio_path"],
                 "reference": entry["text"],
-                **self._read_row(output, k),
+                "hypothesis": self.processor.decode(output.sequences[k].tolist()[:length]) if length else "",
+                "is_full": steps["nfe"] > 0 and steps["end"] is None and float(output.confidence[k][0]) > 0,
+                **steps,
                 "duration_s": round(len(clips[k]) / self.rate_hz, 3),
                 "language": languages[k],
                 "confidence": None if confidence is None else round(confidence, 4),
                 **seconds,
             }
             if with_times:
-                row["times_s"] = output.token_timestamps[k].tolist()[: len(row["tokens"])]
+                row["times_s"] = output.token_timestamps[k].tolist()[:length]
             rows.append(row)
         return rows
-
-    def _read_row(self, output: Any, row: int) -> dict[str, Any]:
-        """What a row of an output of `generate` says: its text, token by token, and how it came about."""
-        steps = read_steps(output, row, self.processor.tokenizer, self.model.config.eos_token_id)
-        length = len(steps["tokens"])
-        return {
-            "hypothesis": self.processor.decode(output.sequences[row].tolist()[:length]) if length else "",
-            "is_full": steps["nfe"] > 0 and steps["end"] is None and float(output.confidence[row][0]) > 0,
-            **steps,
-        }
-
-    def _skip(self, index: int, error: ValueError) -> None:
-        self.skipped.append((self.data.rows[index]["id"], error))
 
     def _now(self) -> float:
         if torch.device(self.model.device).type == "cuda":
@@ -315,11 +295,6 @@ def _joined_row(windows: Sequence[Window], rows: Sequence[dict[str, Any]]) -> di
                 joined["struck_drafts"].append({**struck, "place": struck["place"] + offset})
         nfe += row["nfe"]
     return joined
-
-
-def _row_seed(seed: int, one_id: str) -> int:
-    # Of 32 bits: torch's generators on the CPU take no more of a seed.
-    return zlib.crc32(f"{seed} {one_id}".encode())
 
 
 def process_index_and_number(device: torch.device | str | None = None) -> tuple[int, int]:
@@ -398,10 +373,9 @@ def model_sha256(model_name: str | Path) -> str | None:
         folder = Path(cached).parent
     files = sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as content:
-            while block := content.read(2**20):
-                digest.update(block)
+    for path in files:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest() if files else None
 
 
