@@ -34,14 +34,8 @@ PARTS = ("encoder", "decoder")
 FIXED_STEPS_ENGINES = ("x86", "fbgemm", "onednn")
 
 
-def needs_position_scales(in_features: int, out_features: int) -> bool:
-    """Whether one scale for all positions of a layer's activations would be too coarse, as where a layer narrows: no
-    normalisation comes before those."""
-    return in_features > out_features
-
-
-def _pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """The kernel's own form of an fp32 weight (out_features, in_features) in int8, symmetric, and of a bias."""
+def _pack(weight: torch.Tensor) -> Any:
+    """The kernel's own form of an fp32 weight (out_features, in_features) in int8, symmetric."""
     # A row of zeros takes any scale.
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     zero_points = torch.zeros(len(weight), dtype=torch.long)
@@ -49,7 +43,12 @@ def _pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         # The kernel takes no other tensors, and has no successor that is as fast without compiling.
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
         quantized = torch.quantize_per_channel(weight, scales.double(), zero_points, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(quantized, bias)
+    return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def _check_parts(parts: Any) -> None:
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"`parts` must be of {list(PARTS)}, got {list(parts)}.")
 
 
 @cache
@@ -57,7 +56,7 @@ def cuts_sums() -> bool:
     """Whether this CPU's kernel cuts off sums of products of 8-bit activations: asked of the kernel itself."""
     size = 64
     # All are at the ends of their ranges, 255 x 127.
-    product = torch.ops.quantized.linear_dynamic(torch.ones(1, size), _pack(torch.ones(size, size), None), False)
+    product = torch.ops.quantized.linear_dynamic(torch.ones(1, size), _pack(torch.ones(size, size)), False)
     return bool((product < 0.99 * size).any())
 
 
@@ -73,7 +72,7 @@ class Int8Linear(nn.Linear):
         bias = None if linear.bias is None else linear.bias.detach().float()
         # It comes last, behind the scale of the position.
         self.register_buffer("late_bias", bias, persistent=False)
-        self.packed = _pack(linear.weight.detach().float(), None)
+        self.packed = _pack(linear.weight.detach().float())
         self.num_steps = 63 if cuts_sums() else 127
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -129,8 +128,7 @@ def quantize_int8(model: nn.Module, parts: tuple[str, ...] = PARTS) -> nn.Module
         ValueError: unknown parts, another precision, weights that are not on the CPU, or an output layer that is not
             tied to the embeddings.
     """
-    if not parts or set(parts) - set(PARTS):
-        raise ValueError(f"`parts` must be of {list(PARTS)}, got {list(parts)}.")
+    _check_parts(parts)
     devices = {str(parameter.device) for parameter in model.parameters()}
     if devices - {"cpu"}:
         raise ValueError(f"int8 runs on CPUs, but the model is on {sorted(devices)}. Load it with `device_map='cpu'`.")
@@ -173,8 +171,7 @@ class MDMASRInt8Config(QuantizationConfigMixin):
     quant_method: Any = QUANT_METHOD
 
     def __post_init__(self):
-        if not self.parts or set(self.parts) - set(PARTS):
-            raise ValueError(f"`parts` must be of {list(PARTS)}, got {self.parts!r}.")
+        _check_parts(self.parts)
 
 
 @register_quantizer(QUANT_METHOD)
