@@ -2,6 +2,7 @@
 """Configuration of MDM-ASR (arXiv 2602.18952): any speech encoder of transformers and one masked-diffusion decoder."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -9,6 +10,15 @@ from transformers.configuration_utils import PreTrainedConfig
 POSITION_EMBEDDING_TYPES = ("sinusoidal", "learned")
 _RETIRED_SETTINGS = ("ctc_characters", "ctc_hidden_size", "ctc_layers", "ctc_attention_heads")
 _TOKEN_IDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+
+def converter(room: str, name: str) -> Callable:
+    """A function of a room of `convert/`, which does not travel with saved checkpoints: an import that transformers
+    can see would make it, and what it needs, do so."""
+    try:
+        return getattr(import_module(f"mdm_asr_hf.convert.{room}"), name)
+    except ImportError as error:
+        raise ImportError(f"`{name}` needs the package: `pip install .` in a clone of this project.") from error
 
 
 class MDMASRDecoderConfig(PreTrainedConfig):
@@ -268,4 +278,4 @@ class MDMASRConfig(PreTrainedConfig):
             raise ValueError("`is_encoder_decoder=False` contradicts MDM-ASR, an encoder-decoder. Leave it True.")
 
 
-__all__ = ["MDMASRConfig", "MDMASRDecoderConfig"]
+__all__ = ["MDMASRConfig", "MDMASRDecoderConfig", "converter"]

@@ -442,15 +442,6 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.embed_tokens = value
-
-    def get_decoder(self, *args, **kwargs) -> nn.Module:
-        return self
-
     def cross_attention_states(self, encoder_hidden_states: torch.Tensor) -> tuple[KeyValue, ...]:
         """Keys and values of every layer's cross-attention for frames (B, T, D): computed once per utterance."""
         return tuple(layer.cross_key_value(encoder_hidden_states) for layer in self.layers)

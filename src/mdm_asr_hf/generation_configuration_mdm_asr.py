@@ -33,14 +33,8 @@ DRAFT_SETTINGS = (
 # Of version 0.1: what its decoding had beside the paper's.
 _RETIRED_SETTINGS = (
     *("active_ahead", "active_behind", "commit_ahead", "revise_above", "revise_steps", "repair_rounds"),
-    *(
-        "repair_doubled_below",
-        "repair_doubtful_below",
-        "confidence_bias",
-        "confidence_context",
-        "no_speech",
-        "hotword_threshold",
-    ),
+    *("repair_doubled_below", "repair_doubtful_below", "confidence_bias", "confidence_context", "no_speech"),
+    "hotword_threshold",
 )
 # Defaults that others of Whisper's family have, for audio behind which the temperature has to rise.
 FALLBACK_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -170,18 +164,15 @@ class MDMASRGenerationConfig(GenerationConfig):
         """Raises ValueError on a setting that makes no sense; makes the [`Sampler`] of a name or dict."""
         self.sampler = make_sampler(self.sampler)
         optional = ("canvas_length", "max_new_tokens", "draft_length", "max_window_s")
-        for name in (*optional[:3], "max_denoising_steps", "max_length", "num_return_sequences"):
+        unset = {name for name in optional if getattr(self, name) is None}
+        counts = {"canvas_length", "max_new_tokens", "draft_length", "max_denoising_steps", "max_length"}
+        for name in sorted((counts | {"num_return_sequences"}) - unset):
             value = getattr(self, name)
-            if value is None and name in optional:
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        for name in (
-            *("canvas_tokens_per_s", "canvas_extra_tokens", "min_duration_s"),
-            *("hotword_boost", "max_window_s"),
-        ):
-            if getattr(self, name) is not None or name not in optional:
-                _check_finite(name, getattr(self, name))
+        numbers = {"canvas_tokens_per_s", "canvas_extra_tokens", "min_duration_s", "hotword_boost", "max_window_s"}
+        for name in sorted(numbers - unset):
+            _check_finite(name, getattr(self, name))
         if not self.temperatures:
             raise ValueError("`temperature` is an empty list. Set it to 0 for the most probable text.")
         for value in self.temperatures:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_mdm_asr import MDMASRConfig
+from .configuration_mdm_asr import MDMASRConfig, converter
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import (
     DiffusionObjective,
@@ -63,9 +63,6 @@ class MDMASRModel(MDMASRPreTrainedModel):
 
     def get_encoder(self, *args, **kwargs) -> nn.Module:
         return self.encoder
-
-    def get_decoder(self, *args, **kwargs) -> nn.Module:
-        return self.decoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens
@@ -195,18 +192,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         decoder = config.decoder_config
         self.proj_out = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=decoder.output_bias)
         self.post_init()
-
-    def get_encoder(self, *args, **kwargs) -> nn.Module:
-        return self.model.encoder
-
-    def get_decoder(self, *args, **kwargs) -> nn.Module:
-        return self.model.decoder
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.proj_out
@@ -348,31 +333,10 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             labels.
         """
         input_features = input_values if input_features is None else input_features
-        if labels is not None and self.config.has_drafts:
-            return self._drafting_forward(
-                input_features,
-                attention_mask,
-                decoder_input_ids,
-                encoder_outputs,
-                labels,
-                prompt_ids,
-                objective,
-                teacher,
-                generator,
-                kwargs,
-            )
-        if labels is not None and decoder_input_ids is None:
-            return self._training_forward(
-                input_features,
-                attention_mask,
-                encoder_outputs,
-                labels,
-                timesteps,
-                prompt_ids,
-                objective,
-                generator,
-                kwargs,
-            )
+        if labels is not None and (self.config.has_drafts or decoder_input_ids is None):
+            inputs = input_features, attention_mask, decoder_input_ids, encoder_outputs
+            settings = {"timesteps": timesteps, "objective": objective, "teacher": teacher, "generator": generator}
+            return self._training_forward(labels, *inputs, prompt_ids, **settings, kwargs=kwargs)
         targets = None
         if labels is not None:
             targets = labels.masked_fill(labels == -100, self.config.eos_token_id)
@@ -429,45 +393,56 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
 
     def _training_forward(
         self,
+        labels,
         input_features,
         attention_mask,
+        decoder_input_ids,
         encoder_outputs,
-        labels,
-        timesteps,
         prompt_ids,
-        objective,
+        *,
         generator,
-        kwargs,
+        timesteps,
+        teacher,
+        **settings,
     ) -> "MDMASROutput":
-        """Lays the canvas, runs the encoder once, and all steps of the objective on it."""
+        """One pass of the encoder, and all that the objective asks for behind it."""
         if generator is None and not self.training:
             generator = torch.Generator().manual_seed(0)
-        prompt_ids = self._default_prompt(len(labels)) if prompt_ids is None else prompt_ids
+        if decoder_input_ids is not None:
+            _check_holds(decoder_input_ids, labels)
+            prompt_ids = decoder_input_ids[:, : 1 - labels.shape[1] or None]
+        elif prompt_ids is None:
+            prompt_ids = torch.from_numpy(self._prepare_prompt(None, len(labels), self.generation_config, {}))
         prompt_ids = prompt_ids.to(labels.device).expand(len(labels), -1)
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_features, attention_mask)
+        settings |= {"generator": generator}
+        if self.config.has_drafts:
+            return self._drafting_forward(labels, prompt_ids, encoder_outputs, decoder_input_ids, teacher, **settings)
         duration_s = self.audio_duration_s(input_features, attention_mask)
         num_frames = next((x.shape[1] for x in (attention_mask, input_features) if x is not None), 0)
         longest_s = num_frames / self.config.input_frames_per_s
-        targets, canvas_mask, is_sound = self._lay_canvas(labels, duration_s, longest_s, prompt_ids.shape[-1])
-        if encoder_outputs is None:
-            encoder_outputs = self.encode(input_features, attention_mask)
-        encoder_outputs = self.prepare_cross_attention(encoder_outputs)
-        prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+        canvas = self._lay_canvas(labels, duration_s, longest_s, prompt_ids.shape[-1])
+        return self._canvas_forward(prompt_ids, encoder_outputs, *canvas, timesteps, **settings)
 
-        def hidden_states(canvas: torch.LongTensor, visible: torch.BoolTensor, **inputs) -> torch.Tensor:
-            outputs = self.model(
-                decoder_input_ids=torch.cat([prompt_ids, canvas], dim=-1),
-                decoder_attention_mask=torch.cat([prompt_mask, visible], dim=-1),
-                encoder_outputs=encoder_outputs,
-                **inputs,
-                **kwargs,
-            )
-            return outputs.last_hidden_state
+    def _canvas_forward(
+        self, prompt_ids, encoder_outputs, targets, canvas_mask, is_sound, timesteps, objective, generator, kwargs
+    ) -> "MDMASROutput":
+        """All steps of the objective on a canvas, see `_lay_canvas`."""
+        encoder_outputs = self.prepare_cross_attention(encoder_outputs)
+        visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask], dim=-1)
 
         def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
             if token_embeds is not None:
                 token_embeds = torch.cat([self.model.decoder.embed_ids(prompt_ids), token_embeds], dim=1)
-            states = hidden_states(canvas, canvas_mask, token_embeds=token_embeds)
-            return self._read_logits(states, canvas.shape[-1])
+            outputs = self.model(
+                decoder_input_ids=torch.cat([prompt_ids, canvas], dim=-1),
+                decoder_attention_mask=visible,
+                encoder_outputs=encoder_outputs,
+                token_embeds=token_embeds,
+                **kwargs,
+            )
+            return self._read_logits(outputs.last_hidden_state, canvas.shape[-1])
 
         result = diffusion_objective(
             decode,
@@ -495,34 +470,15 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         )
 
     def _drafting_forward(
-        self,
-        input_features,
-        attention_mask,
-        decoder_input_ids,
-        encoder_outputs,
-        labels,
-        prompt_ids,
-        objective,
-        teacher,
-        generator,
-        kwargs,
+        self, labels, prompt_ids, encoder_outputs, decoder_input_ids, teacher, objective, generator, kwargs
     ) -> "MDMASROutput":
-        """What the objective asks for, on labels (B, L), in one pass of the encoder and one of the decoder."""
+        """What the objective asks for, on labels (B, L), in one pass of the decoder."""
         objective = DraftObjective() if objective is None else objective
         if not isinstance(objective, DraftObjective):
             raise ValueError(
                 f"`objective` is a {type(objective).__name__}, which trains a canvas. Pass a `DraftObjective`, or "
                 "convert the donor with `draft_layers=0`."
             )
-        if generator is None and not self.training:
-            generator = torch.Generator().manual_seed(0)
-        if decoder_input_ids is not None:
-            _check_holds(decoder_input_ids, labels)
-            prompt_ids = decoder_input_ids[:, : 1 - labels.shape[1] or None]
-        prompt_ids = self._default_prompt(len(labels)) if prompt_ids is None else prompt_ids
-        prompt_ids = prompt_ids.to(labels.device).expand(len(labels), -1)
-        if encoder_outputs is None:
-            encoder_outputs = self.encode(input_features, attention_mask)
         frames, parts, num_prompt = encoder_outputs.last_hidden_state, objective.parts, prompt_ids.shape[1]
         losses, shares, logits, states = {}, {}, None, None
         if parts.keys() & {"donor", "drafts", "logits"}:
@@ -616,9 +572,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         )
         return self._draft_loss(outputs.draft_hidden_states, sequences, behind, objective)[0]
 
-    def _default_prompt(self, batch_size: int) -> torch.LongTensor:
-        return torch.from_numpy(self._prepare_prompt(None, batch_size, self.generation_config, {}))
-
     def _lay_canvas(
         self, labels: torch.LongTensor, duration_s: torch.Tensor | None, longest_s: float, prompt_length: int
     ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.BoolTensor | None]:
@@ -661,35 +614,17 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
         """Makes a model of a Whisper checkpoint: one that writes its donor's text by verified drafts, or a canvas to
         train. See `convert.whisper.from_whisper`."""
-        # The converters do not travel with saved checkpoints: a plain relative import would make them, and what they
-        # need, do so.
-        try:
-            from mdm_asr_hf.convert.whisper import from_whisper
-        except ImportError as error:
-            raise ImportError(
-                "`from_whisper` needs the package: `pip install .` in a clone of this project."
-            ) from error
-        return from_whisper(cls, pretrained_model_name_or_path, **kwargs)
+        return converter("whisper", "from_whisper")(cls, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MDMASRForConditionalGeneration":
         """Makes a model of a Canary checkpoint or .nemo file, see `convert.canary.from_canary`."""
-        try:
-            from mdm_asr_hf.convert.canary import from_canary
-        except ImportError as error:
-            raise ImportError(
-                "`from_canary` needs the package: `pip install .` in a clone of this project."
-            ) from error
-        return from_canary(cls, pretrained_model_name_or_path, **kwargs)
+        return converter("canary", "from_canary")(cls, pretrained_model_name_or_path, **kwargs)
 
     def to_whisper(self) -> nn.Module:
         """The donor, an ordinary `WhisperForConditionalGeneration` of identical weights, see
         `convert.whisper.to_whisper`."""
-        try:
-            from mdm_asr_hf.convert.whisper import to_whisper
-        except ImportError as error:
-            raise ImportError("`to_whisper` needs the package: `pip install .` in a clone of this project.") from error
-        return to_whisper(self)
+        return converter("whisper", "to_whisper")(self)
 
 
 def _check_holds(decoder_input_ids: torch.LongTensor, labels: torch.LongTensor) -> None:

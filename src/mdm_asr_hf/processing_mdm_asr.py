@@ -9,6 +9,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_mdm_asr import load_audio_batch
+from .configuration_mdm_asr import converter
 from .encoding_mdm_asr import check_unicode, text_prefix_of
 from .hotwords_mdm_asr import HotwordIds, encode_hotwords
 from .prompt_mdm_asr import build_prompt_ids, prompt_values, validate_prompt_template
@@ -52,24 +53,12 @@ class MDMASRProcessor(ProcessorMixin):
     @classmethod
     def from_whisper(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
         """The processor of a Whisper donor, see `convert.whisper.whisper_processor`."""
-        try:
-            from mdm_asr_hf.convert.whisper import whisper_processor
-        except ImportError as error:
-            raise ImportError(
-                "`from_whisper` needs the package: `pip install .` in a clone of this project."
-            ) from error
-        return whisper_processor(pretrained_model_name_or_path, **kwargs)
+        return converter("whisper", "whisper_processor")(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_canary(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MDMASRProcessor":
         """The processor of a Canary donor or .nemo file, see `convert.canary.canary_processor`."""
-        try:
-            from mdm_asr_hf.convert.canary import canary_processor
-        except ImportError as error:
-            raise ImportError(
-                "`from_canary` needs the package: `pip install .` in a clone of this project."
-            ) from error
-        return canary_processor(pretrained_model_name_or_path, **kwargs)
+        return converter("canary", "canary_processor")(pretrained_model_name_or_path, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -188,8 +177,13 @@ class MDMASRProcessor(ProcessorMixin):
 
     def previous_ids(self, text: str) -> list[int]:
         """The tokens of the text before an audio, for `generate(previous_ids=...)`, as a Whisper donor takes them."""
-        text = check_unicode(text, "text").strip() and self.text_prefix + text.strip()
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        return self._text_ids(text)
+
+    def _text_ids(self, text: str, **arguments: Any) -> list[int]:
+        # Nothing said has no tokens, not the prefix's.
+        if not (text := check_unicode(text, "text").strip()):
+            return []
+        return self.tokenizer.encode(self.text_prefix + text, add_special_tokens=False, **arguments)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:
         """
@@ -227,10 +221,7 @@ class MDMASRProcessor(ProcessorMixin):
         rows = []
         for one, its_language in zip(texts, languages, strict=True):
             arguments = {} if its_language is None else {"language": its_language}
-            # Nothing said has no tokens, not the prefix's.
-            text = check_unicode(one, "text").strip() and self.text_prefix + one.strip()
-            ids = self.tokenizer.encode(text, add_special_tokens=False, **arguments) if text else []
-            rows.append([*ids, eos_token_id])
+            rows.append([*self._text_ids(one, **arguments), eos_token_id])
         length = max(map(len, rows))
         if padding == "max_length":
             length = max(length, max_length or 0)
