@@ -12,7 +12,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -433,10 +433,8 @@ class _Reader:
             samples = decoder.get_all_samples()
         except (RuntimeError, OSError) as error:
             raise ValueError(f"`audio` cannot be decoded ({_one_line(error)}). Is the file damaged?") from error
-        waveform, rate = (
-            to_mono_float32(samples.data, channel_axis=0),
-            check_rate(samples.sample_rate, "sampling_rate"),
-        )
+        waveform = to_mono_float32(samples.data, channel_axis=0)
+        rate = check_rate(samples.sample_rate, "sampling_rate")
         check_duration(len(waveform), rate, self.max_duration_s)
         yield from (rate, len(waveform), waveform)
 
@@ -475,15 +473,17 @@ class _Reader:
             raise ValueError(f"{name} is empty (0 bytes). Record or download it again.")
         if _is_unfinished_ogg(file, num_bytes):
             logger.warning(f"{name} has no end-of-stream mark: it may be cut off. What it holds is read.")
-        patches, is_error = _unfinished(file, num_bytes)
-        if is_error:
-            logger.warning(f"{name} has more samples than its header says: it was not ended properly. All are read.")
-        if patches and not isinstance(file, _Content):
-            file = source = _Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        for place, written in patches.items():
+        if (patch := _unfinished(file, num_bytes)) is not None:
+            place, written, is_error = patch
+            if is_error:
+                logger.warning(
+                    f"{name} has more samples than its header says: it was not ended properly. All are read."
+                )
+            if not isinstance(file, _Content):
+                file = source = _Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
             file.seek(place)
             file.write(written)
-            file.seek(0)
+        file.seek(0)
         num_read = 0
         try:
             with soundfile.SoundFile(source, closefd=False) as sound:
@@ -556,89 +556,81 @@ def _is_unfinished_ogg(file: BinaryIO, num_bytes: int) -> bool:
     return last >= 0 and len(tail) > last + 5 and not tail[last + 5] & 4
 
 
-def _unfinished(file: BinaryIO, num_bytes: int) -> tuple[dict[int, bytes], bool]:
+class _Chunks(NamedTuple):
+    """How files are laid out that consist of chunks: a name, a size, and so many bytes."""
+
+    # The chunk of the samples.
+    wanted: bytes
+    # Of the bytes of a size, which is `wide` if it has eight.
+    order: str
+    # Sizes from this one on say that it is not known.
+    unknown: int
+    # Where the first chunk begins.
+    first: int = 12
+    wide: bool = False
+    # What the chunk of the samples has without any.
+    least: int = 0
+
+
+CHUNKS = {
+    b"RIFFWAVE": _Chunks(b"data", "<", UNKNOWN_SIZE),
+    # The samples come behind two numbers.
+    b"FORMAIFF": _Chunks(b"SSND", ">", 0x7F000000, least=8),
+    b"FORMAIFC": _Chunks(b"SSND", ">", 0x7F000000, least=8),
+    b"caff": _Chunks(b"data", ">", 2**62, first=8, wide=True, least=4),
+}
+
+
+def _unfinished(file: BinaryIO, num_bytes: int) -> tuple[int, bytes, bool] | None:
     """
-    What to write over the header of a file that does not tell the size of its samples, by place, and whether that is
-    an error and not how streams are written. Recorders that are killed, and pipes, leave 0 or an earlier size, or one
-    such as 0xFFFFFFFF, and behind 4 GiB it starts anew.
+    Of a file whose header does not tell the size of its samples, what to write over it, as a place and bytes, and
+    whether that is an error and not how streams are written; None of others. Recorders that are killed, and pipes,
+    leave 0 or an earlier size, or one such as 0xFFFFFFFF, and behind 4 GiB it starts anew.
     """
-    try:
-        file.seek(0)
-        head = file.read(12)
-        if head[:4] == b"RIFF" and head[8:] == b"WAVE":
-            return _unfinished_chunks(file, num_bytes, b"data", "<", UNKNOWN_SIZE)
-        if head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC"):
-            # The samples come behind two numbers.
-            return _unfinished_chunks(file, num_bytes, b"SSND", ">", 0x7F000000, least=8)
-        if head[:4] == b"caff":
-            return _unfinished_chunks(file, num_bytes, b"data", ">", 2**62, first=8, wide=True, least=4)
-        if head[:4] == b".snd" and len(head) == 12:
-            start, size = struct.unpack(">II", head[4:])
-            return ({8: b"\xff" * 4}, True) if size == 0 and num_bytes > start >= 24 else ({}, False)
-        return {}, False
-    finally:
-        file.seek(0)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] == b".snd" and len(head) == 12:
+        start, size = struct.unpack(">II", head[4:])
+        return (8, b"\xff" * 4, True) if size == 0 and num_bytes > start >= 24 else None
+    layout = CHUNKS.get(head[:4] if head[:4] == b"caff" else head[:4] + head[8:])
+    return None if layout is None else _unfinished_chunks(file, num_bytes, layout)
 
 
-def _unfinished_chunks(
-    file: BinaryIO,
-    num_bytes: int,
-    wanted: bytes,
-    order: str,
-    unknown: int,
-    first: int = 12,
-    wide: bool = False,
-    least: int = 0,
-) -> tuple[dict[int, bytes], bool]:
-    """
-    [`_unfinished`] of a file of chunks: a name, a size, and so many bytes.
+def _unfinished_chunks(file: BinaryIO, num_bytes: int, layout: _Chunks) -> tuple[int, bytes, bool] | None:
+    size_code = layout.order + ("Q" if layout.wide else "I")
+    head_size = 4 + struct.calcsize(size_code)
 
-    Args:
-        wanted: the chunk of the samples.
-        order: of the bytes of a size, which is `wide` if it has eight.
-        unknown: sizes from this one on say that it is not known.
-        first: where the first chunk begins.
-        least: what the chunk of the samples has without any.
-    """
-    layout = f"{order}4s{'Q' if wide else 'I'}"
-    head_size = struct.calcsize(layout)
-
-    def chunk(place: int) -> tuple[bytes, int, int]:
-        """Its name, its size and where the next one begins."""
-        file.seek(place)
-        name, size = struct.unpack(layout, file.read(head_size))
-        return name, size, place + head_size + size + (0 if wide else size % 2)
-
-    place = first
-    for _ in range(MAX_NUM_CHUNKS):
-        if place + head_size > num_bytes:
-            return {}, False
-        name, size, behind = chunk(place)
-        if name == wanted:
-            break
-        place = behind
-    else:
-        return {}, False
-    start, loose = place + head_size, behind
-    is_unknown = size >= unknown
-    if not is_unknown and size > least:
+    def chunks(place: int) -> Iterator[tuple[bytes, int, int, int]]:
+        """Of the chunks from a place on their names, sizes, where they begin, and where the next ones do."""
         for _ in range(MAX_NUM_CHUNKS):
-            if loose + head_size > num_bytes:
-                break
-            name, _, behind = chunk(loose)
+            if place + head_size > num_bytes:
+                return
+            file.seek(place)
+            head = file.read(head_size)
+            (size,) = struct.unpack(size_code, head[4:])
+            behind = place + head_size + size + (0 if layout.wide else size % 2)
+            yield head[:4], size, place, behind
+            place = behind
+
+    found = next((one for one in chunks(layout.first) if one[0] == layout.wanted), None)
+    if found is None:
+        return None
+    _, size, place, loose = found
+    is_unknown = size >= layout.unknown
+    if not is_unknown and size > layout.least:
+        for name, _, _, behind in chunks(loose):
             if behind > num_bytes + 1 or not all(32 <= byte < 127 for byte in name):
                 break
             loose = behind
         # An earlier size is told from chunks that lack their end by more behind it than before it.
         if num_bytes - loose <= size:
-            return {}, False
-    true_size = num_bytes - start
-    if not wide:
-        true_size = _without_chunks(file, num_bytes, start, order) - start
-    if true_size <= least or true_size == size:
-        return {}, False
-    written = struct.pack(layout[0] + layout[-1], true_size if wide else min(true_size, 0xFFFFFFFF))
-    return {place + 4: written}, not is_unknown
+            return None
+    start, end = place + head_size, num_bytes
+    if not layout.wide:
+        end = min(_without_chunks(file, num_bytes, start, layout.order), start + 0xFFFFFFFF)
+    if end - start <= layout.least or end - start == size:
+        return None
+    return place + 4, struct.pack(size_code, end - start), not is_unknown
 
 
 def _without_chunks(file: BinaryIO, num_bytes: int, start: int, order: str) -> int:
