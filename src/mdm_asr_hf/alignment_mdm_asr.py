@@ -3,45 +3,30 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .drafting_mdm_asr import one_thread_product, to_numpy
 
+# How attention becomes times: the values with the least errors of word starts and ends on training speech. Costs are
+# natural logarithms.
 
-@dataclass(frozen=True)
-class AlignmentSettings:
-    """
-    How attention becomes times. The defaults are those with the least errors of word starts and ends on training
-    speech. Costs are natural logarithms.
-
-    Args:
-        grid_s (`float`): longer frames are interpolated to this many seconds.
-        smoothing_s (`float`): attention jumps from frame to frame; its mean over this many seconds is taken.
-        peak_weight (`float`): a frame costs a token -log of the token's share in the frame's attention and, with this
-            weight, -log of the token's attention over the highest it has.
-        floor (`float`): added to both shares, so that no frame is impossible.
-        gap_cost (`float`): a frame of speech costs this if no token owns it; a silent one nothing.
-        silence_cost (`float`): a silent frame costs the token that owns it this more.
-        silent_level, speech_level (`float`): levels up to the first are silence, from the second on speech; 0 is the
-            5th percentile of the clip's frames, 1 the 95th.
-        pause_s (`float`): shorter silences between tokens belong to the one before.
-    """
-
-    grid_s: float = 0.02
-    smoothing_s: float = 0.1
-    peak_weight: float = 0.5
-    floor: float = 1e-3
-    gap_cost: float = 2.0
-    silence_cost: float = 1.0
-    silent_level: float = 0.1
-    speech_level: float = 0.2
-    pause_s: float = 0.04
-
-
-DEFAULT_SETTINGS = AlignmentSettings()
+# Longer frames are interpolated to this many seconds.
+GRID_S = 0.02
+# Attention jumps from frame to frame; its mean over this many seconds is taken.
+SMOOTHING_S = 0.1
+# A frame costs a token -log of the token's share in the frame's attention and, with this weight, -log of the token's
+# attention over the highest it has. What is added to both shares, so that no frame is impossible.
+PEAK_WEIGHT, FLOOR = 0.5, 1e-3
+# A frame of speech costs this if no token owns it, a silent one nothing; a silent one costs the token that owns it so
+# much more.
+GAP_COST, SILENCE_COST = 2.0, 1.0
+# Levels up to the first are silence, from the second on speech; 0 is the 5th percentile of the clip's frames, 1 the
+# 95th.
+SILENT_LEVEL, SPEECH_LEVEL = 0.1, 0.2
+# Shorter silences between tokens, in seconds, belong to the one before.
+PAUSE_S = 0.04
 
 
 def check_alignment_heads(
@@ -136,9 +121,7 @@ def _means(values: np.ndarray, first: np.ndarray, behind: np.ndarray) -> np.ndar
     return ((sums[..., behind] - sums[..., first]) / (behind - first)).astype(values.dtype)
 
 
-def speech_presence(
-    features: np.ndarray, num_frames: int, settings: AlignmentSettings = DEFAULT_SETTINGS
-) -> np.ndarray:
+def speech_presence(features: np.ndarray, num_frames: int) -> np.ndarray:
     """
     How much each of `num_frames` equal parts of a clip sounds like speech, by its level: 0 silence, 1 speech.
 
@@ -152,7 +135,7 @@ def speech_presence(
         levels = np.log(levels.clip(1e-10))
     quiet, loud = np.quantile(levels, (0.05, 0.95))
     relative = (levels - quiet) / max(loud - quiet, 1e-6)
-    return ((relative - settings.silent_level) / (settings.speech_level - settings.silent_level)).clip(0.0, 1.0)
+    return ((relative - SILENT_LEVEL) / (SPEECH_LEVEL - SILENT_LEVEL)).clip(0.0, 1.0)
 
 
 def warp(costs: np.ndarray, gap_costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +204,6 @@ def align_row(
     duration_s: float,
     features: np.ndarray | None = None,
     has_end: bool = True,
-    settings: AlignmentSettings = DEFAULT_SETTINGS,
 ) -> np.ndarray:
     """
     Start and end (W, 2) in seconds of W tokens.
@@ -238,26 +220,26 @@ def align_row(
     num_frames = max(min(math.ceil(duration_s / frame_s - 1e-6), weights.shape[-1]), 1)
     weights = weights[..., :num_frames]
     weights = (weights / weights.sum(axis=-1, keepdims=True).clip(1e-9)).mean(axis=0)
-    grid = max(math.ceil(num_frames * frame_s / settings.grid_s - 1e-6), num_frames, 2 * num_tokens)
+    grid = max(math.ceil(num_frames * frame_s / GRID_S - 1e-6), num_frames, 2 * num_tokens)
     if grid != num_frames:
         # The middles of the grid's cells, among those of the frames.
         at = (np.arange(grid) + 0.5) * num_frames / grid - 0.5
         weights = np.stack([np.interp(at, np.arange(num_frames), row) for row in weights])
     grid_s = num_frames * frame_s / grid
-    weights = smooth(weights, 2 * round(settings.smoothing_s / grid_s / 2) + 1)
+    weights = smooth(weights, 2 * round(SMOOTHING_S / grid_s / 2) + 1)
     share = weights / weights.sum(axis=0, keepdims=True).clip(1e-9)
     of_peak = weights / weights.max(axis=-1, keepdims=True).clip(1e-9)
-    costs = -np.log(share + settings.floor) - settings.peak_weight * np.log(of_peak + settings.floor)
+    costs = -np.log(share + FLOOR) - PEAK_WEIGHT * np.log(of_peak + FLOOR)
     presence = np.ones(grid)
     if features is not None:
         # Features end with the audio, frames up to one frame later.
         inside = min(max(round(grid * duration_s / (num_frames * frame_s)), 1), grid)
-        presence = np.pad(speech_presence(features, inside, settings), (0, grid - inside))
-    penalties = np.broadcast_to(settings.silence_cost * (1 - presence), costs.shape).copy()
+        presence = np.pad(speech_presence(features, inside), (0, grid - inside))
+    penalties = np.broadcast_to(SILENCE_COST * (1 - presence), costs.shape).copy()
     if has_end:
         penalties[-1] = 0
-    first, last = warp(costs + penalties, settings.gap_cost * presence)
-    last = extend_ends(first, last, presence, max(round(settings.pause_s / grid_s), 1))
+    first, last = warp(costs + penalties, GAP_COST * presence)
+    last = extend_ends(first, last, presence, max(round(PAUSE_S / grid_s), 1))
     if has_end:
         last[-1] = grid - 1
     return np.stack([first * grid_s, (last + 1) * grid_s], axis=-1).clip(0.0, duration_s)
@@ -337,7 +319,7 @@ def token_timestamps(
             features = to_numpy(input_features[place])
             if feature_mask is not None:
                 features = features[: int(feature_mask[place].sum())]
-        frame_s = known_s or (seconds or frames * DEFAULT_SETTINGS.grid_s) / frames
+        frame_s = known_s or (seconds or frames * GRID_S) / frames
         aligned = align_row(
             weights[row, :, :num_tokens, :frames],
             frame_s,
@@ -350,7 +332,6 @@ def token_timestamps(
 
 
 __all__ = [
-    "AlignmentSettings",
     "align_row",
     "check_alignment_heads",
     "cross_attention_weights",
