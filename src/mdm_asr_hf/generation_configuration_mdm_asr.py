@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .confidence_mdm_asr import validate_calibration
+from .confidence_mdm_asr import is_finite, validate_calibration
 from .prompt_mdm_asr import map_prompt_ids, validate_prompt_template
 from .sampling_mdm_asr import Sampler, make_sampler
 
@@ -202,7 +202,7 @@ class MDMASRGenerationConfig(GenerationConfig):
 
 
 def _check_finite(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+    if not is_finite(value) or value < 0:
         raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
 
 

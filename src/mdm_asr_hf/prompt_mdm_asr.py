@@ -49,7 +49,7 @@ def validate_prompt_template(template: PromptTemplate) -> None:
             raise ValueError(f"`prompt_template` tokens must be token ids or slot names, got {item!r}.")
     detectable = template.get("detectable", [])
     for name in detectable:
-        if name != "language" or name not in tokens or not _prefix(template, name):
+        if name != "language" or name not in tokens or not detection_prefix(template):
             raise ValueError(
                 f"`prompt_template` has {name!r} detectable. Only 'language' can be, behind fixed token ids alone."
             )
@@ -120,7 +120,6 @@ def prompt_values(template: PromptTemplate, batch_size: int = 1, **slots: Any) -
     Raises:
         ValueError: as in `build_prompt_ids`, or values that contradict each other.
     """
-    validate_prompt_template(template)
     known = template.get("slots", {})
     takes_target = "target_language" in known or "translation" in template
     for name, value in slots.items():
@@ -258,12 +257,8 @@ def can_detect_language(template: PromptTemplate) -> bool:
 
 
 def detection_prefix(template: PromptTemplate) -> list[int]:
-    """The token ids of the prompt before its language."""
-    return _prefix(template, "language")
-
-
-def _prefix(template: PromptTemplate, slot: str) -> list[int]:
-    prefix = template["tokens"][: template["tokens"].index(slot)]
+    """The token ids of the prompt before its language; none where a slot is among them."""
+    prefix = template["tokens"][: template["tokens"].index("language")]
     return prefix if all(isinstance(token, int) for token in prefix) else []
 
 
@@ -279,6 +274,7 @@ def with_prompt_defaults(template: PromptTemplate, **slots: Any) -> PromptTempla
     Raises:
         ValueError: an unknown slot or value.
     """
+    validate_prompt_template(template)
     slots = {name: value for name, value in slots.items() if value is not None}
     (values,) = prompt_values(template, **slots)
     if missing := sorted(set(slots) - set(values)):
