@@ -180,16 +180,8 @@ def choose_by_length(
     sets: list[EvaluationData], processor: Any, edges: list[int], per_bin: int, seed: int
 ) -> dict[tuple[str, str], tuple[int, int]]:
     """
-    Up to `per_bin` utterances of all data sets together for each bin of reference tokens, end of text included.
-
-    Args:
-        edges: lower ends of the bins; the last one is open.
-
-    Returns:
-        (data set, id) -> number of tokens, lower end of the bin.
-
-    Raises:
-        ValueError: the data sets have none that is that long.
+    Up to `per_bin` utterances of all data sets together for each bin of reference tokens, end of text included, from
+    the lower ends `edges`: (data set, id) -> number of tokens, lower end of the bin.
     """
     bins: list[list] = [[] for _ in edges]
     longest_s = min(getattr(processor.feature_extractor, "max_duration_s", None) or DONOR_WINDOW_S, DONOR_WINDOW_S)

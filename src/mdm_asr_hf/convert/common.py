@@ -59,13 +59,9 @@ def donor_kind(path_or_id: str | Path) -> str:
         return "canary"
     model_type = PreTrainedConfig.get_config_dict(str(path_or_id))[0].get("model_type")
     if model_type is None:
-        raise ValueError(
-            "no config.json says what it is. Check the path; for a .nemo checkpoint, pass `--kind canary`."
-        )
+        raise ValueError("no config.json says what it is. Check the path; of a .nemo file, pass `--kind canary`.")
     if model_type not in ("whisper", "canary", "mdm_asr"):
-        raise ValueError(
-            f"its config.json says {model_type!r}, but only Whisper and Canary checkpoints can be donors."
-        )
+        raise ValueError(f"its config.json says {model_type!r}, but only Whisper and Canary can be donors.")
     return model_type
 
 
@@ -122,9 +118,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, own: torch.dtype) -> torch.d
     """The dtype that was asked for; `own` for None and `"auto"`."""
     found = own if dtype in (None, "auto") else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"`dtype` {dtype!r} is not one of torch's for weights. Pass for example 'bfloat16' or torch.float32."
-        )
+        raise ValueError(f"`dtype` {dtype!r} is not one of torch's for weights. Pass for example 'bfloat16'.")
     return found
 
 
@@ -228,30 +222,21 @@ def _match_weights(
     if faults:
         raise ValueError(f"The donor's tensors do not fit a model of its settings; {'; '.join(faults)}.")
     if not torch.equal(weights[OUTPUT], weights[EMBEDDING]):
-        raise ValueError(
-            "The donor's output weights differ from its token embedding, but this model ties them. It cannot be "
-            "converted without loss."
-        )
+        raise ValueError("The donor's output weights differ from its token embedding, but this model ties them.")
     return weights
 
 
 def draft_settings(draft_layers: int | None, num_layers: int, vocab_size: int) -> dict[str, Any]:
     """
-    The decoder's settings of drafts that start from the donor.
-
-    Args:
-        draft_layers (`int`, *optional*): None for as many as the donor has, 0 for none.
-        num_layers (`int`), vocab_size (`int`): of the donor.
+    The decoder's settings of drafts that start from a donor of so many layers and tokens. `draft_layers`: None for as
+    many as the donor has, 0 for none.
 
     Raises:
         ValueError: more layers than the donor has, or no number.
     """
     draft_layers = num_layers if draft_layers is None else draft_layers
     if type(draft_layers) is not int or not 0 <= draft_layers <= num_layers:
-        raise ValueError(
-            f"`draft_layers` ({draft_layers!r}) must be an integer from 0 (a canvas to train) to {num_layers}, the "
-            "donor's layers, which drafts start as copies of; None is all of them."
-        )
+        raise ValueError(f"`draft_layers` ({draft_layers!r}) must be an integer from 0 (a canvas) to {num_layers}.")
     if not draft_layers:
         return {}
     return {"draft_layers": draft_layers, "draft_vocab_size": min(DRAFT_VOCAB_SIZE, vocab_size)}

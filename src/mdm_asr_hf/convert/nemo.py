@@ -80,16 +80,8 @@ NEMO_FRONTEND_LIMITS = {
 
 def read_nemo(path: Path, prompt_formats: Collection[str], with_weights: bool) -> dict[str, Any]:
     """
-    What a Canary model's archive holds.
-
-    Args:
-        path (`Path`): the `.nemo` file.
-        prompt_formats: NeMo's names of the decoder prompts that can be built.
-        with_weights (`bool`): read the weights too.
-
-    Returns:
-        A dict of `tokenizer`, `prompt_format`, `frontend` (of an `MDMASRFeatureExtractor`), `encoder_config`,
-        `decoder_config`, and `weights` under NeMo's names, or None.
+    What a Canary model's `.nemo` file holds: `tokenizer`, `prompt_format` (one of those given), `frontend` (of an
+    `MDMASRFeatureExtractor`), `encoder_config`, `decoder_config`, and `weights` under NeMo's names, or None.
 
     Raises:
         ValueError: an archive that is damaged, incomplete or could harm; a setting that cannot be converted, named.

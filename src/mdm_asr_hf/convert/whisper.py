@@ -99,10 +99,7 @@ def from_whisper(
         ValueError: a tensor that is missing, unknown or of another shape, named; or a donor that is not Whisper's.
     """
     if vocab_size is not None and draft_layers != 0:
-        raise ValueError(
-            f"`vocab_size` ({vocab_size!r}) changes the text that the donor can write. Pass `draft_layers=0` too, for "
-            "a canvas to train, or leave it out."
-        )
+        raise ValueError(f"`vocab_size` ({vocab_size!r}) changes the text of a donor. Pass `draft_layers=0`, too.")
     donor_config, stated, tokenizer, donor_ids, template = _read_donor(path_or_id, vocab_size, vocab_text, hub_kwargs)
     drafts = draft_settings(draft_layers, donor_config.decoder_layers, donor_config.vocab_size)
     ids = tokenizer.get_vocab()

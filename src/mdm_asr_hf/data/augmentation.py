@@ -153,9 +153,7 @@ def spec_augment(
         `torch.Tensor` of shape (B, T, M): the bands hold the mean of the row's utterance.
     """
     if features.dim() != 3:
-        raise ValueError(
-            f"`features` must have the shape (B, T, mel bins), got {tuple(features.shape)}. Waveforms have no bands."
-        )
+        raise ValueError(f"`features` must be (B, T, M), got {tuple(features.shape)}. Waveforms have no bands.")
     batch_size, num_frames, num_bins = features.shape
     valid = torch.ones((batch_size, num_frames), dtype=torch.bool, device=features.device)
     if attention_mask is not None:

@@ -62,7 +62,7 @@ def _read_table(file: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str
             taken.clear()
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{path} line {reader.line_num} has more or fewer fields than the header. Quote commas."
+                    f"{path} line {reader.line_num} has more or fewer fields than its header. Quote commas."
                 )
             yield reader.line_num, row
     except csv.Error as error:

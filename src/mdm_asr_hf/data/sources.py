@@ -234,9 +234,7 @@ class Source:
         if self.text_column == TEXT_COLUMNS[0] and self.text_column not in available:
             others = [column for column in TEXT_COLUMNS if column in available]
             if len(others) > 1:
-                raise ValueError(
-                    f"`text_column` is not told, and {self.path!r} has the columns {others}. Name the right one."
-                )
+                raise ValueError(f"`text_column` is not told, and {self.path!r} has the columns {others}. Name one.")
             text = others[0] if others else None
         return Columns(
             audio=find("audio_column", AUDIO_COLUMNS, needed=True),

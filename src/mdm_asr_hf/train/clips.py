@@ -101,10 +101,7 @@ class SpeechClips:
             is_held_out[-1] = True
         kept = rows[is_held_out == held_out]
         if not len(kept):
-            raise ValueError(
-                f"{self.source.path!r} has one recording only, and one has to be held out, to measure on. Cut it in "
-                "two, or add another."
-            )
+            raise ValueError(f"{self.source.path!r} has one recording only, and one is held out. Add another.")
         hours = np.floor(np.cumsum(self.utterances.durations_s[kept]) / BLOCK_S).astype(int)
         self._blocks = [kept[hours == hour] for hour in np.unique(hours)]
 

@@ -348,10 +348,7 @@ def _plan_steps(encoder_type: str, encoder_steps: int | None, draft_steps: int) 
     if not encoder_steps and not draft_steps:
         raise ValueError("`encoder_steps` and `draft_steps` are both 0. Nothing would be trained.")
     if encoder_steps and encoder_type != "whisper":
-        raise ValueError(
-            f"`encoder_steps={encoder_steps}` teaches a Whisper encoder a silence; {encoder_type!r} needs none. "
-            "Set it to 0."
-        )
+        raise ValueError(f"`encoder_steps={encoder_steps}` teaches a Whisper encoder, not {encoder_type!r}. Set 0.")
     return {"encoder": encoder_steps, "drafts": draft_steps}
 
 

@@ -331,9 +331,7 @@ class CachedSpeech(Dataset):
             seconds.append(its_seconds)
         self.left_out = dict(left_out)
         if not seconds:
-            raise ValueError(
-                f"No clip in {str(folder)!r} can be learnt from: {self.left_out}. Nothing was trained; use speech."
-            )
+            raise ValueError(f"No clip in {str(folder)!r} can be learnt from: {self.left_out}. Nothing was trained.")
         self.durations_s = np.concatenate(seconds).astype(np.float64)
         self._first = np.cumsum([0, *map(len, seconds)])
 

@@ -90,10 +90,7 @@ class MDMASRTrainingArguments(Seq2SeqTrainingArguments):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}. None turns it off.")
         if self.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor={self.label_smoothing_factor}` is not part of the masked diffusion "
-                "objective. Leave it 0."
-            )
+            raise ValueError(f"`label_smoothing_factor={self.label_smoothing_factor}` has no place here. Leave it 0.")
         if self.metric_for_best_model is None and self.load_best_model_at_end and self.predict_with_generate:
             self.metric_for_best_model = "wer"
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith(("wer", "cer")):
@@ -429,9 +426,7 @@ class ISCTTrainer(Seq2SeqTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if inputs.get("labels") is None:
-            raise ValueError(
-                "The batch has no `labels`. Collate it with DataCollatorForMDMASR, or call the processor with `text`."
-            )
+            raise ValueError("The batch has no `labels`. Collate it with DataCollatorForMDMASR.")
         if not model.training:
             rows = inputs["labels"].cpu().numpy()
             # The texts of the batch, and not their padding.
