@@ -23,7 +23,6 @@ tried again. When the text is used up before the hours are full, it is read agai
 import argparse
 import hashlib
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -227,20 +226,14 @@ def load_callable(spec: str) -> Callable[[str, np.random.Generator], tuple[np.nd
     module_name, _, function_name = spec.rpartition(":")
     if not module_name or not function_name:
         raise ValueError(f"--tts must be module:function or path/to/file.py:function, got {spec!r}")
+    folder = os.getcwd()
+    if module_name.endswith(".py"):
+        # Its neighbours can be imported, as if it were run as a script.
+        folder, module_name = str(Path(module_name).resolve().parent), Path(module_name).stem
+    sys.path.insert(0, folder)
     try:
-        if module_name.endswith(".py"):
-            path = Path(module_name).resolve()
-            # Its neighbours can be imported, as if it were run as a script.
-            sys.path.insert(0, str(path.parent))
-            module_spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(module_spec)
-            sys.modules[path.stem] = module
-            module_spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(module_name)
-        return getattr(module, function_name)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"--tts {spec!r} cannot be loaded: {error}") from error
 
 
