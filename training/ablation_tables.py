@@ -109,28 +109,18 @@ def pareto_front(points: list[tuple[float, float]]) -> set[int]:
     }
 
 
-def tabulate_samplers(rows: list[Row]) -> list[Row]:
-    """WER of every sampler and data set at each bound of steps, and its difference to pbeb_conf's."""
+def tabulate_settings(rows: list[Row], names: tuple[str, ...], name: str, baseline: str) -> list[Row]:
+    """
+    WER of every setting, which are the values of the columns `names`, on each data set, and its difference to that of
+    the setting whose column `name` is `baseline`.
+    """
     table = []
-    for steps, of_steps in sorted(group(rows, "steps").items()):
-        for dataset, of_dataset in by_dataset(of_steps).items():
-            sample = Sample(group(of_dataset, "sampler"))
-            less = "pbeb_conf" if "pbeb_conf" in sample.rows else None
-            for sampler in sample.rows:
-                common = {"steps": steps, "dataset": dataset, "sampler": sampler}
-                table.append(common | sample.describe(sampler, less))
-    return table
-
-
-def tabulate_nfe(rows: list[Row]) -> list[Row]:
-    """WER of every model at each bound of steps, and its difference to the first model's."""
-    table, first = [], rows[0]["model"]
     for dataset, of_dataset in by_dataset(rows).items():
-        sample = Sample(group(of_dataset, "model", "steps"))
-        for model, steps in sample.rows:
-            less = (first, steps) if (first, steps) in sample.rows else None
-            common = {"dataset": dataset, "model": model, "steps": steps}
-            table.append(common | sample.describe((model, steps), less))
+        sample = Sample(group(of_dataset, *names))
+        for key in sample.rows:
+            setting = dict(zip(names, key, strict=True))
+            less = tuple((setting | {name: baseline}).values())
+            table.append({"dataset": dataset} | setting | sample.describe(key, less if less in sample.rows else None))
     return table
 
 
@@ -190,7 +180,7 @@ _NFE_NOTE = (
 PARTS = {
     "samplers": Part(
         "Samplers at the same bound of steps",
-        tabulate_samplers,
+        lambda rows: tabulate_settings(rows, ("steps", "sampler"), "sampler", "pbeb_conf"),
         ("dataset", "wer", "sampler", "steps"),
         {"steps": "steps", "dataset": "data", "sampler": "sampler", "difference": "less pbeb_conf's, paired"}
         | (_WER | _COUNTS),
@@ -198,7 +188,7 @@ PARTS = {
     ),
     "nfe": Part(
         "WER by the bound of steps",
-        tabulate_nfe,
+        lambda rows: tabulate_settings(rows, ("model", "steps"), "model", rows[0]["model"]),
         ("steps", "wer", "model", "dataset"),
         {"dataset": "data", "model": "model", "steps": "steps", "difference": "less the first model's, paired"}
         | (_WER | _COUNTS),
