@@ -46,12 +46,7 @@ _METRICS = (
     ("mean_nfe", "mean NFE", "", "decoder evaluations per utterance"),
     ("tokens_per_nfe", "tokens per NFE", "", "tokens committed per decoder evaluation"),
     ("acceptance_rate_masks", "masks right", "%", "drafts of the masks that were as the donor's text"),
-    (
-        "acceptance_rate_hypothesis",
-        "hypothesis right",
-        "%",
-        "tokens of the hypothesis given beforehand that were as the donor's text",
-    ),
+    ("acceptance_rate_hypothesis", "hypothesis right", "%", "tokens of a given hypothesis that were as the donor's"),
     ("rtfx", "RTFx", "", "seconds of audio per second of features, encoder and decoder"),
     ("rtfx_encoder", "RTFx, encoder", "", "seconds of audio per second of the encoder"),
     ("rtfx_decoder", "RTFx, decoder", "", "seconds of audio per second of the decoder"),
