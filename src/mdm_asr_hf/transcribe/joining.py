@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..confidence_mdm_asr import utterance_confidence
-from .transcript import UNSPACED, Segment, Transcript, group_words, round_seconds, round_share
+from .transcript import UNSPACED, Segment, Transcript, group_words, round_seconds, round_share, word_runs
 from .windows import Window
 
 # How far apart two windows may place the same word.
@@ -234,20 +234,14 @@ def _units(window: DecodedWindow) -> list[_Unit]:
     """The words of a window, or its characters, as tokens and times have them."""
     if window.times_s is None:
         raise ValueError("Windows that overlap can only be joined with `times_s`. Decode them with timestamps.")
-    units: list[_Unit] = []
-    is_open = False
-    for i, (piece, (start_s, end_s)) in enumerate(zip(window.pieces, window.times_s, strict=True)):
-        text = _plain(piece)
-        starts_word = not units or piece[:1].isspace() or not is_open or UNSPACED.match(text)
-        if starts_word and piece.strip():
-            units.append(_Unit(text, i, i + 1, start_s, end_s))
-        elif units:
-            unit = units[-1]
-            unit.text, unit.stop = unit.text + text, i + 1
-            # Punctuation is not spoken: its time says nothing.
-            if text:
-                unit.start_s, unit.end_s = min(unit.start_s, start_s), max(unit.end_s, end_s)
-        is_open = not piece[-1:].isspace()
+    units = []
+    for run in word_runs(window.pieces):
+        texts = [_plain(window.pieces[k]) for k in run]
+        # Punctuation is not spoken: its time says nothing.
+        times_s = [window.times_s[k] for k, text in zip(run, texts, strict=True) if text or not any(texts)]
+        if "".join(window.pieces[k] for k in run).strip():
+            starts_s, ends_s = zip(*times_s, strict=True)
+            units.append(_Unit("".join(texts), run.start, run.stop, min(starts_s), max(ends_s)))
     return units
 
 

@@ -6,7 +6,6 @@ whenever more audio has arrived, with what it was before as the draft.
 
 import copy
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ import soxr
 
 from ..audio_mdm_asr import Downmix, check_rate, to_mono_float32
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
+from ..prompt_mdm_asr import prompt_values
 from ..safeguards_mdm_asr import repeats_itself
-from .transcript import Word, group_words, round_seconds, token_texts
+from .transcript import UNSPACED, Word, group_words, round_seconds, token_texts, word_runs
 from .voice_activity import SILENCE_DB, band_levels_db
 
 FRAME_S = 0.02
@@ -28,10 +28,10 @@ MAX_WINDOW_S = 8.0
 FIRST_TEXT_S = 1.0
 # Bounds a hypothesis that repeats itself for ever: Whisper's 448 tokens in 30 seconds, and a few.
 TOKENS_PER_S, EXTRA_TOKENS = 15, 20
+# Speech is so much louder than the noise floor, which begins here, in dB of full scale, and follows rising levels.
+SPEECH_DB, START_FLOOR_DB, FLOOR_RISE_DB_PER_S = 8.0, -65.0, 3.0
 # How far the times of tokens may be off.
 BOUNDARY_S = 0.1
-# Scripts written without blanks: each of their tokens may end a unit that is committed.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,6 @@ class StreamingPolicy:
         pre_roll_s (`float`): audio kept before the first speech of a window.
         context_s (`float`): committed speech that stays in the window, with its words as the text's prefix, when a
             window that has grown too long is cut.
-        speech_db (`float`): speech is so much louder than the noise floor.
-        floor_rise_db_per_s (`float`): how fast the noise floor follows a level that rises.
-        start_floor_db (`float`): the noise floor at the start, in dB of full scale.
     """
 
     first_step_s: float = 0.16
@@ -65,26 +62,13 @@ class StreamingPolicy:
     pause_s: float = 0.8
     pre_roll_s: float = 0.4
     context_s: float = 2.0
-    speech_db: float = 8.0
-    floor_rise_db_per_s: float = 3.0
-    start_floor_db: float = -65.0
 
     def __post_init__(self):
         if type(self.agreement) is not int or self.agreement < 1:
             raise ValueError(f"`agreement` must be an integer of at least 1, got {self.agreement!r}.")
         _check_seconds("first_step_s", self.first_step_s, FRAME_S)
-        for name in (
-            "margin_s",
-            "min_confidence",
-            "max_wait_s",
-            "pause_s",
-            "pre_roll_s",
-            "context_s",
-            "floor_rise_db_per_s",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
+        for name in ("margin_s", "min_confidence", "max_wait_s", "pause_s", "pre_roll_s", "context_s"):
+            _check_seconds(name, getattr(self, name), 0)
 
 
 @dataclass
@@ -119,43 +103,42 @@ class EnergyGate:
     a faint speaker.
 
     Args:
-        policy ([`StreamingPolicy`]).
         rate_hz (`float`): of the samples.
     """
 
-    def __init__(self, policy: StreamingPolicy, rate_hz: float):
-        self.policy, self.rate_hz = policy, rate_hz
-        self.floor_db = policy.start_floor_db
+    def __init__(self, rate_hz: float):
+        self.rate_hz, self.frame_size, self.floor_db = rate_hz, round(rate_hz * FRAME_S), START_FLOOR_DB
         self._before: np.ndarray | None = None
 
-    def __call__(self, samples: np.ndarray, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """Levels in dB and whether they are speech (num_frames,), of samples that make so many whole frames."""
-        if not num_frames:
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Levels in dB and whether they are speech (F,), of samples (N,) that make F whole frames."""
+        frames = samples.reshape(-1, self.frame_size)
+        if not len(frames):
             return np.zeros(0), np.zeros(0, dtype=bool)
-        frames = samples.reshape(num_frames, -1)
         # One frame is too short to tell hum from speech: with the one before it. The first has none, and is not heard.
         is_first, before = self._before is None, frames[:1] if self._before is None else self._before
         self._before = frames[-1:].copy()
         pairs = np.concatenate([np.concatenate([before, frames[:-1]]), frames], axis=1)
         levels = band_levels_db(pairs, self.rate_hz)
         levels[:is_first] = SILENCE_DB
-        is_speech = np.zeros(num_frames, dtype=bool)
+        is_speech = np.zeros(len(frames), dtype=bool)
         for i, level in enumerate(levels):
             # Digital silence, and what rounding makes of it, says nothing about the noise.
-            if level <= SILENCE_DB:
-                continue
-            self.floor_db = min(float(level), self.floor_db + self.policy.floor_rise_db_per_s * FRAME_S)
-            is_speech[i] = level > self.floor_db + self.policy.speech_db
+            if level > SILENCE_DB:
+                self.floor_db = min(float(level), self.floor_db + FLOOR_RISE_DB_PER_S * FRAME_S)
+                is_speech[i] = level > self.floor_db + SPEECH_DB
         return levels, is_speech
 
 
 @dataclass
 class _Unit:
-    """What is committed as a whole: a word and its tokens; `is_spaced` if a blank stands before it."""
+    """What is committed as a whole: a word and its tokens; `is_spaced` if a blank stands before it; in how many
+    hypotheses in a row it was seen, with all words before it."""
 
     word: Word
     token_ids: list[int]
     is_spaced: bool
+    num_seen: int = 1
 
     @property
     def key(self) -> str:
@@ -164,21 +147,24 @@ class _Unit:
 
 
 class _Window:
-    """The audio that is decoded together, from `start_frame` on, and the committed words that it still holds."""
+    """The audio that is decoded together, from `start_frame` on, the committed words that it still holds, and those
+    of the last hypothesis behind them."""
 
-    def __init__(self, start_frame: int = 0):
-        self.start_frame = start_frame
+    def __init__(self, frame_size: int):
+        self.frame_size, self.start_frame = frame_size, 0
         self.samples = np.zeros(0, dtype=np.float32)
         self.levels = np.zeros(0)
         self.is_speech = np.zeros(0, dtype=bool)
         self.prefix: list[_Unit] = []
-        # The words of the last hypothesis that are not committed, and how often each was seen in a row.
         self.tail: list[_Unit] = []
-        self.tail_counts: list[int] = []
 
     @property
     def start_s(self) -> float:
         return self.start_frame * FRAME_S
+
+    @property
+    def end_s(self) -> float:
+        return (self.start_frame + len(self.levels)) * FRAME_S
 
     @property
     def duration_s(self) -> float:
@@ -198,14 +184,14 @@ class _Window:
     def drop(self, num_frames: int) -> None:
         """Takes frames away at the front."""
         num_frames = min(max(num_frames, 0), len(self.levels))
-        # A copy, or the view would keep all the audio alive.
-        if len(self.levels):
-            self.samples = self.samples[num_frames * len(self.samples) // len(self.levels) :].copy()
+        # Copies, or the views would keep all the audio alive.
+        self.samples = self.samples[num_frames * self.frame_size :].copy()
         self.levels, self.is_speech = self.levels[num_frames:].copy(), self.is_speech[num_frames:].copy()
         self.start_frame += num_frames
 
-    def forget_text(self) -> None:
-        self.prefix, self.tail, self.tail_counts = [], [], []
+    def keep(self, seconds: float) -> None:
+        """Takes frames away at the front, but for so many seconds."""
+        self.drop(len(self.levels) - round(seconds / FRAME_S))
 
 
 class StreamingTranscriber:
@@ -291,28 +277,24 @@ class StreamingTranscriber:
                 "can hold. Choose a shorter window."
             )
         self._arguments = {name: value for name, value in prompt_slots.items() if value is not None}
+        prompt_values(self.settings.prompt_template or {"tokens": [0]}, **self._arguments)
         if hotwords:
             self._arguments["hotword_ids"] = processor.hotword_ids(hotwords)
         self.reset()
 
     def reset(self) -> None:
         """Forgets the stream so far; the next audio starts at second 0."""
-        self._gate = EnergyGate(self.policy, self.rate_hz)
-        self._window = _Window()
+        # The text committed so far.
+        self.text = ""
+        self._gate = EnergyGate(self.rate_hz)
+        self._window = _Window(self.frame_size)
         self._downmix = Downmix("The stream")
         self._resampler: soxr.ResampleStream | None = None
         self._source_rate_hz: float | None = None
-        self._pending: list[np.ndarray] = []
-        self._num_pending = 0
-        self._num_frames = 0
-        self._text, self._partial = "", ""
+        # What is too short for a step.
+        self._pending = np.zeros(0, dtype=np.float32)
         self._last_end_s = 0.0
         self._is_finished = False
-
-    @property
-    def text(self) -> str:
-        """The text committed so far."""
-        return self._text
 
     def feed(self, samples: Any, sampling_rate: float | None = None) -> StreamUpdate | None:
         """
@@ -345,12 +327,10 @@ class StreamingTranscriber:
         if self._resampler is not None:
             flushed = self._resampler.resample_chunk(flushed, last=True)
         updates = list(self._advance(flushed))
-        rest = self._take_pending(self._num_pending)
-        if len(rest):
-            num_frames = math.ceil(len(rest) / self.frame_size)
-            # Zeros behind an offset would be a click.
-            rest = np.pad(rest, (0, num_frames * self.frame_size - len(rest)), mode="edge")
-            updates += self._step(rest, is_decoded=False)
+        # Zeros behind an offset would be a click.
+        rest = self._pending
+        rest = np.pad(rest, (0, -len(rest) % self.frame_size), mode="edge") if len(rest) else rest
+        updates += self._step(rest, is_decoded=False)
         if self._window.is_speech.any():
             updates.append(self._close())
         self._is_finished = True
@@ -378,21 +358,13 @@ class StreamingTranscriber:
             self._resampler = soxr.ResampleStream(rate, self.rate_hz, 1, dtype="float32", quality="HQ")
         return self._resampler.resample_chunk(np.ascontiguousarray(samples))
 
-    def _take_pending(self, count: int) -> np.ndarray:
-        if len(self._pending) != 1:
-            self._pending = [np.concatenate([*self._pending, np.zeros(0, dtype=np.float32)])]
-        taken, rest = self._pending[0][:count], self._pending[0][count:]
-        self._pending, self._num_pending = ([rest] if len(rest) else []), len(rest)
-        return taken
-
     def _advance(self, samples: np.ndarray) -> Iterator[StreamUpdate]:
         """Goes through the whole steps that there is audio for."""
-        if len(samples):
-            self._pending.append(samples)
-            self._num_pending += len(samples)
-        while self._num_pending >= (size := self._next_step_frames() * self.frame_size):
-            is_decoded = not self.keep_up or self._num_pending < 2 * size
-            yield from self._step(self._take_pending(size), is_decoded)
+        self._pending = np.concatenate([self._pending, samples])
+        while len(self._pending) >= (size := self._next_step_frames() * self.frame_size):
+            is_decoded = not self.keep_up or len(self._pending) < 2 * size
+            step, self._pending = self._pending[:size], self._pending[size:]
+            yield from self._step(step, is_decoded)
 
     def _next_step_frames(self) -> int:
         window = self._window
@@ -403,72 +375,59 @@ class StreamingTranscriber:
     def _step(self, samples: np.ndarray, is_decoded: bool) -> list[StreamUpdate]:
         """Adds audio of whole frames to the window; decodes it if that is asked for or the window is full."""
         window, policy = self._window, self.policy
-        num_frames = len(samples) // self.frame_size
-        self._num_frames += num_frames
-        window.append(samples, *self._gate(samples, num_frames))
+        window.append(samples, *self._gate(samples))
         if not window.is_speech.any():
-            window.drop(len(window.levels) - round(policy.pre_roll_s / FRAME_S))
+            window.keep(policy.pre_roll_s)
             return []
-        if window.silence_s >= policy.pause_s:
-            return [self._close()] if is_decoded or window.duration_s >= self.max_window_s else []
-        if window.duration_s >= self.max_window_s:
-            return [self._hypothesis(is_full=True)]
-        return [self._hypothesis()] if is_decoded else []
+        is_full = window.duration_s >= self.max_window_s
+        if not (is_decoded or is_full):
+            return []
+        return [self._close() if window.silence_s >= policy.pause_s else self._hypothesis(is_full)]
 
     # Text
 
-    def _hypothesis(self, is_full: bool = False) -> StreamUpdate:
+    def _hypothesis(self, is_full: bool) -> StreamUpdate:
         """Decodes the window's tail and commits what is sure of it; of a full window, what must leave it."""
-        started = time.perf_counter()
-        window = self._window
+        started, window = time.perf_counter(), self._window
         # What must leave a full window is committed for good.
         units, nfe = self._decode_tail(self.settings if is_full else self._partial_settings)
-        # How often in a row each word was seen, with all words before it.
-        counts, is_same = [], True
-        for i, unit in enumerate(units):
-            is_same = is_same and i < len(window.tail) and window.tail[i].key == unit.key
-            counts.append(window.tail_counts[i] + 1 if is_same else 1)
-        num_sure = self._num_sure(units, counts)
-        new = self._commit(units[:num_sure])
-        units, counts = units[num_sure:], counts[num_sure:]
+        for unit, before in zip(units, window.tail, strict=False):
+            if unit.key != before.key:
+                break
+            unit.num_seen += before.num_seen
+        window.tail = units
+        new = self._commit(self._num_sure())
         if is_full:
-            num_forced = self._num_forced(units)
-            new += self._commit(units[:num_forced])
-            units, counts = units[num_forced:], counts[num_forced:]
-            self._cut(units)
-        window.tail, window.tail_counts = units, counts
-        self._partial = _join(units)
+            new += self._commit(self._num_forced())
+            self._cut()
         return self._update(new, started, nfe)
 
-    def _num_sure(self, units: list[_Unit], counts: list[int]) -> int:
+    def _num_sure(self) -> int:
         """How many words of the tail, from its start, are to be committed."""
-        policy, now_s = self.policy, self._num_frames * FRAME_S
+        policy, now_s = self.policy, self._window.end_s
         num_sure = 0
-        for i, unit in enumerate(units):
-            is_sure = counts[i] >= policy.agreement and unit.word.confidence >= policy.min_confidence
+        for i, unit in enumerate(self._window.tail):
+            is_sure = unit.num_seen >= policy.agreement and unit.word.confidence >= policy.min_confidence
             if unit.word.end_s <= now_s - policy.max_wait_s:
                 num_sure = i + 1
             elif i == num_sure and is_sure and unit.word.end_s <= now_s - policy.margin_s:
                 num_sure = i + 1
         return num_sure
 
-    def _num_forced(self, units: list[_Unit]) -> int:
+    def _num_forced(self) -> int:
         """How many more words have to be committed so that a full window can be cut; none if enough are already."""
         window = self._window
         if window.prefix and self._without_context_s() >= self.max_window_s / 4:
             return 0
         half_s = window.start_s + self.max_window_s / 2
-        return sum(1 for unit in units if unit.word.end_s <= half_s)
+        return sum(1 for unit in window.tail if unit.word.end_s <= half_s)
 
     def _without_context_s(self) -> float:
         """Seconds at the window's front that its committed words leave behind, less the context that stays."""
         return self._window.prefix[-1].word.end_s - self.policy.context_s - self._window.start_s
 
-    def _cut(self, units: list[_Unit]) -> None:
-        """
-        Drops audio and committed words at the front of a full window, at the quietest place near a word boundary.
-        `units` are the words that stay tentative.
-        """
+    def _cut(self) -> None:
+        """Drops audio and committed words at the front of a full window, where it is quiet near a word boundary."""
         window = self._window
         if window.prefix and self._without_context_s() >= self.max_window_s / 4:
             kept = [unit for unit in window.prefix if unit.word.start_s >= window.start_s + self._without_context_s()]
@@ -480,10 +439,10 @@ class StreamingTranscriber:
                 return
         # Noise without words, a few words long ago, or one that never ends: no more than half of it stays.
         half_s = window.start_s + window.duration_s - self.max_window_s / 2
-        first_s = min(units[0].word.start_s, half_s) if units else half_s
+        first_s = min([half_s, *(unit.word.start_s for unit in window.tail[:1])])
         last_s = window.prefix[-1].word.end_s if window.prefix else first_s
         self._cut_between(min(last_s, first_s), first_s)
-        window.drop(round((window.duration_s - self.max_window_s * 3 / 4) / FRAME_S))
+        window.keep(self.max_window_s * 3 / 4)
         window.prefix = []
 
     def _cut_between(self, end_s: float, start_s: float) -> None:
@@ -495,13 +454,11 @@ class StreamingTranscriber:
 
     def _close(self) -> StreamUpdate:
         """Decodes the window for the last time, commits all of it and starts another."""
-        started = time.perf_counter()
-        units, nfe = self._decode_tail(self.settings)
-        new = self._commit(units)
-        window = self._window
-        window.forget_text()
-        window.drop(len(window.levels) - round(min(window.silence_s, self.policy.pre_roll_s) / FRAME_S))
-        self._partial = ""
+        started, window = time.perf_counter(), self._window
+        window.tail, nfe = self._decode_tail(self.settings)
+        new = self._commit(len(window.tail))
+        window.prefix = []
+        window.keep(min(window.silence_s, self.policy.pre_roll_s))
         return self._update(new, started, nfe)
 
     def _decode_tail(self, settings: MDMASRGenerationConfig) -> tuple[list[_Unit], int]:
@@ -509,9 +466,8 @@ class StreamingTranscriber:
         window = self._window
         prefix_ids = [token_id for unit in window.prefix for token_id in unit.token_ids]
         tail_ids = [token_id for unit in window.tail for token_id in unit.token_ids]
-        tail_s = window.duration_s
-        if window.prefix:
-            tail_s = min(max(window.start_s + tail_s - window.prefix[-1].word.end_s, 0.0), tail_s)
+        tail_start_s = max([window.start_s, *(unit.word.end_s for unit in window.prefix[-1:])])
+        tail_s = max(window.end_s - tail_start_s, 0.0)
         most = min(math.ceil(tail_s * TOKENS_PER_S) + EXTRA_TOKENS, settings.max_new_tokens or math.inf)
         inputs = self.processor(window.samples, sampling_rate=self.rate_hz, return_tensors="pt")
         output = self.model.generate(
@@ -535,47 +491,38 @@ class StreamingTranscriber:
 
     def _split(self, ids: list[int], start: int, confidences: list[float], times_s: list[list[float]]) -> list[_Unit]:
         """Units of the tokens from `start` on, with times from the start of the stream."""
-        pieces = token_texts(self.processor.tokenizer, ids)
-        offset_s, end_s = self._window.start_s, self._num_frames * FRAME_S
-        bounds, begin = [], start
-        for i in range(start, len(ids)):
-            if pieces[i][:1].isspace() or _UNSPACED.match(pieces[i]) or i == 0:
-                bounds.append(begin)
-            # Tokens without a text hold the first bytes of the character of the next that has one.
-            begin = i + 1 if pieces[i] else begin
+        pieces, window = token_texts(self.processor.tokenizer, ids), self._window
         units, first = [], start
-        if not bounds:
-            return []
-        # Tokens before the first boundary would change a committed word: they stay in the prefix without a text.
-        for bound, next_bound in zip(bounds, [*bounds[1:], len(ids)], strict=True):
-            places = slice(bound, next_bound)
-            words = group_words(pieces[places], confidences[places], times_s[places])
-            if not words:
+        # Tokens before the first word would change a committed one: they stay in the prefix without a text.
+        for run in word_runs(pieces):
+            its = slice(run.start, run.stop)
+            if run.start < start or not (words := group_words(pieces[its], confidences[its], times_s[its])):
                 continue
-            word, text = words[0], "".join(pieces[places])
+            word, text = words[0], "".join(pieces[its])
             word.text = text.strip()
-            word.start_s = round_seconds(min(max(offset_s + word.start_s, 0.0), end_s))
-            word.end_s = round_seconds(min(max(offset_s + word.end_s, word.start_s), end_s))
-            units.append(_Unit(word, ids[first:next_bound], not _UNSPACED.match(text)))
-            first = next_bound
+            word.start_s = round_seconds(min(max(window.start_s + word.start_s, 0.0), window.end_s))
+            word.end_s = round_seconds(min(max(window.start_s + word.end_s, word.start_s), window.end_s))
+            units.append(_Unit(word, ids[first : run.stop], not UNSPACED.match(text)))
+            first = run.stop
         return units
 
-    def _commit(self, units: list[_Unit]) -> list[Word]:
-        """Appends words to the text and to the window's prefix."""
+    def _commit(self, count: int) -> list[Word]:
+        """Moves the tail's first words to the text and the window's prefix."""
+        window = self._window
+        units, window.tail = window.tail[:count], window.tail[count:]
         for unit in units:
             word = unit.word
             # Times of a hypothesis are monotone, but the words before may be of an earlier one.
             word.start_s = max(word.start_s, self._last_end_s)
-            word.end_s = max(word.end_s, word.start_s)
-            self._last_end_s = word.end_s
-            self._text += (" " if unit.is_spaced and self._text else "") + word.text
-        self._window.prefix += units
+            word.end_s = self._last_end_s = max(word.end_s, word.start_s)
+            self.text += (" " if unit.is_spaced and self.text else "") + word.text
+        window.prefix += units
         return [copy.copy(unit.word) for unit in units]
 
     def _update(self, new: Iterable[Word] = (), started: float | None = None, nfe: int = 0) -> StreamUpdate:
         latency_s = 0.0 if started is None else round(time.perf_counter() - started, 6)
-        time_s = round_seconds(self._num_frames * FRAME_S)
-        return StreamUpdate(self._text, list(new), self._partial, time_s, latency_s=latency_s, nfe=nfe)
+        partial = "".join((" " if unit.is_spaced else "") + unit.word.text for unit in self._window.tail).strip()
+        return StreamUpdate(self.text, list(new), partial, round_seconds(self._window.end_s), latency_s, nfe)
 
     def _merge(self, updates: list[StreamUpdate]) -> StreamUpdate | None:
         """One update for several: all their new words, the rest of the last."""
@@ -586,10 +533,6 @@ class StreamingTranscriber:
         merged.latency_s = round(sum(update.latency_s for update in updates), 6)
         merged.nfe = sum(update.nfe for update in updates)
         return merged
-
-
-def _join(units: list[_Unit]) -> str:
-    return "".join((" " if unit.is_spaced else "") + unit.word.text for unit in units).strip()
 
 
 def _check_seconds(name: str, value: Any, lowest: float) -> float:

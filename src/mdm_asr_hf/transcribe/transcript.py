@@ -2,6 +2,7 @@
 """What a transcription returns: words, segments and the transcript, with times and confidences."""
 
 import dataclasses
+import itertools
 import math
 import re
 import unicodedata
@@ -100,16 +101,6 @@ class Transcript:
         """Plain values for JSON."""
         return {**dataclasses.asdict(self), "confidence": self.confidence, "nfe": self.nfe}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Transcript":
-        """The transcript that `to_dict` gave."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        kept = {name: value for name, value in values.items() if name in names}
-        kept["segments"] = [
-            Segment(**{**one, "words": [Word(**word) for word in one["words"]]}) for one in kept.get("segments", [])
-        ]
-        return cls(**kept)
-
 
 def text_length(
     token_ids: Sequence[int], confidences: Sequence[float], commit_steps: Sequence[int], eos_token_id: int
@@ -137,6 +128,18 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         pieces.append(text[len(before) :])
         before = text if len(text) > len(before) else before
     return pieces
+
+
+def word_runs(pieces: Sequence[str]) -> list[range]:
+    """The tokens of each word, or of each character of scripts without blanks and of what closes behind it; `pieces`
+    as for `group_words`."""
+    starts, first = [], 0
+    for i, piece in enumerate(pieces):
+        if not starts or piece[:1].isspace() or (UNSPACED.match(piece) and piece[0].isalnum()):
+            starts.append(first)
+        # A token that ends amid the bytes of a character has no text: it belongs to the one that completes it.
+        first = i + 1 if piece else first
+    return [range(*pair) for pair in itertools.pairwise([*starts, len(pieces)])]
 
 
 def group_words(
@@ -215,4 +218,5 @@ __all__ = [
     "round_share",
     "text_length",
     "token_texts",
+    "word_runs",
 ]
