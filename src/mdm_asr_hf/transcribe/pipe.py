@@ -1,12 +1,14 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Audio that comes through a pipe, as far as it has come: raw samples, or WAV, told apart by the first bytes."""
 
+import io
 import logging
 import struct
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from ..audio_mdm_asr import MAX_NUM_CHANNELS, UNKNOWN_SIZE, Downmix, check_rate, name_format, to_mono_float32
 
@@ -15,9 +17,8 @@ logger = logging.getLogger(__name__)
 RAW_RATE_HZ = 16_000
 # At once, and the most that a header is looked for in: a minute of samples.
 MAX_BYTES = 2 * RAW_RATE_HZ * 60
-# Of WAV's samples, by format and bits. Those of three bytes are taken for the upper ones of four.
-WAV_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "<i4", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
-EXTENSIBLE = 0xFFFE
+# Bytes of a sample, by what soundfile calls its kind.
+SAMPLE_SIZES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}
 # Of MP3 and AAC, in bytes.
 LONGEST_FRAME = 2**13
 REMEDY = "Pipe WAV, or raw samples: `ffmpeg -i INPUT -f s16le -ar 16000 -ac 1 -`."
@@ -71,44 +72,41 @@ def read_pipe(file: Any) -> tuple[float, Iterator[np.ndarray]]:
 
 
 def _read_wav(pipe: _Pipe) -> tuple[float, Iterator[np.ndarray]]:
-    pipe.take(12)
-    layout = b""
-    while True:
+    header, name = pipe.take(12), b""
+    while name != b"data":
         head = pipe.take(8)
         if len(head) < 8:
             raise ValueError(f"`-` is WAV that ends before its samples. {REMEDY}")
         name, size = struct.unpack("<4sI", head)
-        if name == b"data":
-            break
-        if size > MAX_BYTES:
-            raise ValueError(f"`-` is WAV with {size} bytes before its samples: it is damaged. {REMEDY}")
-        # Of odd sizes, a byte more.
-        content = pipe.take(size + size % 2)
-        layout = content if name == b"fmt " else layout
-    if len(layout) < 16:
-        raise ValueError(f"`-` is WAV that does not say what its samples are. {REMEDY}")
-    kind, num_channels, rate_hz, _, _, bits = struct.unpack("<HHIIHH", layout[:16])
-    if kind == EXTENSIBLE and len(layout) >= 26:
-        (kind,) = struct.unpack("<H", layout[24:26])
-    if (kind, bits) not in WAV_TYPES or not 1 <= num_channels <= MAX_NUM_CHANNELS:
-        raise ValueError(f"`-` is WAV of format {kind} with {bits} bits and {num_channels} channels. {REMEDY}")
+        header += head
+        if name != b"data":
+            if size > MAX_BYTES:
+                raise ValueError(f"`-` is WAV with {size} bytes before its samples: it is damaged. {REMEDY}")
+            # Of odd sizes, a byte more.
+            header += pipe.take(size + size % 2)
+    try:
+        with soundfile.SoundFile(io.BytesIO(header)) as sound:
+            rate_hz, num_channels, kind = sound.samplerate, sound.channels, sound.subtype
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"`-` is WAV that does not say what its samples are ({error}). {REMEDY}") from error
+    if kind not in SAMPLE_SIZES or num_channels > MAX_NUM_CHANNELS:
+        raise ValueError(f"`-` is WAV of {num_channels} channels of {kind}. {REMEDY}")
     num_bytes = None if size == 0 or size >= UNKNOWN_SIZE else size
-    return check_rate(rate_hz, "sampling_rate of `-`"), _wav_samples(pipe, kind, bits, num_channels, num_bytes)
+    return check_rate(rate_hz, "sampling_rate of `-`"), _wav_samples(pipe, kind, num_channels, num_bytes)
 
 
-def _wav_samples(pipe: _Pipe, kind: int, bits: int, num_channels: int, num_bytes: int | None) -> Iterator[np.ndarray]:
-    size = bits // 8 * num_channels
+def _wav_samples(pipe: _Pipe, kind: str, num_channels: int, num_bytes: int | None) -> Iterator[np.ndarray]:
+    size = SAMPLE_SIZES[kind] * num_channels
     left = None if num_bytes is None else num_bytes // size * size
+    layout = {"format": "RAW", "subtype": kind, "endian": "LITTLE", "samplerate": 1, "channels": num_channels}
     downmix = Downmix("`-`")
     for data in pipe.frames(size):
         # Behind the samples there may be other chunks.
         data = data if left is None else data[:left]
-        if bits == 24:
-            data = np.pad(np.frombuffer(data, np.uint8).reshape(-1, 3), ((0, 0), (1, 0))).tobytes()
-        samples = np.frombuffer(data, dtype=WAV_TYPES[kind, bits]).reshape(-1, num_channels)
+        samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True, **layout)
         yield to_mono_float32(samples, channel_axis=1, downmix=downmix)
         if left is not None:
-            left -= len(samples) * size
+            left -= len(data)
             if left <= 0:
                 return
     if left:
