@@ -82,7 +82,9 @@ def test_windows_of_several_recordings_share_batches(tiny, monkeypatch):
     sizes = []
     generate = tiny.model.generate
     monkeypatch.setattr(
-        tiny.model, "generate", lambda features, **kwargs: sizes.append(len(features)) or generate(features, **kwargs)
+        tiny.model,
+        "generate",
+        lambda input_features, **kwargs: sizes.append(len(input_features)) or generate(input_features, **kwargs),
     )
     # Windows of up to 2 seconds that overlap by half of one: 4, 1 and 2 of them.
     tiny([entry(noise(s)) for s in (4.6, 1.0, 3.0)], chunk_length_s=2, vad="none", batch_size=4)
@@ -140,12 +142,10 @@ def test_hotwords_and_language_reach_generate(tiny, monkeypatch):
         seen.update(hotword_ids=hotword_ids, language=language)
         return generate(*args, **kwargs)
 
-    class Processor:
-        def hotword_ids(self, hotwords):
-            return [[7]] * len(hotwords)
-
+    processor = tiny_processor()
+    monkeypatch.setattr(processor, "hotword_ids", lambda hotwords: [[7]] * len(hotwords), raising=False)
     monkeypatch.setattr(tiny.model, "generate", spy)
-    monkeypatch.setattr(tiny, "processor", Processor(), raising=False)
+    monkeypatch.setattr(tiny, "processor", processor, raising=False)
     tiny(entry(noise(1.0)), hotwords=["a", "b"], generate_kwargs={"language": "de"})
     assert seen == {"hotword_ids": [[7], [7]], "language": "de"}
 

@@ -1,22 +1,19 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The ASR pipeline with what the stock one lacks: audio of any form and length, times of words, and confidences."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
-from ..audio_mdm_asr import AudioStream, is_audio_batch, is_audio_stream
+from ..audio_mdm_asr import is_audio_batch, is_audio_stream
 from ..processing_mdm_asr import MDMASRProcessor
-from .joining import DecodedWindow, join_windows, keep_once
-from .transcriber import read_output, window_lengths
+from .joining import DecodedWindow, keep_once
+from .transcriber import Transcriber, window_lengths
 from .transcript import Transcript, round_share
 from .voice_activity import make_vad
-from .windows import Window, cut_windows
 
 logger = logging.get_logger(__name__)
 
@@ -24,13 +21,20 @@ logger = logging.get_logger(__name__)
 _IGNORED_ARGUMENTS = ("ignore_warning", "decoder_kwargs")
 
 
+class _PipelineTranscriber(Transcriber):
+    """Decodes windows as soon as they make a batch: what comes one by one is not waited for."""
+
+    def _is_full(self, pool: list[Any]) -> bool:
+        return len(pool) >= self.batch_size
+
+
 class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
     """
     `pipeline("automatic-speech-recognition", model=folder, pipeline_class=MDMASRPipeline)`.
 
     Takes audio in every form the processor takes (files without ffmpeg, any sampling rate without torchaudio) and of
-    any length, one or a list, generator or data set of them: recordings are cut at pauses as `windows` says,
-    and the windows of all are decoded in batches of `batch_size`. Arguments, of the pipeline or of its call:
+    any length, one or a list, generator or data set of them. A [`Transcriber`] cuts recordings at pauses, and decodes
+    the windows of all in batches of `batch_size`. Arguments, of the pipeline or of its call:
 
     - `return_timestamps` (`"word"` or `True`): adds `"chunks"`, words or segments as `{"text", "timestamp"}`, with
       times `(start, end)` in seconds from the start of the recording;
@@ -68,22 +72,14 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
             )
         if return_timestamps not in (None, True, False, "word"):
             raise ValueError(f"`return_timestamps` must be 'word', True or False, got {return_timestamps!r}.")
-        preprocess, forward, postprocess = {}, {**(generate_kwargs or {}), **kwargs}, {}
         if chunk_length_s:
-            settings = self.model.generation_config
-            lengths = window_lengths(chunk_length_s, settings, self.feature_extractor, name="chunk_length_s")
-            preprocess["lengths"] = lengths
+            window_lengths(chunk_length_s, None, self.feature_extractor, name="chunk_length_s")
         if vad is not None:
             make_vad(vad, self.feature_extractor.sampling_rate)
-            preprocess["vad"] = vad
-        if hotwords:
-            forward["hotword_ids"] = self._processor.hotword_ids(hotwords)
-        if return_timestamps is not None:
-            forward["return_token_timestamps"] = bool(return_timestamps)
-            postprocess["return_timestamps"] = return_timestamps
-        if return_language is not None:
-            postprocess["return_language"] = return_language
-        return preprocess, forward, postprocess
+        options = {"max_window_s": chunk_length_s or None, "vad": vad, "hotwords": hotwords}
+        results = {"return_timestamps": return_timestamps, "return_language": return_language}
+        given = [{name: value for name, value in one.items() if value is not None} for one in (options, results)]
+        return given[0], {**(generate_kwargs or {}), **kwargs}, given[1]
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         # The stock pipeline takes the numbers of one recording, `(samples, rate)` or floats, for a batch.
@@ -99,93 +95,73 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
                 return super().__call__((one for one in inputs), **kwargs)
         return super().__call__(inputs, **kwargs)
 
-    @property
-    def _processor(self) -> Any:
-        if self.processor is not None:
-            return self.processor
-        template = getattr(self.model.generation_config, "prompt_template", None)
-        return MDMASRProcessor(self.feature_extractor, self.tokenizer, template)
-
-    def preprocess(
-        self, inputs: Any, lengths: tuple[float, float] | None = None, vad: str = "auto"
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
     ) -> Iterator[dict[str, Any]]:
-        """The windows of one recording; at least one, which is empty if nobody speaks."""
-        rate_hz = self.feature_extractor.sampling_rate
-        lengths = lengths or window_lengths(None, self.model.generation_config, self.feature_extractor)
-        stream = AudioStream(inputs, target_sampling_rate=rate_hz)
-        try:
-            windows = cut_windows(stream, rate_hz, make_vad(vad, rate_hz), *lengths)
-            is_empty = True
-            for window in windows:
-                is_empty = False
-                yield self._features(window, window.is_last)
-            if is_empty:
-                yield self._features(Window(0.0, stream.duration_s, np.zeros(0, dtype=np.float32)), True)
-        finally:
-            stream.close()
-
-    def _features(self, window: Window, is_last: bool) -> dict[str, Any]:
-        features = self.feature_extractor(
-            window.samples,
-            sampling_rate=self.feature_extractor.sampling_rate,
-            return_tensors="pt",
-            return_attention_mask=True,
-        )
-        # Only the times are still needed, and they pass through the stock batching as they are.
-        window = dataclasses.replace(window, samples=window.samples[:0])
-        return {"is_last": is_last, "window": window, **features.to(dtype=self.model.dtype)}
-
-    def _forward(self, model_inputs: dict[str, Any], **kwargs) -> dict[str, Any]:
-        is_last, window = model_inputs["is_last"], model_inputs["window"]
-        windows = window if isinstance(window, list) else [window]
-        kwargs["return_dict_in_generate"] = True
-        if any(one.needs_times for one in windows):
-            kwargs["return_token_timestamps"] = True
+        """What all calls come to: the result of each recording."""
         # The pipeline's own defaults; before transformers 5.23 they were part of `self.generation_config`.
         if hasattr(self, "_prepare_generate_kwargs"):
-            kwargs = self._prepare_generate_kwargs(kwargs)
-        output = self.model.generate(
-            model_inputs["input_features"], attention_mask=model_inputs["attention_mask"], **kwargs
+            forward_params = self._prepare_generate_kwargs(forward_params)
+        processor = self.processor
+        if processor is None:
+            template = getattr(self.model.generation_config, "prompt_template", None)
+            processor = MDMASRProcessor(self.feature_extractor, self.tokenizer, template)
+        transcriber = _PipelineTranscriber(
+            self.model,
+            processor,
+            settings=forward_params.pop("generation_config", None),
+            batch_size=batch_size,
+            timestamps=bool(postprocess_params.get("return_timestamps")),
+            **preprocess_params,
         )
-        decoded = read_output(output, windows, self.tokenizer, self.model.config.eos_token_id)
-        return {"is_last": is_last, "window": decoded if isinstance(window, list) else decoded[0]}
-
-    def postprocess(
-        self,
-        model_outputs: list[dict[str, Any]],
-        return_timestamps: str | bool = False,
-        return_language: bool = False,
-    ) -> dict[str, Any]:
-        windows: list[DecodedWindow] = [output["window"] for output in model_outputs]
-        transcript = join_windows(windows, windows[-1].end_s, with_times=bool(return_timestamps))
-        for warning in transcript.warnings:
-            logger.info(warning)
-        result = {
-            "text": transcript.text,
-            "confidence": transcript.segments[0].confidence if len(windows) == 1 else transcript.confidence,
-            "nfe": transcript.nfe,
-            "tokens": [
-                {"text": window.pieces[k], "confidence": round_share(window.confidences[k])}
-                for window, kept in zip(windows, keep_once(windows), strict=True)
-                for k in kept
-            ],
-        }
-        if return_timestamps:
-            result["chunks"] = _chunks(transcript, return_timestamps)
-        if return_language:
-            result["language"] = transcript.language
-        return result
+        transcriber.arguments |= forward_params | {"return_dict_in_generate": True}
+        # Of data sets, some can only be asked for a row.
+        recordings = inputs if hasattr(inputs, "__iter__") else (inputs[i] for i in range(len(inputs)))
+        decoded: dict[int, list[DecodedWindow]] = {}
+        for i, transcript in transcriber.transcribe_all(
+            recordings, on_window=lambda i, window: decoded.setdefault(i, []).append(window)
+        ):
+            if isinstance(transcript, ValueError):
+                raise transcript
+            windows = sorted(decoded.pop(i, []), key=lambda window: window.start_s)
+            yield _result(transcript, windows, **postprocess_params)
 
 
-def _chunks(transcript: Transcript, kind: str | bool) -> list[dict[str, Any]]:
-    """Words or segments; their texts, put together, are the transcript's."""
-    parts = transcript.words if kind == "word" else [segment for segment in transcript.segments if segment.text]
-    chunks, position = [], 0
-    for part in parts:
-        end = transcript.text.index(part.text, position) + len(part.text)
-        chunks.append({"text": transcript.text[position:end], "timestamp": (part.start_s, part.end_s)})
-        position = end
-    return chunks
+def _result(
+    transcript: Transcript,
+    windows: list[DecodedWindow],
+    return_timestamps: str | bool = False,
+    return_language: bool = False,
+) -> dict[str, Any]:
+    for warning in transcript.warnings:
+        logger.info(warning)
+    result = {
+        "text": transcript.text,
+        "confidence": transcript.segments[0].confidence if len(windows) == 1 else transcript.confidence,
+        "nfe": transcript.nfe,
+        "tokens": [
+            {"text": window.pieces[k], "confidence": round_share(window.confidences[k])}
+            for window, kept in zip(windows, keep_once(windows), strict=True)
+            for k in kept
+        ],
+    }
+    if return_timestamps:
+        parts = transcript.words if return_timestamps == "word" else [one for one in transcript.segments if one.text]
+        result["chunks"], position = [], 0
+        for part in parts:
+            # Put together, their texts are the transcript's.
+            end = transcript.text.index(part.text, position) + len(part.text)
+            result["chunks"].append({"text": transcript.text[position:end], "timestamp": (part.start_s, part.end_s)})
+            position = end
+    if return_language:
+        result["language"] = transcript.language
+    return result
 
 
 __all__ = ["MDMASRPipeline"]

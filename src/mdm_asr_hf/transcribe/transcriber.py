@@ -2,12 +2,16 @@
 """Transcriber: recordings of any form, number and length to transcripts, in bounded memory."""
 
 import copy
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from ..audio_mdm_asr import AudioStream
 from ..confidence_mdm_asr import utterance_confidence
@@ -107,6 +111,18 @@ class Transcriber:
             raise result
         return result
 
+    def warm_up(self) -> None:
+        """
+        Decodes noise, twice in a batch: what a first call takes longer is spared the next one.
+
+        Raises:
+            ValueError: the model cannot decode.
+        """
+        noise = np.random.default_rng(0).standard_normal(round(self.rate_hz)).astype(np.float32) / 10
+        for _, result in self.transcribe_all([noise, noise]):
+            if isinstance(result, ValueError):
+                raise result
+
     def transcribe_all(
         self,
         inputs: Iterable[Any],
@@ -119,7 +135,8 @@ class Transcriber:
         Transcribes recordings, as many as there are.
 
         Args:
-            inputs (iterable): each in any form [`load_audio`] takes; taken one by one as they are needed.
+            inputs (iterable): each in any form [`load_audio`] takes, or the ValueError of one that is not to be had;
+                taken one by one as they are needed.
             on_progress (`Callable`, *optional*): is called with the seconds of audio that were finished since.
             on_window (`Callable`, *optional*): is called with a recording's place and what was decoded of each of its
                 windows, at once, in no order: to keep it, should the process be killed.
@@ -135,52 +152,52 @@ class Transcriber:
         load_audio_kwargs["target_sampling_rate"] = self.rate_hz
         recordings: dict[int, _Recording] = {}
         pool: list[_Job] = []
-        report = on_progress or (lambda seconds: None)
         for i, audio in enumerate(inputs):
-            recording = recordings[i] = _Recording(_name(audio))
-            if on_window is not None:
-                recording.on_window = partial(on_window, i)
+            recording = recordings[i] = _Recording(
+                f"{os.fsdecode(audio)!r}: " if isinstance(audio, (str, os.PathLike)) else "",
+                on_progress or (lambda seconds: None),
+                partial(on_window, i) if on_window is not None else lambda window: None,
+            )
             for job in self._read(recording, audio, load_audio_kwargs):
                 if known_window is not None and (known := known_window(i, job.window)) is not None:
-                    report(recording.take(job, known))
+                    recording.take(job, known)
                     continue
                 pool.append(job)
-                if sum(one.window.duration_s for one in pool) >= POOL_S:
-                    self._decode_pool(pool, report)
-                    yield from self._take_finished(recordings, report)
+                if self._is_full(pool):
+                    self._decode_pool(pool)
+                    yield from _take_finished(recordings, self.rate_hz, self.timestamps)
                     if recording.error is not None:
                         break
-            if recording.error is not None:
-                pool = [job for job in pool if job.recording is not recording]
             recording.is_read = True
-            yield from self._take_finished(recordings, report)
-        self._decode_pool(pool, report)
-        yield from self._take_finished(recordings, report)
+            yield from _take_finished(recordings, self.rate_hz, self.timestamps)
+        self._decode_pool(pool)
+        yield from _take_finished(recordings, self.rate_hz, self.timestamps)
+
+    def _is_full(self, pool: list["_Job"]) -> bool:
+        return sum(job.window.duration_s for job in pool) >= POOL_S
 
     def _read(self, recording: "_Recording", audio: Any, load_audio_kwargs: dict[str, Any]) -> Iterator["_Job"]:
         """The windows of a recording, as it is read."""
         try:
-            stream = AudioStream(audio, **load_audio_kwargs)
-            try:
-                lengths = self.max_window_s, self.whole_s
-                for window in cut_windows(recording.count(stream), self.rate_hz, self.vad, *lengths):
+            if isinstance(audio, ValueError):
+                raise audio
+            with closing(AudioStream(audio, **load_audio_kwargs)) as stream:
+                blocks = recording.count(stream)
+                for window in cut_windows(blocks, self.rate_hz, self.vad, self.max_window_s, self.whole_s):
                     recording.windows.append(None)
                     yield _Job(recording, len(recording.windows) - 1, window)
-            finally:
-                stream.close()
         except ValueError as error:
             recording.error = error
 
-    def _decode_pool(self, pool: list["_Job"], report: Callable[[float], None]) -> None:
+    def _decode_pool(self, pool: list["_Job"]) -> None:
         """Decodes all windows of the pool and empties it."""
         jobs = [job for job in pool if job.recording.error is None]
         pool.clear()
         for job, result in self._decode_jobs(jobs):
             if isinstance(result, ValueError):
                 job.recording.error = ValueError(f"{job.recording.name}{result}")
-                continue
-            report(job.recording.take(job, result))
-            if job.recording.on_window is not None:
+            else:
+                job.recording.take(job, result)
                 job.recording.on_window(result)
 
     def _decode_jobs(self, jobs: list["_Job"]) -> Iterator[tuple["_Job", DecodedWindow | ValueError]]:
@@ -245,37 +262,18 @@ class Transcriber:
         return results
 
     def _generate(self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]]) -> list[DecodedWindow]:
-        with_times = self.timestamps or any(window.needs_times for window in windows)
         inputs = self.processor([window.samples for window in windows], sampling_rate=self.rate_hz)
+        # Temperatures and some samplers draw: a seed for each row gives a window the same text in every batch.
+        given = {"generator": [0] * len(windows), **_by_rows(arguments)}
         output = self.model.generate(
             **inputs.to(self.model.device),
             generation_config=self.settings,
-            # Temperatures and some samplers draw: a seed for each row gives a window the same text in every batch.
-            generator=[0] * len(windows),
-            return_token_timestamps=with_times,
-            **_by_rows(arguments),
+            **given | {"return_token_timestamps": self.timestamps or any(window.needs_times for window in windows)},
         )
         return self._read_output(output, windows)
 
     def _read_output(self, output: Any, windows: Sequence[Window]) -> list[DecodedWindow]:
         return read_output(output, windows, self.processor.tokenizer, self.model.config.eos_token_id)
-
-    def _take_finished(
-        self, recordings: dict[int, "_Recording"], report: Callable[[float], None]
-    ) -> Iterator[tuple[int, Transcript | ValueError]]:
-        """Removes and yields the first recordings that are finished."""
-        while recordings:
-            i, recording = next(iter(recordings.items()))
-            if recording.error is None and not (recording.is_read and None not in recording.windows):
-                return
-            # One that failed while it was read is still being read.
-            if not recording.is_read:
-                return
-            del recordings[i]
-            duration_s = recording.num_samples / self.rate_hz
-            if (rest_s := duration_s - recording.reported_s) > 0:
-                report(rest_s)
-            yield i, recording.error or join_windows(recording.windows, duration_s, self.timestamps)
 
 
 @dataclass
@@ -285,20 +283,22 @@ class _Recording:
     model's rate, and the seconds of it that were reported as finished.
     """
 
+    # What stands before an error about it: its path, if it has one.
     name: str
+    on_progress: Callable[[float], None]
+    on_window: Callable[[DecodedWindow], None]
     windows: list[DecodedWindow | None] = field(default_factory=list)
     error: ValueError | None = None
     is_read: bool = False
     num_samples: int = 0
     reported_s: float = 0.0
-    on_window: Callable[[DecodedWindow], None] | None = None
 
-    def take(self, job: "_Job", result: DecodedWindow) -> float:
-        """Puts what was decoded in its place; gives the seconds of audio that this finishes."""
+    def take(self, job: "_Job", result: DecodedWindow) -> None:
+        """Puts what was decoded in its place."""
         self.windows[job.place] = result
         seconds = job.window.duration_s - job.window.overlap_before_s
         self.reported_s += seconds
-        return seconds
+        self.on_progress(seconds)
 
     def count(self, blocks: Iterable[Any]) -> Iterator[Any]:
         for block in blocks:
@@ -313,6 +313,21 @@ class _Job:
     recording: _Recording
     place: int
     window: Window
+
+
+def _take_finished(
+    recordings: dict[int, _Recording], rate_hz: float, timestamps: bool
+) -> Iterator[tuple[int, Transcript | ValueError]]:
+    """Removes and yields the first recordings that are finished."""
+    for i, recording in list(recordings.items()):
+        # One that failed may still be being read.
+        if not recording.is_read or (recording.error is None and None in recording.windows):
+            return
+        del recordings[i]
+        duration_s = recording.num_samples / rate_hz
+        if (rest_s := duration_s - recording.reported_s) > 0:
+            recording.on_progress(rest_s)
+        yield i, recording.error or join_windows(recording.windows, duration_s, timestamps)
 
 
 def _by_rows(arguments: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -350,14 +365,11 @@ def window_lengths(
 
 def batches(durations_s: Sequence[float], batch_size: int) -> Iterator[list[int]]:
     """Places of windows, sorted by falling duration, in batches of at most `batch_size` and `MAX_BATCH_S`."""
-    batch: list[int] = []
-    for k in range(len(durations_s)):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * durations_s[batch[0]] > MAX_BATCH_S):
-            yield batch
-            batch = []
-        batch.append(k)
-    if batch:
-        yield batch
+    start = 0
+    while start < len(durations_s):
+        size = min(batch_size, max(int(MAX_BATCH_S / durations_s[start]), 1)) if durations_s[start] else batch_size
+        yield list(range(start, min(start + size, len(durations_s))))
+        start += size
 
 
 def read_output(output: Any, windows: Sequence[Any], tokenizer: Any, eos_token_id: int) -> list[DecodedWindow]:
@@ -370,43 +382,31 @@ def read_output(output: Any, windows: Sequence[Any], tokenizer: Any, eos_token_i
         eos_token_id (`int`): ends a row's text.
     """
     num_samples = len(output.sequences) // len(windows)
-    times_s, no_speech, languages = (
-        getattr(output, name, None) for name in ("token_timestamps", "no_speech", "languages")
-    )
     confidence = utterance_confidence(output.confidence)
     special = set(tokenizer.all_special_ids)
     decoded = []
-    for i, window in enumerate(windows):
-        row = i * num_samples
-        ids, steps = output.sequences[row].tolist(), output.commit_steps[row].tolist()
-        token_confidences, nfe = output.confidence[row].tolist(), int(output.nfe[row])
-        length, ended = text_length(ids, token_confidences, steps, eos_token_id)
+    for row, window in zip(itertools.count(0, num_samples), windows, strict=False):
+        ids, token_confidences = output.sequences[row].tolist(), output.confidence[row].tolist()
+        nfe = int(output.nfe[row])
+        length, ended = text_length(ids, token_confidences, output.commit_steps[row].tolist(), eos_token_id)
         kept = [k for k in range(length) if ids[k] not in special]
-        its_times = None
-        if times_s is not None:
-            its_times = [
-                tuple(round(min(window.start_s + time_s, window.end_s), 3) for time_s in times)
-                for times in times_s[row].tolist()
-            ]
-        decoded.append(
-            DecodedWindow.of(
-                window,
-                pieces=token_texts(tokenizer, [ids[k] for k in kept]),
-                confidences=[token_confidences[k] for k in kept],
-                times_s=None if its_times is None else [its_times[k] for k in kept],
-                confidence=confidence[row],
-                nfe=nfe,
-                no_speech=None if no_speech is None else float(no_speech[row]),
-                language=None if languages is None else languages[row],
-                is_full=not ended and nfe > 0,
-            )
+        one = DecodedWindow.of(
+            window,
+            pieces=token_texts(tokenizer, [ids[k] for k in kept]),
+            confidences=[token_confidences[k] for k in kept],
+            confidence=confidence[row],
+            nfe=nfe,
+            is_full=not ended and nfe > 0,
         )
+        if (times_s := getattr(output, "token_timestamps", None)) is not None:
+            its_s = times_s[row].tolist()
+            one.times_s = [tuple(round(min(window.start_s + s, window.end_s), 3) for s in its_s[k]) for k in kept]
+        if (no_speech := getattr(output, "no_speech", None)) is not None:
+            one.no_speech = float(no_speech[row])
+        if (languages := getattr(output, "languages", None)) is not None:
+            one.language = languages[row]
+        decoded.append(one)
     return decoded
-
-
-def _name(audio: Any) -> str:
-    """What stands before an error about a recording: its path, if it has one."""
-    return f"{os.fsdecode(audio)!r}: " if isinstance(audio, (str, os.PathLike)) else ""
 
 
 __all__ = ["Transcriber", "batches", "read_output", "window_lengths"]
