@@ -5,7 +5,6 @@ import io
 import json
 from datetime import timedelta
 
-import pytest
 import srt
 import webvtt
 from hypothesis import example, given
@@ -51,7 +50,13 @@ def test_the_formats_letter_by_letter():
     )
     assert to_txt(transcript) == "Salt & <pepper>.\nBye\n"
     values = json.loads(to_json(transcript, file="kitchen.wav"))
-    assert values.pop("file") == "kitchen.wav" and Transcript.from_dict(values) == transcript
+    assert values.pop("file") == "kitchen.wav" and values == transcript.to_dict()
+    assert values["segments"][1]["words"][0] == {
+        "text": "Bye",
+        "start_s": 3661.5,
+        "end_s": 3662.25,
+        "confidence": None,
+    }
 
 
 def test_empty_transcripts_are_valid_files():
@@ -59,7 +64,7 @@ def test_empty_transcripts_are_valid_files():
         transcript = Transcript("", 3.0, segments)
         assert (to_srt(transcript), to_vtt(transcript), to_txt(transcript)) == ("", "WEBVTT\n", "")
         assert list(srt.parse(to_srt(transcript))) == [] and vtt_cues(to_vtt(transcript)) == []
-        assert Transcript.from_dict(json.loads(to_json(transcript))) == transcript
+        assert json.loads(to_json(transcript)) == transcript.to_dict()
 
 
 def test_hours_beyond_99():
@@ -123,12 +128,6 @@ def test_text_without_blanks_is_broken_by_columns():
     cues = make_cues(transcript_of([Word("字" * 50, 0.0, 10.0)]))
     assert sum(len(line) for cue in cues for line in cue.lines) == 50
     assert all(len(line) <= 21 for cue in cues for line in cue.lines) and len(cues) == 2
-
-
-@pytest.mark.parametrize("name", ["max_line_columns", "max_lines", "max_cue_s"])
-def test_limits_that_no_cue_can_meet_are_errors(name):
-    with pytest.raises(ValueError, match=name):
-        make_cues(Transcript("", 0.0), **{name: 0})
 
 
 # --- for all transcripts ---
@@ -207,7 +206,7 @@ def transcript_of_segments(transcript):
 
 @given(transcripts())
 def test_json_and_txt_are_read_back(transcript):
-    assert Transcript.from_dict(json.loads(to_json(transcript))) == transcript
+    assert json.loads(to_json(transcript)) == transcript.to_dict()
     assert to_txt(transcript).split() == transcript.text.split()
 
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """A transcript as SRT or WebVTT subtitles, JSON or plain text."""
 
+import html
+import itertools
 import math
 import unicodedata
 from collections.abc import Callable
@@ -49,69 +51,57 @@ class _Unit:
     num_blanks: int  # between it and what stands before it in a line: 1, or 0 within a word
 
 
-def make_cues(
-    transcript: Transcript,
-    *,
-    max_line_columns: int = MAX_LINE_COLUMNS,
-    max_lines: int = MAX_LINES,
-    max_cue_s: float = MAX_CUE_S,
-) -> list[Cue]:
+def make_cues(transcript: Transcript) -> list[Cue]:
     """
     The transcript's words in cues, broken where sentences, clauses or pauses end as far as lengths allow.
 
-    Words without times share their segment's in proportion to their letters.
+    Words without times share their segment's in proportion to their letters. Of East Asian wide characters, each
+    takes two columns. A word that is said to last longer than a cue may is cut short.
 
     Args:
         transcript ([`Transcript`]): its segments are read, `text` is not.
-        max_line_columns (`int`): columns of a line; an East Asian wide character takes two.
-        max_lines (`int`): lines of a cue.
-        max_cue_s (`float`): seconds a cue stands. A word that is said to last longer is cut short.
-
-    Raises:
-        ValueError: a limit below 2 columns, 1 line or 1 ms.
     """
-    for name, value, least in (
-        ("max_line_columns", max_line_columns, 2),
-        ("max_lines", max_lines, 1),
-        ("max_cue_s", max_cue_s, 0.001),
-    ):
-        if not value >= least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value!r}.")
     cues: list[Cue] = []
     previous_end_ms = 0
     for segment in transcript.segments:
-        units = _units(segment, max_line_columns)
-        for part in _partition(units, max_line_columns, max_lines, max_cue_s):
+        for part in _partition(_units(segment)):
             # In whole milliseconds, as both formats have them, since rounding must not make two cues overlap.
             start_ms = max(round(part[0].start_s * 1000), previous_end_ms)
             end_ms = max(round(max(unit.end_s for unit in part) * 1000), start_ms + 1)
-            previous_end_ms = end_ms = min(end_ms, start_ms + math.floor(max_cue_s * 1000))
-            lines = _wrap(part, max_line_columns)
-            cues.append(Cue(start_ms / 1000, end_ms / 1000, lines))
+            previous_end_ms = end_ms = min(end_ms, start_ms + round(MAX_CUE_S * 1000))
+            cues.append(Cue(start_ms / 1000, end_ms / 1000, _wrap(part)))
     # A cue that only flashes up stays on as long as nothing follows.
     for i, cue in enumerate(cues):
         latest_s = cues[i + 1].start_s if i + 1 < len(cues) else transcript.duration_s
-        wanted_s = min(cue.start_s + min(MIN_CUE_S, max_cue_s), latest_s)
+        wanted_s = min(cue.start_s + MIN_CUE_S, latest_s)
         cue.end_s = max(cue.end_s, math.floor(wanted_s * 1000 + 1e-3) / 1000)
     return cues
 
 
 def to_srt(transcript: Transcript) -> str:
     """SubRip: UTF-8, times as 00:00:00,000. Nothing is escaped, since the format has no way to."""
-    blocks = [
-        f"{i}\n{_time(cue.start_s, ',')} --> {_time(cue.end_s, ',')}\n" + "\n".join(cue.lines) + "\n"
+    return "\n".join(
+        f"{i}\n{_times(cue).replace('.', ',')}\n" + "\n".join(cue.lines) + "\n"
         for i, cue in enumerate(make_cues(transcript), start=1)
-    ]
-    return "\n".join(blocks)
+    )
 
 
 def to_vtt(transcript: Transcript) -> str:
     """WebVTT (https://www.w3.org/TR/webvtt1), `&`, `<` and `>` escaped."""
     blocks = ["WEBVTT\n"]
     for cue in make_cues(transcript):
-        text = "\n".join(cue.lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        blocks.append(f"{_time(cue.start_s, '.')} --> {_time(cue.end_s, '.')}\n{text}\n")
+        text = html.escape("\n".join(cue.lines), quote=False)
+        blocks.append(f"{_times(cue)}\n{text}\n")
     return "\n".join(blocks)
+
+
+def _times(cue: Cue) -> str:
+    """From when to when, as in WebVTT."""
+    texts = []
+    for seconds in (cue.start_s, cue.end_s):
+        minutes, ms = divmod(round(seconds * 1000), 60_000)
+        texts.append(f"{minutes // 60:02d}:{minutes % 60:02d}:{ms // 1000:02d}.{ms % 1000:03d}")
+    return " --> ".join(texts)
 
 
 def to_json(transcript: Transcript, file: str | None = None) -> str:
@@ -141,69 +131,58 @@ def _columns(text: str) -> int:
     )
 
 
-def _units(segment: Segment, max_columns: int) -> list[_Unit]:
+def _units(segment: Segment) -> list[_Unit]:
     """The words of a segment, each with times."""
     words = [(_clean(word.text), word.start_s, word.end_s) for word in segment.words]
     if not words or any(start is None or end is None for _, start, end in words):
         words = _share_time(_clean(segment.text).split(), segment.start_s, segment.end_s)
-    units = []
-    for text, start_s, end_s in words:
-        if not text:
-            continue
-        parts = _split_word(text, max_columns)
-        for i, (part, part_start_s, part_end_s) in enumerate(_share_time(parts, start_s, end_s)):
-            units.append(_Unit(part, part_start_s, part_end_s, _columns(part), int(i == 0)))
-    return units
+    return [
+        _Unit(part, part_start_s, part_end_s, _columns(part), int(i == 0))
+        for text, start_s, end_s in words
+        for i, (part, part_start_s, part_end_s) in enumerate(_share_time(_split_word(text), start_s, end_s))
+        if part
+    ]
 
 
 def _share_time(texts: list[str], start_s: float, end_s: float) -> list[tuple[str, float, float]]:
     """Divides a stretch of time among texts in proportion to their letters."""
-    total = sum(map(len, texts))
-    shared, before = [], 0
-    for text in texts:
-        after = before + len(text)
-        shared.append(
-            (text, start_s + (end_s - start_s) * before / total, start_s + (end_s - start_s) * after / total)
-        )
-        before = after
-    return shared
+    ends = list(itertools.accumulate(map(len, texts), initial=0))
+    times_s = [start_s + (end_s - start_s) * end / max(ends[-1], 1) for end in ends]
+    return list(zip(texts, times_s[:-1], times_s[1:], strict=True))
 
 
-def _split_word(text: str, max_columns: int) -> list[str]:
-    """Parts of at most `max_columns`: a language written without blanks has words as long as a sentence."""
+def _split_word(text: str) -> list[str]:
+    """Parts that fit a line: a language written without blanks has words as long as a sentence."""
     parts = [""]
     for character in text:
-        if parts[-1] and _columns(parts[-1] + character) > max_columns:
+        if parts[-1] and _columns(parts[-1] + character) > MAX_LINE_COLUMNS:
             parts.append("")
         parts[-1] += character
     return parts
 
 
-def _wrap(units: list[_Unit], max_columns: int) -> list[str]:
+def _wrap(units: list[_Unit]) -> list[str]:
     """As few lines as it takes, of about equal lengths."""
-    lines = _fill(units, max_columns)
+    lines = _fill(units, MAX_LINE_COLUMNS)
     # The narrowest lines that are no more: at most 40 or so tries.
-    for columns in range(max(unit.columns for unit in units), max_columns):
-        narrower = _fill(units, columns)
-        if len(narrower) == len(lines):
-            return narrower
-    return lines
+    tries = (_fill(units, columns) for columns in range(max(unit.columns for unit in units), MAX_LINE_COLUMNS))
+    return next((narrower for narrower in tries if len(narrower) == len(lines)), lines)
 
 
 def _fill(units: list[_Unit], max_columns: int) -> list[str]:
     lines: list[str] = []
     columns = 0
     for unit in units:
-        if lines and columns + unit.num_blanks + unit.columns <= max_columns:
+        columns += unit.num_blanks + unit.columns
+        if lines and columns <= max_columns:
             lines[-1] += " " * unit.num_blanks + unit.text
-            columns += unit.num_blanks + unit.columns
         else:
             lines.append(unit.text)
             columns = unit.columns
     return lines
 
 
-def _partition(units: list[_Unit], max_columns: int, max_lines: int, max_cue_s: float) -> list[list[_Unit]]:
+def _partition(units: list[_Unit]) -> list[list[_Unit]]:
     """
     Divides units into cues at the lowest cost by dynamic programming: 1 for each cue, plus what `_break_cost` says of
     its end. Each cue fits the lines and, unless it is a single unit, the time.
@@ -219,13 +198,10 @@ def _partition(units: list[_Unit], max_columns: int, max_lines: int, max_cue_s: 
             unit, following = units[start], units[start + 1]
             latest_end_s = max(latest_end_s, unit.end_s)
             columns += following.num_blanks + unit.columns
-            if columns > max_columns:
+            if columns > MAX_LINE_COLUMNS:
                 num_lines, columns = num_lines + 1, unit.columns
-            if (
-                num_lines > max_lines
-                or latest_end_s - unit.start_s > max_cue_s
-                or following.start_s - unit.end_s > LONGEST_PAUSE_S
-            ):
+            is_long = num_lines > MAX_LINES or latest_end_s - unit.start_s > MAX_CUE_S
+            if is_long or following.start_s - unit.end_s > LONGEST_PAUSE_S:
                 break
             # Of equal ones the last, whose first cues are the fullest.
             lowest = min(lowest, (best[start][0] + end_cost, start))
@@ -252,14 +228,6 @@ def _break_cost(units: list[_Unit], end: int) -> float:
         return 0.3
     # The longer a pause, the better a break.
     return 1.0 - 0.7 * max(pause_s, 0.0) / SENTENCE_PAUSE_S
-
-
-def _time(seconds: float, separator: str) -> str:
-    total_ms = round(seconds * 1000)
-    total_s, ms = divmod(total_ms, 1000)
-    total_min, s = divmod(total_s, 60)
-    hours, minutes = divmod(total_min, 60)
-    return f"{hours:02d}:{minutes:02d}:{s:02d}{separator}{ms:03d}"
 
 
 __all__ = ["WRITERS", "Cue", "make_cues", "to_json", "to_srt", "to_txt", "to_vtt"]
