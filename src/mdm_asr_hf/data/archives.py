@@ -170,16 +170,13 @@ def _list_manifest(path: Path) -> Iterator[AudioRow]:
     column = None
     for name, values, folder in read_manifest(path):
         column = column or _audio_column(values, path)
-        audio = values.get(column)
-        if isinstance(audio, str) and audio:
-            audio_path = str(folder / audio)
-            # Ids of 0, too.
-            its_id = values.get(ID_COLUMN)
-            yield AudioRow(audio if its_id in (None, "") else str(its_id), audio_path, 0, _size(audio_path))
-        else:
-            yield AudioRow(
-                str(values.get(ID_COLUMN) or name), "", error=f"{column!r} holds {audio!r:.60}, not a path."
-            )
+        audio, its_id = values.get(column), values.get(ID_COLUMN)
+        is_path = isinstance(audio, str) and audio
+        # Ids of 0, too.
+        its_id = str(its_id) if its_id not in (None, "") else audio if is_path else name
+        where = str(folder / audio) if is_path else ""
+        error = None if is_path else f"{column!r} holds {audio!r:.60}, not a path."
+        yield AudioRow(its_id, where, 0, _size(where), error)
 
 
 def _list_tar(path: Path) -> Iterator[AudioRow]:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import time
@@ -20,7 +21,6 @@ from ..loading import default_checkpoint, generation_settings, load_model, model
 from .transcriber import Transcriber
 from .transcript import Transcript
 
-FORMATS = ("parquet", "jsonl")
 # Those who read a folder of Parquet pass over names with an underscore.
 RUN_FILE = "_run.json"
 # Where nothing tells how large rows are.
@@ -66,7 +66,7 @@ def transcribe_dataset(
         model (`str`, *optional*): a checkpoint, or what [`export_onnx`] wrote.
         format (`str`): "parquet" or "jsonl".
         actors (`int`, *optional*): that transcribe at the same time; by default as many as there is room for.
-        threads (`int`), gpus (`float`): CPU threads and GPUs of each.
+        threads (`int`), gpus (`float`): CPU threads and GPUs of each, a share of one GPU or a whole number.
         shard_mb (`float`): MB of stored audio in a shard, about: what a kill may cost each actor.
         dtype, trust_remote_code: as for [`load_model`].
         settings (`list[str]`, *optional*): NAME=VALUE of generation settings.
@@ -81,7 +81,8 @@ def transcribe_dataset(
         ValueError: an argument, a source or a model that cannot be used, `output` of another run, or shards that could
             not be written. The others stay.
     """
-    _check(format, actors, threads, gpus, shard_mb)
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"`gpus` must be a share of one or a whole number, got {gpus!r}.")
     report = report or (lambda line: None)
     archive = Archive(os.path.abspath(source) if os.path.exists(source) else str(source), split, config)
     model = str(model or default_checkpoint())
@@ -90,39 +91,34 @@ def transcribe_dataset(
     kind, rows = archive.list_rows()
     shards = cut_shards(rows, shard_mb)
     decoding = {"dtype": dtype, "settings": settings or [], **options}
-    # The batch size changes no text.
-    kept = {name: value for name, value in decoding.items() if name != "batch_size"}
-    _open_output(
-        output, {"rows": _digest(rows), "format": format, "shard_mb": shard_mb, "model": model_identity(model), **kept}
-    )
+    run = {"rows": _digest(rows), "format": format, "shard_mb": shard_mb, "model": model_identity(model), **decoding}
+    # Which changes no text.
+    run.pop("batch_size", None)
+    _open_output(output, run)
     paths = [output / f"shard-{i:05d}.{format}" for i in range(len(shards))]
     todo = [i for i, path in enumerate(paths) if not path.is_file()]
     for leftover in output.glob(".shard-*"):
         leftover.unlink(missing_ok=True)
-    summary = {"rows": len(rows), "shards": len(shards), "shards_before": len(shards) - len(todo)}
     totals = {"new_rows": 0, "errors": 0, "duration_s": 0.0}
-    started = reported = time.monotonic()
-    report(f"{len(rows)} rows in {len(shards)} shards, of which {summary['shards_before']} are there")
     failures: list[str] = []
-    if todo:
-        units = [{"path": str(paths[i]), "rows": pickle.dumps(shards[i])} for i in todo]
-        worker = {"archive": archive, "kind": kind, "trust_remote_code": trust_remote_code, "model": model}
-        worker |= {"threads": threads, "decoding": decoding}
-        for number, result in enumerate(_run_actors(units, worker, actors, threads, gpus), start=1):
-            if result["failure"]:
-                failures.append(result["failure"])
-                if len(failures) == MAX_FAILURES and not totals["new_rows"]:
-                    break
-            for name in totals:
-                totals[name] += result[name]
-            elapsed_s = time.monotonic() - started
-            if time.monotonic() - reported > REPORT_S or number == len(todo):
-                reported = time.monotonic()
-                report(
-                    f"{number} of {len(todo)} shards, {totals['new_rows']} rows, {totals['errors']} of them errors, "
-                    f"{totals['duration_s'] / 3600:.2f} hours of audio at {totals['duration_s'] / elapsed_s:.1f} "
-                    "times real time"
-                )
+    started = reported = time.monotonic()
+    report(f"{len(rows)} rows in {len(shards)} shards, of which {len(shards) - len(todo)} are there")
+    units = [{"path": str(paths[i]), "rows": pickle.dumps(shards[i])} for i in todo]
+    worker = {"archive": archive, "kind": kind, "trust_remote_code": trust_remote_code, "model": model}
+    worker |= {"threads": threads, "decoding": decoding}
+    for number, result in enumerate(_run_actors(units, worker, actors, threads, gpus) if todo else (), start=1):
+        failures += [result["failure"]] if result["failure"] else []
+        if len(failures) == MAX_FAILURES and not totals["new_rows"]:
+            break
+        totals = {name: total + result[name] for name, total in totals.items()}
+        now = time.monotonic()
+        if now - reported > REPORT_S or number == len(todo):
+            reported = now
+            report(
+                f"{number} of {len(todo)} shards, {totals['new_rows']} rows, {totals['errors']} of them errors, "
+                f"{totals['duration_s'] / 3600:.2f} hours of audio at {totals['duration_s'] / (now - started):.1f} "
+                "times real time"
+            )
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         why = failures[0] if failures else "Ray lost them."
@@ -130,7 +126,8 @@ def transcribe_dataset(
             f"{len(missing)} of {len(shards)} shards, from {missing[0]} on, could not be written: {why} The others "
             "are there; the same call tries again."
         )
-    return {**summary, **totals, "seconds": time.monotonic() - started}
+    counts = {"rows": len(rows), "shards": len(shards), "shards_before": len(shards) - len(todo)}
+    return {**counts, **totals, "seconds": time.monotonic() - started}
 
 
 def cut_shards(rows: list[AudioRow], shard_mb: float) -> list[list[AudioRow]]:
@@ -176,56 +173,45 @@ class ShardWorker:
         return Transcriber(loaded, processor, settings=settings, **options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done = [self._write(path, pickle.loads(rows)) for path, rows in zip(batch["path"], batch["rows"], strict=True)]
+        shards = zip(batch["path"], batch["rows"], strict=True)
+        done = [self._write(Path(path), pickle.loads(rows)) for path, rows in shards]
         return {name: [one[name] for one in done] for name in done[0]}
 
-    def _write(self, path: str, rows: list[AudioRow]) -> dict[str, Any]:
-        result = {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": ""}
-        tries = Path(path).with_name(f".{Path(path).stem}.tries")
+    def _write(self, path: Path, rows: list[AudioRow]) -> dict[str, Any]:
+        tries = path.with_name(f".{path.stem}.tries")
         try:
             with open(tries, "ab") as file:
                 file.write(b".")
             if tries.stat().st_size > MAX_TRIES:
                 raise RuntimeError(f"a worker died of it {MAX_TRIES} times, maybe for want of memory")
             lines = [to_row(row.id, one) for row, one in zip(rows, self._transcribe(rows), strict=True)]
-            with replacing(Path(path)) as temporary:
-                (_write_parquet if path.endswith(".parquet") else _write_jsonl)(lines, temporary)
+            with replacing(path) as temporary:
+                (_write_parquet if path.suffix == ".parquet" else _write_jsonl)(lines, temporary)
             tries.unlink(missing_ok=True)
         except Exception as error:
-            return {**result, "failure": _reason(error).rstrip(".") + "."}
+            return {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": _reason(error).rstrip(".") + "."}
         errors = sum(line["error"] is not None for line in lines)
         duration_s = sum(line["duration_s"] or 0.0 for line in lines)
-        return {**result, "new_rows": len(rows), "errors": errors, "duration_s": duration_s}
+        return {"new_rows": len(rows), "errors": errors, "duration_s": duration_s, "failure": ""}
 
     def _transcribe(self, rows: list[AudioRow]) -> list[Transcript | ValueError]:
-        transcriber = self.transcriber
         try:
-            return self._transcribe_together(transcriber, rows)
-        except Exception:
+            return [result for _, result in self.transcriber.transcribe_all(self.archive.read(self.kind, rows))]
+        except Exception as error:
             if len(rows) == 1:
                 raise
+            reason = error
         # One of them is worse than bad. If all are, it is not the rows.
         results, num_broken = [], 0
         for row in rows:
             try:
-                results += self._transcribe_together(transcriber, [row])
+                results += self._transcribe([row])
             except Exception as error:
-                num_broken += 1
-                if num_broken == len(rows):
-                    raise
                 results.append(ValueError(_reason(error)))
+                num_broken += 1
+        if num_broken == len(rows):
+            raise reason
         return results
-
-    def _transcribe_together(self, transcriber: Transcriber, rows: list[AudioRow]) -> list[Transcript | ValueError]:
-        unread: dict[int, ValueError] = {}
-
-        def audio() -> Iterator[Any]:
-            for i, one in enumerate(self.archive.read(self.kind, rows)):
-                if isinstance(one, ValueError):
-                    unread[i] = one
-                yield b"" if i in unread else one
-
-        return [unread.get(i, result) for i, result in transcriber.transcribe_all(audio())]
 
 
 def _reason(error: Exception) -> str:
@@ -236,14 +222,11 @@ def to_row(row_id: str, result: Transcript | ValueError) -> dict[str, Any]:
     """What is written of a row."""
     if isinstance(result, Transcript) and result.duration_s == 0:
         result = ValueError("It is empty (no samples). Record or export it again.")
-    is_bad = isinstance(result, ValueError)
-    values = {
-        name: None if is_bad else getattr(result, name)
-        for name in ("text", "words", "confidence", "nfe", "duration_s", "language", "warnings")
-    }
-    if not is_bad:
-        values["words"] = [dataclasses.asdict(word) for word in result.words]
-    return {"id": row_id, **values, "error": str(result) if is_bad else None}
+    names = ("text", "words", "confidence", "nfe", "duration_s", "language", "warnings")
+    if isinstance(result, ValueError):
+        return {"id": row_id, **dict.fromkeys(names), "error": str(result)}
+    values = {name: getattr(result, name) for name in names}
+    return {"id": row_id, **values, "words": [dataclasses.asdict(word) for word in result.words], "error": None}
 
 
 def _write_parquet(lines: list[dict[str, Any]], path: Path) -> None:
@@ -261,24 +244,9 @@ def _write_jsonl(lines: list[dict[str, Any]], path: Path) -> None:
     path.write_text("".join(json_text(line) + "\n" for line in lines), encoding="utf-8", newline="\n")
 
 
-def _check(format: str, actors: int | None, threads: int, gpus: float, shard_mb: float) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"`format` must be one of {FORMATS}, got {format!r}.")
-    for name, value in (("actors", actors), ("threads", threads)):
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not is_count and not (name == "actors" and value is None):
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-    if not gpus >= 0 or (gpus > 1 and gpus != int(gpus)):
-        raise ValueError(f"`gpus` must be a share of one or a whole number, got {gpus!r}.")
-    if not shard_mb > 0:
-        raise ValueError(f"`shard_mb` must be positive, got {shard_mb!r}.")
-
-
 def _digest(rows: list[AudioRow]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.id}\0{row.num_bytes}\0".encode())
-    return f"{len(rows)} rows, {digest.hexdigest()[:16]}"
+    listed = "".join(f"{row.id}\0{row.num_bytes}\0" for row in rows)
+    return f"{len(rows)} rows, {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
 
 def _open_output(output: Path, run: dict[str, Any]) -> None:
@@ -286,23 +254,20 @@ def _open_output(output: Path, run: dict[str, Any]) -> None:
     run = json.loads(json.dumps(run, default=str))
     path = output / RUN_FILE
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if before is None and any(output.glob("shard-*")):
-            raise ValueError(f"`output` {str(output)!r} has shards but no {RUN_FILE}. Choose another folder.")
-        if before is None:
+        if not path.is_file():
+            if any(output.glob("shard-*")):
+                raise ValueError(f"`output` {str(output)!r} has shards but no {RUN_FILE}. Choose another folder.")
             with replacing(path) as temporary:
                 temporary.write_text(json_text(run, indent=1), encoding="utf-8")
-            return
+        before = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"`output` {str(output)!r} cannot be written: {error}") from error
-    differing = [name for name in {**run, **before} if run.get(name) != before.get(name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"`output` {str(output)!r} is of another run: its {name!r} is {before.get(name)!r:.200}, not "
-            f"{run.get(name)!r:.200}. Choose another folder."
-        )
+    for name in {**run, **before}:
+        if run.get(name) != before.get(name):
+            raise ValueError(
+                f"`output` {str(output)!r} is of another run: its {name!r} is {before.get(name)!r:.200}, not "
+                f"{run.get(name)!r:.200}. Choose another folder."
+            )
 
 
 def _run_actors(
@@ -311,11 +276,8 @@ def _run_actors(
     """What workers say of each shard, as it is done."""
     # It tells its makers of each start.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise ValueError(f'`transcribe_dataset` needs {error.name}: `pip install "mdm_asr_hf[ray]"`.') from error
+    import ray
+    import ray.data
 
     is_ours = not ray.is_initialized()
     if is_ours:
@@ -327,7 +289,11 @@ def _run_actors(
         ray.init(**quiet)
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        room = sum(_room(node["Resources"], threads, gpus) for node in ray.nodes() if node["Alive"])
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(
+            int(min(one.get("CPU", 0) // threads, one.get("GPU", 0) / gpus + 1e-6 if gpus else math.inf))
+            for one in machines
+        )
         if not room:
             raise ValueError(
                 f"`threads={threads}`, `gpus={gpus:g}`: no machine that Ray has is so large. Ask for less."
@@ -351,12 +317,6 @@ def _run_actors(
     finally:
         if is_ours:
             ray.shutdown()
-
-
-def _room(resources: dict[str, float], threads: int, gpus: float) -> int:
-    """Actors that a machine has room for."""
-    room = int(resources.get("CPU", 0) // threads)
-    return min(room, int(resources.get("GPU", 0) / gpus + 1e-6)) if gpus else room
 
 
 __all__ = ["ShardWorker", "cut_shards", "to_row", "transcribe_dataset"]
