@@ -143,7 +143,7 @@ def card_without_licence(folder):
 def test_what_is_incomplete_is_not_uploaded(folder, hub, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        push(folder, "user/tiny", endpoint=hub.endpoint, token="hf_test")
+        push(folder, "user/tiny")
     assert hub.requests == []
 
 
@@ -190,6 +190,8 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     server.requests, server.is_private = [], True
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -199,7 +201,7 @@ def hub(monkeypatch):
 
 
 def test_one_commit_brings_everything(folder, hub, staged_by):
-    result = push(folder, "user/tiny", private=True, endpoint=hub.endpoint, token="hf_test")
+    result = push(folder, "user/tiny", private=True)
     assert result.url == f"{hub.endpoint}/user/tiny/commit/1" and result.folder is None
     assert {token for _, _, token, _ in hub.requests} == {"Bearer hf_test"}
     creation = [lines[0] for _, path, _, lines in hub.requests if path == "/api/repos/create"]
@@ -222,16 +224,16 @@ def test_one_commit_brings_everything(folder, hub, staged_by):
 def test_what_shall_be_private_does_not_go_into_a_public_repository(folder, hub):
     hub.is_private = False
     with pytest.raises(ValueError, match="is public"):
-        push(folder, "user/tiny", private=True, endpoint=hub.endpoint, token="hf_test")
+        push(folder, "user/tiny", private=True)
     assert not [path for _, path, _, _ in hub.requests if path.endswith("/commit/main")]
 
 
 def test_no_temporary_folder_is_left(folder, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    push(folder, "user/tiny", endpoint=hub.endpoint, token="hf_test")
+    push(folder, "user/tiny")
     drop_a_weight(folder)
     with pytest.raises(ValueError, match="missing"):
-        push(folder, "user/tiny", endpoint=hub.endpoint, token="hf_test")
+        push(folder, "user/tiny")
     assert not list(Path(tmp_path).glob("mdm-asr-push-*"))
 
 
@@ -255,9 +257,7 @@ def test_the_command_lists_what_it_would_upload(folder, capsys):
         shutil.rmtree(staged)
 
 
-def test_the_command_uploads_or_says_why_not_on_one_line(folder, hub, capsys, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
+def test_the_command_uploads_or_says_why_not_on_one_line(folder, hub, capsys):
     assert call(folder, "user/tiny", "--private") == 0
     assert f"{hub.endpoint}/user/tiny/commit/1" in capsys.readouterr().out
     assert call(folder, "user/too/many/slashes") == 1

@@ -6,9 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -30,8 +29,7 @@ COPIED = ("model*.safetensors", "model.safetensors.index.json", "generation_conf
 NEEDED_METADATA = ("license", "library_name", "pipeline_tag")
 
 
-@dataclass(frozen=True)
-class PushResult:
+class PushResult(NamedTuple):
     """
     What was, or would be, uploaded.
 
@@ -54,8 +52,6 @@ def push(
     with_code: bool = True,
     card: str | Path | None = None,
     dry_run: bool = False,
-    endpoint: str | None = None,
-    token: str | None = None,
 ) -> PushResult:
     """
     Uploads a checkpoint to the Hub, in one commit, and makes the repository if there is none.
@@ -68,8 +64,6 @@ def push(
         with_code (`bool`): add the code, so that it loads with `trust_remote_code=True` where this package is not.
         card (*optional*): the model card; by default the folder's README.md.
         dry_run (`bool`): only gather the files, in a temporary folder that is left to the caller.
-        endpoint (`str`, *optional*): of another Hub than huggingface.co.
-        token (`str`, *optional*): by default the one of `hf auth login`.
 
     Raises:
         ValueError: the folder is no complete checkpoint, the weights do not fit its settings, there is no card, or the
@@ -80,11 +74,11 @@ def push(
     staged = Path(tempfile.mkdtemp(prefix="mdm-asr-push-"))
     is_kept = False
     try:
-        files = stage(folder, staged, with_code=with_code, card=card)
+        files = _stage(Path(folder), staged, with_code, Path(card or Path(folder) / CARD))
         if dry_run:
             is_kept = True
             return PushResult(files, folder=staged)
-        api = HfApi(endpoint=endpoint, token=token)
+        api = HfApi()
         # With the owner, where `repo_id` left it out.
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
@@ -93,9 +87,7 @@ def push(
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged / name) for name in files],
-            commit_message="Upload model, processor, code and card"
-            if with_code
-            else "Upload model, processor and card",
+            commit_message=f"Upload model, processor{', code' if with_code else ''} and card",
         )
         return PushResult(files, url=commit.commit_url)
     finally:
@@ -103,40 +95,43 @@ def push(
             shutil.rmtree(staged)
 
 
-def stage(
-    folder: str | Path, destination: str | Path, *, with_code: bool = True, card: str | Path | None = None
-) -> list[str]:
-    """
-    Writes what [`push`] uploads into the folder `destination`; returns the paths in it, sorted. Same errors.
-    """
-    folder, destination = Path(folder), Path(destination)
+def _stage(folder: Path, staged: Path, with_code: bool, card: Path) -> list[str]:
+    """Writes what is uploaded into the folder `staged`; returns the paths in it, sorted."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"`folder` {str(folder)!r} has no config.json. Pass what `save_pretrained` wrote.")
     if not any(folder.glob("model*.safetensors")):
         raise ValueError(f"`folder` {str(folder)!r} has no model.safetensors. Save the model in it.")
-    card = Path(card) if card else folder / CARD
-    check_card(card)
+    remedy = "model_cards/make_card.py writes a card; pass it as `card`."
+    if not card.is_file():
+        raise ValueError(f"There is no model card {str(card)!r}. {remedy}")
+    metadata = ModelCard.load(card).data
+    if missing := [name for name in NEEDED_METADATA if not metadata.get(name)]:
+        raise ValueError(f"The model card {str(card)!r} has no {', '.join(missing)} in its metadata. {remedy}")
 
     config = AutoConfig.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
-    destination.mkdir(parents=True, exist_ok=True)
     with saving_code(with_code):
         if with_code:
             with torch.device("meta"):
                 model = AutoModelForSpeechSeq2Seq.from_config(config)
-            custom_object_save(model, destination, config=config)
-        config.save_pretrained(destination)
-        processor.save_pretrained(destination)
+            custom_object_save(model, staged, config=config)
+        config.save_pretrained(staged)
+        AutoProcessor.from_pretrained(folder).save_pretrained(staged)
     if not with_code:
-        for path in destination.glob("*config.json"):
-            _drop_auto_map(path)
+        # References to code, which a folder that came from the Hub has.
+        for path in staged.glob("*config.json"):
+            values = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_code)
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
     for pattern in COPIED:
         for file in folder.glob(pattern):
-            shutil.copyfile(file, destination / file.name)
-    shutil.copyfile(card, destination / CARD)
+            shutil.copyfile(file, staged / file.name)
+    shutil.copyfile(card, staged / CARD)
     # What is uploaded is what is checked. On the CPU, since a GPU may be at work on something else.
-    load_model(str(destination), device="cpu")
-    return sorted(str(path.relative_to(destination)) for path in destination.rglob("*") if path.is_file())
+    load_model(str(staged), device="cpu")
+    return sorted(str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file())
+
+
+def _without_code(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name != "auto_map"}
 
 
 @contextmanager
@@ -160,28 +155,4 @@ def saving_code(enabled: bool) -> Iterator[None]:
             one_class._auto_class = name
 
 
-def check_card(card: Path) -> None:
-    """Raises ValueError if there is no card, or if it lacks metadata."""
-    remedy = "model_cards/make_card.py writes a card; pass it as `card`."
-    if not card.is_file():
-        raise ValueError(f"There is no model card {str(card)!r}. {remedy}")
-    data = ModelCard.load(card).data
-    missing = [name for name in NEEDED_METADATA if not data.get(name)]
-    if missing:
-        raise ValueError(f"The model card {str(card)!r} has no {', '.join(missing)} in its metadata. {remedy}")
-
-
-def _drop_auto_map(path: Path) -> None:
-    """Takes out references to code, which a folder that came from the Hub has and its files without code must not."""
-
-    def drop(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: drop(entry) for key, entry in value.items() if key != "auto_map"}
-        return value
-
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if (without := drop(content)) != content:
-        path.write_text(json.dumps(without, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-__all__ = ["PushResult", "check_card", "push", "saving_code", "stage"]
+__all__ = ["PushResult", "push", "saving_code"]
