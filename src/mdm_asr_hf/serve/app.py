@@ -8,11 +8,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import FastAPI, Form, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,9 +21,10 @@ from ..audio_mdm_asr import audio_duration_s
 from ..transcribe.joining import DecodedWindow, join_texts, join_windows
 from ..transcribe.transcript import Transcript
 from .batching import BatchedTranscriber, Batcher
-from .limits import Guard, Limits, error_response
+from .limits import Guard, Limits, error_body, error_response
+from .live import add_live
 from .metrics import Metrics
-from .schemas import TranscriptionRequest, plain_answer, split_words, usage, verbose_answer
+from .schemas import TranscriptionRequest, answer, split_words
 
 # What clients send that know no other model.
 USUAL_NAME = "whisper-1"
@@ -35,36 +34,44 @@ ONLY_LANGUAGE, ITS_NAMES = "en", ("en", "english")
 GONE = 499
 
 
-@dataclass
 class Service:
-    """A model that is served, under a name, with what its routes share."""
+    """
+    A model that is served, with what its routes share.
 
-    model: Any
-    processor: Any
-    name: str
-    limits: Limits
-    vad: str
-    batcher: Batcher
-    metrics: Metrics
-    # One for each request that may run: most of them wait for the batcher.
-    threads: ThreadPoolExecutor
+    Args:
+        model, processor: of one checkpoint.
+        name (`str`): that clients know it by.
+        limits ([`Limits`]): of requests.
+        batch_size (`int`): windows decoded together, at most.
+        vad (`str`): as for [`Transcriber`].
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str, limits: Limits, batch_size: int = 8, vad: str = "auto"):
+        self.model, self.processor, self.name, self.limits, self.vad = model, processor, name, limits, vad
+        self.metrics = Metrics()
+        self.batcher = Batcher(batch_size, self.metrics.note_batch)
+        self.metrics.queue.set_function(self.batcher.num_waiting)
+        # One for each request that may run: most of them wait for the batcher.
+        self.threads = ThreadPoolExecutor(limits.max_requests, thread_name_prefix="request")
 
     def check_name(self, name: str) -> None:
         if name not in (self.name, USUAL_NAME):
             raise HTTPException(404, f"`model={name!r}` is not served here. Use {self.name!r}.")
 
+    @property
+    def has_languages(self) -> bool:
+        return "language" in (self.model.generation_config.prompt_template or {}).get("slots", {})
+
     def language(self, given: str | None) -> str | None:
         """What the prompt takes; of a model that writes one language only, nothing."""
-        template = self.model.generation_config.prompt_template or {}
-        if not given or "language" in template.get("slots", {}):
+        if not given or self.has_languages:
             return given or None
         if given.strip().lower().split("-")[0] not in ITS_NAMES:
             raise ValueError(f"`language={given!r}`: this model writes English only. Leave it out.")
         return None
 
     def language_of(self, transcript: Transcript, given: str | None) -> str:
-        has_choice = "language" in (self.model.generation_config.prompt_template or {}).get("slots", {})
-        return transcript.language or given or ("und" if has_choice else ONLY_LANGUAGE)
+        return transcript.language or given or ("und" if self.has_languages else ONLY_LANGUAGE)
 
     def transcriber(self, asked: TranscriptionRequest) -> BatchedTranscriber:
         settings = None
@@ -84,24 +91,8 @@ class Service:
         )
 
     def warm_up(self) -> None:
-        """Decodes noise, twice in a batch: what a first call takes longer is not the first client's, and a model that
-        cannot decode is found before there is one."""
-        noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
-        transcriber = BatchedTranscriber(self.batcher, self.model, self.processor, timestamps=True)
-        for _, result in transcriber.transcribe_all([noise, noise], sampling_rate=16_000):
-            if isinstance(result, ValueError):
-                raise result
-
-
-def make_service(
-    model: Any, processor: Any, name: str, limits: Limits, batch_size: int = 8, vad: str = "auto"
-) -> Service:
-    """A model ready to be served: batches of `batch_size` windows, and a thread for each request that may run."""
-    metrics = Metrics()
-    batcher = Batcher(batch_size, metrics.note_batch)
-    metrics.watch_queue(batcher.num_waiting)
-    threads = ThreadPoolExecutor(limits.max_requests, thread_name_prefix="request")
-    return Service(model, processor, name, limits, vad, batcher, metrics, threads)
+        """A model that cannot decode is found before there is a client, and the first one does not wait longer."""
+        BatchedTranscriber(self.batcher, self.model, self.processor, timestamps=True).warm_up()
 
 
 def make_app(service: Service) -> FastAPI:
@@ -116,6 +107,7 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="mdm-asr", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, limits=service.limits, metrics=service.metrics)
     _add_errors(app)
+    add_live(app, service)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -169,14 +161,7 @@ def make_app(service: Service) -> FastAPI:
         finally:
             gone.cancel()
             service.batcher.drop(transcriber)
-        if asked.response_format == "json":
-            return JSONResponse({"text": transcript.text, "usage": usage(transcript)})
-        if asked.response_format != "verbose_json":
-            kind = "text/vtt" if asked.response_format == "vtt" else "text/plain"
-            return Response(plain_answer(transcript, asked.response_format), media_type=f"{kind}; charset=utf-8")
-        language = service.language_of(transcript, asked.language)
-        tokenizer = service.processor.tokenizer
-        return JSONResponse(verbose_answer(transcript, language, asked.temperature, asked.granularities, tokenizer))
+        return answer(transcript, asked, service.language_of(transcript, asked.language), service.processor.tokenizer)
 
     return app
 
@@ -231,21 +216,17 @@ async def _events(
                 yield _event({"type": "transcript.text.delta", "delta": sent[len(before) :]})
         yield _event({"type": "transcript.text.done", "text": work.result().text})
     except ValueError as error:
-        yield _error_event(400, str(error))
+        yield _event(error_body(400, str(error)))
     except TimeoutError:
-        yield _error_event(408, _too_slow(service))
+        yield _event(error_body(408, _too_slow(service)))
     except Exception:
-        yield _error_event(500, _INTERNAL)
+        yield _event(error_body(500, _INTERNAL))
     finally:
         service.batcher.drop(transcriber)
 
 
 def _event(values: dict[str, Any]) -> str:
     return f"data: {json.dumps(values)}\n\n"
-
-
-def _error_event(status: int, message: str) -> str:
-    return f"data: {error_response(status, message).body.decode()}\n\n"
 
 
 _INTERNAL = "The server failed. Its log says why."
@@ -281,4 +262,4 @@ def _add_errors(app: FastAPI) -> None:
         return error_response(500, _INTERNAL)
 
 
-__all__ = ["Service", "make_app", "make_service"]
+__all__ = ["Service", "make_app"]

@@ -6,9 +6,6 @@ One thread decodes. Whenever it is free, it takes what waits, at once: while a b
 together, so that nothing waits for the sake of a batch. Requests take turns window by window, and a batch is no longer
 than some seconds of decoding, so that a short one stands in the next batch, and that is near, however long the files
 before it are.
-
-Batching of whole calls, as Ray Serve's and LitServe's, would have a long file either as a call of its own, which all
-others wait for, or cut by a second loop. A thread and a condition do without both, and without another dependency.
 """
 
 import logging

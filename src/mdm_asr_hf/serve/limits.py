@@ -39,19 +39,20 @@ class Limits:
     timeout_s: float = 600.0
 
     def __post_init__(self):
-        for name in ("max_bytes", "max_audio_s", "max_requests", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("`api_key` is empty. Leave it out to let everybody in.")
 
 
-def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it, on one line."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    error = {"message": " ".join(message.split()), "type": kind, "param": param, "code": code or CODES.get(status)}
+    return {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": CODES.get(status)}}
+
+
+def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    """The answer to a request that failed."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status)
-    return JSONResponse({"error": error}, status, headers)
+    return JSONResponse(error_body(status, message, param), status, headers)
 
 
 class Guard:
@@ -107,10 +108,8 @@ class Guard:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(kind.lower() + b" " + key.strip(), wanted):
                 return error_response(401, "The API key is missing or wrong. Send `Authorization: Bearer KEY`.")
-        if (
-            headers.get(b"content-length", b"0").isdigit()
-            and int(headers.get(b"content-length", 0)) > limits.max_bytes
-        ):
+        size = headers.get(b"content-length", b"0")
+        if size.isdigit() and int(size) > limits.max_bytes:
             return error_response(413, _too_large(limits))
         if path in LIMITED_PATHS and self.num_running >= limits.max_requests:
             return error_response(429, f"{self.num_running} requests are running, as many as may. Try again later.")
@@ -159,4 +158,4 @@ async def _drain(receive: Any, max_bytes: int, is_complete: bool = False) -> Non
         pass
 
 
-__all__ = ["Guard", "Limits", "error_response"]
+__all__ = ["Guard", "Limits", "error_body", "error_response"]

@@ -4,15 +4,17 @@
 import asyncio
 import dataclasses
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Query, WebSocket, WebSocketDisconnect
 
 from ..transcribe.streaming import StreamingTranscriber, StreamUpdate
-from .app import Service
 from .limits import error_response
 from .schemas import split_words
+
+if TYPE_CHECKING:
+    from .app import Service
 
 # Messages that wait, behind which a client that sends faster than it is decoded is held back.
 MAX_WAITING = 32
@@ -21,7 +23,7 @@ END = "end"
 POLICY, TOO_BIG, FAILED = 1008, 1009, 1011
 
 
-def add_live(app: FastAPI, service: Service) -> None:
+def add_live(app: FastAPI, service: "Service") -> None:
     """Adds `/v1/stream`."""
 
     @app.websocket("/v1/stream")

@@ -1,7 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """What `/metrics` tells, by prometheus-client."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -39,9 +39,6 @@ class Metrics:
         )
         for name, what, over, under in ratios:
             make(Gauge, name, what).set_function(lambda over=over, under=under: _value(over) / (_value(under) or 1.0))
-
-    def watch_queue(self, num_waiting: Callable[[], int]) -> None:
-        self.queue.set_function(num_waiting)
 
     def note_batch(self, windows: Sequence[Any], results: Sequence[Any], seconds: float) -> None:
         """A batch of windows, with what was decoded of each, or its error."""

@@ -5,7 +5,8 @@ import math
 import zlib
 from typing import Annotated, Any, Literal
 
-from fastapi import UploadFile
+from fastapi import Response, UploadFile
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..transcribe.subtitles import WRITERS
@@ -53,33 +54,24 @@ def split_words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def plain_answer(transcript: Transcript, response_format: str) -> str:
-    """What `text`, `srt` and `vtt` are answered with."""
-    return f"{transcript.text}\n" if response_format == "text" else WRITERS[response_format](transcript)
-
-
-def usage(transcript: Transcript) -> dict[str, Any]:
-    """What OpenAI charges by: whole seconds of audio."""
-    return {"type": "duration", "seconds": math.ceil(transcript.duration_s)}
-
-
-def verbose_answer(
-    transcript: Transcript, language: str, temperature: float, granularities: list[str], tokenizer: Any
-) -> dict[str, Any]:
-    """What `verbose_json` is answered with; by default with segments, and with words where these are asked for."""
-    answer = {
-        "task": "transcribe",
-        "language": language,
-        "duration": transcript.duration_s,
-        "text": transcript.text,
-        "usage": usage(transcript),
-    }
-    if "segment" in granularities or not granularities:
-        spoken = [segment for segment in transcript.segments if segment.text]
-        answer["segments"] = [_segment(i, one, temperature, tokenizer) for i, one in enumerate(spoken)]
-    if "word" in granularities:
-        answer["words"] = [{"word": word.text, "start": word.start_s, "end": word.end_s} for word in transcript.words]
-    return answer
+def answer(transcript: Transcript, asked: TranscriptionRequest, language: str, tokenizer: Any) -> Response:
+    """A transcript in the format that was asked for; `verbose_json` has segments unless words alone are."""
+    if asked.response_format == "text":
+        return PlainTextResponse(f"{transcript.text}\n")
+    if asked.response_format in ("srt", "vtt"):
+        kind = "text/vtt" if asked.response_format == "vtt" else "text/plain"
+        return PlainTextResponse(WRITERS[asked.response_format](transcript), media_type=kind)
+    # What OpenAI charges by.
+    usage = {"type": "duration", "seconds": math.ceil(transcript.duration_s)}
+    values = {"text": transcript.text, "usage": usage}
+    if asked.response_format == "verbose_json":
+        values |= {"task": "transcribe", "language": language, "duration": transcript.duration_s}
+        if "segment" in asked.granularities or not asked.granularities:
+            spoken = [segment for segment in transcript.segments if segment.text]
+            values["segments"] = [_segment(i, one, asked.temperature, tokenizer) for i, one in enumerate(spoken)]
+        if "word" in asked.granularities:
+            values["words"] = [{"word": one.text, "start": one.start_s, "end": one.end_s} for one in transcript.words]
+    return JSONResponse(values)
 
 
 def _segment(place: int, segment: Segment, temperature: float, tokenizer: Any) -> dict[str, Any]:
@@ -99,4 +91,4 @@ def _segment(place: int, segment: Segment, temperature: float, tokenizer: Any) -
     }
 
 
-__all__ = ["TranscriptionRequest", "plain_answer", "split_words", "usage", "verbose_answer"]
+__all__ = ["TranscriptionRequest", "answer", "split_words"]
