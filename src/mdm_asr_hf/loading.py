@@ -40,13 +40,11 @@ def load_model(
     from .onnx.model import OnnxMDMASR, is_onnx_folder
 
     if is_onnx_folder(model):
-        if device not in (None, "cpu"):
-            raise ValueError(f"`device` {device!r} cannot be used with the ONNX model {model!r}. Leave it out.")
-        if dtype != "float32":
-            raise ValueError(
-                f"`dtype` {dtype!r} cannot be used with the ONNX model {model!r}. Leave it out, or export it with "
-                "--int8."
-            )
+        for name, value, usable in (("device", device, (None, "cpu")), ("dtype", dtype, ("float32",))):
+            if value not in usable:
+                raise ValueError(
+                    f"`{name}` {value!r} cannot be used with the ONNX model {model!r}, which has one. Leave it out."
+                )
         return OnnxMDMASR.from_pretrained(model, num_threads), _onnx_processor(model)
     if find_spec("torch") is None:
         raise ValueError(
@@ -69,29 +67,21 @@ def load_model(
     if looks_like_path and not Path(model).exists():
         raise ValueError(f"`model` {model!r} is neither a folder nor an id of the form owner/name. Check the path.")
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    remote = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(model, **remote)
     if config.model_type != "mdm_asr":
         raise ValueError(
             f"`model` {model!r} is a {config.model_type!r} checkpoint, not MDM-ASR's. `mdm-asr convert` makes one of "
             "a Whisper or Canary checkpoint."
         )
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    processor = AutoProcessor.from_pretrained(model, **remote)
     loaded, info = AutoModelForSpeechSeq2Seq.from_pretrained(
-        model,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
+        model, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **remote
     )
     # transformers only logs these, and a missing weight is a random one.
-    problems = [
-        f"{kind.removesuffix('_keys')} {name}" for kind in ("missing_keys", "unexpected_keys") for name in info[kind]
-    ]
-    problems += [f"mismatched {entry}" for entry in info.get("mismatched_keys", ())]
-    if problems:
-        raise ValueError(
-            f"The weights of {model!r} do not fit its configuration: {'; '.join(map(str, problems[:5]))}."
-        )
+    kinds = ("missing", "unexpected", "mismatched")
+    if problems := [f"{kind} {name}" for kind in kinds for name in info.get(f"{kind}_keys", ())]:
+        raise ValueError(f"The weights of {model!r} do not fit its configuration: {'; '.join(problems[:5])}.")
     loaded = loaded.to(device).eval()
     return quantize_int8(loaded) if dtype == "int8" else loaded.to(getattr(torch, dtype)), processor
 

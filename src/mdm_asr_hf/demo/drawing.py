@@ -20,6 +20,9 @@ _STRETCHES = {
     "struck": Markup('<del class="masks">{}</del>'),
     "pending": Markup("<i>{}</i>"),
 }
+_STEPS = Markup(
+    '<details class="steps" data-steps="{}"{}><summary>{}{}, {} {}</summary><div class="decoding"></div></details>'
+)
 _DOWNLOAD = Markup('<a class="download" download="{}" href="data:{};base64,{}">{}</a>')
 
 
@@ -37,21 +40,17 @@ def draw_result(watched: Watched, path: str) -> Markup:
     """The words to click on, warnings, downloads, and the steps to go through."""
     transcript = watched.transcript
     words = Markup(" ").join(map(_word, transcript.words)) if transcript.words else "No speech was found."
-    decodings = [one for one in map(lay_out, watched.steps) if one is not None]
     # Relative: the page may lie in a folder of its host.
     parts = [Markup('<audio preload="auto" src="gradio_api/file={}"></audio>').format(quote(path))]
     parts.append(Markup('<p class="words">{}</p><p class="unheard quiet" role="status"></p>').format(words))
     parts += [Markup('<p class="quiet">{}</p>').format(warning) for warning in transcript.warnings]
     parts.append(_downloads(transcript, Path(path)))
+    decodings = [one for one in map(lay_out, watched.steps) if one is not None]
     for number, decoding in enumerate(decodings, start=1):
         kind, unit = ("Drafts", "evaluations") if "items" in decoding else ("Canvas", "steps")
         of = f" of part {number}" if len(decodings) > 1 else ""
-        parts.append(
-            Markup(
-                '<details class="steps" data-steps="{}"{}><summary>{}{}, {} {}</summary><div class="decoding"></div>'
-                "</details>"
-            ).format(json.dumps(decoding), Markup(" open") if number == 1 else "", kind, of, decoding["steps"], unit)
-        )
+        is_open = Markup(" open") if number == 1 else ""
+        parts.append(_STEPS.format(json.dumps(decoding), is_open, kind, of, decoding["steps"], unit))
     return Markup('<div class="result">{}</div>').format(Markup().join(parts))
 
 
@@ -63,8 +62,9 @@ def draw_figures(results: Sequence[tuple[str, Watched]]) -> Markup:
         )
         for name, one in results
     )
-    texts = {one.transcript.text for _, one in results}
-    told = {1: "", 2: f"The texts are {'the same' if len(texts) == 1 else 'not the same'}."}[len(results)]
+    texts, told = {one.transcript.text for _, one in results}, ""
+    if len(results) > 1:
+        told = f"The texts are {'the same' if len(texts) == 1 else 'not the same'}."
     return Markup(
         '<table class="figures"><tr><th></th><th>NFE</th><th>seconds</th><th>confidence</th></tr>{}</table><p>{}</p>'
     ).format(rows, told)
@@ -77,16 +77,14 @@ def draw_error(error: ValueError) -> Markup:
 
 def _word(word: Word) -> Markup:
     return Markup(
-        '<button class="word" style="--doubt: {:.0f}%" data-start="{:.3f}" data-end="{:.3f}" '
-        'title="{}, {:.2f} to {:.2f} s">{}</button>'
+        '<button class="word" style="--doubt: {doubt:.0f}%" data-start="{start:.3f}" data-end="{end:.3f}" '
+        'title="{sure}, {start:.2f} to {end:.2f} s">{text}</button>'
     ).format(
-        100 * (1 - word.confidence),
-        word.start_s,
-        word.end_s,
-        _percent(word.confidence),
-        word.start_s,
-        word.end_s,
-        word.text,
+        doubt=100 * (1 - word.confidence),
+        start=word.start_s,
+        end=word.end_s,
+        sure=_percent(word.confidence),
+        text=word.text,
     )
 
 
@@ -95,18 +93,14 @@ def _percent(confidence: float | None) -> str:
 
 
 def _downloads(transcript: Transcript, path: Path) -> Markup:
-    files = (
+    links = []
+    for suffix, kind, text in (
         ("srt", "application/x-subrip", to_srt(transcript)),
         ("json", "application/json", to_json(transcript, path.name)),
-    )
-    return Markup("<p>Download {}</p>").format(
-        Markup(" ").join(
-            _DOWNLOAD.format(
-                f"{path.stem}.{suffix}", kind, base64.b64encode(text.encode()).decode("ascii"), suffix.upper()
-            )
-            for suffix, kind, text in files
-        )
-    )
+    ):
+        content = base64.b64encode(text.encode()).decode("ascii")
+        links.append(_DOWNLOAD.format(f"{path.stem}.{suffix}", kind, content, suffix.upper()))
+    return Markup("<p>Download {}</p>").format(Markup(" ").join(links))
 
 
 __all__ = ["draw_drafts", "draw_error", "draw_figures", "draw_result"]

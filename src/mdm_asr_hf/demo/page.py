@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from ..evaluate.steps import SCRIPT, STYLE
 from ..loading import generation_settings
+from ..transcribe.transcriber import Transcriber
 from .drawing import draw_drafts, draw_error, draw_figures, draw_result
 from .watching import Watched, watch
 
@@ -111,9 +111,7 @@ def launch(
         # gradio would try a hundred ports, for minutes.
         socket.create_server((host, port or 0)).close()
     # What a first call takes longer is not the drafts'.
-    noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
-    inputs = processor([noise], sampling_rate=16_000)
-    model.generate(**inputs.to(model.device), return_token_timestamps=True)
+    Transcriber(model, processor, timestamps=True).warm_up()
     script, style = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     return make_page(model, processor).launch(
         server_name=host,

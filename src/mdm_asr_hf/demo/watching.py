@@ -49,13 +49,13 @@ class _Streamer:
     def put(self, value: Any) -> None:
         """The prompt, and the whole text."""
 
+    def end(self) -> None:
+        """Nothing follows from it: a recording may have more windows."""
+
     def put_draft(self, value: Any, num_committed: Any = None) -> None:
         if self.is_stopped:
             raise _Stopped
         self.events.put((self.start_s, value[0].tolist(), None if num_committed is None else int(num_committed[0])))
-
-    def end(self) -> None:
-        """Nothing follows from it: a recording may have more windows."""
 
 
 class _WatchedTranscriber(Transcriber):
