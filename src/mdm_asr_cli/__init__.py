@@ -15,6 +15,3 @@ def main() -> None:
     from .app import main as run
 
     run()
-
-
-__all__ = ["main"]

@@ -7,19 +7,17 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Failure, quiet_libraries
+from .terminal import command
 
 
 class DonorKind(StrEnum):
+    """Families of donors."""
+
     whisper = "whisper"
     canary = "canary"
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command of this module to the application."""
-    app.command()(convert)
-
-
+@command(failure="cannot convert {donor}: ")
 def convert(
     donor: Annotated[
         str, typer.Argument(metavar="DONOR", help="A Whisper or Canary checkpoint: folder, .nemo file or id.")
@@ -51,42 +49,23 @@ def convert(
     Writes model, processor and generation settings. The result gives the donor's text at once; training its drafts
     makes it faster. With `--draft-layers 0` it is a canvas, which transcribes nothing before it is trained.
     """
+    from mdm_asr_hf.convert.common import donor_kind
     from mdm_asr_hf.hub import saving_code
     from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration
     from mdm_asr_hf.processing_mdm_asr import MDMASRProcessor
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise Failure(f"`OUTPUT` {str(output)!r} exists and is not an empty folder. Remove it or choose another.")
-    with quiet_libraries() as collector:
-        try:
-            kind = kind or _guess_kind(donor)
-            options = {}
-            for name, value in (("vocab_size", vocab_size), ("vocab_text", vocab_text)):
-                if value is None:
-                    continue
-                if kind is not DonorKind.whisper:
-                    option = f"--{name.replace('_', '-')}"
-                    raise ValueError(f"`{option} {value}` is for Whisper donors only. Leave it out.")
-                options[name] = value
-            with saving_code(with_code):
-                convert_model = getattr(MDMASRForConditionalGeneration, f"from_{kind.value}")
-                model = convert_model(donor, draft_layers=draft_layers, **options)
-                processor = getattr(MDMASRProcessor, f"from_{kind.value}")(donor, **options)
-                model.save_pretrained(output)
-                processor.save_pretrained(output)
-        except (ValueError, OSError) as error:
-            raise Failure(f"cannot convert {donor}: {error}") from error
-        collector.flush_to_stderr()
-    print(f"wrote {output}: {model.num_parameters() / 1e6:.1f} M parameters of {donor} ({kind.value})")
-
-
-def _guess_kind(donor: str) -> DonorKind:
-    from mdm_asr_hf.convert.common import donor_kind
-
-    kind = donor_kind(donor)
+        raise ValueError(f"`OUTPUT` {str(output)!r} exists and is not an empty folder. Remove it or choose another.")
+    kind = kind or donor_kind(donor)
     if kind not in DonorKind.__members__:
         raise ValueError(f"its config.json says {kind!r}: it is a model of this package already, no donor.")
-    return DonorKind(kind)
-
-
-__all__ = ["register"]
+    vocabulary = {"vocab_size": vocab_size, "vocab_text": vocab_text}
+    options = {name: value for name, value in vocabulary.items() if value is not None}
+    if options and kind != DonorKind.whisper:
+        raise ValueError("`--vocab-size` and `--vocab-text` are for Whisper donors only. Leave them out.")
+    with saving_code(with_code):
+        model = getattr(MDMASRForConditionalGeneration, f"from_{kind}")(donor, draft_layers=draft_layers, **options)
+        processor = getattr(MDMASRProcessor, f"from_{kind}")(donor, **options)
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+    print(f"wrote {output}: {model.num_parameters() / 1e6:.1f} M parameters of {donor} ({kind})")

@@ -8,22 +8,31 @@ from typing import Annotated
 
 import typer
 
-from .options import DType, Language, Model, OtherSettings, Precision, TrustRemoteCode, split_words
+from .options import (
+    BatchSize,
+    DType,
+    Hotwords,
+    Language,
+    Model,
+    OtherSettings,
+    Precision,
+    TrustRemoteCode,
+    Vad,
+    VoiceActivity,
+    split_words,
+)
 from .output import Timestamps
-from .terminal import Failure, quiet_libraries
-from .transcribe import Vad
+from .terminal import command
 
 
 class ShardFormat(StrEnum):
+    """Of shards, by their suffixes."""
+
     parquet = "parquet"
     jsonl = "jsonl"
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command of this module to the application."""
-    app.command()(transcribe_dataset)
-
-
+@command("ray", "cannot transcribe {source}: ")
 def transcribe_dataset(
     source: Annotated[
         str,
@@ -46,15 +55,11 @@ def transcribe_dataset(
         float, typer.Option(min=0.001, help="MB of stored audio in a shard; what a kill may cost each actor.")
     ] = 16,
     timestamps: Annotated[Timestamps | None, typer.Option(help="word: words with their times.")] = None,
-    hotwords: Annotated[
-        list[str] | None, typer.Option(metavar="WORDS", help="Words to expect, parted by commas. May be repeated.")
-    ] = None,
+    hotwords: Hotwords = None,
     language: Language = None,
-    vad: Annotated[
-        Vad, typer.Option(help="How speech is found. Default: silero, if silero-vad is installed, else energy.")
-    ] = Vad.auto,
+    vad: VoiceActivity = Vad.auto,
     others: OtherSettings = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")] = 8,
+    batch_size: BatchSize = 8,
     dtype: Precision = DType.float32,
     split: Annotated[str | None, typer.Option(help="Of a data set of `datasets`. Default: train.")] = None,
     config: Annotated[str | None, typer.Option(help="Of a data set of `datasets`.")] = None,
@@ -69,33 +74,26 @@ def transcribe_dataset(
     """
     from mdm_asr_hf.transcribe.dataset import transcribe_dataset as run
 
-    with quiet_libraries():
-        try:
-            done = run(
-                source,
-                output,
-                model=model,
-                format=format.value,
-                actors=actors,
-                threads=threads,
-                gpus=gpus,
-                shard_mb=shard_mb,
-                split=split,
-                config=config,
-                dtype=dtype.value,
-                trust_remote_code=trust_remote_code,
-                settings=others,
-                report=lambda line: print(line, file=sys.stderr, flush=True),
-                timestamps=timestamps is Timestamps.word,
-                hotwords=split_words(hotwords) or None,
-                language=language,
-                vad=vad.value,
-                batch_size=batch_size,
-            )
-        except (ValueError, OSError) as error:
-            raise Failure(f"cannot transcribe {source}: {error}") from error
+    done = run(
+        source,
+        output,
+        model=model,
+        format=format.value,
+        actors=actors,
+        threads=threads,
+        gpus=gpus,
+        shard_mb=shard_mb,
+        split=split,
+        config=config,
+        dtype=dtype.value,
+        trust_remote_code=trust_remote_code,
+        settings=others,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+        timestamps=timestamps is Timestamps.word,
+        hotwords=split_words(hotwords) or None,
+        language=language,
+        vad=vad.value,
+        batch_size=batch_size,
+    )
     news = f"{done['new_rows']} new ones, {done['errors']} of them errors"
     print(f"wrote {output}: {done['rows']} rows in {done['shards']} shards; {news}")
-
-
-__all__ = ["register", "transcribe_dataset"]

@@ -6,14 +6,10 @@ from typing import Annotated
 import typer
 
 from .options import Device, DType, Model, Precision, TrustRemoteCode
-from .terminal import Failure, load_named_model, quiet_libraries
+from .terminal import command, load_named_model
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command of this module to the application."""
-    app.command()(demo)
-
-
+@command("demo")
 def demo(
     model: Model = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -31,22 +27,12 @@ def demo(
     From a file or the microphone; with confidences, words to click on and hear, and the donor's own decoding beside
     it. Needs the extra `demo`.
     """
-    from mdm_asr_hf import default_checkpoint
+    from mdm_asr_hf.demo.page import launch
 
-    with quiet_libraries():
-        try:
-            from mdm_asr_hf.demo.page import launch
-        except ModuleNotFoundError as error:
-            raise Failure(f'`demo` needs {error.name}: `pip install ".[demo]"` in a clone of this project') from error
-        source = model or str(default_checkpoint())
-        try:
-            loaded, processor = load_named_model(source, device, trust_remote_code, dtype.value)
-        except ValueError as error:
-            raise Failure(error) from error
+    loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value)
     try:
         launch(loaded, processor, host=host, port=port, share=share)
     except OSError as error:
-        raise Failure(f"cannot listen on {host}, port {port or 'from 7860 on'}. Choose --host and --port.") from error
-
-
-__all__ = ["demo", "register"]
+        raise ValueError(
+            f"cannot listen on {host}, port {port or 'from 7860 on'}. Choose --host and --port."
+        ) from error

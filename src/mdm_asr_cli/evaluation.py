@@ -1,11 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """The commands of `mdm-asr` that measure a model, and publish it."""
 
+import itertools
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,22 +26,11 @@ from .options import (
     Steps,
     TrustRemoteCode,
 )
-from .terminal import Failure, load_named_model, quiet_libraries
+from .terminal import command, load_named_model, quiet_libraries
 from .terminal import report as warn
 
-# torch and transformers take seconds to import, and help and usage errors need neither.
-if TYPE_CHECKING:
-    from mdm_asr_hf.evaluate.data import EvaluationData
 
-
-def register(app: typer.Typer) -> None:
-    """Adds the commands of this module to the application."""
-    app.command()(evaluate)
-    app.command()(score)
-    app.command()(report)
-    app.command()(push)
-
-
+@command()
 def evaluate(
     data: Annotated[
         list[str],
@@ -88,86 +78,12 @@ def evaluate(
     model takes at once is cut as `transcribe` does it; what cannot be read is reported, counted and left out. Under
     `accelerate launch` the processes share the utterances.
     """
-    from mdm_asr_hf.evaluate.evaluation import load_data, process_index_and_number
-
-    try:
-        with quiet_libraries() as collector:
-            index, _ = process_index_and_number(device)
-            try:
-                names: dict[str, EvaluationData] = {}
-                for one in [*data, *(more_data or [])]:
-                    loaded = load_data(
-                        one, limit=limit, split=split, name=config, text_column=text_column, language=language
-                    )
-                    loaded.name = _unique(loaded.name, names)
-                    names[loaded.name] = loaded
-                results = run_evaluation(
-                    names,
-                    output,
-                    model=model,
-                    language=language,
-                    batch_size=batch_size,
-                    device=device,
-                    dtype=dtype.value,
-                    seed=seed,
-                    batch_1_rows=batch_1_rows,
-                    trust_remote_code=trust_remote_code,
-                    command=shlex.join(["mdm-asr", *sys.argv[1:]]),
-                    others=others,
-                    gamma=gamma,
-                    sampler=sampler,
-                    lambda_=lambda_,
-                    max_denoising_steps=max_denoising_steps,
-                    canvas_length=canvas_length,
-                )
-            except (ValueError, OSError) as error:
-                raise Failure(error) from error
-            finally:
-                # Texts without an end are counted in the metrics, for the whole set and not batch by batch; what was
-                # skipped, also by other processes, is reported below.
-                told = ("Skipped ", "without an end of text")
-                collector.messages = [one for one in collector.messages if not any(part in one for part in told)]
-                if index == 0:
-                    collector.flush_to_stderr()
-        if index == 0:
-            for one in names.values():
-                for skipped in one.skipped:
-                    warn("warning", f"{one.name}: skipped {skipped['id']}: {skipped['reason']}")
-            _print_table(results)
-    finally:
-        leave_processes()
-
-
-def run_evaluation(
-    data: "dict[str, EvaluationData]",
-    output: Path,
-    *,
-    model: str | None = None,
-    language: str | None = None,
-    batch_size: int = 8,
-    device: str | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
-    batch_1_rows: int = 16,
-    trust_remote_code: bool = False,
-    command: str | None = None,
-    **decoding: Any,
-) -> dict[str, dict[str, Any]]:
-    """
-    Measures a model on data sets and writes their folders.
-
-    Args:
-        data: name -> data set. One alone is written to `output` itself, several to subfolders with their names.
-        decoding: for `loading.generation_settings`.
-
-    Returns:
-        Name -> what its metrics.json holds; empty in all processes but the first.
-    """
     import torch
 
     from mdm_asr_hf.data.sources import BadRows
     from mdm_asr_hf.evaluate.evaluation import (
         evaluate_model,
+        load_data,
         measure_batch_1,
         peak_memory_mib,
         process_index_and_number,
@@ -175,58 +91,72 @@ def run_evaluation(
     )
     from mdm_asr_hf.loading import DEFAULT_CHECKPOINT_NAME, default_checkpoint, generation_settings
 
-    index, _ = process_index_and_number(device)
-    path = model or str(default_checkpoint())
-    loaded, processor = load_named_model(path, device, trust_remote_code, dtype)
-    settings = generation_settings(loaded, **decoding)
-    results = {}
-    for name, one in data.items():
-        if torch.device(loaded.device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats(loaded.device)
-        common = {"settings": settings, "language": language, "seed": seed}
-        rows = evaluate_model(loaded, processor, one, batch_size=batch_size, progress=True, **common)
-        peak_memory = peak_memory_mib(loaded.device)
-        if index != 0:
-            continue
-        if not rows:
-            causes = BadRows(skipped["reason"] for skipped in one.skipped)
-            raise ValueError(f"None of the {len(causes)} rows of {one.path!r} could be transcribed: {causes}")
-        batch_1 = measure_batch_1(loaded, processor, one, num_rows=batch_1_rows, **common) if batch_1_rows else None
-        results[name] = write_evaluation(
-            output if len(data) == 1 else output / name,
-            rows,
-            model=loaded,
-            model_name=model or DEFAULT_CHECKPOINT_NAME,
-            model_path=path,
-            settings=settings,
-            data=one,
-            batch_size=batch_size,
-            seed=seed,
-            command=command,
-            batch_1=batch_1,
-            peak_memory=peak_memory,
-        )
-    return results
+    index, num_processes = process_index_and_number(device)
+    results, sets = {}, {}
+    try:
+        with quiet_libraries() as collector:
+            for one in [*data, *(more_data or [])]:
+                loaded = load_data(
+                    one, limit=limit, split=split, name=config, text_column=text_column, language=language
+                )
+                names = itertools.chain([loaded.name], (f"{loaded.name}-{n}" for n in itertools.count(2)))
+                loaded.name = next(name for name in names if name not in sets)
+                sets[loaded.name] = loaded
+            path = model or str(default_checkpoint())
+            loaded_model, processor = load_named_model(path, device, trust_remote_code, dtype.value)
+            settings = generation_settings(
+                loaded_model,
+                others,
+                gamma=gamma,
+                sampler=sampler,
+                lambda_=lambda_,
+                max_denoising_steps=max_denoising_steps,
+                canvas_length=canvas_length,
+            )
+            common = {"settings": settings, "language": language, "seed": seed}
+            for name, one in sets.items():
+                if torch.device(loaded_model.device).type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(loaded_model.device)
+                rows = evaluate_model(loaded_model, processor, one, batch_size=batch_size, progress=True, **common)
+                peak_memory = peak_memory_mib(loaded_model.device)
+                if index != 0:
+                    continue
+                if not rows:
+                    causes = BadRows(skipped["reason"] for skipped in one.skipped)
+                    raise ValueError(f"None of the {len(causes)} rows of {one.path!r} could be transcribed: {causes}")
+                batch_1 = None
+                if batch_1_rows:
+                    batch_1 = measure_batch_1(loaded_model, processor, one, num_rows=batch_1_rows, **common)
+                results[name] = write_evaluation(
+                    output if len(sets) == 1 else output / name,
+                    rows,
+                    model=loaded_model,
+                    model_name=model or DEFAULT_CHECKPOINT_NAME,
+                    model_path=path,
+                    settings=settings,
+                    data=one,
+                    batch_size=batch_size,
+                    seed=seed,
+                    command=shlex.join(["mdm-asr", *sys.argv[1:]]),
+                    batch_1=batch_1,
+                    peak_memory=peak_memory,
+                )
+        if index == 0:
+            # Texts without an end are counted in the metrics, for the whole set and not batch by batch; what was
+            # skipped, also by other processes, is told here.
+            collector.report(without=("Skipped ", "without an end of text"))
+            for one in sets.values():
+                for skipped in one.skipped:
+                    warn("warning", f"{one.name}: skipped {skipped['id']}: {skipped['reason']}")
+            _print_table(results)
+    finally:
+        if num_processes > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()
 
 
-def _unique(name: str, taken: Any) -> str:
-    number, candidate = 1, name
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
-
-
-def leave_processes() -> None:
-    """Ends what joined the processes of a launch, if there are several."""
-    from mdm_asr_hf.evaluate.evaluation import process_index_and_number
-
-    if process_index_and_number()[1] > 1:
-        from accelerate import PartialState
-
-        PartialState().destroy_process_group()
-
-
+@command()
 def score(
     path: Annotated[
         Path, typer.Argument(metavar="FILE_OR_FOLDER", help="A hypotheses.jsonl, or a folder with one or several.")
@@ -242,17 +172,14 @@ def score(
     from mdm_asr_hf.evaluate.scoring import find_results, read_rows
     from mdm_asr_hf.evaluate.scoring import score as score_rows
 
-    try:
-        files = find_results(path)
-        results = {name: score_rows(read_rows(file), language=language) for name, file in files.items()}
-    except (ValueError, OSError) as error:
-        raise Failure(error) from error
+    results = {name: score_rows(read_rows(file), language=language) for name, file in find_results(path).items()}
     if as_json:
         print(json.dumps(next(iter(results.values())) if len(results) == 1 else results, indent=2))
     else:
         _print_table(results)
 
 
+@command()
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="What `mdm-asr evaluate` wrote, for one or several data sets.")
@@ -278,23 +205,18 @@ def report(
     from mdm_asr_hf.evaluate.report import make_report
     from mdm_asr_hf.evaluate.scoring import find_results
 
-    with quiet_libraries() as collector:
-        try:
-            files = find_results(folder)
-            if output is not None and len(files) > 1:
-                raise ValueError(
-                    f"`--output` is one file, but {str(folder)!r} holds {len(files)} data sets. Leave it out, and "
-                    "each gets its own, or name the folder of one."
-                )
-            for file in files.values():
-                path = make_report(file, output, audio_root=audio_root, embed_audio=embed_audio)
-                print(f"wrote {path}", flush=True)
-        except (ValueError, OSError) as error:
-            raise Failure(error) from error
-        finally:
-            collector.flush_to_stderr()
+    files = find_results(folder)
+    if output is not None and len(files) > 1:
+        raise ValueError(
+            f"`--output` is one file, but {str(folder)!r} holds {len(files)} data sets. Leave it out, and each gets "
+            "its own, or name the folder of one."
+        )
+    for file in files.values():
+        path = make_report(file, output, audio_root=audio_root, embed_audio=embed_audio)
+        print(f"wrote {path}", flush=True)
 
 
+@command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint, with its card as README.md.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to: owner/name.")],
@@ -312,21 +234,31 @@ def push(
 
     Needs the token of `hf auth login`. Pickles and states of training in FOLDER are not uploaded.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     from mdm_asr_hf import hub
 
-    with quiet_libraries() as collector:
-        try:
-            result = hub.push(folder, repo_id, private=private, with_code=not no_code, card=card, dry_run=dry_run)
-        except (ValueError, OSError, HfHubHTTPError) as error:
-            raise Failure(error) from error
-        collector.flush_to_stderr()
+    result = hub.push(folder, repo_id, private=private, with_code=not no_code, card=card, dry_run=dry_run)
     if dry_run:
         print("\n".join(result.files))
         print(f"gathered {len(result.files)} files in {result.folder}")
     else:
         print(f"uploaded {len(result.files)} files: {result.url}")
+
+
+# Headings of the table that scores are printed in, and the metrics below them; the last two only of drafts.
+COLUMNS = {
+    "utterances": "num_utterances",
+    "WER %": "wer",
+    "CER %": "cer",
+    "NFE": "mean_nfe",
+    "tokens/NFE": "tokens_per_nfe",
+    "RTFx": "rtfx",
+    "ECE %": "ece",
+    "empty %": "empty_rate",
+    "repeating %": "repetition_rate",
+    "loops": "num_loops",
+    "masks %": "acceptance_rate_masks",
+    "hypothesis %": "acceptance_rate_hypothesis",
+}
 
 
 def _print_table(results: dict[str, dict[str, Any]]) -> None:
@@ -337,40 +269,27 @@ def _print_table(results: dict[str, dict[str, Any]]) -> None:
 
 def results_table(results: dict[str, dict[str, Any]]) -> Table:
     """One line per data set, with the 95 % interval of the WER, and the mean of several."""
-    table = Table(box=None, pad_edge=False)
+    rows = {name: result["metrics"] for name, result in results.items()}
     columns = {
-        "utterances": "num_utterances",
-        "WER %": "wer",
-        "CER %": "cer",
-        "NFE": "mean_nfe",
-        "tokens/NFE": "tokens_per_nfe",
-        "RTFx": "rtfx",
-        "ECE %": "ece",
-        "empty %": "empty_rate",
-        "repeating %": "repetition_rate",
-        "loops": "num_loops",
+        heading: key
+        for heading, key in COLUMNS.items()
+        if not key.startswith("acceptance_rate") or all(key in row for row in rows.values())
     }
-    for heading, key in (("masks %", "acceptance_rate_masks"), ("hypothesis %", "acceptance_rate_hypothesis")):
-        if all(key in result["metrics"] for result in results.values()):
-            columns[heading] = key
-    table.add_column("data")
+    table = Table("data", box=None, pad_edge=False)
     for heading in columns:
         table.add_column(heading, justify="right")
-    for name, result in results.items():
-        metrics, interval = result["metrics"], result["intervals"].get("wer")
-        cells = ["-" if metrics[key] is None else str(metrics[key]) for key in columns.values()]
-        if interval is not None:
+    for name, row in rows.items():
+        cells = ["-" if row[key] is None else str(row[key]) for key in columns.values()]
+        if (interval := results[name]["intervals"].get("wer")) is not None:
             cells[1] += escape(f" ({interval[0]} to {interval[1]})")
         table.add_row(escape(name), *cells)
-    if len(results) > 1:
-        means = []
-        for key in columns.values():
-            values = [result["metrics"][key] for result in results.values()]
-            means.append(
-                "" if key in ("num_utterances", "num_loops") or None in values else f"{sum(values) / len(values):.2f}"
-            )
-        table.add_row("mean", *means)
+    if len(rows) > 1:
+        values = {key: [row[key] for row in rows.values()] for key in columns.values()}
+        table.add_row(
+            "mean",
+            *(
+                "" if key.startswith("num_") or None in its else f"{sum(its) / len(its):.2f}"
+                for key, its in values.items()
+            ),
+        )
     return table
-
-
-__all__ = ["evaluate", "leave_processes", "push", "register", "report", "results_table", "run_evaluation", "score"]

@@ -4,8 +4,14 @@
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdm_asr_hf.transcribe.joining import DecodedWindow
+
+DONE = {"done": True}
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -26,17 +32,8 @@ def append_line(path: Path, line: str) -> None:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file that were written to their end, none if there is no file: a kill may have torn the last."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
+    content = path.read_bytes() if path.exists() else b""
     return [line.decode("utf-8", errors="replace") for line in content.split(b"\n")[:-1]]
-
-
-def fingerprint(values: dict[str, Any]) -> str:
-    """A short name of settings: another one if any of them is."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Journal:
@@ -48,8 +45,8 @@ class Journal:
     Args:
         folder (`Path`): of the journals.
         recording (`Path`): need not exist.
-        settings (`str`): the fingerprint of everything that decides the result.
-        keep (`bool`): go on with what an earlier run noted. Otherwise the journal starts anew.
+        settings (`str`): of everything that decides the result.
+        keep (`bool`): go on with what an earlier run noted.
     """
 
     def __init__(self, folder: Path, recording: Path, settings: str, *, keep: bool):
@@ -57,56 +54,45 @@ class Journal:
         # A name has 255 bytes at most, and a character up to four.
         name = f"{recording.stem[:40]}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:12]}.jsonl"
         self.path = folder / name
-        self.head = {"recording": where, "settings": settings, **_identity(recording)}
-        self.entries: list[dict[str, Any]] = []
-        self.is_done = False
-        self._is_begun = False
-        if keep:
-            self._load()
-        else:
-            self.path.unlink(missing_ok=True)
-
-    def _load(self) -> None:
+        stat = os.stat(where) if os.path.exists(where) else None
+        version = [stat.st_size, stat.st_mtime_ns] if stat else None
+        self.head = {"recording": where, "settings": settings, "version": version}
+        # By their starts: a recording is always cut the same way.
+        self.windows: dict[float, dict[str, Any]] = {}
+        self.is_done, self._is_begun = False, False
         try:
-            lines = [json.loads(line) for line in whole_lines(self.path)]
+            head, *lines = map(json.loads, whole_lines(self.path) if keep else ())
         except ValueError:
+            # None, or another program's.
             return
-        if lines[:1] != [self.head]:
-            return
-        self.is_done = lines[-1] == {"done": True}
-        self.entries = [] if self.is_done else lines[1:]
+        if head == self.head:
+            self.is_done = lines[-1:] == [DONE]
+            self.windows = {} if self.is_done else {line["start_s"]: line for line in lines}
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def known(self, start_s: float) -> "DecodedWindow | None":
+        """What was noted of the window that starts there."""
+        from mdm_asr_hf.transcribe.joining import DecodedWindow
+
+        return DecodedWindow(**self.windows[start_s]) if start_s in self.windows else None
+
+    def add(self, window: "DecodedWindow") -> None:
         """Notes one window's result."""
         from mdm_asr_hf.encoding_mdm_asr import json_text
 
-        self.entries.append(entry)
+        self.windows[window.start_s] = asdict(window)
         if self._is_begun:
-            append_line(self.path, json_text(entry))
+            append_line(self.path, json_text(self.windows[window.start_s]))
         else:
             # Whatever else was there, such as a torn line, goes.
-            self._write(self.entries)
+            self._write(*self.windows.values())
             self._is_begun = True
 
     def finish(self) -> None:
         """Notes that the result is written; the windows are no longer needed."""
-        self.entries, self.is_done = [], True
-        self._write([{"done": True}])
+        self.windows, self.is_done = {}, True
+        self._write(DONE)
 
-    def _write(self, entries: list[dict[str, Any]]) -> None:
+    def _write(self, *lines: dict[str, Any]) -> None:
         from mdm_asr_hf.encoding_mdm_asr import json_text
 
-        lines = [json_text(one) + "\n" for one in [self.head, *entries]]
-        write_atomically(self.path, "".join(lines))
-
-
-def _identity(recording: Path) -> dict[str, Any]:
-    """What changes when the recording does; nothing for a pipe, which cannot be read twice."""
-    try:
-        stat = recording.stat()
-    except OSError:
-        return {"size": None, "mtime_ns": None}
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-__all__ = ["Journal", "append_line", "fingerprint", "whole_lines", "write_atomically"]
+        write_atomically(self.path, "".join(json_text(one) + "\n" for one in [self.head, *lines]))

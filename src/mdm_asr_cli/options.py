@@ -1,7 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Options that several commands have, each written once; and how their values are read."""
 
-import re
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,15 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     int8 = "int8"
+
+
+class Vad(StrEnum):
+    """Ways to find speech."""
+
+    auto = "auto"
+    silero = "silero"
+    energy = "energy"
+    none = "none"
 
 
 Model = Annotated[
@@ -41,6 +50,14 @@ OtherSettings = Annotated[
         "--set", metavar="NAME=VALUE", help="Any other setting of generation_config.json, such as hotword_boost=4."
     ),
 ]
+Hotwords = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WORDS", help="Words to expect, parted by commas, or @FILE of them. May be repeated."),
+]
+VoiceActivity = Annotated[
+    Vad, typer.Option(help="How speech is found. Default: silero, if silero-vad is installed, else energy.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")]
 Precision = Annotated[
     DType, typer.Option("--dtype", help="Of weights and activations. int8 is the fastest on a CPU, and for CPUs only.")
@@ -55,7 +72,7 @@ def split_words(entries: list[str] | None) -> list[str]:
     The words of `--hotwords`, which takes them parted by commas, or a file of them as @FILE, and may be repeated.
 
     Raises:
-        ValueError: a file that cannot be read or has no words, a word that is or looks like a file.
+        ValueError: a file that cannot be read or has no words, a word that is a file.
     """
     words = []
     for entry in entries or []:
@@ -63,53 +80,20 @@ def split_words(entries: list[str] | None) -> list[str]:
             words += _words_of_file(Path(entry[1:]).expanduser())
             continue
         for word in filter(None, map(str.strip, entry.split(","))):
-            if _LIKE_A_FILE.search(word) or _is_file(word):
+            if os.path.isfile(word):
                 raise ValueError(f"`--hotwords {word}` is a file, not a word. To read its words, pass `@{word}`.")
             words.append(word)
     return words
-
-
-# Neither AC/DC nor Node.js, which are words.
-_LIKE_A_FILE = re.compile(
-    r"^(~|\.{0,2})[/\\]|^[A-Za-z]:\\|\.(txt|text|csv|tsv|jsonl?|lst|list|md|ya?ml|docx?|xlsx?)$", re.I
-)
-
-
-def _is_file(word: str) -> bool:
-    try:
-        return Path(word).is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def _words_of_file(path: Path) -> list[str]:
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"`--hotwords @{path}` is not text in UTF-8. Save it as such, a word or phrase a line."
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"`--hotwords @{path}` cannot be read: {reason}. Check the path.") from error
+        raise ValueError(f"`--hotwords @{path}` is not text in UTF-8. Save it so, a word or phrase a line.") from error
+    except OSError as error:
+        raise ValueError(f"`--hotwords @{path}` cannot be read: {error.strerror}. Check the path.") from error
     words = [word.strip() for line in text.splitlines() for word in line.split(",") if word.strip()]
     if not words:
         raise ValueError(f"`--hotwords @{path}` holds no words. Write a word or phrase a line.")
     return words
-
-
-__all__ = [
-    "CanvasLength",
-    "DType",
-    "Device",
-    "Gamma",
-    "Lambda",
-    "Language",
-    "Model",
-    "OtherSettings",
-    "Precision",
-    "Sampler",
-    "Steps",
-    "TrustRemoteCode",
-    "split_words",
-]

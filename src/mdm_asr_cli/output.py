@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .journal import Journal, append_line, whole_lines, write_atomically
 
 if TYPE_CHECKING:
+    from mdm_asr_hf.transcribe.joining import DecodedWindow
     from mdm_asr_hf.transcribe.transcript import Transcript
 
 JOURNAL_FOLDER = ".mdm-asr"
@@ -37,93 +37,54 @@ class Timestamps(StrEnum):
 
 
 class Writer:
-    """Prints results; the other writers put them into files and keep journals."""
+    """
+    Prints results, in one format. Others write files, and keep a [`Journal`] of each recording.
 
-    wants_times = False
+    Args:
+        files (`list[Path]`): the recordings.
+        formats (`list[Format]`): of the results.
+        timestamps ([`Timestamps`], *optional*): in JSON.
+    """
 
-    def __init__(self, files: list[Path], as_json: bool, timestamps: Timestamps | None):
-        self.is_single, self.as_json, self.timestamps = len(files) == 1, as_json, timestamps
+    def __init__(self, files: list[Path], formats: list[Format], timestamps: Timestamps | None):
+        self.files, self.formats, self.timestamps = files, formats, timestamps
+        # Subtitles begin with words.
+        self.wants_times = any(one in (Format.srt, Format.vtt) for one in formats)
+        self.journals: dict[Path, Journal] = {}
 
     def prepare(self, settings: str) -> None:
-        """Called once before the first file, with the fingerprint of everything that decides the results."""
+        """Called once before the first file, with everything that decides the results."""
 
     def is_done(self, path: Path) -> bool:
-        return False
+        return path in self.journals and self.journals[path].is_done
 
-    def known_window(self, path: Path, window: Any) -> Any:
-        return None
+    def known_window(self, path: Path, window: Any) -> "DecodedWindow | None":
+        return self.journals[path].known(window.start_s) if path in self.journals else None
 
-    def keep_window(self, path: Path, window: Any) -> None:
-        pass
+    def keep_window(self, path: Path, window: "DecodedWindow") -> None:
+        if path in self.journals:
+            self.journals[path].add(window)
 
     def write(self, path: Path, transcript: "Transcript") -> None:
         from mdm_asr_hf.encoding_mdm_asr import json_text
-
-        if self.as_json:
-            print(json_text(json_row(path, transcript, self.timestamps), sys.stdout.encoding), flush=True)
-        else:
-            print(transcript.text if self.is_single else f"{path}\t{transcript.text}", flush=True)
-
-
-class SubtitlePrinter(Writer):
-    """Prints one file's subtitles."""
-
-    wants_times = True
-
-    def __init__(self, files: list[Path], format: Format):
-        super().__init__(files, False, None)
-        self.format = format
-
-    def write(self, path: Path, transcript: "Transcript") -> None:
         from mdm_asr_hf.transcribe.subtitles import WRITERS
 
-        print(WRITERS[self.format](transcript), end="", flush=True)
+        if self.wants_times:
+            print(WRITERS[self.formats[0]](transcript), end="", flush=True)
+        elif self.formats == [Format.json]:
+            print(json_text(json_row(path, transcript, self.timestamps), sys.stdout.encoding), flush=True)
+        else:
+            print(transcript.text if len(self.files) == 1 else f"{path}\t{transcript.text}", flush=True)
 
 
-class JournalingWriter(Writer):
-    """Keeps, for each recording, what was decoded of it until its result is written."""
-
-    def __init__(self, files: list[Path], timestamps: Timestamps | None, journal_folder: Path, resume: bool):
-        super().__init__(files, True, timestamps)
-        self.files, self.journal_folder, self.resume = files, journal_folder, resume
-        self.journals: dict[Path, Journal] = {}
-        self.known: dict[Path, dict[tuple, dict]] = {}
-
-    def prepare(self, settings: str) -> None:
-        for path in self.files:
-            journal = Journal(self.journal_folder, path, settings, keep=self.resume)
-            self.journals[path] = journal
-            self.known[path] = {_window_key(entry): entry for entry in journal.entries}
-
-    def is_done(self, path: Path) -> bool:
-        return self.journals[path].is_done
-
-    def known_window(self, path: Path, window: Any) -> Any:
-        from mdm_asr_hf.transcribe.joining import DecodedWindow
-
-        entry = self.known[path].get(_window_key(vars(window)))
-        if entry is None:
-            return None
-        times_s = entry["times_s"]
-        return DecodedWindow(**entry | {"times_s": None if times_s is None else [tuple(one) for one in times_s]})
-
-    def keep_window(self, path: Path, window: Any) -> None:
-        self.journals[path].add(asdict(window))
-
-    def finish(self, path: Path) -> None:
-        self.journals[path].finish()
-        self.known[path] = {}
-
-
-class FolderWriter(JournalingWriter):
+class FolderWriter(Writer):
     """Writes a file per recording and format."""
 
     def __init__(
         self, files: list[Path], formats: list[Format], timestamps: Timestamps | None, folder: Path, resume: bool
     ):
-        super().__init__(files, timestamps, folder / JOURNAL_FOLDER, resume)
-        self.formats, self.folder = formats, folder
-        self.wants_times = any(one in (Format.srt, Format.vtt) for one in formats)
+        super().__init__(files, formats, timestamps)
+        self.folder, self.resume = folder, resume
         owners: dict[str, Path] = {}
         for path in files:
             other = owners.setdefault(path.stem.casefold(), path)
@@ -134,6 +95,10 @@ class FolderWriter(JournalingWriter):
                     "FILE.jsonl`."
                 )
 
+    def prepare(self, settings: str) -> None:
+        folder = self.folder / JOURNAL_FOLDER
+        self.journals = {path: Journal(folder, path, settings, keep=self.resume) for path in self.files}
+
     def is_done(self, path: Path) -> bool:
         return super().is_done(path) and all(self._target(path, one).is_file() for one in self.formats)
 
@@ -143,28 +108,23 @@ class FolderWriter(JournalingWriter):
         for one in self.formats:
             content = to_json(transcript, str(path)) if one is Format.json else WRITERS[one](transcript)
             write_atomically(self._target(path, one), content)
-        self.finish(path)
+        self.journals[path].finish()
 
     def _target(self, path: Path, format: Format) -> Path:
-        suffix = f".{format.value}"
-        return self.folder / (_shortened(path.stem, MAX_NAME_BYTES - len(suffix)) + suffix)
+        suffix, stem = f".{format.value}", os.fsencode(path.stem)
+        if len(stem) + len(suffix) <= MAX_NAME_BYTES:
+            return self.folder / (path.stem + suffix)
+        # Which tells it from others that begin alike.
+        suffix = f"-{hashlib.sha256(stem).hexdigest()[:8]}{suffix}"
+        return self.folder / (stem[: MAX_NAME_BYTES - len(suffix)].decode(errors="ignore") + suffix)
 
 
-def _shortened(stem: str, num_bytes: int) -> str:
-    """A name of at most so many bytes, which tells it from others that begin alike."""
-    raw = os.fsencode(stem)
-    if len(raw) <= num_bytes:
-        return stem
-    digest = hashlib.sha256(raw).hexdigest()[:8]
-    return f"{raw[: num_bytes - len(digest) - 1].decode('utf-8', errors='ignore')}-{digest}"
-
-
-class LinesWriter(JournalingWriter):
+class LinesWriter(Writer):
     """Appends a line of JSON per recording to one file."""
 
     def __init__(self, files: list[Path], timestamps: Timestamps | None, target: Path, resume: bool):
-        super().__init__(files, timestamps, target.parent / JOURNAL_FOLDER / target.name, resume)
-        self.target = target
+        super().__init__(files, [Format.json], timestamps)
+        self.target, self.resume = target, resume
         self.present: set[str] = set()
         if len(set(files)) < len(files):
             twice = next(path for i, path in enumerate(files) if path in files[:i])
@@ -175,10 +135,8 @@ class LinesWriter(JournalingWriter):
             )
 
     def prepare(self, settings: str) -> None:
-        super().prepare(settings)
-        if not self.target.exists():
-            write_atomically(self.target, "")
-            return
+        folder = self.target.parent / JOURNAL_FOLDER / self.target.name
+        self.journals = {path: Journal(folder, path, settings, keep=self.resume) for path in self.files}
         kept = []
         for line in whole_lines(self.target):
             try:
@@ -190,9 +148,9 @@ class LinesWriter(JournalingWriter):
             # Lines of other recordings stay. Those of recordings that are to be done anew go.
             journal = self.journals.get(Path(name))
             if journal is None or journal.is_done:
-                kept.append(line)
+                kept.append(f"{line}\n")
                 self.present.add(name)
-        write_atomically(self.target, "".join(f"{line}\n" for line in kept))
+        write_atomically(self.target, "".join(kept))
 
     def is_done(self, path: Path) -> bool:
         return super().is_done(path) and str(path) in self.present
@@ -201,7 +159,7 @@ class LinesWriter(JournalingWriter):
         from mdm_asr_hf.encoding_mdm_asr import json_text
 
         append_line(self.target, json_text(json_row(path, transcript, self.timestamps)))
-        self.finish(path)
+        self.journals[path].finish()
 
 
 def make_writer(
@@ -236,20 +194,19 @@ def make_writer(
         return LinesWriter(files, timestamps, output, resume)
     if resume:
         raise ValueError("`--resume` needs results in files. Pass `--output-dir` or `--output`, as in the first run.")
-    if len(formats) > 1 or (as_json and formats not in ([], [Format.json])):
+    formats = list(dict.fromkeys([*formats, *([Format.json] if as_json else [])])) or [Format.txt]
+    if len(formats) > 1:
         raise ValueError("Several formats cannot be printed at once. Pass `--output-dir`, or one of them.")
-    if formats in ([Format.srt], [Format.vtt]):
-        if len(files) > 1:
-            raise ValueError(f"`--format {formats[0]}` of several files cannot be printed. Pass `--output-dir`.")
-        return SubtitlePrinter(files, formats[0])
-    return Writer(files, as_json or formats == [Format.json], timestamps)
+    writer = Writer(files, formats, timestamps)
+    if writer.wants_times and len(files) > 1:
+        raise ValueError(f"`--format {formats[0]}` of several files cannot be printed. Pass `--output-dir`.")
+    return writer
 
 
 def json_row(path: Path, transcript: "Transcript", timestamps: Timestamps | None = None) -> dict[str, Any]:
     """What `--json` prints of a file."""
     values = transcript.to_dict()
-    row = {"file": str(path), **{name: values[name] for name in ("text", "confidence", "nfe")}}
-    row["duration_s"] = values["duration_s"]
+    row = {"file": str(path), **{name: values[name] for name in ("text", "confidence", "nfe", "duration_s")}}
     if transcript.language is not None:
         row["language"] = transcript.language
     if timestamps is not None:
@@ -257,10 +214,3 @@ def json_row(path: Path, transcript: "Transcript", timestamps: Timestamps | None
         for segment in row["segments"] if timestamps is Timestamps.segment else ():
             del segment["words"]
     return row
-
-
-def _window_key(window: dict[str, Any]) -> tuple[float, ...]:
-    return tuple(window[name] for name in ("start_s", "end_s", "overlap_before_s", "overlap_after_s"))
-
-
-__all__ = ["Format", "Timestamps", "Writer", "json_row", "make_writer"]

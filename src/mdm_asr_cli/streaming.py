@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .options import Device, DType, Model, Precision, TrustRemoteCode, split_words
-from .terminal import Failure, load_named_model, quiet_libraries
+from .options import Device, DType, Hotwords, Model, Precision, TrustRemoteCode, split_words
+from .terminal import command, load_named_model
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
 if TYPE_CHECKING:
@@ -29,11 +29,7 @@ BLOCK_S = 0.1
 PIPE = "-"
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command of this module to the application."""
-    app.command()(stream)
-
-
+@command("stream")
 def stream(
     source: Annotated[
         str | None,
@@ -56,10 +52,7 @@ def stream(
     language: Annotated[
         str | None, typer.Option(help="Of the speech, for checkpoints with a choice, such as de.")
     ] = None,
-    hotwords: Annotated[
-        list[str] | None,
-        typer.Option(metavar="WORDS", help="Words to expect, parted by commas, or @FILE of them. May be repeated."),
-    ] = None,
+    hotwords: Hotwords = None,
     input_device: Annotated[
         str | None, typer.Option(metavar="NAME", help="The microphone, by number or a part of its name.")
     ] = None,
@@ -74,48 +67,30 @@ def stream(
     have just been committed. Ctrl-C ends the recording and prints what is left. Decoding that is slower than the
     speech leaves steps out and goes on with the newest audio.
     """
-    from mdm_asr_hf import default_checkpoint
-    from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
     from mdm_asr_hf.transcribe.pipe import read_pipe
     from mdm_asr_hf.transcribe.streaming import StreamingTranscriber
 
     # What can go wrong without the model comes first.
-    try:
-        words = split_words(hotwords)
-        microphone = None if source is not None else _open_microphone(input_device)
-        chunks_of_file = None if source in (None, PIPE) else _open_file(source)
-    except ValueError as error:
-        raise Failure(error) from error
-    with quiet_libraries() as collector:
-        try:
-            folder = model or str(default_checkpoint())
-            loaded, processor = load_named_model(folder, device, trust_remote_code, dtype.value)
-            if language not in (None, "auto"):
-                build_prompt_ids(loaded.generation_config.prompt_template or {"tokens": [0]}, language=language)
-            is_live = source is None or source == PIPE or realtime
-            transcriber = StreamingTranscriber(
-                loaded,
-                processor,
-                step_s=step_s,
-                max_window_s=max_window_s,
-                hotwords=words or None,
-                keep_up=is_live,
-                language=language,
-            )
-            if microphone is not None:
-                chunks, rate_hz = _record(*microphone), microphone[1]
-            elif source == PIPE:
-                rate_hz, chunks = read_pipe(sys.stdin.buffer)
-            else:
-                chunks, rate_hz = chunks_of_file, chunks_of_file.target_rate_hz
-                chunks = _play(iter(chunks), rate_hz) if realtime else iter(chunks)
-            with closing(chunks), _display(as_json) as show:
-                for update in _updates(transcriber, chunks, rate_hz):
-                    show(update)
-        except ValueError as error:
-            raise Failure(error) from error
-        finally:
-            collector.flush_to_stderr()
+    words = split_words(hotwords)
+    if source is None:
+        rate_hz, chunks = _record(input_device)
+    elif source != PIPE:
+        rate_hz, chunks = _read_file(source, realtime)
+    loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value)
+    transcriber = StreamingTranscriber(
+        loaded,
+        processor,
+        step_s=step_s,
+        max_window_s=max_window_s,
+        hotwords=words or None,
+        keep_up=source in (None, PIPE) or realtime,
+        language=language,
+    )
+    if source == PIPE:
+        rate_hz, chunks = read_pipe(sys.stdin.buffer)
+    with closing(chunks), _display(as_json) as show:
+        for update in _updates(transcriber, chunks, rate_hz):
+            show(update)
 
 
 class _Interruption:
@@ -158,25 +133,28 @@ def _updates(transcriber: Any, chunks: Iterator["np.ndarray"], rate_hz: float) -
 # Sources
 
 
-def _open_file(path: str) -> Any:
+def _read_file(path: str, realtime: bool) -> tuple[float, Iterator["np.ndarray"]]:
+    """The rate in Hz and the blocks of a file."""
     from mdm_asr_hf.audio_mdm_asr import AudioStream
 
-    return AudioStream(path, block_s=BLOCK_S)
+    stream = AudioStream(path, block_s=BLOCK_S)
+    return stream.target_rate_hz, _play(iter(stream), stream.target_rate_hz) if realtime else iter(stream)
 
 
-def _open_microphone(name: str | None) -> tuple[Any, float]:
-    """sounddevice's input stream, not yet started, with the queue it fills as `blocks`; and its rate in Hz."""
+def _record(name: str | None) -> tuple[float, Iterator["np.ndarray"]]:
+    """The rate in Hz of a microphone, and what it has recorded since the last time, all of it at once, for ever."""
+    import numpy as np
+
+    remedy = "Or name a FILE, or - for a pipe."
     try:
         import sounddevice
     except ImportError as error:
         raise ValueError(
-            'The microphone needs sounddevice: `pip install ".[stream]"` in a clone of this project. Or name '
-            "a FILE, or - for a pipe."
+            f'The microphone needs sounddevice: `pip install ".[stream]"` in a clone of this project. {remedy}'
         ) from error
     except OSError as error:
         raise ValueError(
-            f"sounddevice cannot be used ({error}): install PortAudio (`apt-get install libportaudio2`). Or name a "
-            "FILE, or - for a pipe."
+            f"sounddevice cannot be used ({error}): install PortAudio (`apt-get install libportaudio2`). {remedy}"
         ) from error
     device = int(name) if name is not None and name.isdigit() else name
     blocks: queue.SimpleQueue = queue.SimpleQueue()
@@ -192,23 +170,17 @@ def _open_microphone(name: str | None) -> tuple[Any, float]:
             callback=lambda samples, count, when, status: blocks.put(samples[:, 0].copy()),
         )
     except (sounddevice.PortAudioError, ValueError) as error:
-        raise ValueError(
-            f"No microphone can be opened ({error}). Check `--input-device`, or name a FILE, or - for a pipe."
-        ) from error
-    microphone.blocks = blocks
-    return microphone, rate_hz
+        raise ValueError(f"No microphone can be opened ({error}). Check `--input-device`. {remedy}") from error
 
+    def chunks() -> Iterator["np.ndarray"]:
+        with microphone:
+            while True:
+                recorded = [blocks.get()]
+                while not blocks.empty():
+                    recorded.append(blocks.get())
+                yield np.concatenate(recorded)
 
-def _record(microphone: Any, rate_hz: float) -> Iterator["np.ndarray"]:
-    """What the microphone has recorded since the last time, all of it at once, for ever."""
-    import numpy as np
-
-    with microphone:
-        while True:
-            blocks = [microphone.blocks.get()]
-            while not microphone.blocks.empty():
-                blocks.append(microphone.blocks.get())
-            yield np.concatenate(blocks)
+    return rate_hz, chunks()
 
 
 def _play(blocks: Iterator["np.ndarray"], rate_hz: float) -> Iterator["np.ndarray"]:
@@ -217,17 +189,15 @@ def _play(blocks: Iterator["np.ndarray"], rate_hz: float) -> Iterator["np.ndarra
 
     started, num_samples, due = time.monotonic(), 0, []
     for block in blocks:
-        due.append(block)
         num_samples += len(block)
-        wait_s = started + num_samples / rate_hz - time.monotonic()
-        if wait_s > 0:
-            if len(due) > 1:
-                # These were due already: the last one is not yet.
-                yield np.concatenate(due[:-1])
-                due = due[-1:]
-                wait_s = started + num_samples / rate_hz - time.monotonic()
-            time.sleep(max(wait_s, 0.0))
-            yield due[0]
+        due_at = started + num_samples / rate_hz
+        if due and due_at > time.monotonic():
+            yield np.concatenate(due)
+            due = []
+        due.append(block)
+        if (wait_s := due_at - time.monotonic()) > 0:
+            time.sleep(wait_s)
+            yield np.concatenate(due)
             due = []
     if due:
         yield np.concatenate(due)
@@ -293,6 +263,3 @@ class _LiveText:
             self._num_shown = len(update.committed) - len(last)
             rest = last
         self._live.update(Text.assemble(rest.lstrip(), " ", (update.partial, "dim")))
-
-
-__all__ = ["register", "stream"]

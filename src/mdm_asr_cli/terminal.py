@@ -1,16 +1,19 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the commands say on a terminal: errors of one line, the library's warnings, what is being loaded."""
+"""What all commands have in common: errors of one line, the library's warnings, what is being loaded."""
 
 import codecs
+import functools
 import logging
 import re
 import sys
+import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,53 +21,83 @@ if TYPE_CHECKING:
     from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration
     from mdm_asr_hf.processing_mdm_asr import MDMASRProcessor
 
+# What the arguments of Python are called by the command that runs, where that is another name: `max_window_s` is
+# `--window-s`.
+_option_names: dict[str, str] = {}
 
-ERRORS = "mdm_asr_escape"
+
+def command(extra: str = "torch", failure: str = "") -> Callable[[Callable], Callable]:
+    """
+    Makes a command of a function: libraries are quiet, warnings are told at its end, and what is wrong with its input,
+    or not installed, ends it with one line on stderr and exit code 1.
+
+    Args:
+        extra (`str`): of the package, which it needs.
+        failure (`str`): what stands before an error, with the function's arguments in braces.
+    """
+
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            _option_names.clear()
+            _option_names.update(_declared_names(function))
+            with quiet_libraries() as collector:
+                try:
+                    function(**arguments)
+                except ModuleNotFoundError as error:
+                    needed = f'this command needs {error.name}: `pip install ".[{extra}]"` in a clone of this project'
+                    report("error", needed)
+                    raise typer.Exit(1) from None
+                except (ValueError, OSError, ImportError) as error:
+                    report("error", f"{failure.format(**arguments)}{str(error) or type(error).__name__}")
+                    raise typer.Exit(1) from None
+                finally:
+                    collector.report()
+
+        return run
+
+    return wrap
+
+
+def _declared_names(function: Callable) -> dict[str, str]:
+    return {
+        name: option
+        for name, hint in typing.get_type_hints(function, include_extras=True).items()
+        for info in getattr(hint, "__metadata__", ())
+        # Of a hint, the default is the first name.
+        for option in (info.default, *(info.param_decls or ()))
+        if str(option).startswith("--") and option[2:].replace("-", "_") != name
+    }
+
+
+def print_anything() -> None:
+    """Makes stdout and stderr take any text, whatever their encoding: one character must not end a command amid its
+    files. Names of files are printed as the bytes that they are."""
+    codecs.register_error("mdm_asr_escape", _escape)
+    for stream, errors in ((sys.stdout, "mdm_asr_escape"), (sys.stderr, "backslashreplace")):
+        # What stands in for them need not be able to.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """The bytes that a file name has in the place of characters; of a character that the encoding lacks, its code."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
         return codecs.lookup_error("backslashreplace")(error)
 
 
-codecs.register_error(ERRORS, _escape)
-
-
-def print_anything() -> None:
-    """Makes stdout and stderr take any text, whatever their encoding: one character must not end a command amid its
-    files."""
-    for stream, errors in ((sys.stdout, ERRORS), (sys.stderr, "backslashreplace")):
-        # What stands in for them need not be able to.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
-
-
-class Failure(Exception):
-    """What ends a command with one line on stderr and exit code 1."""
-
-
-def one_line(error: Any) -> str:
-    """An error's message on one line, without terminal codes."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
-
-
-# What the arguments of Python are called here, where that is another name: `max_window_s` is `--window-s`.
-option_names: dict[str, str] = {}
-
-
 def report(kind: str, message: Any) -> None:
     """Prints a line on stderr."""
-    text = one_line(message)
-    for name, option in option_names.items():
+    # Without the colours that some libraries give their messages.
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(message)).split())
+    for name, option in _option_names.items():
         text = re.sub(rf"(?<=[`']){name}\b", option, text)
     print(f"{kind}: {text}", file=sys.stderr, flush=True)
 
 
 class _Collector(logging.Handler):
-    """Keeps the library's warnings, so that the command can say which file they are about."""
+    """Keeps the library's warnings, which would stand amid a bar or a command's output."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -73,9 +106,11 @@ class _Collector(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(record.getMessage())
 
-    def flush_to_stderr(self, about: str = "") -> None:
+    def report(self, without: tuple[str, ...] = ()) -> None:
+        """Prints them, but for those that hold any of these words, and forgets them."""
         for message in self.messages:
-            report("warning", f"{about}: {message}" if about else message)
+            if not any(words in message for words in without):
+                report("warning", message)
         self.messages.clear()
 
 
@@ -105,27 +140,22 @@ def quiet_libraries() -> Iterator[_Collector]:
 
 
 def load_named_model(
-    model: str,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: str = "float32",
-    num_threads: int | None = None,
+    model: str | None, *args: Any, **kwargs: Any
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
-    [`load_model`] for commands: shows what is being loaded, and names it where that fails.
+    [`load_model`] for commands, by default of the package's checkpoint: shows what is being loaded, and names it where
+    that fails.
 
     Raises:
         ValueError: whatever went wrong.
     """
-    from mdm_asr_hf.loading import load_model
+    from mdm_asr_hf import loading
 
+    model = model or str(loading.default_checkpoint())
     try:
         with Console(stderr=True).status(f"loading {escape(model)}"):
-            return load_model(model, device, trust_remote_code, dtype, num_threads)
+            return loading.load_model(model, *args, **kwargs)
     except Exception as error:
         # A damaged folder: transformers, tokenizers and safetensors each raise classes of their own.
         name = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         raise ValueError(f"cannot load the model {model}: {name}{error}") from error
-
-
-__all__ = ["ERRORS", "Failure", "load_named_model", "one_line", "print_anything", "quiet_libraries", "report"]

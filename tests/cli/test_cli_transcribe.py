@@ -27,7 +27,7 @@ from mdm_asr_cli import journal, output
 from mdm_asr_cli.journal import Journal, whole_lines, write_atomically
 from mdm_asr_cli.options import split_words
 from mdm_asr_cli.terminal import print_anything
-from mdm_asr_cli.transcribe import ProgressBar, _header_duration_s
+from mdm_asr_cli.transcribe import _header_duration_s, progress_bar
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.loading import load_model
 from mdm_asr_hf.transcribe.subtitles import to_json
@@ -186,18 +186,18 @@ def test_every_transcript_is_printed_in_every_encoding(stdout, encoding, text, n
     words = [Word(text, 0.0, 1.0, 0.5)] if text else []
     transcript = Transcript(text, 1.0, [Segment(0.0, 1.0, text, words, 0.5, 1)])
     printed = stdout(encoding)
-    output.Writer([path, path], True, None).write(path, transcript)
+    output.Writer([path, path], [output.Format.json], None).write(path, transcript)
     row = json.loads(printed().decode(encoding))
     assert (row["file"], row["text"]) == (str(path), text)
     printed = stdout(encoding)
-    output.Writer([path, path], False, None).write(path, transcript)
+    output.Writer([path, path], [output.Format.txt], None).write(path, transcript)
     if encoding == "utf-8":
         # As the file system has it.
         assert printed() == os.fsencode(path) + b"\t" + text.encode() + b"\n"
     elif text.isascii():
         assert printed().endswith(b"\t" + text.encode() + b"\n")
     printed = stdout(encoding)
-    output.SubtitlePrinter([path], output.Format.srt).write(path, transcript)
+    output.Writer([path], [output.Format.srt], None).write(path, transcript)
     assert printed().isascii() or not text.isascii()
     assert json.loads(to_json(transcript, str(path)).encode())["file"] == str(path)
 
@@ -356,7 +356,7 @@ def kill_after(monkeypatch):
                 if torn:
                     # Killed amid the writing of a line.
                     with open(journal.path, "a") as file:
-                        file.write(json.dumps(entry)[:20])
+                        file.write(json.dumps(vars(entry))[:20])
                 raise Killed
             add(journal, entry)
             noted.append(entry)
@@ -524,13 +524,12 @@ def test_a_place_that_cannot_be_written_gives_one_line(run, tiny, recordings):
 
 def test_progress_counts_seconds_of_audio(recordings, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    bar = ProgressBar([*recordings, Path("missing.wav")])
-    assert bar.is_shown and bar.bar.tasks[0].total == 27.0
-    bar.advance(13.0)
-    bar.advance(14.0)
-    assert bar.bar.finished
-    column = next(one for one in bar.bar.columns if "Clock" in type(one).__name__)
-    assert column.render(bar.bar.tasks[0]).plain == "0:00:27/0:00:27"
+    bar = progress_bar([*recordings, Path("missing.wav")])
+    assert not bar.disable and bar.tasks[0].total == 27.0
+    bar.advance(bar.task_ids[0], 13.0)
+    assert not bar.finished
+    bar.advance(bar.task_ids[0], 14.0)
+    assert bar.finished
 
 
 def test_the_whole_recording_is_counted(tiny, recordings):
@@ -570,11 +569,6 @@ def test_hotwords_of_a_file(run, tiny, recordings, tmp_path, monkeypatch):
     for entry, message in (
         ("words.txt", "pass `@words.txt`"),
         ("Quilter,Müller", "pass `@Müller`"),
-        ("missing.txt", "pass `@missing.txt`"),
-        ("names.CSV", "pass `@names.CSV`"),
-        ("./words", "pass `@./words`"),
-        ("~/words", "pass `@~/words`"),
-        ("C:\\words", "is a file"),
         ("@missing.txt", "cannot be read"),
         ("@.", "cannot be read"),
         ("@latin", "UTF-8"),
