@@ -92,7 +92,10 @@ class Service:
 
     def warm_up(self) -> None:
         """A model that cannot decode is found before there is a client, and the first one does not wait longer."""
-        BatchedTranscriber(self.batcher, self.model, self.processor, timestamps=True).warm_up()
+        try:
+            BatchedTranscriber(self.batcher, self.model, self.processor, timestamps=True).warm_up()
+        except RuntimeError as error:
+            raise ValueError(f"The model cannot decode: {error}") from error
 
 
 def make_app(service: Service) -> FastAPI:
@@ -148,7 +151,8 @@ def make_app(service: Service) -> FastAPI:
         if asked.stream:
             events = _events(service, transcriber, content, deadline)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        work = in_thread(_transcribe, transcriber, content)
+        # The content alone, never a name: nothing of the caller's choice is opened.
+        work = in_thread(transcriber.transcribe, content)
         gone = asyncio.create_task(_wait_until_gone(request))
         try:
             async with asyncio.timeout_at(deadline):
@@ -173,16 +177,6 @@ def _in_thread(service: Service, function: Callable, *args: Any) -> asyncio.Futu
     return future
 
 
-def _transcribe(
-    transcriber: BatchedTranscriber, content: bytes, on_window: Callable[[int, DecodedWindow], None] | None = None
-) -> Transcript:
-    # The content alone, never a name: nothing of the caller's choice is opened.
-    ((_, result),) = transcriber.transcribe_all([content], on_window=on_window)
-    if isinstance(result, ValueError):
-        raise result
-    return result
-
-
 async def _wait_until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -203,7 +197,7 @@ async def _events(
             loop.call_soon_threadsafe(texts.put_nowait, join_windows(run, window.end_s).text)
             run.clear()
 
-    work = _in_thread(service, _transcribe, transcriber, content, on_window)
+    work = _in_thread(service, partial(transcriber.transcribe, content, on_window=on_window))
     work.add_done_callback(lambda _: texts.put_nowait(None))
     try:
         while True:

@@ -199,14 +199,12 @@ class StreamingTranscriber:
     Transcribes one stream of audio of any length, in bounded memory and with bounded work per second.
 
     Every `step_s` of audio, and more often until there is a first text, the window of the latest seconds is encoded
-    and the text behind the words committed in it decoded. The hypothesis before is its draft, so that one that hardly
-    changes takes an evaluation or two. What two successive hypotheses agree on, well before the end of the audio, is
-    committed. A pause commits everything and starts a new window. A window that has become too long is cut at a word
-    boundary, and the last committed words stay in it as the prefix. Stretches without speech are not decoded at all.
+    and the text behind the words committed in it decoded, with the hypothesis before as its draft. A pause commits
+    everything and starts a new window. One that has become too long is cut at a word boundary, and the last committed
+    words stay in it as the prefix. Stretches without speech are not decoded.
 
-    Where a window ends or is cut, Whisper's thresholds let a text be decoded again as `settings` say. Hypotheses
-    before that are, at most once, if they repeat themselves: at the first temperature, with more silence behind the
-    audio. One that still does is neither shown nor committed.
+    Where a window ends or is cut, Whisper's thresholds let a text be decoded again as `settings` say; hypotheses
+    before that only if they repeat themselves, once. One that still does is neither shown nor committed.
 
     The text depends on the samples alone, not on how they were cut into chunks, unless `keep_up` is set.
 
@@ -225,13 +223,6 @@ class StreamingTranscriber:
 
     Raises:
         ValueError: a checkpoint without drafts, a step or window that makes no sense.
-
-    Example:
-        ```python
-        transcriber = StreamingTranscriber(model, processor)
-        for update in transcriber.stream(chunks, sampling_rate=48_000):
-            print(update.committed, "|", update.partial)
-        ```
     """
 
     def __init__(

@@ -99,14 +99,14 @@ class Transcriber:
         if previous_text:
             self.arguments["previous_ids"] = processor.previous_ids(check_unicode(previous_text, "previous_text"))
 
-    def transcribe(self, audio: Any, **load_audio_kwargs: Any) -> Transcript:
+    def transcribe(self, audio: Any, **kwargs: Any) -> Transcript:
         """
-        The transcript of one recording, in any form [`load_audio`] takes.
+        The transcript of one recording, in any form [`load_audio`] takes; `kwargs` as for `transcribe_all`.
 
         Raises:
             ValueError: it cannot be read or decoded.
         """
-        ((_, result),) = self.transcribe_all([audio], **load_audio_kwargs)
+        ((_, result),) = self.transcribe_all([audio], **kwargs)
         if isinstance(result, ValueError):
             raise result
         return result
