@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from .options import Device, DType, Model, Precision, TrustRemoteCode
-from .terminal import command, load_named_model
+from .terminal import command, load_named_model, quiet_libraries
 
 
-@command("demo")
+@command("demo", quiet=False)
 def demo(
     model: Model = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -29,7 +29,8 @@ def demo(
     """
     from mdm_asr_hf.demo.page import launch
 
-    loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value)
+    with quiet_libraries():
+        loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value)
     try:
         launch(loaded, processor, host=host, port=port, share=share)
     except OSError as error:

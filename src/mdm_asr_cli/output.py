@@ -44,16 +44,29 @@ class Writer:
         files (`list[Path]`): the recordings.
         formats (`list[Format]`): of the results.
         timestamps ([`Timestamps`], *optional*): in JSON.
+        journal_folder (`Path`, *optional*): for journals.
+        resume (`bool`): go on with what these note.
     """
 
-    def __init__(self, files: list[Path], formats: list[Format], timestamps: Timestamps | None):
+    def __init__(
+        self,
+        files: list[Path],
+        formats: list[Format],
+        timestamps: Timestamps | None,
+        journal_folder: Path | None = None,
+        resume: bool = False,
+    ):
         self.files, self.formats, self.timestamps = files, formats, timestamps
+        self.journal_folder, self.resume = journal_folder, resume
         # Subtitles begin with words.
         self.wants_times = any(one in (Format.srt, Format.vtt) for one in formats)
         self.journals: dict[Path, Journal] = {}
 
     def prepare(self, settings: str) -> None:
         """Called once before the first file, with everything that decides the results."""
+        if self.journal_folder is not None:
+            for path in self.files:
+                self.journals[path] = Journal(self.journal_folder, path, settings, keep=self.resume)
 
     def is_done(self, path: Path) -> bool:
         return path in self.journals and self.journals[path].is_done
@@ -83,8 +96,8 @@ class FolderWriter(Writer):
     def __init__(
         self, files: list[Path], formats: list[Format], timestamps: Timestamps | None, folder: Path, resume: bool
     ):
-        super().__init__(files, formats, timestamps)
-        self.folder, self.resume = folder, resume
+        super().__init__(files, formats, timestamps, folder / JOURNAL_FOLDER, resume)
+        self.folder = folder
         owners: dict[str, Path] = {}
         for path in files:
             other = owners.setdefault(path.stem.casefold(), path)
@@ -96,11 +109,9 @@ class FolderWriter(Writer):
                 )
 
     def prepare(self, settings: str) -> None:
-        folder = self.folder / JOURNAL_FOLDER
-        self.journals = {path: Journal(folder, path, settings, keep=self.resume) for path in self.files}
-
-    def is_done(self, path: Path) -> bool:
-        return super().is_done(path) and all(self._target(path, one).is_file() for one in self.formats)
+        super().prepare(settings)
+        for path, journal in self.journals.items():
+            journal.is_done &= all(self._target(path, one).is_file() for one in self.formats)
 
     def write(self, path: Path, transcript: "Transcript") -> None:
         from mdm_asr_hf.transcribe.subtitles import WRITERS, to_json
@@ -123,9 +134,8 @@ class LinesWriter(Writer):
     """Appends a line of JSON per recording to one file."""
 
     def __init__(self, files: list[Path], timestamps: Timestamps | None, target: Path, resume: bool):
-        super().__init__(files, [Format.json], timestamps)
-        self.target, self.resume = target, resume
-        self.present: set[str] = set()
+        super().__init__(files, [Format.json], timestamps, target.parent / JOURNAL_FOLDER / target.name, resume)
+        self.target = target
         if len(set(files)) < len(files):
             twice = next(path for i, path in enumerate(files) if path in files[:i])
             raise ValueError(f"`FILE` {str(twice)!r} is given twice. Name it once.")
@@ -135,25 +145,21 @@ class LinesWriter(Writer):
             )
 
     def prepare(self, settings: str) -> None:
-        folder = self.target.parent / JOURNAL_FOLDER / self.target.name
-        self.journals = {path: Journal(folder, path, settings, keep=self.resume) for path in self.files}
-        kept = []
+        super().prepare(settings)
+        lines = {}
         for line in whole_lines(self.target):
             try:
-                name = json.loads(line)["file"]
+                lines[Path(json.loads(line)["file"])] = f"{line}\n"
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"`--output {self.target}` holds lines that `mdm-asr transcribe` did not write. Choose another."
                 ) from error
+        for path, journal in self.journals.items():
+            journal.is_done &= path in lines
             # Lines of other recordings stay. Those of recordings that are to be done anew go.
-            journal = self.journals.get(Path(name))
-            if journal is None or journal.is_done:
-                kept.append(f"{line}\n")
-                self.present.add(name)
-        write_atomically(self.target, "".join(kept))
-
-    def is_done(self, path: Path) -> bool:
-        return super().is_done(path) and str(path) in self.present
+            if not journal.is_done:
+                lines.pop(path, None)
+        write_atomically(self.target, "".join(lines.values()))
 
     def write(self, path: Path, transcript: "Transcript") -> None:
         from mdm_asr_hf.encoding_mdm_asr import json_text

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from .options import BatchSize, Device, DType, Model, Precision, TrustRemoteCode, Vad, VoiceActivity
-from .terminal import command, load_named_model
+from .terminal import command, load_named_model, quiet_libraries
 
 
-@command("serve")
+@command("serve", quiet=False)
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -50,10 +50,11 @@ def serve(
     from mdm_asr_hf.serve.limits import Limits
 
     limits = Limits(api_key, max_mb * 2**20, max_audio_s, max_requests, timeout_s)
-    loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value, threads)
     name = Path(model or default_checkpoint()).name or model
-    service = Service(loaded, processor, name, limits, batch_size, vad.value)
-    service.warm_up()
+    with quiet_libraries():
+        loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value, threads)
+        service = Service(loaded, processor, name, limits, batch_size, vad.value)
+        service.warm_up()
     uvicorn.run(
         make_app(service),
         host=host,

@@ -9,7 +9,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 _option_names: dict[str, str] = {}
 
 
-def command(extra: str = "torch", failure: str = "") -> Callable[[Callable], Callable]:
+def command(extra: str = "torch", failure: str = "", quiet: bool = True) -> Callable[[Callable], Callable]:
     """
-    Makes a command of a function: libraries are quiet, warnings are told at its end, and what is wrong with its input,
-    or not installed, ends it with one line on stderr and exit code 1.
+    Makes a command of a function: what is wrong with its input, or not installed, ends it with one line on stderr and
+    exit code 1.
 
     Args:
         extra (`str`): of the package, which it needs.
         failure (`str`): what stands before an error, with the function's arguments in braces.
+        quiet (`bool`): libraries say nothing, and warnings are told at its end.
     """
 
     def wrap(function: Callable) -> Callable:
@@ -41,7 +42,7 @@ def command(extra: str = "torch", failure: str = "") -> Callable[[Callable], Cal
         def run(**arguments: Any) -> None:
             _option_names.clear()
             _option_names.update(_declared_names(function))
-            with quiet_libraries() as collector:
+            with quiet_libraries() if quiet else nullcontext(_Collector()) as collector:
                 try:
                     function(**arguments)
                 except ModuleNotFoundError as error:
