@@ -256,6 +256,7 @@ def test_shards_hold_all_rows_in_order(sizes, shard_mb):
         ({"source": "columns.jsonl"}, "no column audio"),
         ({"split": "train"}, "`split`"),
         ({"gpus": 1.5}, "`gpus`"),
+        ({"shard_mb": float("nan")}, "`shard_mb`"),
         ({"output": "taken"}, "has shards but no _run.json"),
         ({"output": "other"}, "its 'format' is 'jsonl', not 'parquet'"),
     ],

@@ -81,8 +81,10 @@ def transcribe_dataset(
         ValueError: an argument, a source or a model that cannot be used, `output` of another run, or shards that could
             not be written. The others stay.
     """
-    if gpus > 1 and gpus != int(gpus):
+    if not gpus >= 0 or (gpus > 1 and gpus != int(gpus)):
         raise ValueError(f"`gpus` must be a share of one or a whole number, got {gpus!r}.")
+    if not shard_mb > 0:
+        raise ValueError(f"`shard_mb` must be positive, got {shard_mb!r}.")
     report = report or (lambda line: None)
     archive = Archive(os.path.abspath(source) if os.path.exists(source) else str(source), split, config)
     model = str(model or default_checkpoint())
@@ -186,7 +188,7 @@ class ShardWorker:
                 raise RuntimeError(f"a worker died of it {MAX_TRIES} times, maybe for want of memory")
             lines = [to_row(row.id, one) for row, one in zip(rows, self._transcribe(rows), strict=True)]
             with replacing(path) as temporary:
-                (_write_parquet if path.suffix == ".parquet" else _write_jsonl)(lines, temporary)
+                {".parquet": _write_parquet, ".jsonl": _write_jsonl}[path.suffix](lines, temporary)
             tries.unlink(missing_ok=True)
         except Exception as error:
             return {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": _reason(error).rstrip(".") + "."}
