@@ -130,16 +130,36 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def word_runs(pieces: Sequence[str]) -> list[range]:
-    """The tokens of each word, or of each character of scripts without blanks and of what closes behind it; `pieces`
-    as for `group_words`."""
-    starts, first = [], 0
+# A character of scripts written without blanks: Thai, Lao, Myanmar, Khmer, kana, ideographs and their punctuation.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff01-\uff9f\U00020000-\U0003134f]"
+)
+# Unicode categories of marks, lengthening signs, and punctuation that does not open.
+_STAYS_BEHIND = ("Mn", "Mc", "Me", "Lm", "Pe", "Pf", "Po", "Pd")
+
+
+def word_runs(pieces: Sequence[str], parts_scripts: bool = True) -> list[range]:
+    """
+    The tokens of each word, by what each adds to the text (see `token_texts`), as blanks part them. Text of scripts
+    that are written without is parted at its tokens, about one a character, as Whisper does (arXiv 2212.04356), if
+    that is asked for. A token that ends amid the bytes of a character has no text: it belongs to the one that
+    completes it.
+    """
+    starts, first, before = [], 0, " "
     for i, piece in enumerate(pieces):
-        if not starts or piece[:1].isspace() or (UNSPACED.match(piece) and piece[0].isalnum()):
+        if not piece:
+            continue
+        after = piece[0]
+        is_parted = before.isspace() or after.isspace()
+        if parts_scripts and (UNSPACED.match(before) or UNSPACED.match(after)):
+            # Marks and what closes stay with the character before, what opens with the one behind.
+            stays = unicodedata.category(after) in _STAYS_BEHIND or unicodedata.category(before) in ("Ps", "Pi")
+            is_parted = is_parted or not stays
+        if is_parted:
             starts.append(first)
-        # A token that ends amid the bytes of a character has no text: it belongs to the one that completes it.
-        first = i + 1 if piece else first
-    return [range(*pair) for pair in itertools.pairwise([*starts, len(pieces)])]
+        first, before = i + 1, piece[-1]
+    return [range(*pair) for pair in itertools.pairwise([*starts, first])]
 
 
 def group_words(
@@ -148,8 +168,7 @@ def group_words(
     times_s: Sequence[Sequence[float]] | None = None,
 ) -> list[Word]:
     """
-    Words, as blanks part them, of tokens. With times, text of scripts that are written without blanks is parted at its
-    tokens, about one a character, as Whisper does (arXiv 2212.04356).
+    Words of tokens (see `word_runs`); scripts without blanks are parted if there are times.
 
     Args:
         pieces (`list[str]`): what each token adds to the text, see `token_texts`.
@@ -160,52 +179,18 @@ def group_words(
     Returns:
         Words with times in whole milliseconds, and confidences of four digits.
     """
-    text, owners, waiting = "", [], []
-    for i, piece in enumerate(pieces):
-        # A token that ends amid the bytes of a character has no text: it belongs to the one that completes it.
-        waiting.append(i)
-        owners += [tuple(waiting)] * len(piece)
-        text += piece
-        if piece:
-            waiting = []
     words = []
-    for places in _word_places(text, None if times_s is None else owners):
-        counted = [i for i in places if text[i].isalnum()] or list(places)
-        its_tokens = sorted({token for i in counted for token in owners[i]})
-        confidence = math.prod(float(confidences[token]) for token in its_tokens)
-        word = Word(text[places.start : places.stop], confidence=round_share(confidence))
-        if times_s is not None:
-            word.start_s = round_seconds(min(times_s[token][0] for token in its_tokens))
-            word.end_s = round_seconds(max(times_s[token][1] for token in its_tokens))
-        words.append(word)
+    for run in word_runs(pieces, parts_scripts=times_s is not None):
+        spoken = [k for k in run if not pieces[k] or any(map(str.isalnum, pieces[k]))]
+        its_tokens = spoken if any(pieces[k] for k in spoken) else run
+        confidence = round_share(math.prod(float(confidences[k]) for k in its_tokens))
+        for text in "".join(pieces[k] for k in run).split():
+            word = Word(text, confidence=confidence)
+            if times_s is not None:
+                word.start_s = round_seconds(min(times_s[k][0] for k in its_tokens))
+                word.end_s = round_seconds(max(times_s[k][1] for k in its_tokens))
+            words.append(word)
     return words
-
-
-# A character of scripts written without blanks: Thai, Lao, Myanmar, Khmer, kana, ideographs and their punctuation.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff01-\uff9f\U00020000-\U0003134f]"
-)
-# Unicode categories of marks, lengthening signs, and punctuation that does not open.
-_STAYS_BEHIND = ("Mn", "Mc", "Me", "Lm", "Pe", "Pf", "Po", "Pd")
-
-
-def _word_places(text: str, owners: Sequence[tuple[int, ...]] | None) -> list[range]:
-    """Places of the words in a text, parted at blanks and, where its characters' tokens are given, between these."""
-    parts = []
-    for match in re.finditer(r"\S+", text):
-        begin = match.start()
-        for i in range(begin + 1, match.end()) if owners is not None else ():
-            before, after = text[i - 1], text[i]
-            if owners[i - 1] == owners[i] or not (UNSPACED.match(before) or UNSPACED.match(after)):
-                continue
-            # Marks and what closes stay with the character before, what opens with the one behind.
-            if unicodedata.category(after) in _STAYS_BEHIND or unicodedata.category(before) in ("Ps", "Pi"):
-                continue
-            parts.append(range(begin, i))
-            begin = i
-        parts.append(range(begin, match.end()))
-    return parts
 
 
 __all__ = [
