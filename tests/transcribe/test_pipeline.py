@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Audio, Dataset
 from tiny_models import tiny_drafts_model, tiny_processor
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from mdm_asr_hf import MDMASRPipeline, default_checkpoint
@@ -130,6 +130,10 @@ def test_stock_arguments_are_taken(tiny):
     assert expected["nfe"] == len(expected["tokens"]) + 1
     options = {"stride_length_s": (1, 1), "ignore_warning": True, "generate_kwargs": {"draft_branches": []}}
     assert tiny(entry(noise(1.0)), **options) == expected
+    # A configuration of transformers' own, too, and what only `generate` knows.
+    short = tiny(entry(noise(1.0)), generation_config=GenerationConfig(max_new_tokens=2), draft_branches=[])
+    assert [token["text"] for token in short["tokens"]] == [token["text"] for token in expected["tokens"][:2]]
+    assert tiny(entry(noise(1.0)), draft_branches=[], return_dict_in_generate=False, generator=[1]) == expected
     drafted = tiny(entry(noise(1.0)), chunk_length_s=0, return_timestamps=False)
     assert drafted["text"] == expected["text"] and drafted["nfe"] < expected["nfe"]
 

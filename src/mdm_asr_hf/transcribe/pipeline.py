@@ -78,8 +78,7 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
             make_vad(vad, self.feature_extractor.sampling_rate)
         options = {"max_window_s": chunk_length_s or None, "vad": vad, "hotwords": hotwords}
         results = {"return_timestamps": return_timestamps, "return_language": return_language}
-        given = [{name: value for name, value in one.items() if value is not None} for one in (options, results)]
-        return given[0], {**(generate_kwargs or {}), **kwargs}, given[1]
+        return _given(options), {**(generate_kwargs or {}), **kwargs}, _given(results)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         # The stock pipeline takes the numbers of one recording, `(samples, rate)` or floats, for a batch.
@@ -108,6 +107,9 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
         # The pipeline's own defaults; before transformers 5.23 they were part of `self.generation_config`.
         if hasattr(self, "_prepare_generate_kwargs"):
             forward_params = self._prepare_generate_kwargs(forward_params)
+        # Which may be one of transformers' own.
+        config = forward_params.pop("generation_config", None)
+        settings = None if config is None else self.model._settle_generation_config(config, {}, set())[0]
         processor = self.processor
         if processor is None:
             template = getattr(self.model.generation_config, "prompt_template", None)
@@ -115,7 +117,7 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
         transcriber = _PipelineTranscriber(
             self.model,
             processor,
-            settings=forward_params.pop("generation_config", None),
+            settings=settings,
             batch_size=batch_size,
             timestamps=bool(postprocess_params.get("return_timestamps")),
             **preprocess_params,
@@ -131,6 +133,10 @@ class MDMASRPipeline(AutomaticSpeechRecognitionPipeline):
                 raise transcript
             windows = sorted(decoded.pop(i, []), key=lambda window: window.start_s)
             yield _result(transcript, windows, **postprocess_params)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _result(
