@@ -251,15 +251,11 @@ class _LiveText:
 
     def __call__(self, update: "StreamUpdate") -> None:
         console = self._live.console
-        rest = update.committed[self._num_shown :]
-        lines = Text(rest.lstrip()).wrap(console, console.width)
-        if len(lines) > 1 or update.is_final:
-            # The last line may still grow, unless the stream has ended.
-            done = lines if update.is_final else lines[:-1]
-            for line in done:
-                line.rstrip()
-                console.print(line)
-            last = "" if update.is_final or not lines else lines[-1].plain
-            self._num_shown = len(update.committed) - len(last)
-            rest = last
-        self._live.update(Text.assemble(rest.lstrip(), " ", (update.partial, "dim")))
+        lines = Text(update.committed[self._num_shown :].lstrip()).wrap(console, console.width)
+        # The last line may still grow, unless the stream has ended.
+        for line in lines if update.is_final else lines[:-1]:
+            line.rstrip()
+            console.print(line)
+        last = "" if update.is_final or not lines else lines[-1].plain
+        self._num_shown = len(update.committed) - len(last)
+        self._live.update(Text.assemble(last, " ", (update.partial, "dim")))
