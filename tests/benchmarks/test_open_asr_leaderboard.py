@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Audio, Dataset, DatasetDict
+from tables import each
 from tiny_models import tiny_model, tiny_processor
 
 from mdm_asr_hf import default_checkpoint
@@ -108,7 +109,7 @@ def test_the_default_checkpoint_on_two_clips(script, tmp_path, capsys):
         script.main([*arguments, "--steps", "3"])
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@each("streaming", [False, True])
 def test_a_folder_of_parquet_files(script, tmp_path, tiny, streaming):
     clips = [(f"{i}", wav(noise(0.4 + 0.2 * i, seed=i)), f"number {i}") for i in range(5)]
     for name in ("phone", "radio"):
@@ -131,7 +132,7 @@ def test_a_folder_of_parquet_files(script, tmp_path, tiny, streaming):
     assert len(read(script.main([*arguments, "--dataset", "phone", "--max_eval_samples", "-1"]))) == 1
 
 
-def test_long_clips_are_cut_where_it_is_quiet(script, tmp_path, tiny):
+def test_long_clips_are_cut_where_it_is_quiet_and_nothing_is_lost(script, tmp_path, tiny):
     clip = noise(37)
     clip[18 * RATE : 18 * RATE + RATE // 2] = 0
     pieces = script.split_clip(clip, 30 * RATE, RATE)
@@ -148,13 +149,11 @@ def test_long_clips_are_cut_where_it_is_quiet(script, tmp_path, tiny):
     first, second, alone = (row["pred_text"] for row in read(script.main([*arguments, "--batch_size", "1"])))
     assert first and second and long["pred_text"] == f"{first} {second}" and short["pred_text"] == alone
 
-
-@pytest.mark.parametrize("num_samples", [30 * RATE, 30 * RATE + 1, 54 * RATE, 61 * RATE, 300 * RATE + 7])
-def test_no_piece_is_too_long_and_none_is_lost(script, num_samples):
-    clip = np.arange(num_samples, dtype=np.float32)[::-1]
-    pieces = script.split_clip(clip, 30 * RATE, RATE)
-    assert max(map(len, pieces)) <= 30 * RATE and min(map(len, pieces)) > 10 * RATE
-    assert np.array_equal(np.concatenate(pieces), clip)
+    for num_samples in [30 * RATE, 30 * RATE + 1, 54 * RATE, 61 * RATE, 300 * RATE + 7]:
+        clip = np.arange(num_samples, dtype=np.float32)[::-1]
+        pieces = script.split_clip(clip, 30 * RATE, RATE)
+        assert max(map(len, pieces)) <= 30 * RATE and min(map(len, pieces)) > 10 * RATE
+        assert np.array_equal(np.concatenate(pieces), clip)
 
 
 def test_the_leaderboards_package_is_used_where_it_is(monkeypatch, tiny, tmp_path, capsys):
@@ -191,15 +190,7 @@ def test_the_leaderboards_package_is_used_where_it_is(monkeypatch, tiny, tmp_pat
     assert written["audio_filepaths"] == ["file of folder/a", "file of folder/b"]
 
 
-def test_what_the_leaderboards_package_lacks_is_said(monkeypatch, tmp_path):
-    (tmp_path / "normalizer").mkdir()
-    (tmp_path / "normalizer" / "__init__.py").write_text("import a_package_that_is_not_installed")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
-        load_script(monkeypatch, ...)
-
-
-def test_what_cannot_be_measured_is_said(script, tiny, tmp_path):
+def test_what_cannot_be_measured_is_said(script, tiny):
     DatasetDict(test=rows(("a", wav(noise(0.5)), " "))).save_to_disk("data")
     arguments = ["--model_id", str(tiny), "--dataset", "any", "--dataset_path"]
     with pytest.raises(ValueError, match="no utterance with a reference"):
@@ -208,3 +199,11 @@ def test_what_cannot_be_measured_is_said(script, tiny, tmp_path):
         script.main([*arguments, "data", "--split", "dev"])
     with pytest.raises(ValueError, match="one reference for many chunks"):
         script.main([*arguments, "ArtificialAnalysis/Earnings22-Cleaned-AA-chunked"])
+
+
+def test_what_the_leaderboards_package_lacks_is_said(monkeypatch, tmp_path):
+    (tmp_path / "normalizer").mkdir()
+    (tmp_path / "normalizer" / "__init__.py").write_text("import a_package_that_is_not_installed")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
+        load_script(monkeypatch, ...)
