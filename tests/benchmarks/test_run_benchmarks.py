@@ -15,6 +15,7 @@ import run_timestamps
 import soundfile
 import timing
 import torch
+from tables import each
 from tiny_data import RATE_HZ, ROOT, save_model, write_data
 from tiny_models import tiny_drafts_model, tiny_processor
 
@@ -52,7 +53,7 @@ def run(script, folder, output, *arguments):
 # Drafts
 
 
-@pytest.mark.parametrize("what", ["decoding", "silence"])
+@each("what", ["decoding", "silence"])
 def test_every_condition_of_drafts_has_a_line(folder, tmp_path, what):
     lines = {line["condition"]: line for line in run(run_drafts, folder, tmp_path / "out", what)["lines"]}
     if what == "silence":
@@ -67,7 +68,7 @@ def test_every_condition_of_drafts_has_a_line(folder, tmp_path, what):
     assert lines["masks"]["nfe"] < lines["masks without the sequential head"]["nfe"] <= alone["nfe"]
 
 
-def test_rules_of_drafts_by_hand():
+def test_rules_and_lines_by_hand():
     from mdm_asr_hf import torch_generation_mdm_asr, verified_decoding_mdm_asr
     from mdm_asr_hf.drafting_mdm_asr import cut_drafts
 
@@ -84,11 +85,6 @@ def test_rules_of_drafts_by_hand():
     assert [number("confidence", c) for c in (0.95, 0.6, 0.5, 0.3, 0.2)] == [1, 1, 2, 2, 3]
     assert number("random", 1) == 1 and verified_decoding_mdm_asr.cut_drafts is cut_drafts
 
-
-# Losslessness and safeguards
-
-
-def test_a_line_for_each_set():
     rows = [
         {
             "set": "a",
@@ -109,7 +105,10 @@ def test_a_line_for_each_set():
     assert second["utterances"] == 1 and second["wer_own"] == 0.0
 
 
-def test_the_readmes_table_is_of_the_results():
+# Losslessness and safeguards
+
+
+def test_published_tables_are_of_their_results():
     folder = ROOT / "benchmarks" / "results" / "lossless"
     summary = json.loads((folder / "results.json").read_text())
     assert run_lossless.to_markdown(summary) == (folder / "results.md").read_text()
@@ -117,16 +116,23 @@ def test_the_readmes_table_is_of_the_results():
     # Not one id differs.
     assert all(line["same_ids"] == line["ids_of_the_loop"] == line["utterances"] for line in summary["sets"])
 
-
-@pytest.mark.parametrize("name", ["lossless", "lossless-base", "drafts", "silence", "safeguards"])
-def test_tables_are_of_their_results(name):
-    script = {"lossless": run_lossless, "lossless-base": run_lossless, "safeguards": run_safeguards}
-    folder = ROOT / "benchmarks" / "results" / name
-    summary = json.loads((folder / "results.json").read_text())
-    assert script.get(name, run_drafts).to_markdown(summary) == (folder / "results.md").read_text()
+    for name in ["lossless", "lossless-base", "drafts", "silence", "safeguards"]:
+        script = {"lossless": run_lossless, "lossless-base": run_lossless, "safeguards": run_safeguards}
+        folder = ROOT / "benchmarks" / "results" / name
+        summary = json.loads((folder / "results.json").read_text())
+        assert script.get(name, run_drafts).to_markdown(summary) == (folder / "results.md").read_text()
 
 
-def test_texts_and_loops_are_counted_with_and_without_safeguards(folder, tmp_path):
+def test_sounds_texts_and_loops(folder, tmp_path):
+    pytest.importorskip("scipy")
+    import sounds
+
+    made = [sounds.make(i) for i in range(len(sounds.KINDS))]
+    assert len({kind for kind, _ in made}) == len(made)
+    for kind, samples in made:
+        assert 0.5 * RATE_HZ <= len(samples) <= 15 * RATE_HZ and np.isfinite(samples).all(), kind
+        assert kind == "digital" or 1e-3 * 0.99 <= np.abs(samples).max() <= 0.9
+
     rows = [
         {"group": "sounds", "text": "", "bare": "la la la la"},
         {"group": "sounds", "text": "you", "bare": "you"},
@@ -143,21 +149,10 @@ def test_texts_and_loops_are_counted_with_and_without_safeguards(folder, tmp_pat
     ]
 
 
-def test_sounds_are_of_every_kind():
-    pytest.importorskip("scipy")
-    import sounds
-
-    made = [sounds.make(i) for i in range(len(sounds.KINDS))]
-    assert len({kind for kind, _ in made}) == len(made)
-    for kind, samples in made:
-        assert 0.5 * RATE_HZ <= len(samples) <= 15 * RATE_HZ and np.isfinite(samples).all(), kind
-        assert kind == "digital" or 1e-3 * 0.99 <= np.abs(samples).max() <= 0.9
-
-
 # Hotwords
 
 
-def test_lists_hold_what_was_said_and_what_was_not(tmp_path):
+def test_hotwords_by_hand(tmp_path):
     with gzip.open(tmp_path / "texts.txt.gz", "wt") as file:
         file.write("The cat.\nthe dog and the bird\na cat\n")
     assert run_hotwords.common_words(tmp_path / "texts.txt.gz", 3) == {"the", "cat", "a"}
@@ -173,8 +168,6 @@ def test_lists_hold_what_was_said_and_what_was_not(tmp_path):
     with pytest.raises(ValueError, match="`--distractors` asks for 3"):
         run_hotwords.make_lists(texts, {"the", "and", "met"}, 3, seed=0)
 
-
-def test_biased_and_unbiased_errors_are_told_apart():
     rows = [
         # One list word right, one wrong, one other word wrong; and a list word put in.
         {"reference": "the quilter met basil here", "hypothesis": "a quilter met bazil here"},
@@ -187,7 +180,7 @@ def test_biased_and_unbiased_errors_are_told_apart():
     assert run_hotwords.biased_counts([rows[1] | {"words": []}])["recall"] is None
 
 
-def test_hotwords_of_a_tiny_model(folder, tmp_path):
+def test_hotwords_and_a_stream_of_a_tiny_model(folder, tmp_path):
     (tmp_path / "texts.txt").write_text("one two\n")
     write_data(tmp_path / "data", (0.5, 0.6), ["one rarely", "two seldom"])
     (tmp_path / "model").symlink_to(folder / "model")
@@ -200,6 +193,11 @@ def test_hotwords_of_a_tiny_model(folder, tmp_path):
     ]
     assert [("difference" in one) for one in results] == [False, True, True]
 
+    write_data(tmp_path / "data", (5.5, 2.0))
+    results = run(run_streaming, tmp_path, tmp_path / "streams", "--clock", "process", "--policy", "margin_s=0.6")
+    # One is too short.
+    assert (results["recordings"], results["audio_s"]) == (1, 5.5)
+
 
 # Streaming
 
@@ -209,13 +207,11 @@ def update(time_s, partial="", committed="", latency_s=0.1, is_final=False, new=
     return common | {"nfe": 2, "is_final": is_final, "new": list(new)}
 
 
-def test_revised_words_are_those_that_the_next_update_has_otherwise():
+def test_streams_by_hand():
     updates = [update(0.5, "a dock"), update(1.0, "A dog, barks"), update(1.5, "barks", "a dog")]
     assert run_streaming.count_revised([*updates, update(2.0, "", "a dog barks")]) == (1, 6)
     assert run_streaming.count_revised([update(0.5, "a dog"), update(1.0, "a")]) == (1, 2)
 
-
-def test_the_first_text_counts_from_the_onset_and_with_the_computing():
     word = {"text": "dog", "start_s": 0.4, "end_s": 0.8}
 
     def row(onset_s):
@@ -230,18 +226,10 @@ def test_the_first_text_counts_from_the_onset_and_with_the_computing():
     assert results["rtf"] == pytest.approx(0.15) and results["evaluations_per_update"]["mean"] == 2
 
 
-def test_a_stream_of_a_tiny_model(folder, tmp_path):
-    write_data(tmp_path / "data", (5.5, 2.0))
-    (tmp_path / "model").symlink_to(folder / "model")
-    results = run(run_streaming, tmp_path, tmp_path / "out", "--clock", "process", "--policy", "margin_s=0.6")
-    # One is too short.
-    assert (results["recordings"], results["audio_s"]) == (1, 5.5)
-
-
 # Times of words
 
 
-def test_speech_span_and_joined_clips():
+def test_times_by_hand():
     generator = np.random.default_rng(0)
     noise = [generator.normal(0, 1e-4, 8000).astype(np.float32) for _ in range(2)]
     tone = np.sin(2 * np.pi * 220 * np.arange(RATE_HZ) / RATE_HZ).astype(np.float32)
@@ -255,17 +243,6 @@ def test_speech_span_and_joined_clips():
         around = [np.abs(joined.samples[place + side * 640 :][:320]).max() for side in (-2 * inside, inside)]
         assert around[0] < 0.01 < 0.5 < around[1]
 
-
-def test_forced_aligner_on_a_recording():
-    pytest.importorskip("pocketsphinx")
-    samples, _ = soundfile.read(ROOT / "demo" / "common_voice_en_48.flac", dtype="float32")
-    aligner, words = timing.ForcedAligner(), (ROOT / "demo" / "transcript.txt").read_text().split()
-    times_s = aligner.align(samples, words)
-    assert [start for start, _ in times_s] == pytest.approx(STARTS_S, abs=0.03)
-    assert aligner.align(samples, ["qwxzk"]) is None
-
-
-def test_errors_of_times_by_hand():
     assert timing.match_words("The cat, sat on".split(), "the CAT on it".split()) == [(0, 0), (1, 1), (3, 2)]
     common = {"set": "d", "system": "mdm-asr"}
     rows = [
@@ -285,6 +262,15 @@ def test_errors_of_times_by_hand():
     assert (numbers["num_words"], numbers["median_ms"], numbers["mean_ms"]) == (4, 45.0, 100.0)
     assert [numbers[f"within_{ms}_ms"] for ms in (50, 100, 200)] == [0.5, 0.75, 0.75]
     assert (numbers["median_signed_ms"], numbers["p90_ms"]) == (35.0, 228.0)
+
+
+def test_forced_aligner_on_a_recording():
+    pytest.importorskip("pocketsphinx")
+    samples, _ = soundfile.read(ROOT / "demo" / "common_voice_en_48.flac", dtype="float32")
+    aligner, words = timing.ForcedAligner(), (ROOT / "demo" / "transcript.txt").read_text().split()
+    times_s = aligner.align(samples, words)
+    assert [start for start, _ in times_s] == pytest.approx(STARTS_S, abs=0.03)
+    assert aligner.align(samples, ["qwxzk"]) is None
 
 
 def test_times_of_a_tiny_model(folder, tmp_path, monkeypatch):
