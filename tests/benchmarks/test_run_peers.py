@@ -26,15 +26,13 @@ def names(clips):
 # Clips
 
 
-def test_the_nearest_utterances_are_chosen():
+def test_clips_are_chosen_joined_and_batched(tmp_path):
     entries = [entry("a", 9.0), entry("b", 10.1), entry("c", 9.8), entry("d", 12.0), entry("e", 10.0)]
     assert names(run_peers.choose_clips(entries, 10, 3)) == [["e"], ["b"], ["c"]]
     # 8.5 to 11.5 s: "d" is too long.
     with pytest.raises(ValueError, match="has 4 clips of 8.5 to 11.5 s.*`--clips` asks for 5"):
         run_peers.choose_clips(entries, 10, 5)
 
-
-def test_short_utterances_of_one_chapter_are_joined_where_long_ones_are_too_few():
     chapter = [entry(f"audio/1-2-{i}.flac", s) for i, s in enumerate([4.0, 5.0, 1.2, 9.0, 3.0])]
     # 1-2-0 to 1-2-2 last 10.2 s and 1-2-0 and 1-2-1 9 s; 1-2-3 is itself one of 10 s; 1-2-4 alone is too short.
     # The next chapter's is another speaker's, and "x" names no chapter.
@@ -44,8 +42,6 @@ def test_short_utterances_of_one_chapter_are_joined_where_long_ones_are_too_few(
     with pytest.raises(ValueError, match="has 2 clips"):
         run_peers.choose_clips(entries, 10, 3)
 
-
-def test_joined_clips_hold_the_samples_and_texts_one_after_the_other(tmp_path):
     data = write_data(tmp_path / "data", (0.5, 0.6, 0.3), prefix="5-")
     (clip,) = run_peers.make_clips(data, [1.1], 1)[1.1]
     assert clip["id"] == "5-0.wav+5-1.wav" and clip["reference"] == "word 0 word 1"
@@ -58,7 +54,7 @@ def test_joined_clips_hold_the_samples_and_texts_one_after_the_other(tmp_path):
     assert run_peers.batches_of([0, 1], 5) == [[0, 1, 0, 1, 0]]
 
 
-def test_settings_of_ours(tmp_path):
+def test_settings_of_ours(tmp_path, monkeypatch, setting, capsys):
     assert peers.parse_settings("") == {}
     parsed = peers.parse_settings("gamma=0.2,branches=none,window-s=7,dtype=int8")
     assert parsed == {"gamma": 0.2, "draft_branches": [], "window_s": 7.0, "dtype": "int8"}
@@ -77,6 +73,21 @@ def test_settings_of_ours(tmp_path):
     peer = peers.Peer("onnx", "out/int8", "ours-tiny", "int8", "onnx=out/int8,gamma=0.2")
     assert peer.label == "ours-tiny, ONNX Runtime, gamma=0.2, int8" and peer.is_ours
     assert peer.encoder_label == "ours-tiny, ONNX Runtime, encoder alone, int8"
+
+    model, seconds = tiny_drafts_model(dtype=torch.float32), {}
+    with peers.watch_stages(model, seconds):
+        model.generate(*tiny_inputs(), max_new_tokens=20)
+    assert list(seconds) == ["encoder", "causal rows", "drafts"]
+    before = dict(seconds)
+    model.generate(*tiny_inputs(), max_new_tokens=20)
+    assert seconds == before
+
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="`ctranslate2` is not installed.*--skip faster-whisper"):
+        run(setting, tmp_path / "output", "--donor", str(setting / "tiny-donor"))
+    with pytest.raises(SystemExit):
+        run_peers.main(["--data", str(setting / "data"), "--output", str(tmp_path / "output")])
+    assert "--donor is needed" in capsys.readouterr().err
 
 
 # Tables
@@ -144,12 +155,10 @@ def test_medians_and_tables_by_hand(rows):
     rows[3]["mib"]["peak_device"] = 900.0
     assert "| GPU MiB |" in markdown(rows) and "| 4.0 | 900 |" in markdown(rows)
 
-
-@pytest.mark.parametrize("name", ["peers", "peers-base", "recording", "cost"])
-def test_published_tables_are_of_their_results(name):
-    folder = ROOT / "benchmarks" / "results" / name
-    made = run_peers.to_markdown(json.loads((folder / "results.json").read_text()))
-    assert made.split("Medians;")[0] == (folder / "results.md").read_text().split("Medians;")[0]
+    for name in ["peers", "peers-base", "recording", "cost"]:
+        folder = ROOT / "benchmarks" / "results" / name
+        made = run_peers.to_markdown(json.loads((folder / "results.json").read_text()))
+        assert made.split("Medians;")[0] == (folder / "results.md").read_text().split("Medians;")[0]
 
 
 # Runs
@@ -284,22 +293,3 @@ def test_whisper_cpp(setting, tmp_path):
             texts.setdefault(row["system"], []).extend(one["hypothesis"] for one in row.get("utterances", ()))
     assert texts[system + "f16"] == texts["donor, transformers, float32"] and all(texts[system + "q8_0"])
     assert len(texts[system + "f16"]) == 4 and len(set(texts[system + "f16"])) > 1
-
-
-def test_ours_is_taken_apart():
-    model, seconds = tiny_drafts_model(dtype=torch.float32), {}
-    with peers.watch_stages(model, seconds):
-        model.generate(*tiny_inputs(), max_new_tokens=20)
-    assert list(seconds) == ["encoder", "causal rows", "drafts"]
-    before = dict(seconds)
-    model.generate(*tiny_inputs(), max_new_tokens=20)
-    assert seconds == before
-
-
-def test_a_peer_that_is_not_installed(monkeypatch, setting, tmp_path, capsys):
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="`ctranslate2` is not installed.*--skip faster-whisper"):
-        run(setting, tmp_path / "output", "--donor", str(setting / "tiny-donor"))
-    with pytest.raises(SystemExit):
-        run_peers.main(["--data", str(setting / "data"), "--output", str(tmp_path / "output")])
-    assert "--donor is needed" in capsys.readouterr().err
