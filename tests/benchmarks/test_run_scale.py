@@ -22,7 +22,7 @@ def made_up():
     return rows
 
 
-def test_ratios_and_costs():
+def test_archives_by_hand():
     summary = summarise(made_up())
     assert summary["overhead"] == pytest.approx(0.05)
     assert summary["overhead_with_start"] == pytest.approx(125 / 110 - 1)
@@ -38,8 +38,6 @@ def test_ratios_and_costs():
     assert hundred["head_share"] == pytest.approx(hundred["read_mb_per_s"] / 16 / 10)
     assert "Two actors: 1.75 times one." in to_markdown(summary)
 
-
-def test_too_few_clips_are_an_error():
     rows = made_up()
     for row in rows:
         if row.get("system") == TWO and row["audio_s"]:
@@ -47,8 +45,6 @@ def test_too_few_clips_are_an_error():
     with pytest.raises(SystemExit, match="no longer than the start"):
         summarise(rows)
 
-
-def test_kills_are_told():
     row = {"kills": {"actor": 5, "run": 5}, "runs": 6, "clips": 1000, "ids": 999, "missing": 1, "twice": 0}
     text = to_markdown(summarise([{"run": {"command": "python x"}}, row]))
     assert "5 of an actor and 5 of the whole run; 6 runs. Ids at the end: 999, missing 1, twice 0." in text
