@@ -8,13 +8,11 @@ HEAD = {"system": "batches", "scene": "clips", "clients": 8, "wall_s": 10.0, "mb
 HEAD |= {"cpu_s": 2.0}
 
 
-def test_percentiles_are_the_nearest_rank():
+def test_requests_by_hand():
     values = [float(value) for value in range(1, 11)]
     assert [percentile(values[::-1], share) for share in (50, 95, 99, 1)] == [5.0, 10.0, 10.0, 1.0]
     assert percentile([3.0], 50) == 3.0
 
-
-def test_wrong_and_lost_answers_are_counted():
     rights = [True] * 7 + [False] + [None] * 2
     rows = [{"clip": "a", "duration_s": 5.0, "seconds": 1.0 + k, "right": right} for k, right in enumerate(rights)]
     scene = summarise_row(HEAD | {"requests": rows})
@@ -25,8 +23,6 @@ def test_wrong_and_lost_answers_are_counted():
     text = to_markdown({"run": {"command": "python x"}, "scenes": [scene], "fuzz": None})
     assert "| batches | clips | 8 | 10 | 1 | 2 | 4.0 | 0.80 | 4.000 | 8.000 | 8.000 | 3.00 | 100, 105, 110 |" in text
 
-
-def test_servers_errors_of_the_fuzzer_are_counted():
     found = {"fuzz_s": 5, "statuses": {"200 /health": 7.0, "500 /x": 2.0, "503 /y": 1.0}, "healthy": True}
     text = to_markdown({"run": {"command": "python x"}, "scenes": [], "fuzz": found})
     assert "10 requests, 3 answers of 500 and above, healthy after: True" in text
