@@ -22,6 +22,7 @@ from canary_donors import (
     write_nemo,
 )
 from safetensors.torch import load_file, save_file
+from tables import each
 from tiny_models import tiny_drafts_model
 from tiny_sentencepiece import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,11 +36,9 @@ from transformers import (
 from mdm_asr_hf import (
     MDMASRConfig,
     MDMASRForConditionalGeneration,
-    MDMASRGenerateOutput,
     MDMASRProcessor,
     default_checkpoint,
 )
-from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
 from mdm_asr_hf.loading import generation_settings
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -86,18 +85,14 @@ def silence(tmp_path):
     return tmp_path / "silence.wav"
 
 
-def test_one_file_gives_its_text_alone(run):
+def test_files_give_their_texts_or_json_in_order(run, silence):
     assert run("transcribe", RECORDING) == (0, [TEXT], [])
 
+    for batch_size in [1, 3]:
+        code, out, err = run("transcribe", RECORDING, silence, RECORDING, "--batch-size", batch_size)
+        assert (code, err) == (0, [])
+        assert out == [f"{RECORDING}\t{TEXT}", f"{silence}\t", f"{RECORDING}\t{TEXT}"]
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_several_files_give_lines_in_order(run, silence, batch_size):
-    code, out, err = run("transcribe", RECORDING, silence, RECORDING, "--batch-size", batch_size)
-    assert (code, err) == (0, [])
-    assert out == [f"{RECORDING}\t{TEXT}", f"{silence}\t", f"{RECORDING}\t{TEXT}"]
-
-
-def test_json_lines(run, silence):
     code, out, _ = run("transcribe", "--json", RECORDING, silence)
     spoken, silent = map(json.loads, out)
     assert list(spoken) == ["file", "text", "confidence", "nfe", "duration_s"] and code == 0
@@ -108,7 +103,7 @@ def test_json_lines(run, silence):
     assert silent == {"file": str(silence), "text": "", "confidence": None, "nfe": 0, "duration_s": 1.0}
 
 
-def test_settings_reach_generate(run):
+def test_settings_reach_generate(run, silence):
     def nfe(*options):
         row = json.loads(run("transcribe", "--json", RECORDING, *options)[1][0])
         assert row["text"] == TEXT
@@ -119,8 +114,6 @@ def test_settings_reach_generate(run):
     few = nfe("--gamma", 0, "--set", 'draft_branches=["masks"]')
     assert nfe() < few < undrafted == len(TEXT.split()) + 3
 
-
-def test_drawn_texts_repeat_themselves(run, silence):
     def text(*files):
         options = ("--set", "temperature=2", "--set", "max_new_tokens=6", "--batch-size", 2)
         return run("transcribe", *files, *options)[1][0].split("\t")[-1]
@@ -131,55 +124,30 @@ def test_drawn_texts_repeat_themselves(run, silence):
     assert text(RECORDING, silence) == first and not TEXT.startswith(first)
 
 
-def test_each_bad_file_gives_one_line(run, bad_files):
+def test_each_bad_file_gives_one_line_beside_good_ones(run, bad_files):
     for path, message in bad_files.items():
         code, out, err = run("transcribe", path)
         assert (code, out, len(err)) == (1, [], 1), (path, err)
         assert err[0].startswith("error: ") and str(path) in err[0] and message in err[0]
 
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_good_files_are_transcribed_beside_bad_ones(run, bad_files, batch_size):
-    files = [RECORDING, *bad_files, RECORDING]
-    code, out, err = run("transcribe", *files, "--batch-size", batch_size)
-    assert code == 1
-    assert out == [f"{RECORDING}\t{TEXT}"] * 2
-    assert len(err) == len(bad_files)
-    assert all(str(path) in line for path, line in zip(bad_files, err, strict=True))
+    for batch_size in [1, 4, 100]:
+        files = [RECORDING, *bad_files, RECORDING]
+        code, out, err = run("transcribe", *files, "--batch-size", batch_size)
+        assert code == 1
+        assert out == [f"{RECORDING}\t{TEXT}"] * 2
+        assert len(err) == len(bad_files)
+        assert all(str(path) in line for path, line in zip(bad_files, err, strict=True))
 
 
-def test_a_text_without_an_end_warns_and_names_the_file(run, silence):
+def test_clips_that_fail_or_have_no_end_are_named(run, silence):
     code, out, err = run("transcribe", silence, RECORDING, "--set", "max_new_tokens=3", "--batch-size", 2)
     assert code == 0 and out[1] == f"{RECORDING}\tHe had found" and len(err) == 1
     assert err[0].startswith(f"warning: {RECORDING}: ") and "max_new_tokens" in err[0]
 
-
-def test_a_clip_that_fails_in_generate_does_not_stop_its_batch(run, silence):
     # The prompt fills all there is: the error comes from `generate`, for every file.
     code, out, err = run("transcribe", silence, RECORDING, "--set", "max_length=2", "--batch-size", 2)
     assert (code, out, len(err)) == (1, [], 2)
     assert str(silence) in err[0] and str(RECORDING) in err[1] and "max_length" in err[0]
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--gamma", "-1"], "gamma"),
-        (["--sampler", "best"], "pbeb_conf"),
-        (["--sampler", "random", "--gamma", "1"], "gamma"),
-        (["--steps", "5"], "canvas"),
-        (["--canvas-length", "50"], "canvas"),
-        (["--sampler", "eb_conf"], "drafts"),
-        (["--language", "de"], "language"),
-        (["--device", "abacus"], "device"),
-        (["--model", "/no/such/folder"], "Check the path"),
-        (["--model", "no_such_folder"], "Check the path"),
-    ],
-)
-def test_bad_options_give_one_line_for_all_files(run, options, message):
-    code, out, err = run("transcribe", RECORDING, RECORDING, *options)
-    assert (code, out, len(err)) == (1, [], 1)
-    assert err[0].startswith("error: ") and message in err[0]
 
 
 def test_bad_checkpoints_give_one_line(run, tmp_path):
@@ -211,12 +179,6 @@ def test_bad_checkpoints_give_one_line(run, tmp_path):
     fails(folder, "model.safetensors")
 
 
-def test_confidence_is_the_geometric_mean_of_the_tokens():
-    output = MDMASRGenerateOutput(confidence=torch.tensor([[0.5, 0.125, 1.0], [0.25, 1.0, 0.0], [0.0, 0.0, 0.0]]))
-    # (0.5 * 0.125 * 1) ** (1/3) = 0.3969, (0.25 * 1) ** (1/2) = 0.5
-    assert utterance_confidence(output.confidence) == [pytest.approx(0.39685, abs=1e-5), pytest.approx(0.5), None]
-
-
 def run_python(code, *arguments, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -228,14 +190,21 @@ def run_python(code, *arguments, cwd=None, **environment):
     )
 
 
-def test_a_fresh_process_prints_nothing_else(silence):
+def test_a_fresh_process_prints_nothing_else_and_the_readmes_python_runs(silence):
     """No load bars, library logs or deprecations, on neither stream."""
     command = "from mdm_asr_cli import main; main()"
     done = run_python(command, "transcribe", RECORDING, silence)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{RECORDING}\t{TEXT}\n{silence}\t\n", "")
 
+    root = DEMO.parent
+    code = "".join(re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL))
+    assert "generate(" in code and "pipeline(" in code
+    done = run_python(code, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(TEXT) == 2
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["transcribe", "--help"], ["evaluate", "--help"]])
+
+@each("arguments", [["--version"], ["--help"], ["transcribe", "--help"], ["evaluate", "--help"]])
 def test_help_waits_for_no_library(arguments):
     code = f"import mdm_asr_cli, os, sys; sys.argv[1:] = {arguments}\n"
     code += "try: mdm_asr_cli.main()\nexcept SystemExit: pass\n"
@@ -247,20 +216,27 @@ def test_help_waits_for_no_library(arguments):
     assert run_python(code).stdout.endswith("set() PASSIVE\n")
 
 
-def test_readme_python_runs():
-    root = DEMO.parent
-    code = "".join(re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL))
-    assert "generate(" in code and "pipeline(" in code
-    done = run_python(code, cwd=root)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(TEXT) == 2
-
-
-def test_version_and_help(run):
+def test_version_help_and_bad_options(run):
     assert run("--version") == (0, ["mdm-asr 0.1.0"], [])
     code, out, _ = run("--help")
     assert code == 0 and all(any(name in line for line in out) for name in ("transcribe", "convert"))
     assert run("transcribe")[0] == 2
+
+    for options, message in [
+        (["--gamma", "-1"], "gamma"),
+        (["--sampler", "best"], "pbeb_conf"),
+        (["--sampler", "random", "--gamma", "1"], "gamma"),
+        (["--steps", "5"], "canvas"),
+        (["--canvas-length", "50"], "canvas"),
+        (["--sampler", "eb_conf"], "drafts"),
+        (["--language", "de"], "language"),
+        (["--device", "abacus"], "device"),
+        (["--model", "/no/such/folder"], "Check the path"),
+        (["--model", "no_such_folder"], "Check the path"),
+    ]:
+        code, out, err = run("transcribe", RECORDING, RECORDING, *options)
+        assert (code, out, len(err)) == (1, [], 1)
+        assert err[0].startswith("error: ") and message in err[0]
 
 
 # --- convert ---
@@ -308,6 +284,11 @@ def test_convert_whisper(run, whisper_donor, tmp_path):
     # What was written transcribes, if only nonsense.
     code, out, _ = run("transcribe", RECORDING, "--model", tmp_path / "model", "--set", "max_new_tokens=4")
     assert code == 0 and out
+    # With its code, as `mdm-asr push` writes it.
+    assert run("convert", whisper_donor, tmp_path / "coded", "--with-code")[0] == 0
+    assert (tmp_path / "coded" / "modeling_mdm_asr.py").is_file()
+    # Later saves of this process are not changed.
+    assert MDMASRConfig._auto_class is None and MDMASRForConditionalGeneration._auto_class is None
 
 
 def test_convert_to_a_canvas(run, whisper_donor, tmp_path):
@@ -333,25 +314,6 @@ def test_convert_to_a_canvas(run, whisper_donor, tmp_path):
     assert code == 0 and json.loads(out[0])["nfe"] == 2
     code, _, err = run("transcribe", RECORDING, "--model", tmp_path / "model", "--set", "draft_length=2")
     assert (code, len(err)) == (1, 1) and "canvas" in err[0]
-
-
-def test_convert_with_code_loads_without_the_package(run, whisper_donor, tmp_path):
-    assert run("convert", whisper_donor, tmp_path / "model", "--with-code")[0] == 0
-    assert (tmp_path / "model" / "modeling_mdm_asr.py").is_file()
-    # Later saves of this process are not changed.
-    assert MDMASRConfig._auto_class is None and MDMASRForConditionalGeneration._auto_class is None
-    script = """
-import sys
-sys.modules["mdm_asr_hf"] = None  # importing it fails, whether or not it is installed
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
-model = AutoModelForSpeechSeq2Seq.from_pretrained(sys.argv[1], trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-output = model.generate(**processor(sys.argv[2]), max_new_tokens=4)
-print(type(model).__name__, len(processor.batch_decode(output)))
-"""
-    done = run_python(script, tmp_path / "model", RECORDING, HF_MODULES_CACHE=str(tmp_path / "modules"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["MDMASRForConditionalGeneration", "1"]
 
 
 @needs_parakeet_features
