@@ -20,6 +20,7 @@ import srt
 import webvtt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import each
 from tiny_models import tiny_model, tiny_processor
 
 import mdm_asr_cli.app as cli
@@ -106,7 +107,7 @@ def same_lines(lines, others):
 # --- stdin and URLs ---
 
 
-@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+@each("format", ["WAV", "FLAC", "OGG", "MP3"])
 def test_a_file_on_stdin(run, tiny, recordings, monkeypatch, format):
     content = io.BytesIO()
     soundfile.write(content, soundfile.read(recordings[0])[0], RATE_HZ, format=format)
@@ -130,12 +131,6 @@ def test_a_file_on_stdin(run, tiny, recordings, monkeypatch, format):
             code, out, err = on_stdin(content, *options)
             assert (code, out, len(err)) == (1, [], 1) and message in err[0]
         assert "is a terminal" in on_stdin(b"", "-", is_terminal=True)[2][0]
-
-
-def test_urls_are_named(run, tiny):
-    for url in ("https://example.com/a.wav", "http://h/x", "s3://b/k", "file:///tmp/a.wav", f"https://h/{'x' * 5000}"):
-        code, out, err = run("transcribe", url, "--model", tiny)
-        assert (code, out, len(err)) == (1, [], 1) and "is a URL. Download it first" in err[0]
 
 
 # --- encodings ---
@@ -178,7 +173,7 @@ def test_names_of_any_bytes(run, tiny, recordings, tmp_path):
     assert code == 1 and "\\udcff.wav' does not exist" in err[0]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "shift_jis", "utf-8"])
+@each("encoding", ["ascii", "cp1252", "shift_jis", "utf-8"])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20), name=st.binary(min_size=1, max_size=20))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_transcript_is_printed_in_every_encoding(stdout, encoding, text, name):
@@ -227,15 +222,13 @@ def test_a_file_per_recording_and_format(run, tiny, recordings, tmp_path):
     assert len(json.loads((out_dir / "talk.json").read_text())["segments"]) >= 8
 
 
-def test_subtitles_of_real_speech_on_stdout(run):
+def test_subtitles_and_json_with_times(run, recordings, tiny):
     code, out, err = run("transcribe", RECORDING, "--format", "srt")
     cues = list(srt.parse("\n".join(out) + "\n"))
     assert (code, err) == (0, []) and " ".join(" ".join(cue.content.split()) for cue in cues) == TEXT
     assert run("transcribe", RECORDING, "--format", "vtt")[1][0] == "WEBVTT"
     assert run("transcribe", RECORDING, "--format", "txt")[1] == [TEXT]
 
-
-def test_json_lines_with_times(run, recordings, tiny):
     def row(*options):
         return json.loads(run("transcribe", recordings[1], "--model", tiny, *WINDOWS, *options)[1][0])
 
@@ -253,7 +246,7 @@ def test_json_lines_with_times(run, recordings, tiny):
     assert all(0 <= start <= end <= plain["duration_s"] for start, end in times)
 
 
-@pytest.mark.parametrize(
+@each(
     "options, message",
     [
         (["--resume"], "--output-dir"),
@@ -290,7 +283,7 @@ def test_the_longest_names_are_shortened(run, tiny, recordings, tmp_path):
     assert {f"{'c' * 250}.json", f"{'ä' * 125}.json", f"{'a' * 251}.srt"} <= set(written)
 
 
-def test_results_that_would_overwrite_each_other_are_refused(run, tiny, recordings, tmp_path):
+def test_results_that_would_overwrite_each_other_or_nowhere_are_refused(run, tiny, recordings, tmp_path):
     code, out, err = run(
         "transcribe", recordings[0], tmp_path / "Hello.mp3", "--model", tiny, "--output-dir", tmp_path
     )
@@ -298,18 +291,14 @@ def test_results_that_would_overwrite_each_other_are_refused(run, tiny, recordin
     code, out, err = run("transcribe", *recordings[:1] * 2, "--model", tiny, "--output", tmp_path / "out.jsonl")
     assert (code, out, len(err)) == (1, [], 1) and "twice" in err[0]
 
-
-def test_of_many_warnings_about_a_file_three_are_shown(run_command, tiny, recordings):
-    code, _, err = run_command("transcribe", recordings[1], "--model", tiny, *WINDOWS)
-    err = err.splitlines()
-    assert code == 0 and len(err) == 4 and all(line.startswith(f"warning: {recordings[1]}: ") for line in err)
-    assert "From 0.0 to" in err[0] and int(err[3].split()[-4]) >= 5
+    code, out, err = run("transcribe", *recordings, "--model", tiny, "--output-dir", "/proc/nowhere")
+    assert (code, out, len(err)) == (1, [], 1) and "/proc" in err[0]
 
 
 # --- batches ---
 
 
-def test_one_bad_file_is_reported_and_the_others_are_done(run, tiny, recordings, tmp_path):
+def test_bad_files_and_warnings_are_named_and_the_others_done(run, tiny, recordings, tmp_path, run_command):
     bad = tmp_path / "bad.wav"
     bad.write_bytes(recordings[1].read_bytes()[:200_000])
     files = [recordings[0], bad, *recordings[1:]]
@@ -320,6 +309,11 @@ def test_one_bad_file_is_reported_and_the_others_are_done(run, tiny, recordings,
     code, out, err = run("transcribe", *files, "--model", tiny, *WINDOWS, "--output-dir", tmp_path / "out")
     assert (code, out, len(err)) == (1, [], 1)
     assert set(contents(tmp_path / "out")) == {f"{path.stem}.txt" for path in recordings}
+
+    code, _, err = run_command("transcribe", recordings[1], "--model", tiny, *WINDOWS)
+    err = err.splitlines()
+    assert code == 0 and len(err) == 4 and all(line.startswith(f"warning: {recordings[1]}: ") for line in err)
+    assert "From 0.0 to" in err[0] and int(err[3].split()[-4]) >= 5
 
 
 def test_batch_size_changes_no_text(run, tmp_path):
@@ -388,7 +382,7 @@ FORMATS = ("--format", "srt", "--format", "txt")
 TIMES = ("--timestamps", "word")
 
 
-@pytest.mark.parametrize("num_windows, torn", [(0, False), (1, True), (4, False), (4, True)])
+@each("num_windows, torn", [(0, False), (1, True), (4, False), (4, True)])
 def test_a_killed_run_goes_on(run, tiny, recordings, uninterrupted, tmp_path, kill_after, num_windows, torn):
     folder = tmp_path / "out"
     options = ("--model", tiny, *WINDOWS, "--batch-size", 1, "--output-dir", folder, *FORMATS, "--resume")
@@ -423,7 +417,7 @@ def test_a_killed_run_goes_on_in_a_file_of_lines(run, tiny, recordings, uninterr
     assert run("transcribe", *recordings, *options, "--resume") == (0, [], []) and target.read_bytes() == content
 
 
-@pytest.mark.parametrize("kind", ["folder", "lines"])
+@each("kind", ["folder", "lines"])
 def test_killed_between_result_and_journal(run, tiny, recordings, uninterrupted, tmp_path, monkeypatch, kind):
     """The result is on the disk, but was not noted as such: it is written again, not twice."""
     target = {
@@ -514,15 +508,10 @@ def test_files_are_whole_or_as_before(tmp_path, monkeypatch):
     assert path.stat().st_mode & 0o777 == (tmp_path / "a").stat().st_mode & 0o666
 
 
-def test_a_place_that_cannot_be_written_gives_one_line(run, tiny, recordings):
-    code, out, err = run("transcribe", *recordings, "--model", tiny, "--output-dir", "/proc/nowhere")
-    assert (code, out, len(err)) == (1, [], 1) and "/proc" in err[0]
-
-
 # --- progress ---
 
 
-def test_progress_counts_seconds_of_audio(recordings, monkeypatch):
+def test_progress_counts_seconds_of_audio(recordings, monkeypatch, tiny):
     monkeypatch.setenv("FORCE_COLOR", "1")
     bar = progress_bar([*recordings, Path("missing.wav")])
     assert not bar.disable and bar.tasks[0].total == 27.0
@@ -531,25 +520,12 @@ def test_progress_counts_seconds_of_audio(recordings, monkeypatch):
     bar.advance(bar.task_ids[0], 14.0)
     assert bar.finished
 
-
-def test_the_whole_recording_is_counted(tiny, recordings):
     from mdm_asr_hf.transcribe.transcriber import Transcriber
 
     seconds = []
     transcriber = Transcriber(tiny_model(), tiny_processor(), max_window_s=3.0, vad="energy")
     assert len(list(transcriber.transcribe_all(recordings, on_progress=seconds.append))) == 3
     assert sum(seconds) == pytest.approx(27.0) and min(seconds) > 0
-
-
-def test_the_precision_is_an_option(run, tiny, recordings, monkeypatch):
-    import mdm_asr_hf.int8 as int8
-
-    quantized = []
-    monkeypatch.setattr(int8, "quantize_int8", lambda model: quantized.append(model) or model)
-    code, out, _ = run("transcribe", recordings[0], "--model", tiny, *WINDOWS, "--dtype", "int8")
-    assert code == 0 and len(out) == 1 and len(quantized) == 1
-    code, _, err = run("transcribe", recordings[0], "--model", tiny, "--dtype", "int4")
-    assert code == 2 and any("int4" in line for line in err)
 
 
 def test_hotwords_of_a_file(run, tiny, recordings, tmp_path, monkeypatch):
@@ -578,7 +554,7 @@ def test_hotwords_of_a_file(run, tiny, recordings, tmp_path, monkeypatch):
         assert (code, out, len(err)) == (1, [], 1) and message in err[0], entry
 
 
-def test_errors_name_the_option_that_was_given(run, tiny, recordings):
+def test_options_and_urls_that_are_wrong_are_named(run, tiny, recordings, monkeypatch):
     for options, message in (
         (("--window-s", 60), "`--window-s` must be"),
         (("--window-s", 0), "`--window-s` must be"),
@@ -589,6 +565,19 @@ def test_errors_name_the_option_that_was_given(run, tiny, recordings):
     ):
         code, out, err = run("transcribe", recordings[0], "--model", tiny, *options)
         assert (code, out, len(err)) == (1, [], 1) and message in err[0], err
+
+    for url in ("https://example.com/a.wav", "http://h/x", "s3://b/k", "file:///tmp/a.wav", f"https://h/{'x' * 5000}"):
+        code, out, err = run("transcribe", url, "--model", tiny)
+        assert (code, out, len(err)) == (1, [], 1) and "is a URL. Download it first" in err[0]
+
+    import mdm_asr_hf.int8 as int8
+
+    quantized = []
+    monkeypatch.setattr(int8, "quantize_int8", lambda model: quantized.append(model) or model)
+    code, out, _ = run("transcribe", recordings[0], "--model", tiny, *WINDOWS, "--dtype", "int8")
+    assert code == 0 and len(out) == 1 and len(quantized) == 1
+    code, _, err = run("transcribe", recordings[0], "--model", tiny, "--dtype", "int4")
+    assert code == 2 and any("int4" in line for line in err)
 
 
 # More digits than anybody measures.
