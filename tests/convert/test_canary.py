@@ -17,6 +17,7 @@ from canary_donors import (
     randomize,
 )
 from safetensors.torch import load_file, save_file
+from tables import each
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CanaryConfig,
@@ -117,7 +118,7 @@ def copy_with_weights(folder, target, change):
     return target
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@each("attention", ["sdpa", "eager"])
 def test_logits_equal_the_donors(native, attention):
     folder, donor = native
     model = from_canary(MDMASRForConditionalGeneration, folder)
@@ -137,7 +138,7 @@ def test_logits_equal_the_donors(native, attention):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("draft_branches", [["masks"], []])
+@each("draft_branches", [["masks"], []])
 def test_texts_equal_the_donors(native, draft_branches):
     folder, donor = native
     model = from_canary(MDMASRForConditionalGeneration, folder)
@@ -152,7 +153,7 @@ def test_texts_equal_the_donors(native, draft_branches):
     assert torch.equal(texts, expected)
 
 
-@pytest.mark.parametrize("draft_layers", [None, 1])
+@each("draft_layers", [None, 1])
 def test_drafts_start_as_the_donors_last_layers(native, draft_layers):
     folder, donor = native
     model = from_canary(MDMASRForConditionalGeneration, folder, draft_layers=draft_layers)
@@ -184,7 +185,7 @@ def test_drafts_learn_from_audio_alone(native, tmp_path, monkeypatch):
         train_drafts(str(folder), [tmp_path], tmp_path / "other", encoder_steps=1)
 
 
-def test_mask_embedding_is_a_canvas_only_new_parameter(native):
+def test_model_and_mask_survive_a_round_trip(native, tmp_path):
     folder, donor = native
     model = from_canary(MDMASRForConditionalGeneration, folder, draft_layers=0)
     embedding = donor.model.decoder.embed_tokens.weight
@@ -194,6 +195,13 @@ def test_mask_embedding_is_a_canvas_only_new_parameter(native):
     assert all(p.requires_grad for p in model.parameters())
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
     assert model.config.mask_token_id == 24 and model.config.vocab_size == 24
+
+    model = from_canary(MDMASRForConditionalGeneration, native[0])
+    model.save_pretrained(tmp_path)
+    loaded = MDMASRForConditionalGeneration.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.generation_config.prompt_template == model.generation_config.prompt_template
 
 
 def test_prompt_and_special_ids(native):
@@ -216,16 +224,7 @@ def test_prompt_and_special_ids(native):
     assert sequences.shape[0] == 1 and int(sequences.max()) < 24
 
 
-def test_model_survives_a_round_trip(native, tmp_path):
-    model = from_canary(MDMASRForConditionalGeneration, native[0])
-    model.save_pretrained(tmp_path)
-    loaded = MDMASRForConditionalGeneration.from_pretrained(tmp_path)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert loaded.generation_config.prompt_template == model.generation_config.prompt_template
-
-
-def test_dtype(native):
+def test_dtype_and_half_precision(native, tmp_path):
     model = from_canary(MDMASRForConditionalGeneration, native[0], dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     # Positions are computed in single precision, whatever the weights are in.
@@ -233,8 +232,6 @@ def test_dtype(native):
     with pytest.raises(ValueError, match="'float33'"):
         from_canary(MDMASRForConditionalGeneration, native[0], dtype="float33")
 
-
-def test_half_precision_donor(native, tmp_path):
     folder = copy_with_weights(native[0], tmp_path / "half", lambda weights: None)
     donor = CanaryForConditionalGeneration.from_pretrained(native[0], dtype=torch.bfloat16)
     donor.save_pretrained(folder)
@@ -253,23 +250,19 @@ def test_half_precision_donor(native, tmp_path):
     torch.testing.assert_close(single.state_dict()[MASK_EMBEDDING][0], embedding.double().mean(dim=0).float())
 
 
-@pytest.mark.parametrize(
-    "change, name",
-    [
+def test_loading_is_strict(native, tmp_path):
+    changes = [
         (lambda w: w.pop("model.decoder.layers.1.encoder_attn.k_proj.bias"), "layers.1.encoder_attn.k_proj.bias"),
         (lambda w: w.pop("model.encoder.layers.0.conv.norm.running_mean"), "layers.0.conv.norm.running_mean"),
         (lambda w: w.update({"model.decoder.surprise.weight": torch.ones(1)}), "1 unknown: model.decoder.surprise"),
         (lambda w: w.update({"model.decoder.norm.weight": torch.ones(5)}), r"model.decoder.norm.weight is \(5,\)"),
         (lambda w: w.update({"proj_out.weight": torch.ones(24, 16)}), "output weights differ"),
-    ],
-)
-def test_loading_is_strict(native, tmp_path, change, name):
-    folder = copy_with_weights(native[0], tmp_path / "changed", change)
-    with pytest.raises(ValueError, match=name):
-        from_canary(MDMASRForConditionalGeneration, folder)
+    ]
+    for number, (change, name) in enumerate(changes):
+        folder = copy_with_weights(native[0], tmp_path / str(number), change)
+        with pytest.raises(ValueError, match=name):
+            from_canary(MDMASRForConditionalGeneration, folder)
 
-
-def test_needs_safetensors_and_a_processor(native, tmp_path):
     folder = copy_with_weights(native[0], tmp_path / "changed", lambda weights: None)
     (folder / "model.safetensors").unlink()
     torch.save(native[1].state_dict(), folder / "pytorch_model.bin")
