@@ -11,6 +11,7 @@ from canary_donors import check_drafts, logits_in_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tables import each
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
@@ -46,11 +47,18 @@ MASK_EMBEDDING = "model.decoder.input_only_embeddings.weight"
 EMBEDDING = "model.decoder.embed_tokens.weight"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["english", "multilingual"])
-def donor(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whisper") / "donor"
-    model, tokenizer = save_donor(folder, request.param)
-    return {"folder": folder, "model": model, "tokenizer": tokenizer, "multilingual": request.param}
+KINDS = ("english", "multilingual")
+
+
+@pytest.fixture(scope="module")
+def donors(tmp_path_factory):
+    """Kind -> a donor of that kind."""
+    made = {}
+    for kind in KINDS:
+        folder, multilingual = tmp_path_factory.mktemp("whisper") / "donor", kind == "multilingual"
+        model, tokenizer = save_donor(folder, multilingual)
+        made[kind] = {"folder": folder, "model": model, "tokenizer": tokenizer, "multilingual": multilingual}
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +101,10 @@ def donor_logits(model, features, ids):
 # Weights
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logits_equal_the_donors(donor, attention):
+@each("kind", KINDS)
+@each("attention", ["sdpa", "eager"])
+def test_logits_equal_the_donors(donors, attention, kind):
+    donor = donors[kind]
     stock = donor["model"]
     stock.set_attn_implementation(attention)
     model = from_whisper(donor["folder"], encoder_trailing_silence_s=0)
@@ -130,7 +140,9 @@ def test_short_audio_and_full_silence_equal_the_donors_30_seconds(english):
     assert distance(28.5) < 1e-5 < 1e-3 < distance(0)
 
 
-def test_every_tensor_arrives_and_the_mask_embedding_is_new(donor):
+@each("kind", KINDS)
+def test_every_tensor_arrives_and_the_mask_embedding_is_new(donors, kind):
+    donor = donors[kind]
     model, stock = from_whisper(donor["folder"], draft_layers=0), donor["model"]
     state, theirs = model.state_dict(), stock.state_dict()
     names = {"encoder_attn": "cross_attn", "encoder_attn_layer_norm": "cross_attn_layer_norm"}
@@ -151,13 +163,13 @@ def test_every_tensor_arrives_and_the_mask_embedding_is_new(donor):
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
 
 
-@pytest.mark.parametrize("draft_layers", [None, 1])
-def test_drafts_start_as_the_donors_last_layers(donor, draft_layers):
-    model, decoder = from_whisper(donor["folder"], draft_layers=draft_layers), donor["model"].model.decoder
-    check_drafts(model, draft_layers or 2, decoder.embed_tokens.weight, decoder.layer_norm.weight)
+@each("kind", KINDS)
+def test_drafts_start_as_the_donors_last_layers(donors, english, monkeypatch, kind):
+    donor = donors[kind]
+    for draft_layers in [None, 1]:
+        model, decoder = from_whisper(donor["folder"], draft_layers=draft_layers), donor["model"].model.decoder
+        check_drafts(model, draft_layers or 2, decoder.embed_tokens.weight, decoder.layer_norm.weight)
 
-
-def test_the_short_list_holds_the_commonest_tokens_and_the_end_of_text(english, monkeypatch):
     monkeypatch.setattr(common, "DRAFT_VOCAB_SIZE", 5)
     model = from_whisper(english[0])
     # 256 bytes and 30 merges stand before the end of text.
@@ -165,19 +177,10 @@ def test_the_short_list_holds_the_commonest_tokens_and_the_end_of_text(english, 
     assert model.config.decoder_config.draft_vocab_size == 5
 
 
-def test_drafts_that_cannot_be(english):
-    for draft_layers in (3, -1, 1.0, True):
-        with pytest.raises(ValueError, match=f"`draft_layers` .{draft_layers}. must be an integer from 0 .* to 2"):
-            from_whisper(english[0], draft_layers=draft_layers)
-    for draft_layers in (None, 2):
-        with pytest.raises(ValueError, match="`vocab_size` .260. changes the text .* `draft_layers=0`"):
-            from_whisper(english[0], vocab_size=260, draft_layers=draft_layers)
-
-
 KEY = "model.decoder.layers.1.encoder_attn.k_proj.weight"
 
 
-@pytest.mark.parametrize(
+@each(
     "change, message",
     [
         (lambda w: w.pop(KEY), f"1 missing: {KEY}"),
@@ -194,27 +197,23 @@ KEY = "model.decoder.layers.1.encoder_attn.k_proj.weight"
         (lambda w: w.update({"proj_out.weight": w[EMBEDDING] + 1}), "output weights differ"),
     ],
 )
-@pytest.mark.parametrize("vocab_size", [None, 260])
+@each("vocab_size", [None, 260])
 def test_loading_is_strict(english, tmp_path, vocab_size, change, message):
     folder = copy_with(english[0], tmp_path / "changed", change)
     with pytest.raises(ValueError, match=message):
         from_whisper(folder, vocab_size=vocab_size, draft_layers=0 if vocab_size else None)
 
 
-def test_tied_weights_may_be_stored_twice(english, tmp_path):
+def test_what_the_donor_stores_is_read(english, tmp_path):
     folder = copy_with(english[0], tmp_path / "twice", lambda w: w.update({"proj_out.weight": w[EMBEDDING].clone()}))
     assert torch.equal(from_whisper(folder).state_dict()[EMBEDDING], english[1].state_dict()[EMBEDDING])
 
-
-def test_sharded_donor(english, tmp_path):
     folder = copy_with(english[0], tmp_path / "shards")
     (folder / "model.safetensors").unlink()
     english[1].save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert torch.equal(from_whisper(folder).state_dict()[EMBEDDING], english[1].state_dict()[EMBEDDING])
 
-
-def test_half_precision_donor(tmp_path):
     stock, _ = save_donor(tmp_path / "half", False, torch.float16)
     model = from_whisper(tmp_path / "half")
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # ready to train
@@ -233,15 +232,7 @@ def test_half_precision_donor(tmp_path):
             from_whisper(tmp_path / "half", dtype=dtype)
 
 
-def test_pickled_weights_are_refused(english, tmp_path):
-    folder = copy_with(english[0], tmp_path / "pickled")
-    (folder / "model.safetensors").unlink()
-    torch.save(english[1].state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="lacks model.safetensors.*safetensors only"):
-        from_whisper(folder)
-
-
-def test_other_donors_are_refused(english, tmp_path):
+def test_donors_that_cannot_be_read(english, tmp_path):
     folder = copy_with(english[0], tmp_path / "other", change_config=lambda c: c.update(model_type="speech_to_text"))
     with pytest.raises(ValueError, match="no Whisper donor.*'speech_to_text'"):
         from_whisper(folder)
@@ -255,6 +246,19 @@ def test_other_donors_are_refused(english, tmp_path):
     folder = copy_with(english[0], tmp_path / "more_bins", change_config=lambda c: c.update(num_mel_bins=9))
     with pytest.raises(ValueError, match="gives 8 mel bins, its encoder takes 9"):
         whisper_processor(folder)
+
+    folder = copy_with(english[0], tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save(english[1].state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="lacks model.safetensors.*safetensors only"):
+        from_whisper(folder)
+
+    for draft_layers in (3, -1, 1.0, True):
+        with pytest.raises(ValueError, match=f"`draft_layers` .{draft_layers}. must be an integer from 0 .* to 2"):
+            from_whisper(english[0], draft_layers=draft_layers)
+    for draft_layers in (None, 2):
+        with pytest.raises(ValueError, match="`vocab_size` .260. changes the text .* `draft_layers=0`"):
+            from_whisper(english[0], vocab_size=260, draft_layers=draft_layers)
 
 
 # The donor's text
@@ -284,12 +288,14 @@ def languages_of(donor, batch_size):
 
 
 @pytest.fixture(scope="module")
-def converted(donor):
-    return from_whisper(donor["folder"])
+def converted(donors):
+    return {kind: from_whisper(donor["folder"]) for kind, donor in donors.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"draft_branches": []}, {"draft_length": 2}])
-def test_texts_equal_the_donors(donor, converted, options):
+@each("kind", KINDS)
+@each("options", [{}, {"draft_branches": []}, {"draft_length": 2}])
+def test_texts_equal_the_donors(donors, converted, options, kind):
+    donor, converted = donors[kind], converted[kind]
     hidden_states, stock, eos = frames(), donor["model"], NUM_TEXT[donor["multilingual"]]
     asked = languages_of(donor, 12)
     expected = stock_texts(stock, hidden_states, **asked)
@@ -299,7 +305,9 @@ def test_texts_equal_the_donors(donor, converted, options):
     assert torch.equal(own_texts(converted, hidden_states, **asked, **options), expected)
 
 
-def test_what_is_suppressed_is_what_the_donor_suppresses(donor, converted):
+@each("kind", KINDS)
+def test_what_is_suppressed_is_what_the_donor_suppresses(donors, converted, kind):
+    donor, converted = donors[kind], converted[kind]
     hidden_states, stock, asked = frames(), donor["model"], languages_of(donor, 12)
     expected = stock_texts(stock, hidden_states, **asked)
     # Without timestamps, at which transformers cuts a text.
@@ -318,7 +326,9 @@ def test_what_is_suppressed_is_what_the_donor_suppresses(donor, converted):
         assert torch.equal(own_texts(converted, hidden_states, **asked, max_new_tokens=number), short)
 
 
-def test_texts_behind_earlier_text_equal_the_donors(donor, converted):
+@each("kind", KINDS)
+def test_texts_behind_earlier_text_equal_the_donors(donors, converted, kind):
+    donor, converted = donors[kind], converted[kind]
     hidden_states, stock, asked = frames(), donor["model"], languages_of(donor, 12)
     expected = stock_texts(stock, hidden_states, **asked)
     start = stock.generation_config.prev_sot_token_id
@@ -332,8 +342,10 @@ def test_texts_behind_earlier_text_equal_the_donors(donor, converted):
     assert torch.equal(longer, behind)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_the_donor_comes_back(donor, tmp_path, dtype):
+@each("kind", KINDS)
+@each("dtype", [None, torch.float16])
+def test_the_donor_comes_back(donors, tmp_path, dtype, kind):
+    donor = donors[kind]
     stock = copy.deepcopy(donor["model"]).to(dtype or torch.float32)
     model = from_whisper(donor["folder"], dtype=dtype)
     model.to_whisper().save_pretrained(tmp_path)
@@ -352,7 +364,7 @@ def test_the_donor_comes_back(donor, tmp_path, dtype):
     assert embedding.data_ptr() != model.get_input_embeddings().weight.data_ptr()
 
 
-def test_the_donor_comes_back_without_the_silence_that_was_learnt(english):
+def test_the_donor_comes_back_of_what_was_trained(english):
     model = from_whisper(english[0])
     model.get_encoder().silence_embeddings = torch.nn.Parameter(torch.ones(5, model.get_encoder().config.d_model))
     model.get_encoder().config.silence_frames = 5
@@ -361,8 +373,6 @@ def test_the_donor_comes_back_without_the_silence_that_was_learnt(english):
     expected, found = expected.state_dict(), found.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
-
-def test_a_donor_of_another_vocabulary_with_an_output_of_its_own_comes_back(english):
     model = from_whisper(english[0])
     model.config.tie_word_embeddings = False
     model.proj_out.weight = torch.nn.Parameter(model.proj_out.weight + 1.0)
@@ -372,8 +382,6 @@ def test_a_donor_of_another_vocabulary_with_an_output_of_its_own_comes_back(engl
     assert torch.equal(donor.proj_out.weight, model.proj_out.weight)
     assert torch.equal(donor.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
-
-def test_what_no_whisper_comes_back_of(english):
     with pytest.raises(ValueError, match="`to_whisper` needs a model with drafts"):
         from_whisper(english[0], draft_layers=0).to_whisper()
 
@@ -381,7 +389,26 @@ def test_what_no_whisper_comes_back_of(english):
 # Vocabulary
 
 
-def test_whole_vocabulary(donor):
+@each("kind", KINDS)
+def test_truncated_vocabularies_hold_the_donors_tokens(donors, kind):
+    donor = donors[kind]
+    for vocab_size in [256, 270, 256 + NUM_MERGES]:
+        tokenizer, donor_ids = whisper_tokenizer(donor["folder"], vocab_size)
+        kept = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+        if donor["multilingual"]:
+            languages = ["<|en|>", "<|zh|>", "<|de|>", "<|transcribe|>", "<|translate|>"]
+            kept = [*kept[:2], *languages, kept[2]]
+        expected = {**{token: vocab_size + i for i, token in enumerate(kept)}, "<|mask|>": vocab_size + len(kept)}
+        vocab = tokenizer.get_vocab()
+        assert {token: i for token, i in vocab.items() if i >= vocab_size} == expected
+        assert sorted(vocab.values()) == list(range(vocab_size + len(kept) + 1))
+        theirs = donor["tokenizer"].get_vocab()
+        assert donor_ids == [*range(vocab_size), *(theirs[token] for token in kept)]
+        assert all(vocab[token] == i for token, i in theirs.items() if i < vocab_size)
+        _, merges = train_bpe()
+        bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        assert [tuple(pair) for pair in bpe["merges"]] == merges[: vocab_size - 256]
+
     tokenizer, donor_ids = whisper_tokenizer(donor["folder"])
     num_ids = donor["model"].config.vocab_size
     assert donor_ids == list(range(num_ids))
@@ -400,26 +427,9 @@ def test_whole_vocabulary(donor):
     assert tokenizer.decode([*ids, first, eos, num_ids], skip_special_tokens=True) == "été 🦜"
 
 
-@pytest.mark.parametrize("vocab_size", [256, 270, 256 + NUM_MERGES])
-def test_truncated_vocabulary(donor, vocab_size):
-    tokenizer, donor_ids = whisper_tokenizer(donor["folder"], vocab_size)
-    kept = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
-    if donor["multilingual"]:
-        languages = ["<|en|>", "<|zh|>", "<|de|>", "<|transcribe|>", "<|translate|>"]
-        kept = [*kept[:2], *languages, kept[2]]
-    expected = {**{token: vocab_size + i for i, token in enumerate(kept)}, "<|mask|>": vocab_size + len(kept)}
-    vocab = tokenizer.get_vocab()
-    assert {token: i for token, i in vocab.items() if i >= vocab_size} == expected
-    assert sorted(vocab.values()) == list(range(vocab_size + len(kept) + 1))
-    theirs = donor["tokenizer"].get_vocab()
-    assert donor_ids == [*range(vocab_size), *(theirs[token] for token in kept)]
-    assert all(vocab[token] == i for token, i in theirs.items() if i < vocab_size)
-    _, merges = train_bpe()
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    assert [tuple(pair) for pair in bpe["merges"]] == merges[: vocab_size - 256]
-
-
-def test_most_used_vocabulary_by_hand(english):
+@each("kind", KINDS)
+def test_most_used_vocabulary_by_hand(english, donors, tmp_path, kind):
+    donor = donors[kind]
     """Of the ids 256 th, 257 at, 258 the, 259 nd, 260 " the", ..., 263 und, ..., 278 " und", four are kept."""
     names = {256 + i: "".join(pair) for i, pair in enumerate(train_bpe()[1])}
     assert [names[i] for i in (256, 258, 259, 260, 263, 278)] == ["th", "the", "nd", "Ġthe", "und", "Ġund"]
@@ -430,23 +440,6 @@ def test_most_used_vocabulary_by_hand(english):
     assert len(tokenizer(" the").input_ids) == 3
     assert (tokenizer.eos_token_id, tokenizer.mask_token_id, len(tokenizer)) == (260, 263, 264)
 
-
-def test_most_used_vocabulary_writes_kept_words_as_the_donor(donor):
-    """Whatever is cut: a sentence whose tokens are all kept is written with the same tokens."""
-    whole, _ = whisper_tokenizer(donor["folder"])
-    for vocab_size in range(256, 256 + NUM_MERGES + 1, 3):
-        tokenizer, donor_ids = whisper_tokenizer(donor["folder"], vocab_size, SENTENCES[:2])
-        assert len(set(donor_ids)) == len(donor_ids) and len(donor_ids[:vocab_size]) == vocab_size
-        kept = set(donor_ids[:vocab_size])
-        for sentence in SENTENCES:
-            expected = whole(f" {sentence}").input_ids
-            written = [donor_ids[i] for i in tokenizer(f" {sentence}").input_ids]
-            assert written == expected or not set(expected) <= kept
-    # With all merges it is the donor's vocabulary, used or not.
-    assert donor_ids[: 256 + NUM_MERGES] == list(range(256 + NUM_MERGES))
-
-
-def test_most_used_vocabulary_covers_more_than_the_first(donor, tmp_path):
     text = "der hund und die katze"
     file = tmp_path / "sentences.txt"
     file.write_text(f"{text}\n\n{text}\n", encoding="utf-8")
@@ -461,14 +454,21 @@ def test_most_used_vocabulary_covers_more_than_the_first(donor, tmp_path):
             assert torch.equal(model.model.decoder.embed_tokens.weight[i], stock[theirs[token]]), token
 
 
-def test_a_text_without_a_size_or_without_words_is_refused(english, tmp_path):
-    with pytest.raises(ValueError, match="Pass `vocab_size`, too"):
-        from_whisper(english[0], vocab_text=SENTENCES)
-    for text in ([], ["", "  "], iter(())):
-        with pytest.raises(ValueError, match="holds no text"):
-            whisper_tokenizer(english[0], 270, text)
-    with pytest.raises(ValueError, match="`vocab_text` .* cannot be read"):
-        whisper_tokenizer(english[0], 270, tmp_path / "missing.txt.gz")
+@each("kind", KINDS)
+def test_most_used_vocabulary_writes_kept_words_as_the_donor(donors, kind):
+    donor = donors[kind]
+    """Whatever is cut: a sentence whose tokens are all kept is written with the same tokens."""
+    whole, _ = whisper_tokenizer(donor["folder"])
+    for vocab_size in range(256, 256 + NUM_MERGES + 1, 3):
+        tokenizer, donor_ids = whisper_tokenizer(donor["folder"], vocab_size, SENTENCES[:2])
+        assert len(set(donor_ids)) == len(donor_ids) and len(donor_ids[:vocab_size]) == vocab_size
+        kept = set(donor_ids[:vocab_size])
+        for sentence in SENTENCES:
+            expected = whole(f" {sentence}").input_ids
+            written = [donor_ids[i] for i in tokenizer(f" {sentence}").input_ids]
+            assert written == expected or not set(expected) <= kept
+    # With all merges it is the donor's vocabulary, used or not.
+    assert donor_ids[: 256 + NUM_MERGES] == list(range(256 + NUM_MERGES))
 
 
 @pytest.fixture(scope="module")
@@ -486,37 +486,54 @@ def test_any_text_survives_a_truncated_vocabulary(shrunk, text):
         assert max(ids, default=0) < vocab_size
 
 
-def test_bytes_and_merges_are_used_in_order(shrunk):
+@each("kind", KINDS)
+def test_embeddings_follow_the_tokens(donors, shrunk, kind):
+    donor = donors[kind]
+    for vocab_size in [None, 270]:
+        model = from_whisper(donor["folder"], vocab_size=vocab_size, draft_layers=0)
+        tokenizer, _ = whisper_tokenizer(donor["folder"], vocab_size)
+        decoder, stock = model.model.decoder, donor["model"].model.decoder.embed_tokens.weight
+        ours = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight])
+        assert len(ours) == len(tokenizer) == model.config.num_token_ids
+        theirs = donor["tokenizer"].get_vocab()
+        rows = []
+        for token, i in tokenizer.get_vocab().items():
+            if token in theirs:
+                rows.append(i)
+                assert torch.equal(ours[i], stock[theirs[token]]), token
+        assert len(rows) == len(tokenizer) - 1 - (NUM_TIMESTAMPS - 2 if vocab_size is None else 0)
+        assert model.config.mask_token_id == tokenizer.mask_token_id
+        # The end of text is the last that can be predicted of a shrunk vocabulary.
+        assert model.config.vocab_size == (donor["model"].config.vocab_size if vocab_size is None else 271)
+        torch.testing.assert_close(ours[-1], ours[:-1].mean(dim=0))
+
     num_ids = [len(tokenizer("the cat and the 🦜").input_ids) for tokenizer in shrunk[:2]]
     assert num_ids[0] == 16 + 4  # every character one byte, the parrot four
     assert num_ids[1] < num_ids[0]
     assert [tokenizer.decode(tokenizer("the 🦜 été").input_ids) for tokenizer in shrunk] == ["the 🦜 été"] * 3
 
 
-@pytest.mark.parametrize("vocab_size", [None, 270])
-def test_embeddings_follow_the_tokens(donor, vocab_size):
-    model = from_whisper(donor["folder"], vocab_size=vocab_size, draft_layers=0)
-    tokenizer, _ = whisper_tokenizer(donor["folder"], vocab_size)
-    decoder, stock = model.model.decoder, donor["model"].model.decoder.embed_tokens.weight
-    ours = torch.cat([decoder.embed_tokens.weight, decoder.input_only_embeddings.weight])
-    assert len(ours) == len(tokenizer) == model.config.num_token_ids
-    theirs = donor["tokenizer"].get_vocab()
-    rows = []
-    for token, i in tokenizer.get_vocab().items():
-        if token in theirs:
-            rows.append(i)
-            assert torch.equal(ours[i], stock[theirs[token]]), token
-    assert len(rows) == len(tokenizer) - 1 - (NUM_TIMESTAMPS - 2 if vocab_size is None else 0)
-    assert model.config.mask_token_id == tokenizer.mask_token_id
-    # The end of text is the last that can be predicted of a shrunk vocabulary.
-    assert model.config.vocab_size == (donor["model"].config.vocab_size if vocab_size is None else 271)
-    torch.testing.assert_close(ours[-1], ours[:-1].mean(dim=0))
+@each("kind", KINDS)
+def test_vocabularies_that_cannot_be_are_refused(donors, english, tmp_path, kind):
+    donor = donors[kind]
+    for vocab_size in [255, 257 + NUM_MERGES, -1, 300.0, True]:
+        with pytest.raises(ValueError, match=rf"from 256 \(bytes only\) to 286, got {vocab_size}"):
+            from_whisper(donor["folder"], vocab_size=vocab_size, draft_layers=0)
 
+    with pytest.raises(ValueError, match="Pass `vocab_size`, too"):
+        from_whisper(english[0], vocab_text=SENTENCES)
+    for text in ([], ["", "  "], iter(())):
+        with pytest.raises(ValueError, match="holds no text"):
+            whisper_tokenizer(english[0], 270, text)
+    with pytest.raises(ValueError, match="`vocab_text` .* cannot be read"):
+        whisper_tokenizer(english[0], 270, tmp_path / "missing.txt.gz")
 
-@pytest.mark.parametrize("vocab_size", [255, 257 + NUM_MERGES, -1, 300.0, True])
-def test_vocab_size_out_of_range(donor, vocab_size):
-    with pytest.raises(ValueError, match=rf"from 256 \(bytes only\) to 286, got {vocab_size}"):
-        from_whisper(donor["folder"], vocab_size=vocab_size, draft_layers=0)
+    folder = copy_with(english[0], tmp_path / "more")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"word{i}" for i in range(NUM_TIMESTAMPS)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="exceed the 303 rows"):
+        whisper_tokenizer(folder)
 
 
 def swap_merges(vocab):
@@ -528,27 +545,16 @@ def lose_a_byte(vocab):
     vocab["two bytes"] = vocab.pop("Ā")
 
 
-@pytest.mark.parametrize("change", [swap_merges, lose_a_byte])
-def test_another_bpe_cannot_be_cut(english, tmp_path, change):
-    folder = copy_with(english[0], tmp_path / "changed")
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    change(spec["model"]["vocab"])
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match="256 bytes and then its merges in order"):
-        whisper_tokenizer(folder, 270)
-    assert len(whisper_tokenizer(folder)[0]) == 304  # as a whole it is fine
+def test_another_bpe_cannot_be_cut_and_added_words_stay(english, tmp_path):
+    for change in (swap_merges, lose_a_byte):
+        folder = copy_with(english[0], tmp_path / change.__name__)
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        change(spec["model"]["vocab"])
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+        with pytest.raises(ValueError, match="256 bytes and then its merges in order"):
+            whisper_tokenizer(folder, 270)
+        assert len(whisper_tokenizer(folder)[0]) == 304  # as a whole it is fine
 
-
-def test_tokenizer_must_fit_the_embedding(english, tmp_path):
-    folder = copy_with(english[0], tmp_path / "more")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"word{i}" for i in range(NUM_TIMESTAMPS)])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match="exceed the 303 rows"):
-        whisper_tokenizer(folder)
-
-
-def test_added_words_stay_words(english, tmp_path):
     folder = copy_with(english[0], tmp_path / "words")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["zirkonium"])
@@ -563,7 +569,7 @@ def test_added_words_stay_words(english, tmp_path):
 # Prompt
 
 
-def test_english_prompt(english):
+def test_english_prompt(english, multilingual, tmp_path):
     model = from_whisper(english[0])
     template = model.generation_config.prompt_template
     # Of SPECIALS, from 286 on: start of transcript is the second, no timestamps the eleventh.
@@ -575,8 +581,30 @@ def test_english_prompt(english):
     with pytest.raises(ValueError, match="`language='de'` has no place"):
         model.generate(torch.randn(1, 100, NUM_MEL_BINS), language="de")
 
+    ids = {"<|startoftranscript|>": 1, "<|transcribe|>": 2, "<|translate|>": 3, "<|notimestamps|>": 4}
+    with pytest.raises(ValueError, match="no language tokens"):
+        whisper_prompt_template(ids, multilingual=True)
+    template = whisper_prompt_template({**ids, "<|de|>": 5}, multilingual=True, can_detect=False)
+    assert template["defaults"]["language"] == "de"
 
-@pytest.mark.parametrize("vocab_size", [None, 260])
+    with pytest.raises(ValueError, match="30"):
+        whisper_processor(english[0])(np.zeros(16_000 * 31, np.float32), sampling_rate=16_000)
+
+    # Both kinds list the languages: generation_config.json tells, or else the number of tokens.
+
+    def num_prompt_tokens(folder):
+        return len(whisper_processor(folder, vocab_size=256).prompt_template["tokens"])
+
+    assert (num_prompt_tokens(english[0]), num_prompt_tokens(multilingual[0])) == (2, 4)
+    silent = copy_with(multilingual[0], tmp_path / "silent")
+    (silent / "generation_config.json").unlink()
+    assert num_prompt_tokens(silent) == 2  # as few tokens as no multilingual model has
+    for size, expected in [(51864, 2), (51865, 4), (51866, 4)]:
+        folder = copy_with(silent, tmp_path / str(size), change_config=lambda c, size=size: c.update(vocab_size=size))
+        assert num_prompt_tokens(folder) == expected
+
+
+@each("vocab_size", [None, 260])
 def test_multilingual_prompt(multilingual, vocab_size):
     model = from_whisper(multilingual[0], vocab_size=vocab_size, draft_layers=0 if vocab_size else None)
     processor = whisper_processor(multilingual[0], vocab_size=vocab_size)
@@ -611,23 +639,8 @@ def test_multilingual_prompt(multilingual, vocab_size):
         model.generate(features, task="sing")
 
 
-def test_what_makes_a_donor_multilingual(english, multilingual, tmp_path):
-    """Both kinds list the languages: generation_config.json tells, or else the number of tokens."""
-
-    def num_prompt_tokens(folder):
-        return len(whisper_processor(folder, vocab_size=256).prompt_template["tokens"])
-
-    assert (num_prompt_tokens(english[0]), num_prompt_tokens(multilingual[0])) == (2, 4)
-    silent = copy_with(multilingual[0], tmp_path / "silent")
-    (silent / "generation_config.json").unlink()
-    assert num_prompt_tokens(silent) == 2  # as few tokens as no multilingual model has
-    for size, expected in [(51864, 2), (51865, 4), (51866, 4)]:
-        folder = copy_with(silent, tmp_path / str(size), change_config=lambda c, size=size: c.update(vocab_size=size))
-        assert num_prompt_tokens(folder) == expected
-
-
-@pytest.mark.parametrize("vocab_size", [None, 260])
-@pytest.mark.parametrize(
+@each("vocab_size", [None, 260])
+@each(
     "settings, defaults",
     [
         (lambda ids: {"language": "german", "task": "translate"}, {"language": "de", "task": "translate"}),
@@ -653,19 +666,13 @@ def test_the_donors_own_language_and_task_are_the_default(multilingual, tmp_path
     assert model.generation_config.prompt_template == template
 
 
-def test_prompt_without_languages_is_refused():
-    ids = {"<|startoftranscript|>": 1, "<|transcribe|>": 2, "<|translate|>": 3, "<|notimestamps|>": 4}
-    with pytest.raises(ValueError, match="no language tokens"):
-        whisper_prompt_template(ids, multilingual=True)
-    template = whisper_prompt_template({**ids, "<|de|>": 5}, multilingual=True, can_detect=False)
-    assert template["defaults"]["language"] == "de"
-
-
 # Saving and loading
 
 
-@pytest.mark.parametrize("vocab_size, draft_layers", [(None, None), (None, 0), (270, 0)])
-def test_round_trip_through_auto_classes(donor, tmp_path, vocab_size, draft_layers):
+@each("kind", KINDS)
+@each("vocab_size, draft_layers", [(None, None), (None, 0), (270, 0)])
+def test_round_trip_through_auto_classes(donors, tmp_path, vocab_size, draft_layers, kind):
+    donor = donors[kind]
     model = from_whisper(
         donor["folder"], vocab_size=vocab_size, draft_layers=draft_layers, encoder_trailing_silence_s=0.5
     )
@@ -717,8 +724,3 @@ def test_round_trip_through_auto_classes(donor, tmp_path, vocab_size, draft_laye
     assert its_processor.decode(sequences) == processor.decode(sequences)
     if vocab_size is None:
         assert not set(sequences.flatten().tolist()) & set(settings.suppress_tokens)
-
-
-def test_longer_audio_than_the_donor_takes_is_refused(english):
-    with pytest.raises(ValueError, match="30"):
-        whisper_processor(english[0])(np.zeros(16_000 * 31, np.float32), sampling_rate=16_000)
