@@ -37,14 +37,12 @@ def test_snr_is_what_was_asked_for(snr_db, kind, seed):
     assert 10 * math.log10(power(clip) / power(noisy - clip)) == pytest.approx(snr_db, abs=0.01)
 
 
-def test_noise_of_known_power():
+def test_noises_by_hand():
     # Powers 1 and 4: at 0 dB the noise is halved, at 20 dB a twentieth of it is added.
     clip, noise = np.array([1, -1, 1, -1], np.float32), np.array([2, 2, -2, -2], np.float32)
     np.testing.assert_allclose(add_noise(clip, noise, 0.0), [2, 0, 0, -2], atol=1e-6)
     np.testing.assert_allclose(add_noise(clip, noise, 20.0), [1.1, -0.9, 0.9, -1.1], atol=1e-6)
 
-
-def test_pink_noise_falls_by_3_db_per_octave_and_white_does_not():
     def band(noise, low, high):
         return np.mean(np.abs(np.fft.rfft(noise)[low:high]) ** 2)
 
@@ -53,12 +51,13 @@ def test_pink_noise_falls_by_3_db_per_octave_and_white_does_not():
         noise = make_noise(kind, size, np.random.default_rng(0))
         assert band(noise, 2000, 4000) / band(noise, 4000, 8000) == pytest.approx(ratio, rel=0.1)
 
-
-def test_babble_holds_the_other_clips_and_is_noise_without_any():
     noise = make_noise("babble", 8000, np.random.default_rng(0), [tone(0.25, 400.0)])
     assert np.argmax(np.abs(np.fft.rfft(noise))) == 400 * 8000 // RATE
     alone = make_noise("babble", 8000, np.random.default_rng(0), [np.zeros(10, np.float32)])
     np.testing.assert_array_equal(alone, make_noise("pink", 8000, np.random.default_rng(0)))
+
+    with pytest.raises(ValueError, match="`noises` must name some of"):
+        Augmenter(noises=("brown",))
 
 
 @given(st.floats(0.8, 1.25), st.integers(1, 20_000))
@@ -66,12 +65,7 @@ def test_speed_sets_the_length(speed, num_samples):
     assert len(change_speed(np.ones(num_samples, np.float32), speed)) == round(num_samples / speed)
 
 
-def test_speed_moves_the_pitch():
-    faster = change_speed(tone(1.0, 400.0), 1.1)
-    assert np.argmax(np.abs(np.fft.rfft(faster))) / (len(faster) / RATE) == pytest.approx(440.0, abs=1.5)
-
-
-def test_room_keeps_length_level_and_alignment():
+def test_rooms_and_speeds():
     clip = np.zeros(RATE, np.float32)
     clip[4000] = 0.5
     wet = add_room(clip, RATE, np.random.default_rng(0), rt60_s=0.2, drr_db=6.0)
@@ -82,6 +76,9 @@ def test_room_keeps_length_level_and_alignment():
     assert 10 * math.log10(wet[4000] ** 2 / np.sum(tail**2)) == pytest.approx(6.0, abs=0.05)
     assert np.abs(tail[3200:]).max() < 1e-6
     assert power(tail[:320]) / power(tail[2880:3200]) == pytest.approx(10 ** (6 * 0.9), rel=0.6)
+
+    faster = change_speed(tone(1.0, 400.0), 1.1)
+    assert np.argmax(np.abs(np.fft.rfft(faster))) / (len(faster) / RATE) == pytest.approx(440.0, abs=1.5)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -104,11 +101,6 @@ def test_short_clips_and_silence_stay_finite(num_samples, seed, is_silent):
     assert np.isfinite(out).all() and abs(len(out) - num_samples) <= 0.12 * num_samples + 1
     if is_silent:
         assert not out.any()
-
-
-def test_wrong_noises():
-    with pytest.raises(ValueError, match="`noises` must name some of"):
-        Augmenter(noises=("brown",))
 
 
 def features_and_mask():
