@@ -43,7 +43,7 @@ def follow(*evaluations):
     return [(text, kind) for text, kind in draft.stretches if text]
 
 
-def test_what_an_evaluation_accepts_and_strikes():
+def test_the_drafts_lead_to_the_text(loaded):
     # One of the donor's own, with three drafts; two are right, and the donor goes on differently.
     assert follow(("abcd", 1)) == [("a", "own"), ("bcd", "pending")]
     own = [("a", "own"), ("bc", "accepted"), ("d", "struck"), ("X", "own")]
@@ -55,8 +55,19 @@ def test_what_an_evaluation_accepts_and_strikes():
     # A canvas has masks amid its text.
     assert follow(("a\1\1d", None)) == [("a", "own"), ("··", "pending"), ("d", "own")]
 
+    *drafts, watched = watch(*loaded, str(RECORDING), generation_settings(loaded[0]))
+    assert watched.transcript.text == TEXT and len(drafts) == watched.transcript.nfe
+    stretches = drafts[-1].stretches
+    assert "".join(text for text, kind in stretches if kind in ("own", "accepted")).strip() == TEXT
+    # What was told on the way is what the output says.
+    accepted = "".join(text for text, kind in stretches if kind == "accepted")
+    (steps,) = watched.steps
+    assert accepted == "".join(token["text"] for token in steps["tokens"] if token["branch"] == "masks") != ""
+    struck = [text for text, kind in stretches if kind == "struck" and text]
+    assert struck == [one["text"].replace(steps["end"]["text"], "") for one in steps["struck_drafts"]] != []
 
-def test_no_text_breaks_out():
+
+def test_drawn_texts_are_escaped_and_names_have_no_folder(loaded, tmp_path):
     word = Word(HOSTILE, 0.0, 1.0, 0.5)
     transcript = Transcript(HOSTILE, 1.0, [Segment(0.0, 1.0, HOSTILE, [word], 0.5, 1)], warnings=[HOSTILE])
     token = {"text": HOSTILE, "confidence": 0.5, "step": 1, "branch": None}
@@ -71,26 +82,6 @@ def test_no_text_breaks_out():
     for page in pages:
         assert "<img" not in page and "&lt;img src=x onerror=&#34;" in page and "it'" not in page
 
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model(str(default_checkpoint()))
-
-
-def test_the_drafts_lead_to_the_text(loaded):
-    *drafts, watched = watch(*loaded, str(RECORDING), generation_settings(loaded[0]))
-    assert watched.transcript.text == TEXT and len(drafts) == watched.transcript.nfe
-    stretches = drafts[-1].stretches
-    assert "".join(text for text, kind in stretches if kind in ("own", "accepted")).strip() == TEXT
-    # What was told on the way is what the output says.
-    accepted = "".join(text for text, kind in stretches if kind == "accepted")
-    (steps,) = watched.steps
-    assert accepted == "".join(token["text"] for token in steps["tokens"] if token["branch"] == "masks") != ""
-    struck = [text for text, kind in stretches if kind == "struck" and text]
-    assert struck == [one["text"].replace(steps["end"]["text"], "") for one in steps["struck_drafts"]] != []
-
-
-def test_files_that_cannot_be_read_are_named_without_their_folder(loaded, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
     soundfile.write(tmp_path / "long.wav", np.zeros(8_000 * 601, dtype=np.int16), 8_000)
     (tmp_path / "bad.wav").write_bytes(b"no audio\n")
@@ -99,6 +90,11 @@ def test_files_that_cannot_be_read_are_named_without_their_folder(loaded, tmp_pa
             [*watch(*loaded, str(tmp_path / name), generation_settings(loaded[0]))]
         message = str(caught.value)
         assert name in message and str(tmp_path) not in message and "\n" not in message, message
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(str(default_checkpoint()))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +217,7 @@ def test_browser_shows_what_is_wrong_with_a_file(page, tmp_path):
     assert words(page) == TEXT
 
 
-def test_command_says_what_is_wrong(run_command):
+def test_command_and_space(run_command):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -231,8 +227,6 @@ def test_command_says_what_is_wrong(run_command):
     code, _, err = run_command("demo", "--model", "missing")
     assert code == 1 and "`model` 'missing' is neither a folder" in err.splitlines()[-1]
 
-
-def test_space_has_what_the_package_asks_for():
     root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = {*project["dependencies"], *project["optional-dependencies"]["torch"]}
