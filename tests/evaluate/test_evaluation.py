@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tables import each
 from tiny_data import RATE_HZ, ROOT, save_model, write_data, write_metadata
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_model, tiny_processor
 from tiny_training import LAUNCHERS, launch
@@ -66,7 +67,7 @@ def timeless(rows):
 # Data sets.
 
 
-def test_folder(folder):
+def test_folders_manifests_and_splits(folder, tmp_path):
     data = load_data(folder)
     assert (data.name, data.path, len(data)) == ("clips", str(folder), 7)
     assert [row["id"] for row in data.rows] == [f"audio/{i}.wav" for i in range(7)]
@@ -87,8 +88,6 @@ def test_folder(folder):
     with pytest.raises(ValueError, match="empty.jsonl' has no rows"):
         load_data(folder / "empty.jsonl")
 
-
-def test_manifest_with_other_columns(folder):
     other = folder.parent / "elsewhere.wav"
     soundfile.write(other, np.zeros(800), RATE_HZ)
     table = f"path,sentence,lang\naudio/0.wav,eins,de\naudio/0.wav,zwei,de\n{other},drei,fr\n"
@@ -102,8 +101,6 @@ def test_manifest_with_other_columns(folder):
     with pytest.raises(ValueError, match="`text_column` 'words' is not in .*'sentence'"):
         load_data(folder / "test.csv", text_column="words")
 
-
-def test_a_row_without_a_transcript_is_no_empty_reference(folder):
     entries = [{"file_name": "audio/0.wav", "text": text} for text in ("yes no", "", "...", None, 1984, float("nan"))]
     write_metadata(folder, [*entries, {"file_name": "audio/0.wav"}, {"text": "no audio"}])
     data = load_data(folder)
@@ -114,8 +111,6 @@ def test_a_row_without_a_transcript_is_no_empty_reference(folder):
     rows = [{"reference": row["text"], "hypothesis": "yes", "duration_s": 1.0, "nfe": 1} for row in data.rows]
     assert score(rows)["metrics"]["wer"] == 150.0
 
-
-def test_every_row_has_an_id_of_its_own(folder):
     names = ["a.wav", "a.wav#2", "a.wav", "a.wav", "b.wav", "b.wav"]
     for name in set(names):
         shutil.copy(folder / "audio" / "0.wav", folder / name)
@@ -123,8 +118,6 @@ def test_every_row_has_an_id_of_its_own(folder):
     ids = [row["id"] for row in load_data(folder).rows]
     assert ids == ["a.wav", "a.wav#2", "a.wav#3", "a.wav#4", "b.wav", "b.wav#2"]
 
-
-def test_the_test_split_is_the_default(tmp_path):
     for name in ("train", "test"):
         write_data(tmp_path / "splits" / name, (0.5,), [name])
     assert [row["id"] for row in load_data(tmp_path / "splits").rows] == ["test/0.wav"]
@@ -132,7 +125,7 @@ def test_the_test_split_is_the_default(tmp_path):
     assert load_data(tmp_path / "splits" / "train").rows[0]["text"] == "train"
 
 
-def test_data_set_of_datasets(folder, tmp_path, model, processor):
+def test_data_sets_of_datasets_and_the_hub(folder, tmp_path, model, processor, monkeypatch):
     entries = [
         {"audio": {"bytes": (folder / "audio" / f"{i}.wav").read_bytes(), "path": None}, "transcript": text, "id": one}
         for i, text, one in ((1, "one", "b"), (0, "zero", "a"))
@@ -148,8 +141,6 @@ def test_data_set_of_datasets(folder, tmp_path, model, processor):
     assert (rows[0]["audio"], rows[0]["language"]) == (None, "de")
     assert len(load_data(tmp_path / "saved", text_column="transcript", limit=1)) == 1
 
-
-def test_presets_and_names_of_the_hub(monkeypatch):
     def load_dataset(path, name, split, streaming):
         seen.append((path, name, split))
         columns = {"audio": [{"bytes": b"", "path": "x.wav"}], "id": ["7"], "text": ["A b"], "audio_length_s": [2.5]}
@@ -196,6 +187,13 @@ def test_rows_are_what_generate_gives(folder, model, canvas, processor):
         assert one is not model or sum(row["accepted_drafts"]["masks"] for row in rows) > 10
     assert not rows[0].keys() & {"accepted_drafts", "struck_drafts"}
 
+    settings = copy.deepcopy(model.generation_config)
+    # Whoever gives token 3 any probability at all does not speak.
+    settings.no_speech_token_id, settings.no_speech_threshold = 3, 0.0
+    row = evaluate_model(model, processor, load_data(folder, limit=1), settings=settings)[0]
+    assert (row["hypothesis"], row["tokens"], row["end"], row["confidence"]) == ("", [], None, None)
+    assert row["nfe"] > 0 and row["is_full"] is False and row["struck_drafts"] == []
+
 
 def check_drafts(row, said, output, ids, tokenizer):
     branches = [token["branch"] for token in said]
@@ -211,16 +209,7 @@ def check_drafts(row, said, output, ids, tokenizer):
         assert all(ids[place] != its_ids[0] for place, its_ids in struck)
 
 
-def test_what_was_taken_for_silence_has_no_text(folder, model, processor):
-    settings = copy.deepcopy(model.generation_config)
-    # Whoever gives token 3 any probability at all does not speak.
-    settings.no_speech_token_id, settings.no_speech_threshold = 3, 0.0
-    row = evaluate_model(model, processor, load_data(folder, limit=1), settings=settings)[0]
-    assert (row["hypothesis"], row["tokens"], row["end"], row["confidence"]) == ("", [], None, None)
-    assert row["nfe"] > 0 and row["is_full"] is False and row["struck_drafts"] == []
-
-
-@pytest.mark.parametrize("vad", ["energy", "none"])
+@each("vad", ["energy", "none"])
 def test_what_is_longer_than_the_model_takes_is_cut_as_transcribe_does(folder, model, processor, monkeypatch, vad):
     # A second of every one and a half is sound; without its detector, windows overlap.
     monkeypatch.setattr(evaluation, "make_vad", lambda name, rate_hz: make_vad(vad, rate_hz))
@@ -243,7 +232,7 @@ def test_what_is_longer_than_the_model_takes_is_cut_as_transcribe_does(folder, m
     assert [row["hypothesis"] for row in others] == [row["hypothesis"] for row in rows]
 
 
-@pytest.mark.parametrize("kind, temperature", [("drafts", 1.0), ("random canvas", 1.0)])
+@each("kind, temperature", [("drafts", 1.0), ("random canvas", 1.0)])
 def test_batches_do_not_matter(folder, model, canvas, processor, kind, temperature):
     model = model if kind == "drafts" else canvas
     settings = copy.deepcopy(model.generation_config)
@@ -435,9 +424,7 @@ def test_what_goes_wrong_is_one_line(folder, checkpoint, tmp_path, run_command):
         assert lines[0].startswith("error: ") and message in lines[0]
     assert not (tmp_path / "x").exists()
 
-
-def test_an_evaluation_of_bad_rows_tells_their_causes(folder, checkpoint, tmp_path, run_command):
-    """Durations are told, so that the audio is read only when it is its turn."""
+    # Durations are told, so that the audio is read only when it is its turn.
     names = ["lost/0.wav", "lost/1.wav", "audio/bad.wav", "audio/empty.wav"]
     soundfile.write(folder / "audio" / "empty.wav", np.zeros(0), RATE_HZ)
     write_metadata(folder, [{"file_name": name, "text": "a", "duration": 1.0} for name in names])
@@ -450,7 +437,7 @@ def test_an_evaluation_of_bad_rows_tells_their_causes(folder, checkpoint, tmp_pa
     assert "1 like: '" in line and "is not audio" in line and "1 like: The audio is empty" in line
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "model_cards" / "results").glob("*/*")), ids=lambda path: path.name)
+@each("folder", sorted((ROOT / "model_cards" / "results").glob("*/*")))
 def test_published_metrics_follow_from_their_hypotheses(folder):
     published = json.loads((folder / "metrics.json").read_text())["metrics"]
     scored = score(read_rows(folder), num_bootstrap=0)["metrics"]
