@@ -148,7 +148,7 @@ RECORD = {
 }
 
 
-def test_utterances_worst_first_with_aligned_words(tmp_path):
+def test_utterances_metrics_settings_and_plots(tmp_path):
     root = parse(make_report(write(tmp_path, ROWS)))
     articles = root.all("article")
     assert [article.all("h3")[0].text for article in articles] == [
@@ -191,8 +191,6 @@ def test_utterances_worst_first_with_aligned_words(tmp_path):
     frequent = {button["data-filter"] for button in root.all(id="frequent")[0].all("button")}
     assert frequent == {"green→grin", "b→***", "gone→***", "***→e", "***→ghost", "***→words"}
 
-
-def test_metrics_settings_and_plots(tmp_path):
     root = parse(make_report(write(tmp_path, ROWS, RECORD)))
     cards = [tuple(part.text for part in card.all()) for card in root.all(id="metrics")[0].all("li")]
     assert cards == [
@@ -257,8 +255,6 @@ def test_drafts_stand_where_they_were_struck(tmp_path):
     assert summaries == ["Drafts, 3 evaluations", "Canvas, 3 steps"]
     assert root.all(id="drafts-legend") and not parse(make_report(write(tmp_path, ROWS))).all(id="drafts-legend")
 
-
-def test_rows_alone_are_enough(tmp_path):
     names = ("id", "reference", "hypothesis", "nfe", "confidence", "duration_s")
     rows = [{name: one[name] for name in names if name != "id"} for one in ROWS]
     # By the path of the file itself.
@@ -317,7 +313,7 @@ def players(path):
     return {number: (path.parent / unquote(audio[0]["src"])).resolve() for number, audio in articles.items() if audio}
 
 
-def test_relative_audio_paths(tmp_path):
+def test_audio_is_found_or_embedded(tmp_path, monkeypatch):
     data = tmp_path / "data set"
     odd = silence(data / "audio" / "a: b#c%20?ü.wav")
     absolute = silence(tmp_path / "elsewhere" / "x.flac")
@@ -345,17 +341,6 @@ def test_relative_audio_paths(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "reports" / "deep")
     assert players(make_report(folder, tmp_path / "link" / "linked.html")) == expected
 
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
-def test_names_that_are_not_utf8(tmp_path):
-    name = os.fsdecode(b"caf\xe9.wav")
-    silence(tmp_path / "run" / "a.wav").rename(tmp_path / "run" / name)
-    folder = write(tmp_path / "run", [row(name, "a", "a", audio=name)])
-    page = make_report(folder)
-    assert 'src="caf%E9.wav"' in page.read_text() and "caf\\udce9.wav" in page.read_text()
-
-
-def test_embedded_audio(tmp_path, monkeypatch):
     clip = silence(tmp_path / "a.wav")
     folder = write(tmp_path, [row("1", "a", "a", audio="a.wav"), row("2", "a", "a", audio="b.wav")])
     (player,) = parse(make_report(folder, embed_audio=True)).all("audio")
@@ -367,20 +352,13 @@ def test_embedded_audio(tmp_path, monkeypatch):
     make_report(folder)
 
 
-def test_errors_name_the_argument(tmp_path):
-    folder = write(tmp_path / "f", ROWS)
-    with pytest.raises(ValueError, match="`audio_root` .*missing"):
-        make_report(folder, audio_root=tmp_path / "missing")
-    with pytest.raises(ValueError, match="has no rows"):
-        make_report(write(tmp_path / "none", []))
-    with pytest.raises(ValueError, match="neither"):
-        make_report(tmp_path)
-    (folder / "metrics.json").write_text("{")
-    with pytest.raises(ValueError, match="metrics.json is not JSON"):
-        make_report(folder)
-    (folder / "metrics.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is not of `mdm-asr evaluate`"):
-        make_report(folder)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode")
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.wav")
+    silence(tmp_path / "run" / "a.wav").rename(tmp_path / "run" / name)
+    folder = write(tmp_path / "run", [row(name, "a", "a", audio=name)])
+    page = make_report(folder)
+    assert 'src="caf%E9.wav"' in page.read_text() and "caf\\udce9.wav" in page.read_text()
 
 
 def run(capsys, *arguments):
@@ -392,7 +370,7 @@ def run(capsys, *arguments):
     return done.value.code, captured.out, captured.err
 
 
-def test_command(tmp_path, capsys):
+def test_command_and_errors(tmp_path, capsys):
     clip = silence(tmp_path / "data" / "a.wav")
     rows = [row("1", "a", "b", audio="a.wav")]
     folder, output = write(tmp_path / "all" / "one", rows), tmp_path / "one.html"
@@ -410,6 +388,20 @@ def test_command(tmp_path, capsys):
     assert code == 0 and err.startswith("warning: None of the rows' audio files is in `audio_root`")
     code, out, err = run(capsys, tmp_path / "nothing")
     assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("error: ")
+
+    folder = write(tmp_path / "f", ROWS)
+    with pytest.raises(ValueError, match="`audio_root` .*missing"):
+        make_report(folder, audio_root=tmp_path / "missing")
+    with pytest.raises(ValueError, match="has no rows"):
+        make_report(write(tmp_path / "none", []))
+    with pytest.raises(ValueError, match="neither"):
+        make_report(tmp_path)
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match="metrics.json is not JSON"):
+        make_report(folder)
+    (folder / "metrics.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is not of `mdm-asr evaluate`"):
+        make_report(folder)
 
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
