@@ -66,8 +66,6 @@ def test_error_rates_by_hand():
     assert all(metrics[name] is None for name in unknown)
     assert metrics["reliability"] == []
 
-
-def test_words_said_where_there_are_none_count():
     # 3 insertions in 4 words; "uh" is taken out by the normaliser, which would join number words to one.
     rows = [row("a b c d", "a b c d"), row("uh", "la la la"), row("", "")]
     metrics = metrics_of(rows)
@@ -76,6 +74,9 @@ def test_words_said_where_there_are_none_count():
     # Nothing but silence has no rate.
     assert metrics_of([row("", "la")])["wer"] is None
     assert score([row("", "la")], num_bootstrap=10)["intervals"]["wer"] is None
+
+    rows = [row("a", " "), row("b", "b"), row("c", "c"), row("uh", ""), row("", "")]
+    assert metrics_of(rows)["empty_rate"] == round(100 / 3, 2)
 
 
 def test_normalisers():
@@ -92,7 +93,7 @@ def test_normalisers():
     assert metrics_of(rows, language="de")["wer"] == 50.0
 
 
-def test_align_by_hand():
+def test_alignments_and_counts_are_jiwers():
     assert align("The cat can't sit.", "a cat can not sit down") == [
         ("substitute", ["the"], ["a"]),
         ("equal", ["cat", "can", "not", "sit"], ["cat", "can", "not", "sit"]),
@@ -101,8 +102,6 @@ def test_align_by_hand():
     assert align("", "") == []
     assert align("a", "") == [("delete", ["a"], [])]
 
-
-def test_counts_are_jiwers():
     references, hypotheses = ["a b c d", "", "x  y"], ["a x d d e", "la", "y"]
     counts = count_errors(references, hypotheses)
     assert counts.tolist() == [[2, 0, 1, 4], [0, 0, 1, 0], [0, 1, 0, 2]]
@@ -114,7 +113,7 @@ def test_counts_are_jiwers():
     assert word_error_rate(["It's so.", ""], ["it is", "uh"]) == 33.33 and word_error_rate([""], ["a"]) is None
 
 
-def test_repetitions_by_hand():
+def test_repetitions_and_loops_by_hand():
     assert count_repetitions("the the the cat")[1] == 2
     assert count_repetitions("in the box in the box")[3] == 1
     assert not any(count_repetitions("a b a c a").values())
@@ -130,8 +129,6 @@ def test_repetitions_by_hand():
     ]
     assert metrics_of(rows)["repetition_rate"] == round(100 * 4 / 6, 2)
 
-
-def test_loops_by_hand():
     for text, times in (("", 0), ("a", 1), ("a b", 1), ("so a b a b a b", 3), ("a a b b b b", 4), ("a b c a b", 1)):
         assert most_in_a_row(text) == times, text
     sentence = "we went down to the sea in the morning"
@@ -145,12 +142,7 @@ def test_loops_by_hand():
     assert metrics_of(rows)["num_loops"] == 3
 
 
-def test_empty_outputs_are_of_those_who_speak():
-    rows = [row("a", " "), row("b", "b"), row("c", "c"), row("uh", ""), row("", "")]
-    assert metrics_of(rows)["empty_rate"] == round(100 / 3, 2)
-
-
-def test_tokens_per_decoder_evaluation():
+def test_drafts_speed_and_durations_by_hand():
     rows = [
         # Three tokens and the end of text; a full canvas without one; a silent clip that nothing was decoded of.
         row("a b", "a b.", nfe=2, tokens=tokens((" a", 1), (" b", 1), (".", 1)), is_full=False),
@@ -161,8 +153,6 @@ def test_tokens_per_decoder_evaluation():
     assert metrics["tokens_per_nfe"] == 1.0
     assert metrics["num_full"] == 1
 
-
-def test_accepted_drafts_are_of_those_each_branch_made():
     def drafts(*counts):
         pairs = [dict(zip(("masks", "hypothesis"), one, strict=True)) for one in counts]
         return dict(zip(("accepted_drafts", "rejected_drafts"), pairs, strict=True))
@@ -176,8 +166,6 @@ def test_accepted_drafts_are_of_those_each_branch_made():
     # Either utterance alone has 75 or 0 %.
     assert result["intervals"]["acceptance_rate_masks"] == [0.0, 75.0]
 
-
-def test_speed_is_of_all_seconds():
     rows = [
         row("a", "a", duration_s=3.0, features_s=0.5, encoder_s=1.0, decoder_s=2.0),
         row("a", "a", duration_s=1.0, features_s=0.0, encoder_s=0.25, decoder_s=0.25),
@@ -185,8 +173,6 @@ def test_speed_is_of_all_seconds():
     metrics = metrics_of(rows)
     assert (metrics["rtfx"], metrics["rtfx_encoder"], metrics["rtfx_decoder"]) == (1.0, 3.2, round(4 / 2.25, 2))
 
-
-def test_buckets_of_duration():
     rows = [
         row("a b", "a", nfe=2, duration_s=3.99),
         row("a b", "a b", nfe=4, duration_s=4.0),
@@ -201,7 +187,7 @@ def test_buckets_of_duration():
     ]
 
 
-def test_word_confidences_by_hand():
+def test_confidences_and_calibration_by_hand():
     one = row(
         "the cat is here",
         "The café is 21 here.",
@@ -220,8 +206,6 @@ def test_word_confidences_by_hand():
     assert word_confidences(contracted) == [("i", 0.5, True), ("can", 0.25, True), ("not", 0.25, True)]
     assert word_confidences(row("a", "a")) == []
 
-
-def test_calibration_by_hand():
     rows = [
         row("a b", "a x", tokens=tokens((" a", 0.95), (" x", 0.95))),
         row("c d", "c d", tokens=tokens((" c", 1.0), (" d", 0.35))),
@@ -254,8 +238,6 @@ def test_intervals_are_the_bootstraps():
     assert result["intervals"]["mean_nfe"] == [pytest.approx(low / 10, abs=0.01), pytest.approx(high / 10, abs=0.01)]
     assert score(rows, num_bootstrap=0)["intervals"] == {}
 
-
-def test_paired_intervals_are_narrower():
     rng = np.random.default_rng(1)
     rows, others = [], []
     for i in range(100):
