@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
@@ -83,8 +84,8 @@ def assert_same(model, onnx, seconds=(1.0, 0.6, 0.35), encoder="whisper", **sett
 
 
 # The shortest, odd and even, with and without room for the silence, and what only padding makes too long.
-@pytest.mark.parametrize("silence_s", [None, 30.0])
-@pytest.mark.parametrize("seconds", [(0.02,), (0.99, 0.4), (29.75,), (30.0,)])
+@each("silence_s", [None, 30.0])
+@each("seconds", [(0.02,), (0.99, 0.4), (29.75,), (30.0,)])
 def test_encoder(pair, seconds, silence_s):
     model, onnx, _ = pair
     features, mask = tiny_inputs(seconds=seconds)
@@ -111,32 +112,6 @@ def test_encoder(pair, seconds, silence_s):
     assert onnx.prepare_cross_attention(output) is output
 
 
-def test_threads_share_a_model(pair):
-    # Rows of a batch are encoded side by side, for which the first thread makes what it takes, once.
-    onnx = OnnxMDMASR.from_pretrained(pair[2], num_threads=2)
-    made, make = [], onnx.encoders.load
-
-    def make_slowly(options):
-        made.append(time.sleep(0.1))
-        return make(options)
-
-    onnx.encoders.load = make_slowly
-    batches = [tiny_inputs(seconds=(1.0, 0.4 + 0.03 * i), seed=i) for i in range(20)]
-    barrier = threading.Barrier(8)
-
-    def call(i):
-        if i < 8:
-            barrier.wait()
-        output = onnx.generate(*batches[i], max_new_tokens=20, return_dict_in_generate=True)
-        return output.sequences.tolist(), output.confidence.tolist()
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(call, range(len(batches))))
-    assert len(made) == 1
-    barrier = threading.Barrier(1)
-    assert found == [call(i) for i in range(len(batches))]
-
-
 def test_encoder_of_waveforms(tmp_path):
     import onnxruntime
 
@@ -152,7 +127,7 @@ def test_encoder_of_waveforms(tmp_path):
         assert frames.shape == expected.shape and (torch.from_numpy(frames) - expected).abs().max() < 1e-4
 
 
-def test_steps(pair):
+def test_steps_and_graphs(pair):
     model, onnx, _ = pair
     tokens = np.array([[VOCAB_SIZE, 5, 6, 7, 9], [VOCAB_SIZE, 8, 9, 0, 0]])
     # Prompts of different lengths; then a token each, and branches whose padding stands amid the longest row.
@@ -181,10 +156,12 @@ def test_steps(pair):
         np.testing.assert_allclose(entropies, other_entropies, rtol=1e-3, atol=1e-4)
     assert [len(one) for one in results[0][0]] == [6, 8, 1]
 
-
-def test_graphs_name_no_place_on_this_machine(pair):
     files = [file for file in pair[2].iterdir() if file.suffix == ".onnx"]
     assert len(files) == 3 and not any(str(REPOSITORY).encode() in file.read_bytes() for file in files)
+
+    _, onnx, _ = pair
+    for session in (onnx.encoder, onnx.decoder.session, onnx.decoder.drafts):
+        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +210,8 @@ def test_a_rows_int8_logits_do_not_depend_on_what_is_computed_with_them(exact, r
 # --- generate ---
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def test_generate_is_pytorchs(pair):
+    for options in [
         {},
         {"gamma": 0.5},
         {"draft_branches": []},
@@ -246,34 +222,27 @@ def test_a_rows_int8_logits_do_not_depend_on_what_is_computed_with_them(exact, r
         {"prompt_template": TEMPLATE, "language": "auto"},
         {"prompt_template": TEMPLATE, "previous_ids": [[7, 8, 9], [], [5]], "prefix_ids": [[4], [], [5, 6]]},
         {"return_token_timestamps": True, "no_speech_token_id": 5},
-    ],
-    ids=lambda settings: "-".join(settings),
-)
-def test_generate(pair, settings):
-    if "draft_ids" in settings:
-        texts = assert_same(*pair[:2]).sequences.tolist()
-        settings = {"draft_ids": [text[part] for text, part in zip(texts, settings["draft_ids"], strict=True)]}
-    output = assert_same(*pair[:2], **settings)
-    assert output.num_steps > 1 and output.sequences.unique().numel() > 5
-    assert settings.get("draft_branches") == [] or output.accepted_drafts.sum() > 0
-    assert "draft_ids" not in settings or output.accepted_drafts[:, 1].tolist()[::2] > [0, 0]
+    ]:
+        if "draft_ids" in options:
+            texts = assert_same(*pair[:2]).sequences.tolist()
+            options = {"draft_ids": [text[part] for text, part in zip(texts, options["draft_ids"], strict=True)]}
+        output = assert_same(*pair[:2], **options)
+        assert output.num_steps > 1 and output.sequences.unique().numel() > 5
+        assert options.get("draft_branches") == [] or output.accepted_drafts.sum() > 0
+        assert "draft_ids" not in options or output.accepted_drafts[:, 1].tolist()[::2] > [0, 0]
 
-
-def test_texts_that_are_refused(pair):
     # Every text is: by the silence of 30 s, and then twice by a temperature.
     output = assert_same(*pair[:2], logprob_threshold=0.0, temperature=[0.0, 0.5], max_new_tokens=8)
     assert output.nfe.min() > assert_same(*pair[:2], max_new_tokens=8).nfe.max()
 
-
-@pytest.mark.parametrize("generator", [0, [1, 2, 3]])
-def test_samples(pair, generator):
-    features, mask = tiny_inputs()
-    settings = {"temperature": 1.0, "num_return_sequences": 2, "max_new_tokens": 20}
-    expected, output = (model.generate(features, mask, generator=generator, **settings) for model in pair[:2])
-    assert len(output) == 6 and output.tolist() == expected.tolist()
+    for generator in [0, [1, 2, 3]]:
+        features, mask = tiny_inputs()
+        options = {"temperature": 1.0, "num_return_sequences": 2, "max_new_tokens": 20}
+        expected, output = (model.generate(features, mask, generator=generator, **options) for model in pair[:2])
+        assert len(output) == 6 and output.tolist() == expected.tolist()
 
 
-def test_rows_do_not_depend_on_their_batch(pair):
+def test_rows_and_threads_do_not_depend_on_others(pair):
     _, onnx, _ = pair
     features, mask = tiny_inputs()
     together = onnx.generate(features, mask)
@@ -281,8 +250,6 @@ def test_rows_do_not_depend_on_their_batch(pair):
         alone = onnx.generate(features[row : row + 1, :length], mask[row : row + 1, :length])
         assert alone[0].tolist() == together[row, : alone.shape[1]].tolist()
 
-
-def test_outputs_of_the_encoder_stay_as_they_were(pair):
     _, onnx, _ = pair
     features, mask = tiny_inputs(seconds=(0.5, 1.0, 0.3, 0.8))
     expected = onnx.generate(features, mask).tolist()
@@ -292,6 +259,30 @@ def test_outputs_of_the_encoder_stay_as_they_were(pair):
         assert onnx.generate(features, mask, encoder_outputs=outputs).tolist() == expected
     after = [value for pair in outputs.cross_attention_states for value in pair]
     assert all(map(np.array_equal, before, after))
+
+    # Rows of a batch are encoded side by side, for which the first thread makes what it takes, once.
+    onnx = OnnxMDMASR.from_pretrained(pair[2], num_threads=2)
+    made, make = [], onnx.encoders.load
+
+    def make_slowly(options):
+        made.append(time.sleep(0.1))
+        return make(options)
+
+    onnx.encoders.load = make_slowly
+    batches = [tiny_inputs(seconds=(1.0, 0.4 + 0.03 * i), seed=i) for i in range(20)]
+    barrier = threading.Barrier(8)
+
+    def call(i):
+        if i < 8:
+            barrier.wait()
+        output = onnx.generate(*batches[i], max_new_tokens=20, return_dict_in_generate=True)
+        return output.sequences.tolist(), output.confidence.tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, range(len(batches))))
+    assert len(made) == 1
+    barrier = threading.Barrier(1)
+    assert found == [call(i) for i in range(len(batches))]
 
 
 def test_canary_like_models(tmp_path, monkeypatch):
@@ -319,7 +310,7 @@ def golden(tmp_path_factory):
     return model, OnnxMDMASR.from_pretrained(folder), AutoProcessor.from_pretrained(folder), folder
 
 
-def test_golden(golden):
+def test_golden_transcript_and_stream(golden):
     model, onnx, processor, _ = golden
     inputs = processor(str(RECORDING))
     settings = {"return_dict_in_generate": True, "return_token_timestamps": True}
@@ -336,8 +327,6 @@ def test_golden(golden):
     assert batch[0, : output.sequences.shape[1]].tolist() == output.sequences[0].tolist()
     assert processor.decode(batch[1]).startswith("He had found where his") and batch.shape[0] == 2
 
-
-def test_transcriber_and_stream(golden):
     model, onnx, processor, _ = golden
     expected, output = (Transcriber(one, processor, timestamps=True).transcribe(RECORDING) for one in (model, onnx))
     assert output.text == expected.text
@@ -352,8 +341,24 @@ def test_transcriber_and_stream(golden):
     )
     assert output == expected and len(output) > 3
 
+    _, _, expected, folder = golden
+    processor = OnnxProcessor.from_pretrained(folder)
+    assert processor.hotword_ids(["Zorblax", "New York"]) == expected.hotword_ids(["Zorblax", "New York"])
+    assert processor.hotword_ids(["Zürich"]).letters == expected.hotword_ids(["Zürich"]).letters
+    text = " I said: “it's 5 o'clock”, naïve 東京 🙂."
+    ids = processor.previous_ids(text)
+    assert ids == expected.previous_ids(text) and processor.previous_ids(" ") == []
+    rows = [[50257, *ids, 50256], [50362, 50256, 50256]]
+    assert processor.batch_decode(rows) == expected.batch_decode(rows) == [text.strip(), ""]
+    assert processor.batch_decode(rows, False) == expected.batch_decode(rows, skip_special_tokens=False)
+    # Pieces of a character have no text of their own.
+    pieces = [token_texts(one.tokenizer, ids) for one in (processor, expected)]
+    assert pieces[0] == pieces[1] and "".join(pieces[0]).strip() == text.strip()
+    with pytest.raises(ValueError, match="has no mel_filters.npy, tokenizer.json"):
+        OnnxProcessor.from_pretrained(folder.parent)
 
-@pytest.mark.parametrize("by_rows", [True, False])
+
+@each("by_rows", [True, False])
 def test_large_sums_of_int8_are_not_cut_off(tmp_path, by_rows):
     import onnx
     import onnxruntime
@@ -420,24 +425,6 @@ def test_features_are_whispers(golden, lengths, level):
     np.testing.assert_allclose(output["input_features"], expected["input_features"], atol=2e-4)
 
 
-def test_processor(golden):
-    _, _, expected, folder = golden
-    processor = OnnxProcessor.from_pretrained(folder)
-    assert processor.hotword_ids(["Zorblax", "New York"]) == expected.hotword_ids(["Zorblax", "New York"])
-    assert processor.hotword_ids(["Zürich"]).letters == expected.hotword_ids(["Zürich"]).letters
-    text = " I said: “it's 5 o'clock”, naïve 東京 🙂."
-    ids = processor.previous_ids(text)
-    assert ids == expected.previous_ids(text) and processor.previous_ids(" ") == []
-    rows = [[50257, *ids, 50256], [50362, 50256, 50256]]
-    assert processor.batch_decode(rows) == expected.batch_decode(rows) == [text.strip(), ""]
-    assert processor.batch_decode(rows, False) == expected.batch_decode(rows, skip_special_tokens=False)
-    # Pieces of a character have no text of their own.
-    pieces = [token_texts(one.tokenizer, ids) for one in (processor, expected)]
-    assert pieces[0] == pieces[1] and "".join(pieces[0]).strip() == text.strip()
-    with pytest.raises(ValueError, match="has no mel_filters.npy, tokenizer.json"):
-        OnnxProcessor.from_pretrained(folder.parent)
-
-
 @given(
     text=st.text(max_size=40) | st.text("aZ é'\u00a0\n<|endoftext|>9sTll", max_size=40),
     ids=st.lists(st.integers(0, 52_000)),
@@ -496,7 +483,7 @@ finally:
 # --- errors ---
 
 
-def test_wrong_folders(pair, tmp_path, run_command):
+def test_wrong_folders_and_arguments(pair, tmp_path, run_command, monkeypatch):
     with pytest.raises(ValueError, match=r"`folder` .* has no encoder.onnx, decoder.onnx, drafts.onnx"):
         OnnxMDMASR.from_pretrained(tmp_path)
     damaged = shutil.copytree(pair[2], tmp_path / "damaged")
@@ -519,14 +506,6 @@ def test_wrong_folders(pair, tmp_path, run_command):
     code, _, error = run_command("transcribe", "--model", pair[2], "--dtype", "int8", RECORDING)
     assert code == 1 and "`dtype` 'int8' cannot be used with the ONNX model" in error
 
-
-def test_waiting_threads_leave_the_cores_to_others(pair):
-    _, onnx, _ = pair
-    for session in (onnx.encoder, onnx.decoder.session, onnx.decoder.drafts):
-        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
-
-
-def test_wrong_arguments(pair):
     _, onnx, folder = pair
     with pytest.raises(ValueError, match="`num_threads` must be an integer of at least 1, got 0"):
         OnnxMDMASR.from_pretrained(folder, num_threads=0)
@@ -537,8 +516,6 @@ def test_wrong_arguments(pair):
     with pytest.raises(ValueError, match="must be what this model's `encode` returned"):
         onnx.generate(torch.randn(1, 90, 80), encoder_outputs=pair[0].encode(torch.randn(1, 90, 80)))
 
-
-def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
     model = tiny_drafts_model(dtype=torch.float32)
 
     def encode(self, features, mask, **kwargs):
@@ -550,7 +527,7 @@ def test_a_model_that_cannot_be_exported(tmp_path, monkeypatch):
         export_onnx(model, tmp_path / "out", processor=tiny_processor())
 
 
-@pytest.mark.parametrize("module", ["onnxscript", "onnxruntime"])
+@each("module", ["onnxscript", "onnxruntime"])
 def test_without_the_extra(pair, tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     extra = "export" if module == "onnxscript" else "onnx"
