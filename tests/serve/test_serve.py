@@ -201,7 +201,7 @@ def test_windows_that_cannot_be_decoded_are_their_own_requests_alone(caplog):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_ends_is_noticed():
+def test_a_thread_that_ends_or_hangs_is_noticed():
     def fails(rows):
         raise SystemExit
 
@@ -212,8 +212,6 @@ def test_a_thread_that_ends_is_noticed():
         with pytest.raises(openai.InternalServerError, match="started again"):
             transcribe(url, spoken(1))
 
-
-def test_a_thread_that_hangs_is_noticed_and_its_requests_end():
     model = Model()
     model.gate.clear()
     with running(model, timeout_s=0.5) as (url, service):
@@ -355,15 +353,13 @@ def test_text_comes_before_the_recording_is_done():
         assert len(list(events)) > 1
 
 
-def test_models(shared_server):
+def test_models_and_errors(shared_server, tmp_path):
     url, _ = shared_server
     assert [model.id for model in client(url).models.list()] == ["tones"]
     assert client(url).models.retrieve("tones").object == "model"
     with pytest.raises(openai.NotFoundError, match="Use 'tones'"):
         client(url).models.retrieve("../etc")
 
-
-def test_errors(shared_server, tmp_path):
     url, _ = shared_server
     # Would be waited for if it were opened.
     os.mkfifo(tmp_path / "a.wav")
@@ -402,7 +398,7 @@ def test_errors(shared_server, tmp_path):
 # --- limits ---
 
 
-def test_api_key():
+def test_keys_sizes_and_concurrency_are_limited():
     with running(api_key="sécret") as (url, service):
         for key in ("wrong", "s", "secret"):
             with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
@@ -413,8 +409,6 @@ def test_api_key():
         header = {"Authorization": "bearer sécret".encode()}
         assert httpx.get(f"{url}/v1/models", headers=header).is_success
 
-
-def test_size_and_seconds():
     with running(max_bytes=200_000, max_audio_s=5.0) as (url, service):
         # As much as fits, and more: of known and of unknown length.
         assert transcribe(url, spoken(1, 2)).text == "w1 w2"
@@ -435,8 +429,6 @@ def test_size_and_seconds():
             transcribe(url, wav(np.zeros(6 * RATE), "FLAC"))
         assert caught.value.status_code == 413
 
-
-def test_concurrency():
     model = Model()
     model.gate.clear()
     with running(model, max_requests=2) as (url, service), ThreadPoolExecutor(2) as pool:
@@ -510,7 +502,7 @@ def test_live_limits(monkeypatch):
         assert transcribe(url, spoken(1)).text == "w1"
 
 
-def test_what_makes_no_sense(run_command):
+def test_what_makes_no_sense_is_said_and_help_is_fast(run_command):
     for arguments, code, message in (
         (["--max-mb", 0], 2, "--max-mb"),
         (["--timeout-s", "nan"], 2, "--timeout-s"),
@@ -519,6 +511,15 @@ def test_what_makes_no_sense(run_command):
     ):
         found, out, err = run_command("serve", *arguments)
         assert (found, out) == (code, "") and message in err and (code == 2 or len(err.splitlines()) == 1)
+
+    code = (
+        "import sys; from mdm_asr_cli import main\n"
+        "sys.argv = ['mdm-asr', 'serve', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: print([name for name in ('torch', 'fastapi', 'uvicorn', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "--api-key" in done.stdout
 
 
 def test_metrics(shared_server):
@@ -560,15 +561,13 @@ def command(tmp_path_factory):
         process.wait()
 
 
-def test_a_recording(command):
+def test_a_recording_by_command_and_curl(command):
     _, url = command
     with RECORDING.open("rb") as file:
         assert client(url).audio.transcriptions.create(model="whisper-1", file=file).text == TEXT
     verbose = transcribe(url, RECORDING.read_bytes(), model="mdm-asr-tiny-en", response_format="verbose_json")
     assert verbose.text == TEXT and verbose.segments[0].tokens and verbose.duration == pytest.approx(4.632)
 
-
-def test_curl_as_printed(command):
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     _, url = command
@@ -686,14 +685,3 @@ def test_the_image():
     assert parsed.params["model"] == exported
     check = next(line for line in lines if line.startswith("HEALTHCHECK"))
     assert f"127.0.0.1:{parsed.params['port']}/health" in check
-
-
-def test_help_is_fast():
-    code = (
-        "import sys; from mdm_asr_cli import main\n"
-        "sys.argv = ['mdm-asr', 'serve', '--help']\n"
-        "try: main()\n"
-        "except SystemExit: print([name for name in ('torch', 'fastapi', 'uvicorn', 'numpy') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]" and "--api-key" in done.stdout
