@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 
 import mdm_asr_hf
@@ -32,7 +33,7 @@ RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
 # --- warping ---
 
 
-def test_warp_by_hand():
+def test_warping_ends_and_smoothing_by_hand():
     costs = np.array([[1.0, 9, 9, 9, 9], [9, 9, 1, 1, 9]])
     # A gap at frames 1 and 4 costs 2 each, in place of 9: 1 + 2 + 1 + 1 + 2 = 7.
     first, last = warp(costs, np.full(5, 2.0))
@@ -43,6 +44,19 @@ def test_warp_by_hand():
     # Every token owns a frame, however dear.
     first, last = warp(np.full((3, 3), 50.0), np.zeros(3))
     assert first.tolist() == last.tolist() == [0, 1, 2]
+
+    #                    0  1  2  3  4  5  6  7  8  9
+    presence = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 0.0])
+    first, last = np.array([1, 4, 8]), np.array([1, 4, 8])
+    # One silent frame is no pause: the first token keeps it; two end the second one.
+    assert extend_ends(first, last, presence, 2).tolist() == [3, 5, 8]
+    assert extend_ends(first, last, presence, 1).tolist() == [2, 5, 8]
+
+    values = np.array([[3.0, 0, 0, 6, 0]])
+    assert smooth(values, 3).tolist() == [[1.5, 1, 2, 2, 3]]
+    assert smooth(values, 1) is values
+    # No wider than what there is.
+    assert smooth(np.array([[2.0, 4.0]]), 5).tolist() == [[2.0, 4.0]]
 
 
 def path_cost(costs, gaps, first, last):
@@ -66,23 +80,6 @@ def test_warp_is_the_cheapest_of_all_paths(num_tokens, more, seed):
     assert (tuple(first), tuple(last)) in {(tuple(a), tuple(b)) for a, b in paths}
     least = min(path_cost(costs, gaps, *path) for path in paths)
     assert path_cost(costs, gaps, first, last) == pytest.approx(least, abs=1e-9)
-
-
-def test_ends_reach_to_the_next_token_or_pause():
-    #                    0  1  2  3  4  5  6  7  8  9
-    presence = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 0.0])
-    first, last = np.array([1, 4, 8]), np.array([1, 4, 8])
-    # One silent frame is no pause: the first token keeps it; two end the second one.
-    assert extend_ends(first, last, presence, 2).tolist() == [3, 5, 8]
-    assert extend_ends(first, last, presence, 1).tolist() == [2, 5, 8]
-
-
-def test_smooth_is_a_mean_of_neighbours():
-    values = np.array([[3.0, 0, 0, 6, 0]])
-    assert smooth(values, 3).tolist() == [[1.5, 1, 2, 2, 3]]
-    assert smooth(values, 1) is values
-    # No wider than what there is.
-    assert smooth(np.array([[2.0, 4.0]]), 5).tolist() == [[2.0, 4.0]]
 
 
 def test_presence_tells_speech_from_silence_in_any_features():
@@ -118,7 +115,7 @@ def test_tokens_lie_where_they_are_attended_to():
 # --- heads and frames ---
 
 
-def test_heads_are_checked():
+def test_heads_and_features_are_checked():
     config = tiny_model("whisper").config.decoder_config
     assert check_alignment_heads(None, config) == [(0, 0), (0, 1)]
     # A causal decoder, which says the next token, has found its place further up.
@@ -136,34 +133,48 @@ def test_heads_are_checked():
         with pytest.raises(ValueError, match=message):
             check_alignment_heads(wrong, config)
 
-
-@pytest.mark.parametrize(("encoder", "expected"), [("whisper", 0.02), ("parakeet", 0.08), ("wav2vec2", 0.02)])
-def test_frame_duration(encoder, expected):
-    config = tiny_model(encoder).config
-    assert frame_duration_s(config.encoder_config, config.input_frames_per_s) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
-def test_weights_are_those_of_eager_attention(encoder):
-    model = tiny_model(encoder)
-    features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6))
-    outputs = model.prepare_cross_attention(model.encode(features, mask))
-    ids = torch.randint(2, VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
-    heads = [(1, 1), (0, 0), (1, 0)]
-    arguments = (heads, ids.numpy(), np.ones(ids.shape, dtype=bool), outputs)
-    weights = cross_attention_weights(model, *arguments)
-    model.set_attn_implementation("eager")
-    of_eager = cross_attention_weights(model, *arguments)
-    with torch.no_grad():
-        seen = model(decoder_input_ids=ids, encoder_outputs=outputs, output_attentions=True).cross_attentions
-    expected = torch.stack([seen[layer][:, head] for layer, head in heads], dim=1).numpy()
-    assert weights.shape == (2, 3, 9, outputs.last_hidden_state.shape[1])
-    assert np.allclose(weights, expected, atol=1e-5) and np.allclose(of_eager, expected, atol=1e-5)
-    num_frames = int(outputs.attention_mask[1].sum())
-    assert not weights[1, ..., num_frames:].any() and num_frames < weights.shape[-1]
+    model = tiny_model("whisper")
+    features, mask = tiny_inputs("whisper", seconds=(1.0,))
+    outputs = model.encode(features, mask)
+    with pytest.raises(ValueError, match="layer 7, head 0"):
+        generate(model, features, mask, alignment_heads=[[7, 0]])
+    output = model.generate(
+        encoder_outputs=outputs,
+        canvas_length=8,
+        return_token_timestamps=True,
+        return_dict_in_generate=True,
+        alignment_heads=[[0, 0]],
+    )
+    own = output.token_timestamps[0].flatten()
+    # The model has 0.3 s of silence behind the audio, which nothing tells here.
+    assert (own.diff() >= 0).all() and 0 < own[-1] <= 1.3001
 
 
-@pytest.mark.parametrize("make", [tiny_model, tiny_drafts_model])
+def test_weights_and_frames_are_those_of_the_encoder():
+    for encoder in ["whisper", "parakeet"]:
+        model = tiny_model(encoder)
+        features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6))
+        outputs = model.prepare_cross_attention(model.encode(features, mask))
+        ids = torch.randint(2, VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
+        heads = [(1, 1), (0, 0), (1, 0)]
+        arguments = (heads, ids.numpy(), np.ones(ids.shape, dtype=bool), outputs)
+        weights = cross_attention_weights(model, *arguments)
+        model.set_attn_implementation("eager")
+        of_eager = cross_attention_weights(model, *arguments)
+        with torch.no_grad():
+            seen = model(decoder_input_ids=ids, encoder_outputs=outputs, output_attentions=True).cross_attentions
+        expected = torch.stack([seen[layer][:, head] for layer, head in heads], dim=1).numpy()
+        assert weights.shape == (2, 3, 9, outputs.last_hidden_state.shape[1])
+        assert np.allclose(weights, expected, atol=1e-5) and np.allclose(of_eager, expected, atol=1e-5)
+        num_frames = int(outputs.attention_mask[1].sum())
+        assert not weights[1, ..., num_frames:].any() and num_frames < weights.shape[-1]
+
+    for encoder, expected in [("whisper", 0.02), ("parakeet", 0.08), ("wav2vec2", 0.02)]:
+        config = tiny_model(encoder).config
+        assert frame_duration_s(config.encoder_config, config.input_frames_per_s) == pytest.approx(expected)
+
+
+@each("make", [tiny_model, tiny_drafts_model])
 def test_attention_is_read_where_the_token_is_said(make):
     model = make("whisper")
     features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
@@ -180,6 +191,15 @@ def test_attention_is_read_where_the_token_is_said(make):
     assert weights.shape == (2, 2, 4, outputs.last_hidden_state.shape[1])
     assert np.array_equal(weights[0], rows[0, :, 2 - before : 6 - before])
     assert np.array_equal(weights[1, :, :3], rows[1, :, 1 - before : 4 - before])
+
+    model = make("whisper")
+    features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
+    features[1] = 0.0
+    output = generate(model, features, mask)
+    assert (output.token_timestamps[1] == 0).all() and output.token_timestamps[0].max() > 0
+    plain = generate(model, features, mask, return_token_timestamps=False)
+    assert plain.token_timestamps is None
+    assert torch.equal(plain.sequences, output.sequences) and torch.equal(plain.nfe, output.nfe)
 
 
 # --- generate ---
@@ -215,7 +235,7 @@ def test_times_rise_inside_the_audio(encoder, seconds, seed, max_new_tokens, mak
             assert own[-1] == pytest.approx(duration_s, abs=0.081)
 
 
-@pytest.mark.parametrize("encoder", ["whisper", "parakeet", "wav2vec2"])
+@each("encoder", ["whisper", "parakeet", "wav2vec2"])
 def test_a_batch_has_the_times_of_its_rows_alone(encoder):
     model = tiny_drafts_model(encoder)
     model.generation_config.prompt_template = {"tokens": [VOCAB_SIZE], "previous": 50}
@@ -231,18 +251,6 @@ def test_a_batch_has_the_times_of_its_rows_alone(encoder):
         times = batch.token_timestamps[row, : alone.sequences.shape[1]]
         assert torch.allclose(alone.token_timestamps[0], times, atol=1e-4)
     assert len({tuple(row) for row in batch.sequences.tolist()}) == 3
-
-
-@pytest.mark.parametrize("make", [tiny_model, tiny_drafts_model])
-def test_silent_rows_have_no_times_and_text_is_unchanged(make):
-    model = make("whisper")
-    features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
-    features[1] = 0.0
-    output = generate(model, features, mask)
-    assert (output.token_timestamps[1] == 0).all() and output.token_timestamps[0].max() > 0
-    plain = generate(model, features, mask, return_token_timestamps=False)
-    assert plain.token_timestamps is None
-    assert torch.equal(plain.sequences, output.sequences) and torch.equal(plain.nfe, output.nfe)
 
 
 def test_each_sample_has_the_times_of_its_own_text():
@@ -261,24 +269,6 @@ def test_each_sample_has_the_times_of_its_own_text():
         read = np.concatenate([[[VOCAB_SIZE]], ids], axis=1)
         alone = token_timestamps(model, ids, ids >= 0, read, None, np.array([1]), outputs, duration_s, its_features)
         assert np.allclose(output.token_timestamps[row, :num_tokens], alone[0], atol=1e-4)
-
-
-def test_generate_without_features_or_with_foreign_heads():
-    model = tiny_model("whisper")
-    features, mask = tiny_inputs("whisper", seconds=(1.0,))
-    outputs = model.encode(features, mask)
-    with pytest.raises(ValueError, match="layer 7, head 0"):
-        generate(model, features, mask, alignment_heads=[[7, 0]])
-    output = model.generate(
-        encoder_outputs=outputs,
-        canvas_length=8,
-        return_token_timestamps=True,
-        return_dict_in_generate=True,
-        alignment_heads=[[0, 0]],
-    )
-    own = output.token_timestamps[0].flatten()
-    # The model has 0.3 s of silence behind the audio, which nothing tells here.
-    assert (own.diff() >= 0).all() and 0 < own[-1] <= 1.3001
 
 
 # --- words ---
