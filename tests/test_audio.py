@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tables import each
 
 from mdm_asr_hf import audio_mdm_asr
 from mdm_asr_hf.audio_mdm_asr import (
@@ -99,8 +100,6 @@ def test_every_form_of_a_clip_gives_its_samples(noise, tmp_path):
             assert waveform.dtype == np.float32 and waveform.shape == (RATE,)
             np.testing.assert_array_equal(waveform, noise)
 
-
-def test_a_named_pipe_is_read(noise, tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     writer = threading.Thread(target=lambda: path.write_bytes(encode(noise, subtype="FLOAT")))
@@ -108,15 +107,13 @@ def test_a_named_pipe_is_read(noise, tmp_path):
     np.testing.assert_array_equal(load_audio(path), noise)
     writer.join()
 
-
-def test_content_decides_not_the_name(noise, tmp_path):
     for name in ("flac.wav", "flac.raw", "flac"):
         path = tmp_path / name
         path.write_bytes(encode(noise, format="FLAC", subtype="PCM_24"))
         np.testing.assert_allclose(load_audio(path), noise, atol=2**-23)
 
 
-def test_integers_are_scaled_by_their_width():
+def test_integers_channels_and_empty_clips(tmp_path):
     # Full scale is 2 ** (bits - 1), and unsigned 8 bit is centred at 128.
     cases = {
         np.int8: ([-128, 0, 64], [-1.0, 0.0, 0.5]),
@@ -132,8 +129,6 @@ def test_integers_are_scaled_by_their_width():
     # Integers of Python have no width: they are floats written short.
     np.testing.assert_array_equal(load_audio([0, 1, -1], sampling_rate=RATE), [0.0, 1.0, -1.0])
 
-
-def test_channels_are_averaged_whichever_axis_they_are_on():
     left, right = np.full(100, 0.5, np.float32), np.full(100, -0.25, np.float32)
     for samples in (np.stack([left, right]), np.stack([left, right], axis=1)):
         np.testing.assert_array_equal(load_audio(samples, sampling_rate=RATE), np.full(100, 0.125))
@@ -144,6 +139,10 @@ def test_channels_are_averaged_whichever_axis_they_are_on():
     # One entry is one channel, however short the clip.
     np.testing.assert_array_equal(load_audio(np.array([[0.5, 0.25]]), sampling_rate=RATE), [0.5, 0.25])
     np.testing.assert_array_equal(load_audio(np.array([[0.5], [0.25]]), sampling_rate=RATE), [0.5, 0.25])
+
+    for audio in (np.zeros(0), [], np.zeros((0, 2)), np.zeros((2, 0)), torch.zeros(0), encode(np.zeros(0))):
+        waveform = load_audio(audio, sampling_rate=44_100)
+        assert waveform.shape == (0,) and waveform.dtype == np.float32
 
 
 # --- channels that cancel each other ---
@@ -166,8 +165,13 @@ def mixed(*channels):
 def warnings(monkeypatch):
     told = []
     monkeypatch.setattr(audio_mdm_asr.logger, "warning", told.append)
-    audio_mdm_asr._warn_once.cache_clear()
+    forget(told)
     return told
+
+
+def forget(warnings):
+    warnings.clear()
+    audio_mdm_asr._warn_once.cache_clear()
 
 
 def test_channels_that_cancel_leave_the_louder_one_and_say_so_once(warnings):
@@ -210,8 +214,9 @@ def test_channels_that_do_not_cancel_are_averaged(warnings):
     assert warnings == []
 
 
-@pytest.mark.parametrize("format", ["WAV", "OGG", "MP3"])
+@each("format", ["WAV", "OGG", "MP3"])
 def test_files_whose_channels_cancel(format, warnings, tmp_path):
+    forget(warnings)
     x = voice()
     path = tmp_path / "phase"
     path.write_bytes(encode(np.stack([x, -x], axis=1), format=format))
@@ -220,8 +225,9 @@ def test_files_whose_channels_cancel(format, warnings, tmp_path):
     assert len(warnings) == 1 and "phase" in warnings[0]
 
 
-@pytest.mark.parametrize("block_s", [0.1, 1.0, 30.0])
+@each("block_s", [0.1, 1.0, 30.0])
 def test_a_recording_that_changes_its_phase_fades_over_without_a_click(block_s, warnings):
+    forget(warnings)
     seconds = 20
     x = 0.2 * np.sin(2 * np.pi * 200 * np.arange(seconds * RATE) / RATE).astype(np.float32) + 0.1 * voice(seconds)
     right = np.where(np.arange(len(x)) < len(x) // 2, x, -x)
@@ -246,7 +252,7 @@ def test_one_voice_on_any_channels_is_never_lost(gains):
     assert result.std() >= 0.4 * loudest * x.std() / len(gains) - 1e-9
 
 
-@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 96_000])
+@each("rate", [8_000, 22_050, 44_100, 48_000, 96_000])
 def test_resampling_keeps_frequency_and_duration(rate):
     waveform = load_audio(sine(1000, 1.0, rate), sampling_rate=rate)
     assert abs(len(waveform) - RATE) <= 1
@@ -254,21 +260,13 @@ def test_resampling_keeps_frequency_and_duration(rate):
     np.testing.assert_allclose(waveform[1000:-1000], sine(1000, 1.0, RATE)[1000 : len(waveform) - 1000], atol=1e-3)
 
 
-def test_resampling_does_not_alias():
+def test_resampling_does_not_alias_and_a_files_own_rate_counts():
     # 15 kHz is above the Nyquist frequency of 16 kHz audio: it must vanish, not come back at 1 kHz.
     assert np.abs(load_audio(sine(15_000, 1.0, 48_000), sampling_rate=48_000)[1000:-1000]).max() < 1e-3
 
-
-def test_own_rate_goes_before_the_argument():
     waveform = sine(440, 0.5, 8_000)
     for audio in ((waveform, 8_000), {"array": waveform, "sampling_rate": 8_000}, encode(waveform, 8_000)):
         assert len(load_audio(audio, sampling_rate=RATE)) == RATE // 2
-
-
-def test_empty_clips_are_empty_arrays(tmp_path):
-    for audio in (np.zeros(0), [], np.zeros((0, 2)), np.zeros((2, 0)), torch.zeros(0), encode(np.zeros(0))):
-        waveform = load_audio(audio, sampling_rate=44_100)
-        assert waveform.shape == (0,) and waveform.dtype == np.float32
 
 
 # --- batches ---
@@ -287,7 +285,7 @@ def test_what_is_a_batch():
         is_audio_batch([])
 
 
-@pytest.mark.parametrize("entries", ["paths", "undecoded", "arrays"])
+@each("entries", ["paths", "undecoded", "arrays"])
 def test_data_sets_and_their_columns_are_batches(noise, tmp_path, entries):
     datasets = pytest.importorskip("datasets")
     paths = [str(tmp_path / f"{size}.wav") for size in (4000, 1000)]
@@ -323,36 +321,16 @@ def test_samples_and_rate_in_either_order(samples, rate):
     assert np.array_equal(load_audio({"audio": samples, "sampling_rate": rate}), expected)
 
 
-def test_files_that_give_no_bytes(noise, tmp_path):
-    soundfile.write(tmp_path / "a.wav", noise, RATE)
-    with soundfile.SoundFile(tmp_path / "a.wav") as sound:
-        one_line_error(sound, "SoundFile that reads no bytes.* path")
-    closed = open(tmp_path / "a.wav", "rb")
-    closed.close()
-    one_line_error(closed, "cannot be read .*closed")
-    one_line_error({"path": None, "bytes": None, "array": None}, "neither 'array'")
-    assert len(load_audio({"path": str(tmp_path / "a.wav"), "array": None, "sampling_rate": None})) == len(noise)
-
-
-def test_a_batch_names_the_clip_at_fault():
-    clips = load_audio_batch([np.zeros(3), np.ones(2)], sampling_rate=RATE)
-    assert [len(c) for c in clips] == [3, 2]
-    with pytest.raises(ValueError, match="Clip 1 of 2: .*NaN"):
-        load_audio_batch([np.zeros(3), np.array([np.nan])], sampling_rate=RATE)
-
-
 # --- what is refused ---
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
-def test_samples_that_are_not_finite(bad):
-    samples = np.zeros(100)
-    samples[50] = bad
-    one_line_error(samples, "NaN or infinity", sampling_rate=RATE)
-    one_line_error(np.stack([samples, samples]), "NaN or infinity", sampling_rate=RATE)
+def test_samples_and_rates_that_are_no_audio():
+    for bad in [np.nan, np.inf, -np.inf, 1e300]:
+        samples = np.zeros(100)
+        samples[50] = bad
+        one_line_error(samples, "NaN or infinity", sampling_rate=RATE)
+        one_line_error(np.stack([samples, samples]), "NaN or infinity", sampling_rate=RATE)
 
-
-def test_samples_that_are_no_audio():
     one_line_error(np.zeros(10, bool), "dtype bool", sampling_rate=RATE)
     one_line_error(np.zeros(10, complex), "dtype complex", sampling_rate=RATE)
     one_line_error(np.array([None, 1]), "dtype object", sampling_rate=RATE)
@@ -367,22 +345,23 @@ def test_samples_that_are_no_audio():
     # int16 cast to float without scaling would be taken for very loud audio.
     one_line_error(sine(440, 0.1, RATE, amplitude=20_000), "Divide by", sampling_rate=RATE)
 
-
-@pytest.mark.parametrize("rate", [0, -1, np.nan, np.inf, 16, 1e9, True, "16000", [16000]])
-def test_rates_that_are_none(rate):
-    one_line_error(np.zeros(10), "`sampling_rate` must be", sampling_rate=rate)
-    one_line_error({"array": np.zeros(10), "sampling_rate": rate}, "`sampling_rate` must be")
-    one_line_error(np.zeros(10), "`target_sampling_rate` must be", target_sampling_rate=rate)
-
-
-def test_a_dict_must_know_its_rate():
     one_line_error({"array": np.zeros(10)}, "without a `sampling_rate`")
     assert len(load_audio({"array": np.zeros(10)}, sampling_rate=8_000)) == 20
     one_line_error({"audio": np.zeros(10)}, "without a `sampling_rate`")
     one_line_error({"samples": np.zeros(10)}, "neither 'array'")
 
+    clips = load_audio_batch([np.zeros(3), np.ones(2)], sampling_rate=RATE)
+    assert [len(c) for c in clips] == [3, 2]
+    with pytest.raises(ValueError, match="Clip 1 of 2: .*NaN"):
+        load_audio_batch([np.zeros(3), np.array([np.nan])], sampling_rate=RATE)
 
-def test_files_that_cannot_be_read(tmp_path):
+    for rate in [0, -1, np.nan, np.inf, 16, 1e9, True, "16000", [16000]]:
+        one_line_error(np.zeros(10), "`sampling_rate` must be", sampling_rate=rate)
+        one_line_error({"array": np.zeros(10), "sampling_rate": rate}, "`sampling_rate` must be")
+        one_line_error(np.zeros(10), "`target_sampling_rate` must be", target_sampling_rate=rate)
+
+
+def test_files_that_cannot_be_read(tmp_path, noise):
     text = tmp_path / "text.wav"
     text.write_text("This is not audio. " * 100)
     empty = tmp_path / "empty.wav"
@@ -401,9 +380,23 @@ def test_files_that_cannot_be_read(tmp_path):
     with open(text) as file:
         one_line_error(file, "binary mode")
 
+    soundfile.write(tmp_path / "a.wav", noise, RATE)
+    with soundfile.SoundFile(tmp_path / "a.wav") as sound:
+        one_line_error(sound, "SoundFile that reads no bytes.* path")
+    closed = open(tmp_path / "a.wav", "rb")
+    closed.close()
+    one_line_error(closed, "cannot be read .*closed")
+    one_line_error({"path": None, "bytes": None, "array": None}, "neither 'array'")
+    assert len(load_audio({"path": str(tmp_path / "a.wav"), "array": None, "sampling_rate": None})) == len(noise)
 
-@pytest.mark.parametrize("format", ["FLAC", "WAV", "AIFF", "AU", "MP3"])
-@pytest.mark.parametrize("part", [0.02, 0.5, 0.9])
+    flac = bytearray(encode(noise, format="FLAC"))
+    flac[21] &= 0xF0  # the 36 bits of the total number of samples in STREAMINFO
+    flac[22:26] = bytes(4)
+    one_line_error(bytes(flac), "does not say how long")
+
+
+@each("format", ["FLAC", "WAV", "AIFF", "AU", "MP3"])
+@each("part", [0.02, 0.5, 0.9])
 def test_a_truncated_file_is_never_read_as_if_it_were_whole(format, part, noise, tmp_path):
     whole = encode(np.tile(noise, 5), format=format)
     path = tmp_path / f"clip.{format.lower()}"
@@ -461,7 +454,7 @@ WAV_CODECS = ("8 bit", "16 bit", "24 bit", "float64", "A-law", "mu-law")
 WAV_CODECS += ("extensible 24 bit", "extensible 24 bit of 32", "extensible float64")
 
 
-@pytest.mark.parametrize("codec", WAV_CODECS)
+@each("codec", WAV_CODECS)
 def test_any_usual_wav_gives_its_samples(codec, noise, warnings, tmp_path):
     # An odd number of samples of 8 or 24 bits is padded.
     noise = noise[:9999]
@@ -506,11 +499,16 @@ def test_wavs_without_samples_are_empty_and_damaged_ones_refused(noise):
     one_line_error(riff((b"fmt ", wav_format(3, 16)), data), "damaged")
     one_line_error(riff((b"fmt ", wav_format(1, 24, 24)[:-2] + b"??"), data), "damaged")
 
+    for format in ["WAV", "AIFF", "AU", "CAF"]:
+        content = encode(np.zeros(0, np.float32), format=format)
+        assert len(load_audio(content)) == 0 or format == "CAF"
 
-@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
-@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
-@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU", "CAF"])
+
+@each("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@each("size", [0, 0xFFFFFFFF])
+@each("format", ["WAV", "AIFF", "AU", "CAF"])
 def test_streams_whose_headers_know_no_size_are_read_to_their_end(format, size, subtype, noise, warnings, tmp_path):
+    forget(warnings)
     content = encode(noise, format=format, subtype=subtype)
     expected = load_audio(content)
     order = "<" if format == "WAV" else ">"
@@ -537,12 +535,6 @@ def chunk(order, name, content):
     return name + struct.pack(f"{order}I", len(content)) + content
 
 
-@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU", "CAF"])
-def test_a_stream_without_samples_stays_empty(format):
-    content = encode(np.zeros(0, np.float32), format=format)
-    assert len(load_audio(content)) == 0 or format == "CAF"
-
-
 def adts_frame(length=200):
     head = bytes([0xFF, 0xF1, 0x50, 0x80 | length >> 11, length >> 3 & 255, (length & 7) << 5 | 0x1F, 0xFC])
     return head + bytes(length - len(head))
@@ -557,13 +549,6 @@ def test_names_of_formats_that_have_no_magic_number():
         assert name_format(np.full(9000, value, "<i2").tobytes()) is None
 
 
-def test_a_flac_of_unknown_length_is_refused(noise):
-    flac = bytearray(encode(noise, format="FLAC"))
-    flac[21] &= 0xF0  # the 36 bits of the total number of samples in STREAMINFO
-    flac[22:26] = bytes(4)
-    one_line_error(bytes(flac), "does not say how long")
-
-
 def test_too_long_a_file_is_refused_before_it_is_decoded(tmp_path):
     path = tmp_path / "3h.wav"
     soundfile.write(path, np.zeros(3 * 3600 * 8_000, np.int16), 8_000, subtype="PCM_U8")
@@ -572,8 +557,6 @@ def test_too_long_a_file_is_refused_before_it_is_decoded(tmp_path):
     assert time.perf_counter() - start < 0.1
     assert "3h.wav" in message and "30 s" in message and "Split" in message
 
-
-def test_the_longest_duration_is_inclusive():
     for rate in (16_000, 44_100, 48_000):
         clip = np.zeros(rate, np.float32)
         assert abs(len(load_audio(clip, sampling_rate=rate, max_duration_s=1)) - RATE) <= 1
