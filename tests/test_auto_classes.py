@@ -41,8 +41,6 @@ def test_auto_classes_find_ours(folder):
     # The Open ASR Leaderboard's script looks here.
     assert MDMASRConfig in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
 
-
-def test_the_base_model_loads_the_weights_of_the_full_one(folder):
     base, full = AutoModel.from_pretrained(folder), AutoModelForSpeechSeq2Seq.from_pretrained(folder)
     features, mask = tiny_inputs()
     ids = torch.full((3, 5), 61)
@@ -50,8 +48,20 @@ def test_the_base_model_loads_the_weights_of_the_full_one(folder):
         hidden = base(features, mask, decoder_input_ids=ids).last_hidden_state
         torch.testing.assert_close(full.proj_out(hidden), full(features, mask, decoder_input_ids=ids).logits)
 
+    # The calls of open_asr_leaderboard/transformers/run_eval.py, in its order.
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.bfloat16)
+    processor = AutoProcessor.from_pretrained(folder)
+    audios = [noise(), noise(9000, 1)]
+    inputs = processor(audios, sampling_rate=16000, return_tensors="pt", padding="longest", return_attention_mask=True)
+    inputs = inputs.to("cpu", dtype=torch.bfloat16)
+    texts = processor.decode(model.generate(**inputs, max_new_tokens=200))
+    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+    assert not hasattr(processor, "apply_transcription_request")
 
-def test_the_stock_pipeline_transcribes_as_generate_does(folder):
+
+def test_the_stock_pipeline_transcribes_as_generate_and_ours_gives_more(folder):
     pipe = pipeline("automatic-speech-recognition", model=str(folder))
     assert pipe.type == "seq2seq"
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForSpeechSeq2Seq.from_pretrained(folder)
@@ -63,8 +73,6 @@ def test_the_stock_pipeline_transcribes_as_generate_does(folder):
     quick = pipe(clips[0].copy(), generate_kwargs={"max_denoising_steps": 1, "sampler": "conf_top_k"})
     assert isinstance(quick["text"], str)
 
-
-def test_our_pipeline_gives_what_the_stock_one_drops(folder):
     pipe = pipeline("automatic-speech-recognition", model=str(folder), pipeline_class=MDMASRPipeline)
     stock = pipeline("automatic-speech-recognition", model=str(folder))
     clips = [noise(), noise(9000, 1)]
@@ -77,20 +85,6 @@ def test_our_pipeline_gives_what_the_stock_one_drops(folder):
         assert "".join(token["text"] for token in out["tokens"]).strip() == out["text"]
     silent = pipe({"array": np.zeros(16000), "sampling_rate": 16000})
     assert silent == {"text": "", "confidence": None, "nfe": 0, "tokens": []}
-
-
-def test_the_leaderboards_calls(folder):
-    """The calls of open_asr_leaderboard/transformers/run_eval.py, in its order."""
-    config = AutoConfig.from_pretrained(folder)
-    assert type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.bfloat16)
-    processor = AutoProcessor.from_pretrained(folder)
-    audios = [noise(), noise(9000, 1)]
-    inputs = processor(audios, sampling_rate=16000, return_tensors="pt", padding="longest", return_attention_mask=True)
-    inputs = inputs.to("cpu", dtype=torch.bfloat16)
-    texts = processor.decode(model.generate(**inputs, max_new_tokens=200))
-    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
-    assert not hasattr(processor, "apply_transcription_request")
 
 
 def test_a_saved_folder_loads_where_the_package_is_not_installed(tmp_path):
