@@ -37,7 +37,7 @@ def two_rows():
     return lay(TOKENS, [3, 2], [2, 1], ([[10, 11], [12, 0]], [2, 1]), ([[20], [21]], [1, 1]))
 
 
-def test_blocks_and_hints_by_hand():
+def test_blocks_and_drafts_by_hand():
     blocks = lay_blocks(torch.tensor([[5, 6]]), 3, 99)
     assert blocks.tolist() == [[[5, 99, 99], [6, 99, 99]]]
     # Drafts stand from two places behind their frontier on: a block one token on sees the second in its first mask's
@@ -46,94 +46,6 @@ def test_blocks_and_hints_by_hand():
     assert lay_hints(blocks, drafts, torch.tensor([[1, 1]])).tolist() == [[[5, 12, 13], [6, 99, 99]]]
     assert lay_hints(blocks, drafts, torch.tensor([[2, 3]])).tolist() == [[[5, 13, 99], [6, 99, 99]]]
 
-
-def test_a_tree_stands_behind_the_last_committed_token():
-    tree = two_rows()
-    assert tree.num_committed == 1 and tree.read_from == 0
-    assert tree.ids.tolist() == [[7, 10, 11, 20], [9, 12, 0, 21]]
-    # Both branches go on from the same position; their keys stand side by side.
-    assert tree.positions.tolist() == [[2, 3, 4, 3], [1, 2, 0, 2]]
-    assert tree.slots.tolist() == [[2, 3, 4, 5], [1, 2, PADDING, 4]]
-
-
-def test_a_draft_sees_the_committed_tokens_and_its_own_branch():
-    visible = two_rows().visible
-    seen = [[[slot for slot in range(6) if row[slot]] for row in rows] for rows in visible.tolist()]
-    assert seen[0] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 5]]
-    # The padding of the shorter branch sees the first slot, so that it is no NaN.
-    assert seen[1] == [[0, 1], [0, 1, 2], [0], [0, 1, 4]]
-
-
-def test_rows_of_different_prompts_are_aligned_at_their_ends():
-    tree = lay([[5, 6, 7], [8, 0, 0]], [3, 1], [0, 0], ([[10], [11]], [1, 1]))
-    assert tree.num_committed == 3 and tree.read_from == 2
-    assert tree.ids[0].tolist() == [5, 6, 7, 10] and tree.ids[1, 2:].tolist() == [8, 11]
-    assert tree.slots.tolist() == [[0, 1, 2, 3], [PADDING, PADDING, 0, 1]]
-    assert tree.visible[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert tree.visible[1, 2:].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
-
-
-@pytest.mark.parametrize(
-    ("chosen", "number", "branch", "path", "of_branch"),
-    [
-        # Behind the last token, behind 10, behind 11, behind 20.
-        ([1, 2, 3, 4], 0, 0, [0], [0, 0]),
-        ([10, 2, 3, 4], 1, 0, [0, 1], [1, 0]),
-        ([10, 11, 3, 4], 2, 0, [0, 1, 2], [2, 0]),
-        # A token that is right does not count behind one that is wrong.
-        ([1, 11, 3, 4], 0, 0, [0], [0, 0]),
-        ([20, 2, 3, 4], 1, 1, [0, 3], [0, 1]),
-    ],
-)
-def test_drafts_are_accepted_from_the_left_and_the_longer_branch_wins(chosen, number, branch, path, of_branch):
-    accepted = two_rows().accept(np.array([chosen, [0, 0, 0, 0]]))
-    assert accepted.num_accepted.tolist() == [number, 0]
-    assert number == 0 or accepted.branch[0] == branch
-    assert accepted.path[0].tolist() == path
-    assert [int(one[0]) for one in accepted.of_branch] == of_branch
-
-
-def test_of_two_equal_branches_the_masks_is_taken_and_padding_never_is():
-    tree = lay([[5]], [1], [0], ([[10, 0]], [1]), ([[10]], [1]))
-    accepted = tree.accept(np.array([[10, 0, 0, 0]]))
-    # The second draft of the first branch is padding, though the donor says 0 behind the first.
-    assert accepted.num_accepted.tolist() == [1] and accepted.branch.tolist() == [0]
-    assert [int(one[0]) for one in accepted.of_branch] == [1, 1]
-
-
-def test_without_drafts_the_donors_own_token_is_all():
-    accepted = lay([[5]], [1], [0]).accept(np.array([[7]]))
-    assert accepted.num_accepted.tolist() == [0] and accepted.path.tolist() == [[0]] and accepted.of_branch == []
-
-
-@pytest.mark.parametrize(
-    ("gamma", "length"),
-    # Sums less the largest: 0, 0.1, 0.4, 0.6, 1.1.
-    [(0.0, 1), (0.09, 1), (0.1001, 2), (0.5, 3), (0.61, 4), (1.2, 5), (math.inf, 5)],
-)
-def test_the_entropy_bound_by_hand(gamma, length):
-    entropies = np.array([[0.1, 0.3, 0.5, 0.2, 0.5]])
-    assert entropy_bounded_length(entropies, gamma).tolist() == [length]
-
-
-def test_gamma_zero_proposes_one_draft_even_of_certain_ones():
-    assert entropy_bounded_length(np.zeros((2, 4)), 0.0).tolist() == [1, 1]
-    assert entropy_bounded_length(np.zeros((2, 4)), 1e-9).tolist() == [4, 4]
-
-
-def test_drafts_are_cut_at_limits_uncertainty_and_their_end():
-    ids, sure = np.array([[2, 3, 5, 4], [2, 3, 4, 6]]), np.zeros((2, 4))
-    cut, counts = cut_drafts(ids, sure, np.array([4, 3]), math.inf, 5)
-    # Behind an end of text nothing is proposed.
-    assert counts.tolist() == [3, 3] and cut.tolist() == [[2, 3, 5], [2, 3, 4]]
-    assert cut_drafts(ids, sure, np.array([4, 0]), math.inf, 5)[1].tolist() == [3, 0]
-    # Six tokens equally likely are log 6 nats each: within 2 log 6, three of them, the largest left out.
-    unsure = np.full((1, 4), math.log(6))
-    assert cut_drafts(ids[1:], unsure, np.array([4]), 2 * math.log(6) + 1e-4, 5)[1].tolist() == [3]
-    assert cut_drafts(ids[1:], unsure, np.array([4]), 2 * math.log(6) - 1e-4, 5)[1].tolist() == [2]
-
-
-def test_each_draft_knows_the_one_before():
     # Embeddings are one-hot, and the head says behind a token t that t + 1 follows.
     drafts = MDMASRDrafts(MDMASRDecoderConfig(vocab_size=6, hidden_size=6, num_attention_heads=1, draft_length=4))
     drafts.head.forward = lambda states, before, before_that: 50.0 * before.roll(1, dims=-1) + 0.1 * before_that
@@ -150,6 +62,73 @@ def test_each_draft_knows_the_one_before():
     drafts.head.token_ids = torch.arange(6)
     entropies = entropy(drafts.draft(states, known, weight, None)[1])
     torch.testing.assert_close(entropies, torch.full((2, 4), math.log(6)))
+
+
+def test_a_tree_by_hand():
+    tree = two_rows()
+    assert tree.num_committed == 1 and tree.read_from == 0
+    assert tree.ids.tolist() == [[7, 10, 11, 20], [9, 12, 0, 21]]
+    # Both branches go on from the same position; their keys stand side by side.
+    assert tree.positions.tolist() == [[2, 3, 4, 3], [1, 2, 0, 2]]
+    assert tree.slots.tolist() == [[2, 3, 4, 5], [1, 2, PADDING, 4]]
+
+    visible = two_rows().visible
+    seen = [[[slot for slot in range(6) if row[slot]] for row in rows] for rows in visible.tolist()]
+    assert seen[0] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 5]]
+    # The padding of the shorter branch sees the first slot, so that it is no NaN.
+    assert seen[1] == [[0, 1], [0, 1, 2], [0], [0, 1, 4]]
+
+    tree = lay([[5, 6, 7], [8, 0, 0]], [3, 1], [0, 0], ([[10], [11]], [1, 1]))
+    assert tree.num_committed == 3 and tree.read_from == 2
+    assert tree.ids[0].tolist() == [5, 6, 7, 10] and tree.ids[1, 2:].tolist() == [8, 11]
+    assert tree.slots.tolist() == [[0, 1, 2, 3], [PADDING, PADDING, 0, 1]]
+    assert tree.visible[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert tree.visible[1, 2:].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+
+
+def test_drafts_are_accepted_from_the_left_and_the_longer_branch_wins():
+    for chosen, number, branch, path, of_branch in [
+        # Behind the last token, behind 10, behind 11, behind 20.
+        ([1, 2, 3, 4], 0, 0, [0], [0, 0]),
+        ([10, 2, 3, 4], 1, 0, [0, 1], [1, 0]),
+        ([10, 11, 3, 4], 2, 0, [0, 1, 2], [2, 0]),
+        # A token that is right does not count behind one that is wrong.
+        ([1, 11, 3, 4], 0, 0, [0], [0, 0]),
+        ([20, 2, 3, 4], 1, 1, [0, 3], [0, 1]),
+    ]:
+        accepted = two_rows().accept(np.array([chosen, [0, 0, 0, 0]]))
+        assert accepted.num_accepted.tolist() == [number, 0]
+        assert number == 0 or accepted.branch[0] == branch
+        assert accepted.path[0].tolist() == path
+        assert [int(one[0]) for one in accepted.of_branch] == of_branch
+
+    tree = lay([[5]], [1], [0], ([[10, 0]], [1]), ([[10]], [1]))
+    accepted = tree.accept(np.array([[10, 0, 0, 0]]))
+    # The second draft of the first branch is padding, though the donor says 0 behind the first.
+    assert accepted.num_accepted.tolist() == [1] and accepted.branch.tolist() == [0]
+    assert [int(one[0]) for one in accepted.of_branch] == [1, 1]
+
+    accepted = lay([[5]], [1], [0]).accept(np.array([[7]]))
+    assert accepted.num_accepted.tolist() == [0] and accepted.path.tolist() == [[0]] and accepted.of_branch == []
+
+
+def test_the_entropy_bound_by_hand():
+    for gamma, length in [(0.0, 1), (0.09, 1), (0.1001, 2), (0.5, 3), (0.61, 4), (1.2, 5), (math.inf, 5)]:
+        entropies = np.array([[0.1, 0.3, 0.5, 0.2, 0.5]])
+        assert entropy_bounded_length(entropies, gamma).tolist() == [length]
+
+    assert entropy_bounded_length(np.zeros((2, 4)), 0.0).tolist() == [1, 1]
+    assert entropy_bounded_length(np.zeros((2, 4)), 1e-9).tolist() == [4, 4]
+
+    ids, sure = np.array([[2, 3, 5, 4], [2, 3, 4, 6]]), np.zeros((2, 4))
+    cut, counts = cut_drafts(ids, sure, np.array([4, 3]), math.inf, 5)
+    # Behind an end of text nothing is proposed.
+    assert counts.tolist() == [3, 3] and cut.tolist() == [[2, 3, 5], [2, 3, 4]]
+    assert cut_drafts(ids, sure, np.array([4, 0]), math.inf, 5)[1].tolist() == [3, 0]
+    # Six tokens equally likely are log 6 nats each: within 2 log 6, three of them, the largest left out.
+    unsure = np.full((1, 4), math.log(6))
+    assert cut_drafts(ids[1:], unsure, np.array([4]), 2 * math.log(6) + 1e-4, 5)[1].tolist() == [3]
+    assert cut_drafts(ids[1:], unsure, np.array([4]), 2 * math.log(6) - 1e-4, 5)[1].tolist() == [2]
 
 
 def test_an_allowance_falls_to_none_and_comes_back():
@@ -169,22 +148,18 @@ def test_an_allowance_falls_to_none_and_comes_back():
     assert allowance.limits(0, 8).tolist() == [8, 8]
 
 
-def test_noise_is_a_function_of_seed_position_and_token():
+def test_noise_and_drawn_tokens_have_their_distribution():
     seeds, positions = np.array([3, 4]), np.array([[7, 8, 9], [7, 8, 9]])
     noise = gumbel_noise(seeds, positions, 50)
     assert np.array_equal(noise[1:, 1:2], gumbel_noise(np.array([4]), np.array([[8]]), 50))
     assert np.array_equal(noise[..., :20], gumbel_noise(seeds, positions, 20))
     assert len({tuple(row) for rows in noise.tolist() for row in rows}) == 6
 
-
-def test_noise_is_gumbels():
     noise = gumbel_noise(np.arange(20), np.arange(50)[None].repeat(20, axis=0), 100)
     # Mean is Euler's constant, the variance pi^2 / 6; 100,000 numbers.
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, rel=0.02)
 
-
-def test_drawn_tokens_have_the_softmaxs_distribution():
     logits, temperature, number = np.array([2.0, 1.0, 0.0, -1.0]), 0.7, 20_000
     positions = np.arange(number)[None]
     tokens = choose_tokens(logits[None, None].repeat(number, 1), temperature, np.array([12345]), positions)
@@ -194,22 +169,21 @@ def test_drawn_tokens_have_the_softmaxs_distribution():
     # Three degrees of freedom: 16.3 is passed by chance once in a thousand seeds, and this one is fixed.
     assert chi_square < 16.3
 
+    for make in [np.array, torch.tensor]:
+        assert choose_tokens(make([[[1.0, 3.0, 3.0]]])).tolist() == [[1]]
+        logits = make([[[0.0, math.log(3), -math.inf], [0.0, 0.0, 0.0]]])
+        log_probs = log_probs_of(logits, np.zeros(3, int), np.array([1, 0, 0]), np.array([2, 1, 0]))
+        np.testing.assert_allclose(log_probs, [math.log(1 / 3), math.log(3 / 4), math.log(1 / 4)], rtol=1e-5)
+
 
 # Logits as they come from a CPU, and as from a GPU.
-@pytest.mark.parametrize("make", [np.array, torch.tensor])
-def test_logits_are_read_where_they_are(make):
-    assert choose_tokens(make([[[1.0, 3.0, 3.0]]])).tolist() == [[1]]
-    logits = make([[[0.0, math.log(3), -math.inf], [0.0, 0.0, 0.0]]])
-    log_probs = log_probs_of(logits, np.zeros(3, int), np.array([1, 0, 0]), np.array([2, 1, 0]))
-    np.testing.assert_allclose(log_probs, [math.log(1 / 3), math.log(3 / 4), math.log(1 / 4)], rtol=1e-5)
 
 
 # The hypothesis.
 
 
-@pytest.mark.parametrize(
-    ("draft", "committed", "rest"),
-    [
+def test_a_hypothesis_proposes_what_is_left_and_its_end():
+    for draft, committed, rest in [
         ([4, 5, 6, 7, 8], [], [4, 5, 6, 7, 8]),
         ([4, 5, 6, 7, 8], [4], [5, 6, 7, 8]),
         ([4, 5, 6, 7, 8], [4, 5, 6], [7, 8]),
@@ -219,19 +193,15 @@ def test_logits_are_read_where_they_are(make):
         ([4, 6, 7, 8], [4, 5, 6], [7, 8]),
         ([4, 5, 6], [4, 5, 6], []),
         ([], [4, 5, 6], []),
-    ],
-)
-def test_the_rest_of_a_draft_by_hand(draft, committed, rest):
-    remainder = Remainder(draft)
-    for token_id in committed:
-        remainder.advance([token_id])
-    assert remainder.rest() == rest
-    at_once = Remainder(draft)
-    at_once.advance(committed)
-    assert at_once.rest() == rest
+    ]:
+        remainder = Remainder(draft)
+        for token_id in committed:
+            remainder.advance([token_id])
+        assert remainder.rest() == rest
+        at_once = Remainder(draft)
+        at_once.advance(committed)
+        assert at_once.rest() == rest
 
-
-def test_a_hypothesis_proposes_what_is_left_and_its_end():
     draft = Hypothesis([4, 5, 6, 7], eos_token_id=0)
     assert draft.propose(3) == [4, 5, 6]
     draft.advance([4])
