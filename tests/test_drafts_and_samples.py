@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tables import each
 from tiny_models import PAD, START, generate, tiny_drafts_model, tiny_inputs, tiny_model
 
 from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
@@ -21,7 +22,7 @@ def rows_of(output):
 # --- a beginning, a hypothesis ---
 
 
-def test_a_text_goes_on_behind_its_prefix(drafter):
+def test_a_text_goes_on_behind_its_prefix_and_a_hypothesis_is_verified(drafter):
     plain = rows_of(generate(drafter, SECONDS))
     prefixes = [plain[0][:5], [], [plain[2][0]]]
     out = generate(drafter, SECONDS, prefix_ids=prefixes)
@@ -34,16 +35,6 @@ def test_a_text_goes_on_behind_its_prefix(drafter):
     assert other[0][:2] == [40, 41] and other[1:] == plain[1:]
     assert other[0] == [40, 41, *rows_of(generate_after(drafter, [40, 41]))[0]]
 
-
-def generate_after(model, prefix):
-    """The first clip, with the prefix in the prompt instead."""
-    features, mask = tiny_inputs(seconds=SECONDS)
-    length = int(mask[0].sum())
-    prompt = torch.tensor([[START, *prefix]])
-    return model.generate(features[:1, :length], decoder_input_ids=prompt, return_dict_in_generate=True)
-
-
-def test_a_hypothesis_is_verified(drafter):
     plain = generate(drafter, SECONDS)
     texts = rows_of(plain)
     # The text itself with its end or without, one with a wrong and a missing token, and none at all.
@@ -56,6 +47,14 @@ def test_a_hypothesis_is_verified(drafter):
     tensor = torch.tensor([texts[0]])
     one = generate(drafter, SECONDS[:1], draft_ids=tensor, draft_branches=["hypothesis"])
     assert torch.equal(one.nfe, out.nfe[:1])
+
+
+def generate_after(model, prefix):
+    """The first clip, with the prefix in the prompt instead."""
+    features, mask = tiny_inputs(seconds=SECONDS)
+    length = int(mask[0].sum())
+    prompt = torch.tensor([[START, *prefix]])
+    return model.generate(features[:1, :length], decoder_input_ids=prompt, return_dict_in_generate=True)
 
 
 # --- the text before ---
@@ -84,8 +83,8 @@ def test_previous_text_stands_before_the_prompt():
 # --- several samples ---
 
 
-@pytest.mark.parametrize("make", [tiny_model, tiny_drafts_model])
-def test_samples_come_best_first_and_differ(make):
+@each("make", [tiny_model, tiny_drafts_model])
+def test_samples_differ_by_their_rows_generator(make):
     out = generate(make(), temperature=1.0, num_return_sequences=4, generator=torch.Generator(), max_new_tokens=20)
     assert out.sequences.shape[0] == out.nfe.shape[0] == 8
     assert out.struck_drafts is None or len(out.struck_drafts) == 8
@@ -94,9 +93,6 @@ def test_samples_come_best_first_and_differ(make):
         assert scores == sorted(scores, reverse=True)
         assert len({tuple(row) for row in out.sequences[start : start + 4].tolist()}) > 1
 
-
-@pytest.mark.parametrize("make", [tiny_model, tiny_drafts_model])
-def test_a_rows_samples_depend_on_its_own_generator_alone(make):
     model = make()
     features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
 
@@ -129,8 +125,6 @@ def test_samples_take_the_hypothesis_of_their_row(drafter):
     )
     assert out.sequences[:2, :2].tolist() == [[5, 6]] * 2 and out.sequences[2:, 0].tolist() == [7, 7]
 
-
-def test_equal_samples_are_refused(drafter):
     with pytest.raises(ValueError, match="`num_return_sequences=2` would return the same text.*random"):
         generate(tiny_model("whisper"), num_return_sequences=2)
     assert len(generate(tiny_model("whisper"), num_return_sequences=2, sampler="random").sequences) == 4
