@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tables import each
 
 ROOT = Path(__file__).parents[1]
 TEXT = "He had found where his treasure was, and was frightened of what might happen."
@@ -31,7 +32,7 @@ def test_audio_in_bytes_or_base64_gives_text_and_times(handler):
     assert all(0 <= word["start_s"] <= word["end_s"] <= timed["duration_s"] for word in words)
 
 
-@pytest.mark.parametrize(
+@each(
     "data, message",
     [
         ({}, "`inputs` must be the bytes"),
