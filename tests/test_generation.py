@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each
 from tiny_models import ENCODERS, PAD, START, VOCAB_SIZE, generate, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
@@ -48,7 +49,7 @@ class ScriptedModel:
 # --- rows, EOS and counting, on scripted logits ---
 
 
-def test_text_ends_at_the_first_eos_and_rows_count_their_own_steps(monkeypatch):
+def test_rows_eos_and_counting_by_script(monkeypatch):
     model = tiny_model("whisper")
     script = ScriptedModel(model, monkeypatch, [[5, 6, 7], [8]])
     out = generate(model, canvas_length=8, gamma=0.0)
@@ -62,15 +63,11 @@ def test_text_ends_at_the_first_eos_and_rows_count_their_own_steps(monkeypatch):
     # The finished row costs no decoder evaluation any more.
     assert script.open_rows == [[0, 1], [0, 1], [0], [0]]
 
-
-def test_a_large_gamma_takes_one_step(monkeypatch):
     model = tiny_model("whisper")
     ScriptedModel(model, monkeypatch, [[5, 6, 7], [8]])
     out = generate(model, canvas_length=8, gamma=float("inf"))
     assert out.sequences.tolist() == [[5, 6, 7, EOS], [8, EOS, PAD, PAD]] and out.nfe.tolist() == [1, 1]
 
-
-def test_positions_behind_a_committed_eos_are_not_refined(monkeypatch):
     model = tiny_model("whisper")
     # Without position bias the sure EOS at position 3 is committed first; 4 to 7 stay masked and are cut.
     script = ScriptedModel(model, monkeypatch, [[5, 6, 7]], confidence=5.0)
@@ -80,15 +77,11 @@ def test_positions_behind_a_committed_eos_are_not_refined(monkeypatch):
     assert out.sequences.tolist() == [[5, 6, 7, EOS]] and out.nfe.tolist() == [4]
     assert script.calls[1][1].tolist() == [[MASK] * 3 + [EOS] + [MASK] * 4]
 
-
-def test_the_last_step_commits_what_is_left(monkeypatch):
     model = tiny_model("whisper")
     ScriptedModel(model, monkeypatch, [[5, 6, 7, 8, 9, 10]])
     out = generate(model, seconds=(1.0,), canvas_length=8, gamma=0.0, max_denoising_steps=3)
     assert out.sequences.tolist() == [[5, 6, 7, 8, 9, 10, EOS]] and out.nfe.tolist() == [3]
 
-
-def test_confidence_is_the_probability_at_the_committing_step(monkeypatch):
     model = tiny_model("whisper")
     script = ScriptedModel(model, monkeypatch, [[5, 6]])
     script.logits[0, 1] = torch.zeros(VOCAB_SIZE).index_fill(0, torch.tensor([6, 7]), 20.0) + torch.eye(VOCAB_SIZE)[6]
@@ -98,12 +91,16 @@ def test_confidence_is_the_probability_at_the_committing_step(monkeypatch):
     torch.testing.assert_close(out.confidence[0, 1], torch.tensor(0.7311), atol=1e-4, rtol=0)
 
 
-def test_a_full_canvas_warns_with_the_remedy(monkeypatch, caplog):
+def test_a_full_canvas_or_text_warns_with_the_remedy(monkeypatch, caplog, drafter):
     model = tiny_model("whisper")
     ScriptedModel(model, monkeypatch, [[5, 6, 7, 8], [8]])
     out = generate(model, canvas_length=4)
     assert "1 of 2 canvases" in caplog.text and "`canvas_length`" in caplog.text
     assert out.sequences.tolist() == [[5, 6, 7, 8], [8, EOS, PAD, PAD]]
+
+    out = generate(drafter, seconds=(1.0, 0.6, 0.35), max_new_tokens=11)
+    assert "2 of 3 texts filled up" in caplog.text and "`max_new_tokens`" in caplog.text
+    assert out.sequences.shape == (3, 11) and out.sequences[1, -1] == EOS and not (out.sequences[::2] == EOS).any()
 
 
 class Streamer(BaseStreamer):
@@ -121,7 +118,7 @@ class Streamer(BaseStreamer):
         self.ended = True
 
 
-def test_streamer_sees_every_canvas(monkeypatch):
+def test_streamers_see_canvases_committed_texts_and_drafts(monkeypatch, drafter):
     model = tiny_model("whisper")
     ScriptedModel(model, monkeypatch, [[5, 6, 7]])
     streamer = Streamer()
@@ -134,8 +131,6 @@ def test_streamer_sees_every_canvas(monkeypatch):
     ]
     assert streamer.values == [[[START]], [[5, 6, 7, EOS]]] and streamer.ended and streamer.counts == [None] * 4
 
-
-def test_streamer_sees_the_committed_text_and_the_drafts_behind_it(drafter):
     streamer = Streamer()
     out = generate(drafter, seconds=(1.0, 0.6, 0.35), streamer=streamer)
     assert streamer.values == [[[START]] * 3, out.sequences.tolist()] and streamer.ended
@@ -169,21 +164,6 @@ def test_tokens_per_evaluation_and_who_said_them(drafter):
     torch.testing.assert_close(alone.confidence, out.confidence)
 
 
-def test_a_text_that_fills_its_room_warns_with_the_remedy(drafter, caplog):
-    out = generate(drafter, seconds=(1.0, 0.6, 0.35), max_new_tokens=11)
-    assert "2 of 3 texts filled up" in caplog.text and "`max_new_tokens`" in caplog.text
-    assert out.sequences.shape == (3, 11) and out.sequences[1, -1] == EOS and not (out.sequences[::2] == EOS).any()
-
-
-def test_suppressed_and_begin_suppressed_tokens_of_the_donor(drafter):
-    tokens = generate(drafter).sequences[0, :2]
-    begin = generate(drafter, begin_suppress_tokens=tokens.tolist()).sequences
-    assert not torch.isin(begin[:, 0], tokens).any()
-    # Further on they may stand again.
-    assert torch.isin(begin, tokens).any()
-    assert not torch.isin(generate(drafter, suppress_tokens=tokens.tolist()).sequences, tokens).any()
-
-
 # --- the canvas ---
 
 
@@ -198,8 +178,6 @@ def test_the_canvas_adapts_to_each_rows_duration(model):
     settings.max_length = 50  # prompt included
     assert model.canvas_lengths(None, 2, 4, settings) == [46, 46]
 
-
-def test_audio_beyond_the_canvas_raises_with_the_remedy(model):
     settings = MDMASRGenerationConfig(canvas_tokens_per_s=7.0)
     with pytest.raises(ValueError, match="canvas of 437 tokens.*positions for 299.*Split the audio"):
         model.canvas_lengths(torch.tensor([61.0]), 1, 1, settings)
@@ -210,8 +188,8 @@ def test_audio_beyond_the_canvas_raises_with_the_remedy(model):
 # --- batch and single ---
 
 
-@pytest.mark.parametrize("encoder", sorted(ENCODERS))
-@pytest.mark.parametrize("sampler", ["conf_top_k", "eb_conf", "pbeb_conf"])
+@each("encoder", sorted(ENCODERS))
+@each("sampler", ["conf_top_k", "eb_conf", "pbeb_conf"])
 def test_a_batch_and_its_utterances_give_the_same_tokens(encoder, sampler):
     model = tiny_model(encoder)
     seconds = (1.0, 0.6, 0.35)
@@ -244,15 +222,13 @@ def test_whatever_the_padding(model, seconds, seed, extra):
     assert torch.equal(model.generate(features[order], attention_mask=mask[order]), expected[order])
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@each("name", sorted(SAMPLERS))
 def test_every_sampler_ends_within_the_limit(model, name):
     out = generate(model, sampler=name, max_denoising_steps=4, generator=torch.Generator().manual_seed(0))
     assert (out.nfe <= 4).all() and (out.nfe >= 1).all() and not (out.sequences == MASK).any()
 
 
-@pytest.mark.parametrize(
-    "settings", [dict(temperature=1.0), dict(sampler="random"), dict(sampler="dfm", temperature=0.7)]
-)
+@each("settings", [dict(temperature=1.0), dict(sampler="random"), dict(sampler="dfm", temperature=0.7)])
 def test_sampling_is_seeded_and_a_row_samples_alike_in_every_batch(model, settings):
     features, mask = tiny_inputs("whisper", seconds=(1.0, 0.6))
 
@@ -277,7 +253,7 @@ def test_sampling_is_seeded_and_a_row_samples_alike_in_every_batch(model, settin
 # --- settings and their sources ---
 
 
-def test_a_plain_tensor_by_default_and_settings_from_the_file(model, tmp_path):
+def test_settings_of_the_file_and_of_the_call(model, tmp_path):
     features, mask = tiny_inputs()
     assert isinstance(model.generate(features, attention_mask=mask), torch.Tensor)
     model = tiny_model()
@@ -291,8 +267,6 @@ def test_a_plain_tensor_by_default_and_settings_from_the_file(model, tmp_path):
     assert out.num_steps <= 3
     assert torch.equal(out.sequences, model.generate(features, attention_mask=mask))
 
-
-def test_arguments_override_and_do_not_stick(model):
     features, mask = tiny_inputs()
     before = model.generation_config.to_dict()
     model.generate(
@@ -306,8 +280,6 @@ def test_arguments_override_and_do_not_stick(model):
     assert settings.sampler == EBConfSampler(gamma=0.4) and settings.max_denoising_steps == 7
     assert mine.sampler.gamma == 0.05
 
-
-def test_what_stock_code_passes_is_accepted(model):
     features, mask = tiny_inputs()
     expected = model.generate(features, attention_mask=mask)
     stock = dict(labels=torch.tensor([[1]]), synced_gpus=False, max_new_tokens=256, num_beams=5, pad_token_id=PAD)
@@ -317,7 +289,7 @@ def test_what_stock_code_passes_is_accepted(model):
     assert torch.equal(model.generate(input_values=features, attention_mask=mask), expected)
 
 
-@pytest.mark.parametrize(
+@each(
     "arguments, message",
     [
         (dict(gama=0.1), "gama.*not arguments"),
@@ -335,7 +307,7 @@ def test_unknown_and_contradictory_arguments_raise(model, arguments, message):
         model.generate(features, attention_mask=mask, **arguments)
 
 
-@pytest.mark.parametrize(
+@each(
     "arguments, message",
     [
         (dict(max_denoising_steps=4), "'max_denoising_steps'.* for checkpoints with a canvas, .* decodes with drafts"),
@@ -363,9 +335,8 @@ def test_what_drafts_cannot_use_raises(drafter, arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_what_a_canvas_cannot_use_raises(model):
+    for arguments in [
         dict(draft_branches=["masks"]),
         dict(draft_length=2),
         dict(no_speech_threshold=0.5),
@@ -375,30 +346,33 @@ def test_what_drafts_cannot_use_raises(drafter, arguments, message):
         dict(prefix_ids=[[5]] * 3),
         dict(draft_ids=[[5]] * 3),
         dict(hotword_ids=[[5, 6]]),
-    ],
-)
-def test_what_a_canvas_cannot_use_raises(model, arguments):
-    features, mask = tiny_inputs()
-    (name,) = arguments
-    with pytest.raises(ValueError, match=f"'{name}'.* for checkpoints with drafts, .* decodes with a canvas"):
-        model.generate(features, attention_mask=mask, **arguments)
+    ]:
+        features, mask = tiny_inputs()
+        (name,) = arguments
+        with pytest.raises(ValueError, match=f"'{name}'.* for checkpoints with drafts, .* decodes with a canvas"):
+            model.generate(features, attention_mask=mask, **arguments)
 
-
-def test_a_canvas_has_no_fallbacks(model):
     features, mask = tiny_inputs()
     with pytest.raises(ValueError, match="`temperature` must be one number"):
         model.generate(features, attention_mask=mask, temperature=[0.0, 0.2])
 
 
-def test_suppressed_tokens_are_never_predicted(model):
+def test_suppressed_tokens_are_never_predicted(model, drafter):
     features, mask = tiny_inputs()
     used = [i for i in model.generate(features, attention_mask=mask).unique().tolist() if i not in (EOS, PAD)]
     assert used
     out = model.generate(features, attention_mask=mask, suppress_tokens=used)
     assert not set(used) & set(out.unique().tolist())
 
+    tokens = generate(drafter).sequences[0, :2]
+    begin = generate(drafter, begin_suppress_tokens=tokens.tolist()).sequences
+    assert not torch.isin(begin[:, 0], tokens).any()
+    # Further on they may stand again.
+    assert torch.isin(begin, tokens).any()
+    assert not torch.isin(generate(drafter, suppress_tokens=tokens.tolist()).sequences, tokens).any()
 
-def test_prompts_steer_the_decoder():
+
+def test_prompts_and_encoder_outputs_can_be_given(model):
     model = tiny_model()
     model.generation_config.prompt_template = {
         "tokens": [START, "language"],
@@ -417,8 +391,6 @@ def test_prompts_steer_the_decoder():
     with pytest.raises(ValueError, match="both set the prompt"):
         model.generate(features, attention_mask=mask, decoder_input_ids=ids, language="de")
 
-
-def test_encoder_outputs_can_be_reused(model):
     features, mask = tiny_inputs()
     frames = model.encode(features, mask)
     expected = model.generate(features, attention_mask=mask)
@@ -430,22 +402,20 @@ def test_encoder_outputs_can_be_reused(model):
 # --- no speech, and input that is none ---
 
 
-@pytest.mark.parametrize("encoder", sorted(ENCODERS))
-def test_silence_and_too_short_clips_give_an_empty_text_beside_speech(encoder):
-    model = tiny_model(encoder)
-    features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6, 1.0, 0.03))
-    features[2] = -1.5
-    batch = model.generate(features, attention_mask=mask, return_dict_in_generate=True)
-    assert batch.nfe.tolist()[2:] == [0, 0] and (batch.nfe[:2] > 0).all()
-    assert batch.sequences[2:, 0].tolist() == [EOS, EOS]
-    length = int(mask[1].sum())
-    alone = model.generate(features[1:2, :length], attention_mask=mask[1:2, :length])
-    assert alone[0].tolist() == batch.sequences[1, : alone.shape[1]].tolist()
-    silent = model.generate(features[2:3], return_dict_in_generate=True)
-    assert silent.sequences.tolist() == [[EOS]] and silent.nfe.tolist() == [0] and silent.num_steps == 0
+def test_silence_and_too_short_clips_give_an_empty_text_beside_speech(model):
+    for encoder in sorted(ENCODERS):
+        model = tiny_model(encoder)
+        features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6, 1.0, 0.03))
+        features[2] = -1.5
+        batch = model.generate(features, attention_mask=mask, return_dict_in_generate=True)
+        assert batch.nfe.tolist()[2:] == [0, 0] and (batch.nfe[:2] > 0).all()
+        assert batch.sequences[2:, 0].tolist() == [EOS, EOS]
+        length = int(mask[1].sum())
+        alone = model.generate(features[1:2, :length], attention_mask=mask[1:2, :length])
+        assert alone[0].tolist() == batch.sequences[1, : alone.shape[1]].tolist()
+        silent = model.generate(features[2:3], return_dict_in_generate=True)
+        assert silent.sequences.tolist() == [[EOS]] and silent.nfe.tolist() == [0] and silent.num_steps == 0
 
-
-def test_an_all_masked_row_is_empty_not_nan(model):
     features, mask = tiny_inputs()
     mask[1] = 0
     out = generate_from(model, features, mask)
@@ -456,15 +426,13 @@ def generate_from(model, features, mask):
     return model.generate(features, attention_mask=mask, return_dict_in_generate=True)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_raise(model, value):
-    features, mask = tiny_inputs()
-    features[0, 3, 3] = value
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        model.generate(features, attention_mask=mask)
+def test_features_that_are_missing_misshapen_or_not_finite_raise(model):
+    for value in [float("nan"), float("inf")]:
+        features, mask = tiny_inputs()
+        features[0, 3, 3] = value
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            model.generate(features, attention_mask=mask)
 
-
-def test_missing_and_misshapen_features_raise(model):
     with pytest.raises(ValueError, match="needs `input_features`"):
         model.generate()
     with pytest.raises(ValueError, match="T or N at least 1"):
