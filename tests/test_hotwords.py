@@ -46,7 +46,7 @@ def build(*words, batch_size=1):
 # States
 
 
-def test_a_state_is_the_longest_beginning_of_a_word_that_the_text_ends_with():
+def test_states_and_failure_links():
     automaton = build([3, 4, 5], [4, 6, 7])
     root = automaton.start(0)
     states = [state_of(automaton, text) for text in ([], [3], [3, 4], [3, 4, 5], [4], [4, 6], [4, 6, 7])]
@@ -58,8 +58,6 @@ def test_a_state_is_the_longest_beginning_of_a_word_that_the_text_ends_with():
     assert state_of(automaton, [3, 4, 5, 4]) == state_of(automaton, [4])
     assert state_of(automaton, [3, 4, 5, 6]) == root
 
-
-def test_a_failure_link_leads_past_several_shorter_beginnings():
     automaton = build([1, 2, 1, 2, 3], [2, 1, 4], [5])
     # Of [1, 2, 1], the shorter beginnings are [2, 1] and [1].
     assert state_of(automaton, [1, 2, 1, 4]) == state_of(automaton, [2, 1, 4])
@@ -71,7 +69,7 @@ def test_a_failure_link_leads_past_several_shorter_beginnings():
 # What is raised
 
 
-def test_first_tokens_and_those_that_go_on_are_raised_by_their_share_of_the_word():
+def test_shares_by_hand():
     assert CONTINUATION_FACTOR == 2.0
     automaton = build([3, 4, 5], [6, 7])
     beginnings = {3: 1 / 3, 6: 1 / 2}
@@ -81,8 +79,31 @@ def test_first_tokens_and_those_that_go_on_are_raised_by_their_share_of_the_word
     assert raised(automaton, [9, 3, 4]) == beginnings | {5: 2.0}
     assert raised(automaton, [3, 4, 9]) == beginnings
 
+    # A bare blank of no letters begins nothing.
+    words = HotwordIds([[1, 2], [3, 4, 5]], {1: 3, 2: 1, 3: 0, 4: 1, 5: 4})
+    automaton = HotwordAutomaton.build(words, 1, V)
+    assert raised(automaton, []) == {1: 3 / 4}
+    assert raised(automaton, [3]) == {1: 3 / 4, 4: 2 / 5}
+    assert raised(automaton, [3, 4]) == {1: 3 / 4, 5: 2.0}
 
-def test_of_overlapping_words_all_go_on():
+    automaton = build([3], [4, 5])
+    states = [state_of(automaton, text) for text in ([], [4])]
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.zeros(2, V, dtype=dtype)
+        automaton.raise_logits(logits, states, 6.0)
+        assert logits.dtype == dtype
+        assert logits[:, 3:6].tolist() == [[6.0, 3.0, 0.0], [6.0, 3.0, 12.0]] and int((logits != 0).sum()) == 5
+
+    automaton = build([3], [4, 5])
+    logits = torch.zeros(2, V)
+    logits[0, 2] = logits[1, 1] = 1.0
+    expected = logits.clone()
+    expected[1, 3], expected[1, 4], expected[1, 5] = 6.0, 3.0, 12.0
+    automaton.raise_logits(logits, [state_of(automaton, [4])] * 2, 6.0, eos_token_id=2)
+    assert torch.equal(logits, expected)
+
+
+def test_overlapping_words_and_rows_with_words_of_their_own():
     automaton = build([3, 4, 5], [4, 6])
     beginnings = {3: 1 / 3, 4: 1 / 2}
     assert raised(automaton, [3, 4]) == beginnings | {5: 2.0, 6: 2.0}
@@ -90,15 +111,11 @@ def test_of_overlapping_words_all_go_on():
     # What begins a word and goes on with another goes on.
     assert raised(automaton, [3]) == beginnings | {4: 4 / 3}
 
-
-def test_a_word_that_begins_another():
     automaton = build([3], [3, 4])
     # Of the shorter word, 3 is all.
     assert raised(automaton, []) == {3: 1.0}
     assert raised(automaton, [3]) == {4: 2.0}
 
-
-def test_a_word_does_not_begin_at_once_again():
     automaton = build([3], [4, 5], [5, 6], [7, 7])
     assert raised(automaton, []) == {3: 1.0, 4: 0.5, 5: 0.5, 7: 0.5}
     assert raised(automaton, [3]) == {4: 0.5, 5: 0.5, 7: 0.5}
@@ -108,17 +125,6 @@ def test_a_word_does_not_begin_at_once_again():
     # A token later it does.
     assert raised(automaton, [3, 9]) == raised(automaton, [])
 
-
-def test_shares_are_of_letters():
-    # A bare blank of no letters begins nothing.
-    words = HotwordIds([[1, 2], [3, 4, 5]], {1: 3, 2: 1, 3: 0, 4: 1, 5: 4})
-    automaton = HotwordAutomaton.build(words, 1, V)
-    assert raised(automaton, []) == {1: 3 / 4}
-    assert raised(automaton, [3]) == {1: 3 / 4, 4: 2 / 5}
-    assert raised(automaton, [3, 4]) == {1: 3 / 4, 5: 2.0}
-
-
-def test_rows_with_words_of_their_own():
     lists = [[[3, 4]], [], [[5]]]
     automaton = HotwordAutomaton.build(lists, 3, V)
     assert len({automaton.start(row) for row in range(3)}) == 3
@@ -131,26 +137,6 @@ def test_rows_with_words_of_their_own():
     assert shared.start(0) == shared.start(2)
     same = HotwordAutomaton.build([lists[0]] * 3, 3, V)
     assert same.start(0) == same.start(2) and raised(same, [3], 2) == {3: 0.5, 4: 2.0}
-
-
-def test_the_boost_is_shared_out_in_any_precision():
-    automaton = build([3], [4, 5])
-    states = [state_of(automaton, text) for text in ([], [4])]
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.zeros(2, V, dtype=dtype)
-        automaton.raise_logits(logits, states, 6.0)
-        assert logits.dtype == dtype
-        assert logits[:, 3:6].tolist() == [[6.0, 3.0, 0.0], [6.0, 3.0, 12.0]] and int((logits != 0).sum()) == 5
-
-
-def test_nothing_is_raised_behind_a_whole_text():
-    automaton = build([3], [4, 5])
-    logits = torch.zeros(2, V)
-    logits[0, 2] = logits[1, 1] = 1.0
-    expected = logits.clone()
-    expected[1, 3], expected[1, 4], expected[1, 5] = 6.0, 3.0, 12.0
-    automaton.raise_logits(logits, [state_of(automaton, [4])] * 2, 6.0, eos_token_id=2)
-    assert torch.equal(logits, expected)
 
 
 def slow_definition(words, letters, text):
@@ -191,12 +177,10 @@ def test_it_does_what_the_definition_says(words, letters, text):
 # The processor's part
 
 
-def test_spellings():
+def test_hotword_ids_are_tokens_as_in_a_text():
     assert spellings("McDonald rd") == ["McDonald rd", "mcdonald rd", "Mcdonald Rd", "MCDONALD RD"]
     assert spellings("ab") == ["ab", "Ab", "AB"] and spellings("7") == ["7"]
 
-
-def test_hotword_ids_are_tokens_as_in_a_text():
     processor = tiny_processor()
     ids = processor.hotword_ids(["bad", " new  cab ", "bad"])
     space, letters = 3, {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz", start=4)}
@@ -208,34 +192,40 @@ def test_hotword_ids_are_tokens_as_in_a_text():
     assert pickle.loads(pickle.dumps(ids)).letters == ids.letters
     assert processor.hotword_ids([]) == []
 
-
-@pytest.mark.parametrize(
-    "words", ["Quilter", None, 3, [""], ["ok", " "], ["?!"], [None], [["a"]], ["a" * 30], ["caf\udce9"]]
-)
-def test_what_is_no_word_raises(words):
-    with pytest.raises(ValueError, match="`hotwords`"):
-        tiny_processor().hotword_ids(words)
-
-
-def test_a_spelling_that_takes_too_many_tokens_is_left_out():
     tokenizer = tiny_tokenizer()
     assert len(encode_hotwords(["a" * (MAX_HOTWORD_TOKENS - 1)], tokenizer, " ")) == 1
     with pytest.raises(ValueError, match="takes 25 tokens"):
         encode_hotwords(["a" * MAX_HOTWORD_TOKENS], tokenizer, " ")
 
 
-@pytest.mark.parametrize(
-    "hotword_ids",
-    ["abc", 5, [3, 4], [[]], [[1] * 30], [[VOCAB_SIZE]], [[-1]], [[1.5]], [[[3]], [[4]]], [[[3]], [4]]],
-)
-def test_what_are_no_hotword_ids_raises(hotword_ids):
-    with pytest.raises(ValueError, match="`hotword_ids`"):
-        HotwordAutomaton.build(hotword_ids, 3, VOCAB_SIZE)
+def test_what_is_no_word_and_no_ids_raises():
+    for words in ["Quilter", None, 3, [""], ["ok", " "], ["?!"], [None], [["a"]], ["a" * 30], ["caf\udce9"]]:
+        with pytest.raises(ValueError, match="`hotwords`"):
+            tiny_processor().hotword_ids(words)
 
+    for hotword_ids in [
+        "abc",
+        5,
+        [3, 4],
+        [[]],
+        [[1] * 30],
+        [[VOCAB_SIZE]],
+        [[-1]],
+        [[1.5]],
+        [[[3]], [[4]]],
+        [[[3]], [4]],
+    ]:
+        with pytest.raises(ValueError, match="`hotword_ids`"):
+            HotwordAutomaton.build(hotword_ids, 3, VOCAB_SIZE)
 
-def test_nothing_to_build():
     for nothing in ([], [[], [], []], HotwordIds(), [HotwordIds()] * 3):
         assert HotwordAutomaton.build(nothing, 3, VOCAB_SIZE) is None
+
+    model, (features, mask) = tiny_drafts_model("whisper"), tiny_inputs()
+    with pytest.raises(ValueError, match="`hotword_boost`"):
+        model.generate(features, mask, hotword_boost=-1.0)
+    with pytest.raises(ValueError, match="lists for 2 rows"):
+        model.generate(features, mask, hotword_ids=[[[3]], [[4]]])
 
 
 # Through generate()
@@ -259,14 +249,6 @@ def test_hotwords_do_not_depend_on_drafts_or_batch():
     assert float(output.confidence.max()) < 0.9
 
 
-def test_settings_are_checked():
-    model, (features, mask) = tiny_drafts_model("whisper"), tiny_inputs()
-    with pytest.raises(ValueError, match="`hotword_boost`"):
-        model.generate(features, mask, hotword_boost=-1.0)
-    with pytest.raises(ValueError, match="lists for 2 rows"):
-        model.generate(features, mask, hotword_ids=[[[3]], [[4]]])
-
-
 # Real weights
 
 
@@ -277,15 +259,13 @@ def real():
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def test_words_that_were_not_said_leave_a_clear_recording_alone(real):
+def test_hotwords_of_the_real_tokenizer(real):
     model, processor = real
     inputs = processor(next((REPOSITORY / "demo").glob("*.flac")))
     words = ["Kubernetes", "Olbinett", "Mulrady", "Firefox", "spectacular", "automaton", "treaty", "mansion"]
     plain = model.generate(**inputs)
     assert torch.equal(model.generate(**inputs, hotword_ids=processor.hotword_ids(words)), plain)
 
-
-def test_hotwords_of_the_real_tokenizer(real):
     _, processor = real
     ids = processor.hotword_ids(["Quilter"])
     assert processor.tokenizer.convert_ids_to_tokens(ids[0]) == ["ĠQu", "il", "ter"]
