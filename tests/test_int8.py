@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from tables import each
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq
@@ -19,7 +20,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_an_int8_layer_by_hand():
+def test_int8_layers_by_hand_and_under_autocast():
     linear = nn.Linear(2, 2)
     with torch.no_grad():
         # Scales 1 / 127 and 2 / 127: the weights are 127, 64 and -127, 32 of them.
@@ -32,16 +33,12 @@ def test_an_int8_layer_by_hand():
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (2, 2)
     assert layer(torch.empty(0, 2)).shape == (0, 2)
 
-
-def test_large_sums_are_not_cut_off():
     # 8 products of the largest activation and the largest weight: 8 x 3 x 2, of which 16 bits hold half.
     linear = nn.Linear(8, 2, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[2.0] * 8, [-2.0] * 8]))
     torch.testing.assert_close(Int8Linear(linear)(torch.full((1, 8), 3.0)), torch.tensor([[48.0, -48.0]]))
 
-
-def test_int8_layers_are_close_to_theirs():
     torch.manual_seed(0)
     linear = nn.Linear(64, 48)
     states = torch.randn(3, 5, 64)
@@ -53,18 +50,16 @@ def test_int8_layers_are_close_to_theirs():
         linear.weight[3] = 0.0
     assert torch.allclose(Int8Linear(linear)(states)[..., 3], linear.bias[3])
 
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_leaves_int8_what_it_is(dtype):
-    linear = nn.Linear(64, 48)
-    layer, states = Int8Linear(linear), torch.randn(3, 5, 64).to(dtype)
-    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-        assert torch.equal(layer(states), layer(states.float()))
-    assert torch.allclose(layer(states), linear(states.float()), atol=0.1)
+    for dtype in [torch.bfloat16, torch.float16]:
+        linear = nn.Linear(64, 48)
+        layer, states = Int8Linear(linear), torch.randn(3, 5, 64).to(dtype)
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(layer(states), layer(states.float()))
+        assert torch.allclose(layer(states), linear(states.float()), atol=0.1)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("engines", [int8.FIXED_STEPS_ENGINES, ()], ids=["fixed steps", "other kernels"])
+@each("bias", [True, False])
+@each("engines", [int8.FIXED_STEPS_ENGINES, ()])
 def test_a_position_depends_on_no_other(monkeypatch, bias, engines):
     monkeypatch.setattr(int8, "FIXED_STEPS_ENGINES", engines)
     torch.manual_seed(0)
@@ -80,9 +75,9 @@ def test_a_position_depends_on_no_other(monkeypatch, bias, engines):
             assert layer(states[row, 1:3]).equal(close[row, 1:3])
 
 
-@pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
-@pytest.mark.parametrize("parts", [("encoder",), ("decoder",), ("encoder", "decoder")])
-@pytest.mark.parametrize("has_drafts", [False, True])
+@each("encoder", ["whisper", "parakeet"])
+@each("parts", [("encoder",), ("decoder",), ("encoder", "decoder")])
+@each("has_drafts", [False, True])
 def test_the_named_parts_become_int8(encoder, parts, has_drafts):
     model = tiny_drafts_model(encoder, dtype=torch.float32) if has_drafts else tiny_model(encoder)
     model = quantize_int8(model, parts)
@@ -95,7 +90,7 @@ def test_the_named_parts_become_int8(encoder, parts, has_drafts):
     assert out.confidence.isfinite().all() and out.token_timestamps.isfinite().all()
 
 
-@pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
+@each("encoder", ["whisper", "parakeet"])
 def test_the_text_is_the_same_with_any_drafts_in_any_batch(encoder):
     model = quantize_int8(tiny_drafts_model(encoder, dtype=torch.float32))
     features, mask = tiny_inputs(encoder)
@@ -110,7 +105,7 @@ def test_the_text_is_the_same_with_any_drafts_in_any_batch(encoder):
         assert torch.equal(alone[0], expected[row, : alone.shape[1]])
 
 
-def test_from_pretrained_quantizes(folder):
+def test_from_pretrained_quantizes_and_bad_uses_are_named(folder, tmp_path):
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, quantization_config=MDMASRInt8Config()).eval()
     by_hand = quantize_int8(AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval())
     assert isinstance(model.proj_out, Int8Linear) and model.dtype == torch.float32 and model.is_quantized
@@ -121,16 +116,12 @@ def test_from_pretrained_quantizes(folder):
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float16, quantization_config=config)
     assert model.dtype == torch.float32 and not isinstance(model.model.encoder.layers[0].fc1, Int8Linear)
 
-
-def test_an_int8_model_refuses_to_be_saved(folder, tmp_path):
     model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, quantization_config=MDMASRInt8Config())
     with pytest.raises(ValueError, match="mdm_asr_int8"):
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be saved. Save the model in fp32"):
         quantize_int8(tiny_model("whisper")).state_dict()
 
-
-def test_bad_uses_are_named(folder):
     with pytest.raises(ValueError, match="`parts` must be of"):
         MDMASRInt8Config(parts=["head"])
     with pytest.raises(ValueError, match="`parts` must be of"):
