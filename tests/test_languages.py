@@ -15,6 +15,7 @@ import soundfile
 import torch
 import whisper_donors
 from canary_donors import needs_parakeet_features, nemo_settings, nemo_vocab_size, nemo_weights, write_nemo
+from tables import each
 from tiny_sentencepiece import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -98,25 +99,23 @@ def stock_prompts(donor, features, **options):
 # Whisper's prompt
 
 
-@pytest.mark.parametrize("task", ["transcribe", "translate"])
-def test_whisper_prompts_equal_the_tokenizers(whisper, converted, task):
-    tokenizer, (model, processor) = whisper[2], converted
-    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
-    names = [*LANGUAGES, *TO_LANGUAGE_CODE]
-    expected = []
-    for name in names:
-        forced = tokenizer.get_decoder_prompt_ids(task=task, language=name)
-        expected.append([start, *(token for _, token in forced)])
-    assert processor.get_prompt_ids(language=names, task=task, batch_size=len(names)).tolist() == expected
-    assert processor.prompt_template == model.generation_config.prompt_template
-    # The same in other spellings.
-    for spell in (str.upper, str.title, "<|{}|>".format, "{}-XX".format, "{}_xx".format, " {} ".format):
-        spelled = [spell(code) for code in LANGUAGES]
-        ids = processor.get_prompt_ids(language=spelled, task=task, batch_size=len(spelled))
-        assert ids.tolist() == expected[: len(LANGUAGES)]
+def test_whisper_prompts_equal_those_of_tokenizer_and_generate(whisper, converted):
+    for task in ["transcribe", "translate"]:
+        tokenizer, (model, processor) = whisper[2], converted
+        start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+        names = [*LANGUAGES, *TO_LANGUAGE_CODE]
+        expected = []
+        for name in names:
+            forced = tokenizer.get_decoder_prompt_ids(task=task, language=name)
+            expected.append([start, *(token for _, token in forced)])
+        assert processor.get_prompt_ids(language=names, task=task, batch_size=len(names)).tolist() == expected
+        assert processor.prompt_template == model.generation_config.prompt_template
+        # The same in other spellings.
+        for spell in (str.upper, str.title, "<|{}|>".format, "{}-XX".format, "{}_xx".format, " {} ".format):
+            spelled = [spell(code) for code in LANGUAGES]
+            ids = processor.get_prompt_ids(language=spelled, task=task, batch_size=len(spelled))
+            assert ids.tolist() == expected[: len(LANGUAGES)]
 
-
-def test_whisper_prompts_equal_those_of_its_generate(whisper, converted):
     donor, (model, _) = whisper[1], converted
     features = stock_features(clips(3))
     template = model.generation_config.prompt_template
@@ -148,10 +147,16 @@ def test_whisper_translates_into_english_alone(converted):
     with pytest.raises(ValueError, match="`target_language='klingon'` is not known"):
         prompt("de", "klingon")
 
-
-def test_timestamps_are_no_matter_of_whispers_prompt(converted):
     with pytest.raises(ValueError, match="`timestamp=True` has no place .* set `return_token_timestamps`"):
         converted[0].generate(torch.randn(1, 100, NUM_MEL_BINS), timestamp=True)
+
+    model, processor = converted
+    inputs = processor(clips(8), sampling_rate=RATE_HZ)
+    prompts, output = prompts_of(model, inputs, language="auto", target_language="en")
+    assert prompts == processor.get_prompt_ids(output.languages, "en", batch_size=8).tolist()
+    assert any(language != "en" for language in output.languages)
+    with pytest.raises(ValueError, match="from a language yet to be detected into 'fr'"):
+        model.generate(**inputs, language="auto", target_language="fr")
 
 
 # Detection
@@ -221,18 +226,6 @@ def test_given_and_detected_languages_in_one_batch(converted):
         length = int((output.confidence[i] > 0).sum())
         assert torch.equal(output.sequences[i, :length], single.sequences[0, :length])
 
-
-def test_translation_of_detected_languages(converted):
-    model, processor = converted
-    inputs = processor(clips(8), sampling_rate=RATE_HZ)
-    prompts, output = prompts_of(model, inputs, language="auto", target_language="en")
-    assert prompts == processor.get_prompt_ids(output.languages, "en", batch_size=8).tolist()
-    assert any(language != "en" for language in output.languages)
-    with pytest.raises(ValueError, match="from a language yet to be detected into 'fr'"):
-        model.generate(**inputs, language="auto", target_language="fr")
-
-
-def test_samples_of_an_utterance_share_its_language(converted):
     model, processor = converted
     inputs = processor(clips(3), sampling_rate=RATE_HZ)
     options = {**GREEDY, "temperature": 1.0, "num_return_sequences": 2, "return_dict_in_generate": True}
@@ -241,7 +234,7 @@ def test_samples_of_an_utterance_share_its_language(converted):
     assert output.languages[4:] == detect_languages(model, model.encode(**inputs)).languages[2:] * 2
 
 
-def test_without_a_default_the_language_is_detected(converted):
+def test_without_a_default_and_after_saving_the_language_is_detected(converted, tmp_path):
     model, processor = copy.copy(converted[0]), converted[1]
     inputs = processor(clips(3), sampling_rate=RATE_HZ)
     expected = detect_languages(model, model.encode(**inputs)).languages
@@ -255,6 +248,19 @@ def test_without_a_default_the_language_is_detected(converted):
         assert output.languages == expected
         with pytest.raises(ValueError, match="needs a `language`: only `generate` can detect it"):
             build_prompt_ids(changed)
+
+    # JSON files are written with sorted keys: codes must not come from their order.
+    model, processor = converted
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, its_processor = (
+        AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
+    inputs = its_processor(clips(4), sampling_rate=RATE_HZ)
+    options = dict(**GREEDY, language=["auto"] * 3 + ["castilian"], max_new_tokens=1, return_dict_in_generate=True)
+    output = loaded.generate(**inputs, **options)
+    assert output.languages == model.generate(**inputs, **options).languages and output.languages[3] == "es"
 
 
 def test_the_donor_that_comes_back_detects_and_transcribes(whisper, converted):
@@ -288,21 +294,6 @@ def test_where_each_position_predicts_itself_the_mask_is_read(whisper, converted
     detected = detect_languages(model, model.encode(features))
     np.testing.assert_allclose(detected.probabilities, of_languages.softmax(-1), rtol=1e-5, atol=1e-6)
     assert detected.languages == [list(LANGUAGES)[i] for i in of_languages.argmax(-1).tolist()]
-
-
-def test_detection_survives_saving(converted, tmp_path):
-    """JSON files are written with sorted keys: codes must not come from their order."""
-    model, processor = converted
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    loaded, its_processor = (
-        AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path),
-        AutoProcessor.from_pretrained(tmp_path),
-    )
-    inputs = its_processor(clips(4), sampling_rate=RATE_HZ)
-    options = dict(**GREEDY, language=["auto"] * 3 + ["castilian"], max_new_tokens=1, return_dict_in_generate=True)
-    output = loaded.generate(**inputs, **options)
-    assert output.languages == model.generate(**inputs, **options).languages and output.languages[3] == "es"
 
 
 def test_models_that_cannot_detect(whisper, tmp_path):
@@ -420,14 +411,11 @@ OPTIONS = [
 
 
 @needs_parakeet_features
-@pytest.mark.parametrize("options, slots", OPTIONS)
-def test_canary_prompts_equal_nemos(nemo, options, slots):
-    ids = nemo[1].get_prompt_ids(**options)
-    assert ids.tolist() == [nemo[1].tokenizer.convert_tokens_to_ids(nemo_prompt(slots))]
+def test_canary_prompts_equal_nemos(nemo):
+    for options, slots in OPTIONS:
+        ids = nemo[1].get_prompt_ids(**options)
+        assert ids.tolist() == [nemo[1].tokenizer.convert_tokens_to_ids(nemo_prompt(slots))]
 
-
-@needs_parakeet_features
-def test_canary_prompts_in_one_batch(nemo):
     model, processor = nemo
     names = sorted({name for options, _ in OPTIONS for name in options})
     per_row = {name: [options.get(name) for options, _ in OPTIONS] for name in names}
@@ -518,7 +506,7 @@ def test_texts_of_several_languages_in_one_batch(nemo):
 
 
 @needs_parakeet_features
-@pytest.mark.parametrize(
+@each(
     "slots, column, codes",
     [
         ({"language": "de"}, None, [("de", "de")] * 3),
@@ -596,13 +584,11 @@ def test_fine_tuning_keeps_the_language(whisper, tmp_path, monkeypatch):
     assert prompts == its_processor.get_prompt_ids().tolist() == processor.get_prompt_ids("es").tolist()
 
 
-@pytest.mark.parametrize("language", [None, "en", "EN", "eng", "English", "en-GB", "en_us"])
-def test_every_name_of_english_is_scored_as_english(language):
-    assert normaliser(language)("It's a colour, uh") == normaliser("en")("It is a colour")
-    assert normaliser("eu")("It's a colour, uh") == normaliser("German")("it s a colour uh")
-
-
 def test_evaluation_of_several_languages(converted, tmp_path):
+    for language in [None, "en", "EN", "eng", "English", "en-GB", "en_us"]:
+        assert normaliser(language)("It's a colour, uh") == normaliser("en")("It is a colour")
+        assert normaliser("eu")("It's a colour, uh") == normaliser("German")("it s a colour uh")
+
     model, processor = converted
     data = write_data(tmp_path / "data", ["German", None, "fr"])
     settings = copy.deepcopy(model.generation_config)
