@@ -15,6 +15,7 @@ import soundfile
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
+from tables import each
 
 from mdm_asr_hf import default_checkpoint
 
@@ -91,7 +92,7 @@ def table_rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-def test_tables_by_hand(facts, tmp_path):
+def test_tables_and_metadata_by_hand(facts, tmp_path):
     assert run(facts) == 0
     text = (tmp_path / "tiny.md").read_text()
     rows = table_rows(text)
@@ -111,8 +112,6 @@ def test_tables_by_hand(facts, tmp_path):
     assert positions == sorted(positions)
     assert "1.5 hours on a CPU; 0.25 kWh" in text and "lower case" in text and "2602.18952" in text
 
-
-def test_metadata_is_what_the_hub_reads(facts, tmp_path):
     run(facts, "--output", tmp_path / "card.md", tmp_path / "copy.md")
     assert (tmp_path / "card.md").read_text() == (tmp_path / "copy.md").read_text()
     data = ModelCard.load(tmp_path / "card.md").data
@@ -131,7 +130,7 @@ def test_metadata_is_what_the_hub_reads(facts, tmp_path):
     ]
 
 
-def test_check_finds_a_typed_number_and_writes_nothing(facts, tmp_path, capsys):
+def test_check_finds_what_is_typed_stale_or_missing(facts, tmp_path, capsys):
     card = tmp_path / "tiny.md"
     assert run(facts, "--check") == 1 and not card.exists()
     assert run(facts) == 0 and run(facts, "--check") == 0
@@ -141,6 +140,14 @@ def test_check_finds_a_typed_number_and_writes_nothing(facts, tmp_path, capsys):
     assert run(facts, "--check") == 1 and card.read_text() == typed
     changes = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "+-" and "radio" in line]
     assert ["10.00 (9.75" in changes[0], "11.00 (9.75" in changes[1]] == [True, True] and len(changes) == 2
+
+    path = tmp_path / "results" / "tiny" / "radio" / "metrics.json"
+    content = json.loads(path.read_text())
+    del content["command"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="2"):
+        run(facts)
+    assert "no 'command'" in capsys.readouterr().err
 
 
 def test_results_of_other_weights_are_refused(facts, tmp_path, capsys):
@@ -168,7 +175,7 @@ def test_the_weights_are_counted(facts, tmp_path):
     assert (tmp_path / "tiny.md").read_text() == text
 
 
-@pytest.mark.parametrize(
+@each(
     "changes, message",
     [
         ({"limits": None}, "missing ['limits']"),
@@ -183,17 +190,7 @@ def test_facts_that_are_missing_or_unknown(facts, tmp_path, capsys, changes, mes
     assert message in capsys.readouterr().err
 
 
-def test_a_metrics_file_that_lacks_something(facts, tmp_path, capsys):
-    path = tmp_path / "results" / "tiny" / "radio" / "metrics.json"
-    content = json.loads(path.read_text())
-    del content["command"]
-    path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="2"):
-        run(facts)
-    assert "no 'command'" in capsys.readouterr().err
-
-
-def test_the_cards_example_runs_as_it_stands(tmp_path):
+def test_the_default_checkpoints_card_is_generated_and_its_example_runs(tmp_path, capsys):
     code = re.search(r"```python\n(.*?)```", FACTS.with_suffix(".md").read_text(), re.DOTALL).group(1)
     samples, rate = soundfile.read(ROOT / "demo" / "common_voice_en_48.flac")
     soundfile.write(tmp_path / "recording.wav", samples, rate)
@@ -201,7 +198,5 @@ def test_the_cards_example_runs_as_it_stands(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.strip() == repr([TRANSCRIPT])
 
-
-def test_the_default_checkpoints_card_is_what_would_be_generated(capsys):
     assert run(FACTS, "--check") == 0, capsys.readouterr().out
     assert FACTS.with_suffix(".md").read_bytes() == (default_checkpoint() / "README.md").read_bytes()
