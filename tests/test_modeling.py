@@ -3,6 +3,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from tables import each
 from tiny_models import ENCODERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
@@ -12,11 +13,6 @@ from mdm_asr_hf.decoder_mdm_asr import DraftingCache
 from mdm_asr_hf.diffusion_mdm_asr import DiffusionObjective, DraftObjective, masked_diffusion_loss
 
 EOS, PAD, START, MASK = 1, 2, VOCAB_SIZE, VOCAB_SIZE + 1
-
-
-@pytest.fixture(params=sorted(ENCODERS))
-def encoder(request):
-    return request.param
 
 
 def canvas_inputs(batch_size, length=12, seed=0):
@@ -30,7 +26,8 @@ def canvas_inputs(batch_size, length=12, seed=0):
 # --- encoders ---
 
 
-def test_frames_do_not_depend_on_padding(encoder):
+@each("encoder", sorted(ENCODERS))
+def test_padding_and_the_outside_of_a_canvas_have_no_influence(encoder):
     model = tiny_model(encoder)
     features, mask = tiny_inputs(encoder)
     with torch.no_grad():
@@ -47,8 +44,6 @@ def test_frames_do_not_depend_on_padding(encoder):
                 rtol=1e-4,
             )
 
-
-def test_the_frame_mask_reaches_the_cross_attention(encoder):
     model = tiny_model(encoder)
     features, mask = tiny_inputs(encoder)
     ids = canvas_inputs(3)
@@ -63,8 +58,19 @@ def test_the_frame_mask_reaches_the_cross_attention(encoder):
         unmasked = model(decoder_input_ids=ids, encoder_outputs=frames).logits
         assert not torch.allclose(unmasked[1:], expected[1:], atol=1e-2)
 
+    model = tiny_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    ids = canvas_inputs(3)
+    canvas_mask = torch.ones_like(ids)
+    canvas_mask[1, 8:] = 0
+    with torch.no_grad():
+        batch = model(features, mask, decoder_input_ids=ids, decoder_attention_mask=canvas_mask).logits
+        length = int(mask[1].sum())
+        alone = model(features[1:2, :length], mask[1:2, :length], decoder_input_ids=ids[1:2, :8]).logits
+    torch.testing.assert_close(batch[1, :8], alone[0], atol=1e-4, rtol=1e-4)
 
-def test_whisper_encoder_on_30_seconds_is_the_stock_one():
+
+def test_whisper_encoder_is_the_stock_one_at_any_length():
     model = tiny_model("whisper")
     stock = WhisperEncoder(WhisperConfig(**{k: v for k, v in ENCODERS["whisper"].items() if k != "model_type"})).eval()
     stock.load_state_dict(model.model.encoder.state_dict())
@@ -76,15 +82,31 @@ def test_whisper_encoder_on_30_seconds_is_the_stock_one():
     # Before any training, too, its positions are sinusoids.
     torch.testing.assert_close(model.model.encoder.embed_positions.weight, sinusoids(1500, 16))
 
+    for num_frames, silence_s, positions in [(100, 0.0, 50), (101, 0.0, 51), (100, 5.0, 300), (2900, 5.0, 1500)]:
+        model = tiny_model("whisper", encoder_trailing_silence_s=silence_s)
+        with torch.no_grad():
+            out = model.encode(torch.randn(1, num_frames, 80), torch.ones(1, num_frames))
+        assert out.last_hidden_state.shape[1] == positions == int(out.attention_mask.sum())
 
-@pytest.mark.parametrize(
-    "num_frames, silence_s, positions", [(100, 0.0, 50), (101, 0.0, 51), (100, 5.0, 300), (2900, 5.0, 1500)]
-)
-def test_whisper_encoder_takes_the_own_length_and_a_trailing_silence(num_frames, silence_s, positions):
-    model = tiny_model("whisper", encoder_trailing_silence_s=silence_s)
+    # Two seconds of audio, then silence as the stock extractor writes it: the loudest value - 2, but not below -1.5.
+    model = tiny_model("whisper", encoder_trailing_silence_s=1.0)
+    speech = torch.rand(1, 200, 80) * 2 - 1
+    silence = torch.full((1, 100, 80), max(float(speech.max()) - 2.0, -1.5))
     with torch.no_grad():
-        out = model.encode(torch.randn(1, num_frames, 80), torch.ones(1, num_frames))
-    assert out.last_hidden_state.shape[1] == positions == int(out.attention_mask.sum())
+        appended = model.encode(speech).last_hidden_state
+        model.config.encoder_trailing_silence_s = 0.0
+        written = model.encode(torch.cat([speech, silence], dim=1)).last_hidden_state
+    torch.testing.assert_close(appended, written)
+
+    model = tiny_model("whisper")
+    with pytest.raises(ValueError, match="30.2 s of audio.*at most 30.0 s. Split"):
+        model.encode(torch.randn(1, 3020, 80))
+    with pytest.raises(ValueError, match=r"must be \(B, T, 80\)"):
+        model.encode(torch.randn(1, 80, 3000))
+    # Padding beyond 30 s is no audio.
+    mask = torch.zeros(1, 3020)
+    mask[:, :100] = 1
+    model.encode(torch.randn(1, 3020, 80), mask)
 
 
 def learn_silence(model, num_frames):
@@ -122,34 +144,10 @@ def test_learnt_frames_stand_for_a_short_silence_and_no_other(tmp_path):
     assert not fresh.get_encoder().silence_embeddings.any()
 
 
-def test_trailing_silence_is_what_silence_looks_like_in_the_features():
-    # Two seconds of audio, then silence as the stock extractor writes it: the loudest value - 2, but not below -1.5.
-    model = tiny_model("whisper", encoder_trailing_silence_s=1.0)
-    speech = torch.rand(1, 200, 80) * 2 - 1
-    silence = torch.full((1, 100, 80), max(float(speech.max()) - 2.0, -1.5))
-    with torch.no_grad():
-        appended = model.encode(speech).last_hidden_state
-        model.config.encoder_trailing_silence_s = 0.0
-        written = model.encode(torch.cat([speech, silence], dim=1)).last_hidden_state
-    torch.testing.assert_close(appended, written)
-
-
-def test_whisper_encoder_refuses_what_it_cannot_hold():
-    model = tiny_model("whisper")
-    with pytest.raises(ValueError, match="30.2 s of audio.*at most 30.0 s. Split"):
-        model.encode(torch.randn(1, 3020, 80))
-    with pytest.raises(ValueError, match=r"must be \(B, T, 80\)"):
-        model.encode(torch.randn(1, 80, 3000))
-    # Padding beyond 30 s is no audio.
-    mask = torch.zeros(1, 3020)
-    mask[:, :100] = 1
-    model.encode(torch.randn(1, 3020, 80), mask)
-
-
 # --- decoder ---
 
 
-def test_attention_is_not_causal_unless_asked():
+def test_attention_is_causal_where_it_should_be():
     for is_causal in (False, True):
         model = tiny_model("parakeet", decoder_config=dict(is_causal=is_causal))
         features, mask = tiny_inputs("parakeet", seconds=(0.5,))
@@ -160,30 +158,25 @@ def test_attention_is_not_causal_unless_asked():
             first, second = (model(features, mask, decoder_input_ids=i).logits[0, 0] for i in (ids, changed))
         assert torch.allclose(first, second) == is_causal
 
-
-def test_the_mask_has_no_logit(encoder):
-    model = tiny_model(encoder)
-    features, mask = tiny_inputs(encoder)
-    logits = model(features, mask, decoder_input_ids=canvas_inputs(3)).logits
-    assert logits.shape == (3, 12, VOCAB_SIZE) and model.config.mask_token_id == MASK >= VOCAB_SIZE
-
-
-@pytest.mark.parametrize("shift", [False, True])
-def test_logits_of_chosen_positions_are_those_of_all(shift):
-    model = tiny_model()
-    model.config.shift_logits = shift
+    model = tiny_drafts_model(decoder_config=dict(draft_length=4))
     features, mask = tiny_inputs()
-    ids = canvas_inputs(3)
+    arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.full((3, 1), 3))
+    arguments["block_ids"] = model._lay_blocks(text_inputs(), arguments["frontiers"])
     with torch.no_grad():
-        frames = model.encode(features, mask)
-        everything = model(decoder_input_ids=ids, encoder_outputs=frames, logits_to_keep=11).logits
-        chosen = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) < 0.4
-        some = model(decoder_input_ids=ids, encoder_outputs=frames, logits_to_keep=chosen).logits
-    assert 0 < len(some) == int(chosen.sum()) < 33
-    torch.testing.assert_close(some, everything[chosen], atol=1e-5, rtol=1e-5)
+        before = model(features, mask, **arguments).draft_hidden_states
+        model.model.decoder.drafts.offset_embeddings.weight[2] *= -1.0
+        after = model(features, mask, **arguments).draft_hidden_states
+    difference = (before - after).abs().amax(dim=-1)
+    assert (difference[..., 1:] > 1e-3).all() and not difference[..., 0].any()
 
 
-def test_masked_and_visible_tokens_are_told_apart():
+def test_masks_have_an_embedding_and_no_logit():
+    for encoder in sorted(ENCODERS):
+        model = tiny_model(encoder)
+        features, mask = tiny_inputs(encoder)
+        logits = model(features, mask, decoder_input_ids=canvas_inputs(3)).logits
+        assert logits.shape == (3, 12, VOCAB_SIZE) and model.config.mask_token_id == MASK >= VOCAB_SIZE
+
     model = tiny_model()
     embed = model.model.decoder.embed_ids
     ids = torch.tensor([[START, 5, MASK]])
@@ -197,21 +190,38 @@ def test_masked_and_visible_tokens_are_told_apart():
     ]
     torch.testing.assert_close(got, torch.stack(rows))
 
+    for shift in [False, True]:
+        model = tiny_model()
+        model.config.shift_logits = shift
+        features, mask = tiny_inputs()
+        ids = canvas_inputs(3)
+        with torch.no_grad():
+            frames = model.encode(features, mask)
+            everything = model(decoder_input_ids=ids, encoder_outputs=frames, logits_to_keep=11).logits
+            chosen = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) < 0.4
+            some = model(decoder_input_ids=ids, encoder_outputs=frames, logits_to_keep=chosen).logits
+        assert 0 < len(some) == int(chosen.sum()) < 33
+        torch.testing.assert_close(some, everything[chosen], atol=1e-5, rtol=1e-5)
 
-def test_positions_outside_a_rows_canvas_have_no_influence(encoder):
+
+@each("encoder", sorted(ENCODERS))
+def test_sdpa_and_eager_agree_and_cross_attention_is_computed_once(encoder, monkeypatch):
     model = tiny_model(encoder)
     features, mask = tiny_inputs(encoder)
     ids = canvas_inputs(3)
     canvas_mask = torch.ones_like(ids)
     canvas_mask[1, 8:] = 0
     with torch.no_grad():
-        batch = model(features, mask, decoder_input_ids=ids, decoder_attention_mask=canvas_mask).logits
-        length = int(mask[1].sum())
-        alone = model(features[1:2, :length], mask[1:2, :length], decoder_input_ids=ids[1:2, :8]).logits
-    torch.testing.assert_close(batch[1, :8], alone[0], atol=1e-4, rtol=1e-4)
+        outputs = []
+        for implementation in ("sdpa", "eager"):
+            # Parakeet's eager encoder gives NaN for padded rows before transformers 5.18.
+            broken = encoder == "parakeet" and Version(transformers.__version__) < Version("5.18")
+            (model.model.decoder if broken else model).set_attn_implementation(implementation)
+            assert model.model.decoder.config._attn_implementation == implementation
+            outputs.append(model(features, mask, decoder_input_ids=ids, decoder_attention_mask=canvas_mask).logits)
+    inside = canvas_mask.bool()
+    torch.testing.assert_close(outputs[0][inside], outputs[1][inside], atol=1e-4, rtol=1e-4)
 
-
-def test_cross_attention_states_are_computed_once(encoder, monkeypatch):
     model = tiny_model(encoder)
     features, mask = tiny_inputs(encoder)
     ids = canvas_inputs(3)
@@ -229,25 +239,8 @@ def test_cross_attention_states_are_computed_once(encoder, monkeypatch):
         assert model.prepare_cross_attention(prepared) is prepared
 
 
-def test_sdpa_and_eager_agree(encoder):
-    model = tiny_model(encoder)
-    features, mask = tiny_inputs(encoder)
-    ids = canvas_inputs(3)
-    canvas_mask = torch.ones_like(ids)
-    canvas_mask[1, 8:] = 0
-    with torch.no_grad():
-        outputs = []
-        for implementation in ("sdpa", "eager"):
-            # Parakeet's eager encoder gives NaN for padded rows before transformers 5.18.
-            broken = encoder == "parakeet" and Version(transformers.__version__) < Version("5.18")
-            (model.model.decoder if broken else model).set_attn_implementation(implementation)
-            assert model.model.decoder.config._attn_implementation == implementation
-            outputs.append(model(features, mask, decoder_input_ids=ids, decoder_attention_mask=canvas_mask).logits)
-    inside = canvas_mask.bool()
-    torch.testing.assert_close(outputs[0][inside], outputs[1][inside], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each("encoder", sorted(ENCODERS))
+@each("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_single(encoder, dtype):
     model = tiny_model(encoder)
     with torch.no_grad():
@@ -262,18 +255,8 @@ def test_half_precision_is_close_to_single(encoder, dtype):
     assert (half.float().softmax(-1) - single).abs().max() < 0.05
 
 
-def test_weights_load_from_safetensors_only(tmp_path):
-    model = tiny_model()
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="model.safetensors"):
-        MDMASRForConditionalGeneration.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`use_safetensors=False` is refused"):
-        MDMASRForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=False)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+@each("tied", [True, False])
+@each("draft_vocab_size", [None, 40])
 def test_a_resized_vocabulary_writes_the_same_text(tmp_path, tied, draft_vocab_size):
     model = tiny_drafts_model(decoder_config=dict(draft_vocab_size=draft_vocab_size))
     if not tied:
@@ -325,6 +308,17 @@ def test_bad_calls_name_the_remedy():
     with pytest.raises(ValueError, match="301 tokens.*300 positions"):
         model(features, mask, decoder_input_ids=torch.ones(3, 301, dtype=torch.long))
 
+    features, mask = tiny_inputs()
+    with pytest.raises(ValueError, match="`objective` is a DiffusionObjective, which trains a canvas"):
+        tiny_drafts_model()(features, mask, labels=DRAFT_LABELS, objective=DiffusionObjective())
+
+    model = tiny_model()
+    features, mask = tiny_inputs(seconds=(1.0,))
+    with pytest.raises(ValueError, match="-100 before a token"):
+        model(features, mask, labels=torch.tensor([[5, -100, 7]]))
+    with pytest.raises(ValueError, match="must hold the prompt and a canvas"):
+        model(features, mask, labels=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[5, MASK]]))
+
 
 # --- drafts ---
 
@@ -336,7 +330,8 @@ def text_inputs(batch_size=3, length=7, seed=0):
     return ids
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@each("encoder", sorted(ENCODERS))
+@each("implementation", ["sdpa", "eager"])
 def test_blocks_beside_the_causal_rows_are_those_behind_them(encoder, implementation):
     model = tiny_drafts_model(encoder)
     model.model.decoder.set_attn_implementation(implementation)
@@ -387,19 +382,7 @@ def test_blocks_beside_the_causal_rows_are_those_behind_them(encoder, implementa
     assert torch.equal(same, frontiers < 4)
 
 
-def test_masks_see_their_block_in_both_directions_and_the_token_before_them_does_not():
-    model = tiny_drafts_model(decoder_config=dict(draft_length=4))
-    features, mask = tiny_inputs()
-    arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.full((3, 1), 3))
-    arguments["block_ids"] = model._lay_blocks(text_inputs(), arguments["frontiers"])
-    with torch.no_grad():
-        before = model(features, mask, **arguments).draft_hidden_states
-        model.model.decoder.drafts.offset_embeddings.weight[2] *= -1.0
-        after = model(features, mask, **arguments).draft_hidden_states
-    difference = (before - after).abs().amax(dim=-1)
-    assert (difference[..., 1:] > 1e-3).all() and not difference[..., 0].any()
-
-
+@each("encoder", sorted(ENCODERS))
 def test_before_training_the_first_mask_says_the_donors_own_token(encoder):
     model = tiny_drafts_model(encoder, decoder_config=dict(draft_layers=2, num_hidden_layers=2))
     decoder = model.get_decoder()
@@ -415,25 +398,28 @@ def test_before_training_the_first_mask_says_the_donors_own_token(encoder):
     torch.testing.assert_close(result.draft_hidden_states[:, :, 0], result.last_hidden_state[:, 1:])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_drafts_in_half_precision_are_close_to_single(dtype):
-    model = tiny_drafts_model(dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.model.decoder.parameters():
-            parameter.mul_(0.5)
-    features, mask = tiny_inputs()
-    arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.tensor([[0, 4]] * 3))
-    arguments["block_ids"] = model._lay_blocks(text_inputs(), arguments["frontiers"])
-    with torch.no_grad():
-        single = model(features, mask, **arguments)
-        half = model.to(dtype)(features, mask, **arguments)
-    assert half.logits.dtype == half.draft_hidden_states.dtype == dtype
-    assert (half.logits.float().softmax(-1) - single.logits.softmax(-1)).abs().max() < 0.05
-    difference = (half.draft_hidden_states.float() - single.draft_hidden_states).norm()
-    assert difference / single.draft_hidden_states.norm() < 0.05
+def test_drafts_in_half_precision_and_autocast():
+    for dtype in [torch.bfloat16, torch.float16]:
+        model = tiny_drafts_model(dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.model.decoder.parameters():
+                parameter.mul_(0.5)
+        features, mask = tiny_inputs()
+        arguments = dict(decoder_input_ids=text_inputs(), frontiers=torch.tensor([[0, 4]] * 3))
+        arguments["block_ids"] = model._lay_blocks(text_inputs(), arguments["frontiers"])
+        with torch.no_grad():
+            single = model(features, mask, **arguments)
+            half = model.to(dtype)(features, mask, **arguments)
+        assert half.logits.dtype == half.draft_hidden_states.dtype == dtype
+        assert (half.logits.float().softmax(-1) - single.logits.softmax(-1)).abs().max() < 0.05
+        difference = (half.draft_hidden_states.float() - single.draft_hidden_states).norm()
+        assert difference / single.draft_hidden_states.norm() < 0.05
 
+        model = tiny_drafts_model(dtype=torch.float32)
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            outputs = model.prepare_cross_attention(model.encode(*tiny_inputs()))
+            assert model.begin_steps(outputs, np.arange(3), 10).cache.keys.dtype == dtype
 
-def test_autocast_decodes_with_weights_in_single_precision():
     model = tiny_drafts_model(dtype=torch.float32)
     features, mask = tiny_inputs()
     plain = model.generate(features, mask, return_dict_in_generate=True)
@@ -444,8 +430,9 @@ def test_autocast_decodes_with_weights_in_single_precision():
     assert model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, None), (torch.float16, None), (None, torch.bfloat16)])
+@each("encoder", sorted(ENCODERS))
+@each("weights", [torch.float32, torch.bfloat16])
+@each("dtypes", [(torch.bfloat16, None), (torch.float16, None), (None, torch.bfloat16)])
 def test_frames_and_keys_are_taken_into_and_out_of_autocast(encoder, weights, dtypes):
     model = tiny_drafts_model(encoder, dtype=torch.float32)
     features, mask = tiny_inputs(encoder)
@@ -479,15 +466,7 @@ def test_frames_and_keys_are_taken_into_and_out_of_autocast(encoder, weights, dt
             assert (first.gather(1, text[:, :1])[:, 0] > first.amax(-1) - 0.05).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_cache_holds_what_autocast_computes(dtype):
-    model = tiny_drafts_model(dtype=torch.float32)
-    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-        outputs = model.prepare_cross_attention(model.encode(*tiny_inputs()))
-        assert model.begin_steps(outputs, np.arange(3), 10).cache.keys.dtype == dtype
-
-
-def test_save_and_load_with_drafts(tmp_path):
+def test_drafts_and_safetensors_are_saved_and_loaded(tmp_path):
     model = tiny_drafts_model(decoder_config=dict(draft_vocab_size=30))
     with torch.no_grad():
         model.model.decoder.drafts.head.token_ids.copy_(torch.arange(30) * 2 - 1).clamp_(min=0)
@@ -501,12 +480,21 @@ def test_save_and_load_with_drafts(tmp_path):
     ours, theirs = (m.generate(features, mask, return_dict_in_generate=True) for m in (model, loaded))
     assert torch.equal(ours.sequences, theirs.sequences) and ours.struck_drafts == theirs.struck_drafts
 
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model.safetensors"):
+        MDMASRForConditionalGeneration.from_pretrained(tmp_path / "pickled")
+    with pytest.raises(ValueError, match="`use_safetensors=False` is refused"):
+        MDMASRForConditionalGeneration.from_pretrained(tmp_path / "pickled", use_safetensors=False)
+
 
 # --- training drafts ---
 
 DRAFT_LABELS = torch.tensor([[5, 6, 7, 8, EOS], [9, 10, EOS, -100, -100], [11, EOS, -100, -100, -100]])
 
 
+@each("encoder", sorted(ENCODERS))
 def test_the_losses_of_drafts_by_hand(encoder):
     model = tiny_drafts_model(encoder, decoder_config=dict(draft_vocab_size=40))
     features, mask = tiny_inputs(encoder)
@@ -552,7 +540,7 @@ def test_the_losses_of_drafts_by_hand(encoder):
     assert out.logits.shape == (3, 5, VOCAB_SIZE)
 
 
-def test_padded_labels_have_the_same_loss_and_evaluation_is_seeded():
+def test_evaluation_is_seeded_and_padded_labels_change_nothing():
     model = tiny_drafts_model(dtype=torch.float32)
     features, mask = tiny_inputs()
     longer = torch.cat([DRAFT_LABELS, torch.full((3, 4), -100)], dim=1)
@@ -560,6 +548,17 @@ def test_padded_labels_have_the_same_loss_and_evaluation_is_seeded():
     torch.testing.assert_close(*losses)
     model.train()
     assert model(features, mask, labels=DRAFT_LABELS).loss != model(features, mask, labels=DRAFT_LABELS).loss
+
+    model = tiny_model()
+    features, mask = tiny_inputs()
+
+    def loss(seed=None):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return model(features, mask, labels=LABELS, generator=generator).loss.item()
+
+    assert loss() == loss() and loss(3) == loss(3) != loss(4)
+    model.train()
+    assert loss(3) == loss(3) and loss() != loss()
 
 
 def test_drafts_learn_behind_the_rows_that_are_given():
@@ -575,39 +574,13 @@ def test_drafts_learn_behind_the_rows_that_are_given():
         model(features, mask, decoder_input_ids=rows[:, :4], labels=DRAFT_LABELS)
 
 
-def test_drafts_and_canvas_take_their_own_objective():
-    features, mask = tiny_inputs()
-    with pytest.raises(ValueError, match="`objective` is a DiffusionObjective, which trains a canvas"):
-        tiny_drafts_model()(features, mask, labels=DRAFT_LABELS, objective=DiffusionObjective())
-
-
-def test_gradients_reach_donor_and_drafts_with_and_without_checkpointing(encoder):
-    model = tiny_drafts_model(encoder)
-    features, mask = tiny_inputs(encoder)
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        model.train()
-        model.model.encoder.eval()
-        generator = torch.Generator().manual_seed(1)
-        model(features, mask, labels=DRAFT_LABELS, generator=generator).loss.backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    untrained = {n for n, p in model.named_parameters() if p.requires_grad} - set(gradients[0])
-    assert untrained <= {"model.encoder.masked_spec_embed"}
-    # The donor learns from both losses: what the masks attend to is its keys.
-    assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "drafts" in name)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-9, rtol=1e-6, msg=name)
-
-
 # --- the objective ---
 
 LABELS = torch.tensor([[5, 6, 7, 8], [9, 10, -100, -100], [11, -100, -100, -100]])
 
 
-def test_loss_is_the_masked_diffusion_loss_on_an_eos_filled_canvas(encoder):
+@each("encoder", sorted(ENCODERS))
+def test_the_loss_is_of_an_eos_filled_canvas(encoder):
     model = tiny_model(encoder)
     features, mask = tiny_inputs(encoder, seconds=(1.0, 0.6, 0.35))
     t = torch.tensor([1.0, 0.5, 0.7])
@@ -627,34 +600,20 @@ def test_loss_is_the_masked_diffusion_loss_on_an_eos_filled_canvas(encoder):
     torch.testing.assert_close(out.loss, masked_diffusion_loss(logits, targets, masked, 1 / t, inside))
 
 
-def test_the_fixed_canvas_is_a_setting():
+def test_the_canvas_of_training():
     model = tiny_model()
     model.generation_config.canvas_length = 256
     features, mask = tiny_inputs()
     assert model(features, mask, labels=LABELS).logits.shape[1] == 256
 
-
-def test_a_text_longer_than_the_canvas_keeps_all_its_tokens():
     model = tiny_model()
     model.generation_config.canvas_tokens_per_s = model.generation_config.canvas_extra_tokens = 0
     features, mask = tiny_inputs()
     assert model(features, mask, labels=LABELS).logits.shape[1] == 5  # four tokens and an end of text
 
 
-def test_masking_can_be_seeded_and_is_in_evaluation():
-    model = tiny_model()
-    features, mask = tiny_inputs()
-
-    def loss(seed=None):
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return model(features, mask, labels=LABELS, generator=generator).loss.item()
-
-    assert loss() == loss() and loss(3) == loss(3) != loss(4)
-    model.train()
-    assert loss(3) == loss(3) and loss() != loss()
-
-
-def test_gradients_reach_every_trained_parameter_with_and_without_checkpointing(encoder):
+@each("encoder", sorted(ENCODERS))
+def test_gradients_reach_what_is_trained_with_and_without_checkpointing(encoder):
     model = tiny_model(encoder).train()
     features, mask = tiny_inputs(encoder)
     gradients = []
@@ -677,6 +636,25 @@ def test_gradients_reach_every_trained_parameter_with_and_without_checkpointing(
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
 
+    model = tiny_drafts_model(encoder)
+    features, mask = tiny_inputs(encoder)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model.train()
+        model.model.encoder.eval()
+        generator = torch.Generator().manual_seed(1)
+        model(features, mask, labels=DRAFT_LABELS, generator=generator).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    untrained = {n for n, p in model.named_parameters() if p.requires_grad} - set(gradients[0])
+    assert untrained <= {"model.encoder.masked_spec_embed"}
+    # The donor learns from both losses: what the masks attend to is its keys.
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "drafts" in name)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-9, rtol=1e-6, msg=name)
+
 
 def test_the_prompt_and_visible_tokens_bear_no_loss():
     model = tiny_model()
@@ -691,8 +669,6 @@ def test_the_prompt_and_visible_tokens_bear_no_loss():
     wrong = torch.tensor([[START, 9, 8, 9]])
     assert model(features, mask, decoder_input_ids=wrong, labels=labels).loss.item() == 0
 
-
-def test_a_prompt_of_ones_own():
     model = tiny_model()
     features, mask = tiny_inputs()
     t = torch.ones(3)
@@ -700,12 +676,3 @@ def test_a_prompt_of_ones_own():
     same = model(features, mask, labels=LABELS, timesteps=t, prompt_ids=torch.tensor([[START]])).loss
     other = model(features, mask, labels=LABELS, timesteps=t, prompt_ids=torch.tensor([[4, 7]])).loss
     assert default == same != other
-
-
-def test_labels_with_holes_raise():
-    model = tiny_model()
-    features, mask = tiny_inputs(seconds=(1.0,))
-    with pytest.raises(ValueError, match="-100 before a token"):
-        model(features, mask, labels=torch.tensor([[5, -100, 7]]))
-    with pytest.raises(ValueError, match="must hold the prompt and a canvas"):
-        model(features, mask, labels=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[5, MASK]]))
