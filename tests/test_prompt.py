@@ -39,24 +39,26 @@ def test_one_token_per_item_whatever_the_rows_say():
     assert build_prompt_ids({"tokens": [7, 8]}, 2, language=None).tolist() == [[7, 8]] * 2
     assert prompt_values({"tokens": [7]}, 2) == [{}, {}]
 
-
-@pytest.mark.parametrize(
-    "spelling", ["de", "DE", "German", "german", "<|de|>", "<|DE|>", "de-DE", "de_de", "de-Latn-AT", " de "]
-)
-def test_spellings_of_a_language(spelling):
-    assert build_prompt_ids(WHISPER, language=spelling).tolist() == [[1, 11, 20, 2]]
+    for value in (True, "true", "True", "yes", 1, "1"):
+        assert slot_value(CANARY, "punctuation", value) == "true"
+    for value in (False, "false", "no", 0):
+        assert slot_value(CANARY, "punctuation", value) == "false"
 
 
-@pytest.mark.parametrize(
-    "spelling, code",
-    [("zh-CN", "zh"), ("cmn_hans_cn", "zh"), ("Mandarin", "zh"), ("pt-BR", "pt"), ("nb-NO", "no"), ("jv", "jw")]
-    + [("fil_ph", "tl"), ("Castilian", "es"), ("yue-Hant-HK", "yue"), ("haitian creole", "ht"), ("no", "no")],
-)
-def test_other_names_and_codes_of_languages(spelling, code):
-    assert slot_value(ALL, "language", spelling) == code
+def test_spellings_of_a_language():
+    for spelling in ["de", "DE", "German", "german", "<|de|>", "<|DE|>", "de-DE", "de_de", "de-Latn-AT", " de "]:
+        assert build_prompt_ids(WHISPER, language=spelling).tolist() == [[1, 11, 20, 2]]
 
+    for spelling, code in [
+        ("zh-CN", "zh"),
+        ("cmn_hans_cn", "zh"),
+        ("Mandarin", "zh"),
+        ("pt-BR", "pt"),
+        ("nb-NO", "no"),
+        ("jv", "jw"),
+    ] + [("fil_ph", "tl"), ("Castilian", "es"), ("yue-Hant-HK", "yue"), ("haitian creole", "ht"), ("no", "no")]:
+        assert slot_value(ALL, "language", spelling) == code
 
-def test_languages_that_are_named_with_a_region():
     template = {"tokens": [1, "language"], "slots": {"language": {"en-US": 5, "pt-BR": 6, "pt-PT": 7}}}
     for spelling in ("en", "en-us", "EN_US", "English", "<|en-US|>"):
         assert slot_value(template, "language", spelling) == "en-US"
@@ -65,6 +67,23 @@ def test_languages_that_are_named_with_a_region():
     for spelling in ("pt", "Portuguese", "pt-AO"):
         with pytest.raises(ValueError, match="is not known"):
             slot_value(template, "language", spelling)
+
+    template = {"tokens": ["language"], "slots": {"language": {"chinese": 5, "mandarin": 5, "zh": 5, "german": 6}}}
+    assert [slot_value(template, "language", one) for one in ("Mandarin", "zh-TW", "GERMAN")] == ["zh", "zh", "german"]
+
+    def message(language):
+        with pytest.raises(ValueError) as error:
+            slot_value(ALL, "language", language)
+        return str(error.value)
+
+    assert "Did you mean one of ['de', 'ka']?" in message("germn")
+    assert re.search(r"Did you mean one of \[.*'fr'.*\]\? It knows 100 languages, by code", message("frensh"))
+    assert "Use one of its 100 languages, by code or English name, such as ['af', 'am', 'ar']." in message("qqqqqq")
+    # Of few, all.
+    with pytest.raises(ValueError, match=re.escape("Use one of ['de', 'en', 'pt', 'zh'].")):
+        slot_value(WHISPER, "language", "germn")
+    with pytest.raises(ValueError, match=re.escape("Use one of ['false', 'true'].")):
+        slot_value(CANARY, "punctuation", "maybe")
 
 
 @given(code=st.sampled_from(sorted(LANGUAGES)), row=st.integers(0, 3), upper=st.booleans(), named=st.booleans())
@@ -89,38 +108,10 @@ def test_any_other_text_is_refused_in_one_line(text):
         assert found in LANGUAGES
 
 
-def test_the_nearest_of_many_languages_are_named():
-    def message(language):
-        with pytest.raises(ValueError) as error:
-            slot_value(ALL, "language", language)
-        return str(error.value)
-
-    assert "Did you mean one of ['de', 'ka']?" in message("germn")
-    assert re.search(r"Did you mean one of \[.*'fr'.*\]\? It knows 100 languages, by code", message("frensh"))
-    assert "Use one of its 100 languages, by code or English name, such as ['af', 'am', 'ar']." in message("qqqqqq")
-    # Of few, all.
-    with pytest.raises(ValueError, match=re.escape("Use one of ['de', 'en', 'pt', 'zh'].")):
-        slot_value(WHISPER, "language", "germn")
-    with pytest.raises(ValueError, match=re.escape("Use one of ['false', 'true'].")):
-        slot_value(CANARY, "punctuation", "maybe")
-
-
-def test_booleans():
-    for value in (True, "true", "True", "yes", 1, "1"):
-        assert slot_value(CANARY, "punctuation", value) == "true"
-    for value in (False, "false", "no", 0):
-        assert slot_value(CANARY, "punctuation", value) == "false"
-
-
-def test_codes_come_first_where_a_template_lists_names_too():
-    template = {"tokens": ["language"], "slots": {"language": {"chinese": 5, "mandarin": 5, "zh": 5, "german": 6}}}
-    assert [slot_value(template, "language", one) for one in ("Mandarin", "zh-TW", "GERMAN")] == ["zh", "zh", "german"]
-
-
 # Translation
 
 
-def test_the_task_follows_from_the_languages():
+def test_tasks_and_defaults_follow_from_the_languages():
     def tasks(**slots):
         return [values["task"] for values in prompt_values(WHISPER, 1, **slots)]
 
@@ -134,8 +125,6 @@ def test_the_task_follows_from_the_languages():
     with pytest.raises(ValueError, match=re.escape("translates into ['en'] only, not from 'en' into 'de'")):
         tasks(target_language="de")
 
-
-def test_what_has_to_be_detected_is_open():
     assert prompt_values(WHISPER, 2, language=["auto", "German"]) == [
         {"language": None, "task": "transcribe"},
         {"language": "de", "task": "transcribe"},
@@ -149,8 +138,6 @@ def test_what_has_to_be_detected_is_open():
     with pytest.raises(ValueError, match="`target_language='auto'` is not known"):
         prompt_values(WHISPER, target_language="auto")
 
-
-def test_defaults_can_be_changed():
     changed = with_prompt_defaults(CANARY, language="German", punctuation=False, target_language=None)
     assert changed["defaults"] == {"language": "de", "target_language": "@language", "punctuation": "false"}
     assert CANARY["defaults"]["language"] == "en"
@@ -169,9 +156,8 @@ def test_defaults_can_be_changed():
 # Errors
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
+def test_templates_that_do_not_fit_and_wrong_arguments():
+    for change, message in [
         (dict(tokens=[]), "non-empty list `tokens`"),
         (dict(tokens=[1, "mood"]), "uses the slot 'mood'"),
         (dict(tokens=[1, True]), "must be token ids or slot names"),
@@ -183,14 +169,10 @@ def test_defaults_can_be_changed():
         (dict(translation={"task": "sing"}), "translation .*'sing'.* must name one of several values"),
         (dict(translation={"task": "translate", "targets": ["xx"]}), "translation .* values of the slot 'language'"),
         (dict(slot={}), r"the unknown parts \['slot'\]"),
-    ],
-)
-def test_templates_that_do_not_fit_together(change, message):
-    with pytest.raises(ValueError, match=message):
-        validate_prompt_template({**WHISPER, **change})
+    ]:
+        with pytest.raises(ValueError, match=message):
+            validate_prompt_template({**WHISPER, **change})
 
-
-def test_wrong_arguments():
     with pytest.raises(ValueError, match="`language` has 3 values for a batch of 2"):
         build_prompt_ids(WHISPER, 2, language=["de", "en", "de"])
     with pytest.raises(ValueError, match="`mood='good'` has no place in this model's prompt, which takes "):
