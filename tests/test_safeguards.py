@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
@@ -27,16 +28,14 @@ EOS, PAD, NO_SPEECH = 1, 2, 59
 # --- measures ---
 
 
-@pytest.mark.parametrize("ids", [[5], [5, 6, 7, 8], [300, 7, 51000] * 30, list(range(200))])
-@pytest.mark.parametrize("vocab_size", [200, 51864, 70000])
-def test_compression_is_measured_as_transformers_does(ids, vocab_size):
-    if max(ids) >= vocab_size:
-        ids = [i % vocab_size for i in ids]
-    expected = WhisperGenerationMixin._retrieve_compression_ratio(torch.tensor(ids), vocab_size)
-    assert compression_ratio(ids, vocab_size) == expected
+def test_compression_is_measured_as_transformers_does():
+    for ids in [[5], [5, 6, 7, 8], [300, 7, 51000] * 30, list(range(200))]:
+        for vocab_size in [200, 51864, 70000]:
+            if max(ids) >= vocab_size:
+                ids = [i % vocab_size for i in ids]
+            expected = WhisperGenerationMixin._retrieve_compression_ratio(torch.tensor(ids), vocab_size)
+            assert compression_ratio(ids, vocab_size) == expected
 
-
-def test_compression_by_hand():
     # Two bytes a token; zlib makes 12 bytes of 60 zeros' runs: a text that repeats itself is far above 1.35.
     assert compression_ratio([7, 8, 9] * 40, 51864) > 10 > 1.35 > compression_ratio([7, 80, 900, 12, 4000], 51864)
     assert compression_ratio([], 51864) == 0
@@ -51,7 +50,7 @@ def test_log_probabilities_and_decisions_by_hand():
     assert not is_refused(False, -1.0, -1.0) and not is_refused(False, -9.0, None)
 
 
-@pytest.mark.parametrize(
+@each(
     "ids, length, times",
     [
         ([], 0, 1),
@@ -67,7 +66,7 @@ def test_phrases_that_follow_themselves(ids, length, times):
     assert longest_repetition(ids) == (length, times)
 
 
-@pytest.mark.parametrize(
+@each(
     "phrase, times, suspicious, loop",
     [
         ([5], 2, False, False),
@@ -226,8 +225,8 @@ def test_frames_of_the_caller_are_not_encoded_anew(monkeypatch):
 OTHER_LOOP = [8, 9] * 20
 
 
-@pytest.mark.parametrize("given", [{}, dict(compression_ratio_threshold=1.35)])
-@pytest.mark.parametrize(
+@each("given", [{}, dict(compression_ratio_threshold=1.35)])
+@each(
     "texts, stays",
     [
         # The first that does not repeat itself, however improbable.
