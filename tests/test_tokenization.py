@@ -33,7 +33,7 @@ def tokenizer(models):
     return MDMASRAggregateTokenizer(models=models)
 
 
-def test_offsets_follow_the_order_of_the_models(models, tokenizer):
+def test_ids_follow_the_models(models, tokenizer):
     sizes = {name: load(model).get_piece_size() for name, model in models.items()}
     # Special tokens first: <unk>, the six above and "▁", that is eight.
     assert sizes["spl_tokens"] == 8
@@ -44,8 +44,6 @@ def test_offsets_follow_the_order_of_the_models(models, tokenizer):
     reordered = MDMASRAggregateTokenizer(models={name: models[name] for name in ("spl_tokens", "de", "en")})
     assert reordered.token_offsets == {"spl_tokens": 0, "de": 8, "en": 8 + sizes["de"]}
 
-
-def test_special_ids_come_from_the_special_model(tokenizer):
     # SentencePiece puts <unk> at 0 and user-defined symbols after it, in their order.
     assert tokenizer.unk_token_id == 0
     assert tokenizer.pad_token_id == 2
@@ -53,17 +51,6 @@ def test_special_ids_come_from_the_special_model(tokenizer):
     assert tokenizer.bos_token_id == 4
     assert tokenizer.convert_tokens_to_ids(["<|en|>", "<|de|>"]) == [5, 6]
 
-
-@pytest.mark.parametrize("language, text", [("en", "the cat and the dog"), ("de", "der hund und die maus")])
-def test_encodes_with_the_model_of_the_language(models, tokenizer, language, text):
-    expected = [tokenizer.token_offsets[language] + index for index in load(models[language]).encode(text)]
-    assert tokenizer(text, language=language).input_ids == expected
-    assert tokenizer.decode(expected) == text
-    assert tokenizer.decode(torch.tensor(expected)) == text
-    assert tokenizer.decode(np.array(expected)) == text
-
-
-def test_every_token_and_id_convert_both_ways(tokenizer):
     vocab = tokenizer.get_vocab()
     assert sorted(vocab.values()) == list(range(len(tokenizer)))
     ids = list(range(len(tokenizer)))
@@ -72,7 +59,14 @@ def test_every_token_and_id_convert_both_ways(tokenizer):
     assert vocab["en:▁d"] != vocab["de:▁d"]
 
 
-def test_language_default_setting_and_list(models, tokenizer):
+def test_each_language_has_its_model(models, tokenizer):
+    for language, text in [("en", "the cat and the dog"), ("de", "der hund und die maus")]:
+        expected = [tokenizer.token_offsets[language] + index for index in load(models[language]).encode(text)]
+        assert tokenizer(text, language=language).input_ids == expected
+        assert tokenizer.decode(expected) == text
+        assert tokenizer.decode(torch.tensor(expected)) == text
+        assert tokenizer.decode(np.array(expected)) == text
+
     assert tokenizer.language == "en"
     english, german = (tokenizer("sun", language=language).input_ids for language in ("en", "de"))
     assert english != german
@@ -87,22 +81,18 @@ def test_language_default_setting_and_list(models, tokenizer):
     with pytest.raises(ValueError, match="2 languages"):
         tokenizer(["sun"], language=["de", "en"])
 
-
-def test_regional_language_names(models):
     regional = {"spl_tokens": models["spl_tokens"], "en-US": models["en"], "de-DE": models["de"]}
     tokenizer = MDMASRAggregateTokenizer(models=regional)
     assert tokenizer.language == "en-US"
     assert tokenizer("katze", language="de").input_ids == tokenizer("katze", language="de-DE").input_ids
 
 
-def test_padding_and_batch_decode(tokenizer):
+def test_decoding_skips_mixes_and_pads(tokenizer):
     batch = tokenizer(["the cat", "the cat sat on the mat"], padding=True, return_tensors="pt")
     assert batch.input_ids.shape == batch.attention_mask.shape
     assert set(batch.input_ids[0][batch.attention_mask[0] == 0].tolist()) == {tokenizer.pad_token_id}
     assert tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == ["the cat", "the cat sat on the mat"]
 
-
-def test_special_tokens_are_skipped_on_request(tokenizer):
     prompt = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|de|>"])
     ids = prompt + tokenizer("hund", language="de").input_ids + [tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert tokenizer.decode(ids) == "<|startoftranscript|><|de|> hund<|endoftext|><pad>"
@@ -111,13 +101,9 @@ def test_special_tokens_are_skipped_on_request(tokenizer):
     assert unknown[-1] == tokenizer.token_offsets["de"]  # the German model's own <unk>
     assert tokenizer.decode(unknown, skip_special_tokens=True) == "hund"
 
-
-def test_decoding_mixes_languages(tokenizer):
     ids = tokenizer("the hund", language="en").input_ids + tokenizer("katze", language="de").input_ids
     assert tokenizer.decode(ids) == "the hund katze"
 
-
-def test_added_tokens_follow_the_models(tokenizer):
     size = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": AddedToken("<|mask|>", special=True)})
     assert tokenizer.mask_token_id == size and tokenizer.vocab_size == size
@@ -127,30 +113,28 @@ def test_added_tokens_follow_the_models(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the cat"
 
 
-@pytest.mark.parametrize("loader", [MDMASRAggregateTokenizer, AutoTokenizer])
-def test_save_and_load(tmp_path, tokenizer, loader):
-    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
-    tokenizer.set_language("de")
-    tokenizer.save_pretrained(tmp_path)
-    loaded = loader.from_pretrained(tmp_path)
-    assert type(loaded) is MDMASRAggregateTokenizer
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    assert loaded.token_offsets == tokenizer.token_offsets
-    assert loaded.language == "de" and loaded.mask_token_id == len(tokenizer) - 1
-    assert loaded.special_tokens_map == tokenizer.special_tokens_map
-    for language, text in (("en", "the cat on the mat"), ("de", "katze und hund")):
-        assert loaded(text, language=language).input_ids == tokenizer(text, language=language).input_ids
-    # A second round trip changes nothing.
-    loaded.save_pretrained(tmp_path / "again")
-    for name in ("aggregate_vocab.json", "tokenizer_config.json"):
-        first, second = (json.loads((folder / name).read_text()) for folder in (tmp_path, tmp_path / "again"))
-        for config in (first, second):
-            config.pop("is_local", None)
-            config.pop("local_files_only", None)
-        assert first == second
+def test_save_and_load(tmp_path, tokenizer, models):
+    for loader in [MDMASRAggregateTokenizer, AutoTokenizer]:
+        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+        tokenizer.set_language("de")
+        tokenizer.save_pretrained(tmp_path)
+        loaded = loader.from_pretrained(tmp_path)
+        assert type(loaded) is MDMASRAggregateTokenizer
+        assert loaded.get_vocab() == tokenizer.get_vocab()
+        assert loaded.token_offsets == tokenizer.token_offsets
+        assert loaded.language == "de" and loaded.mask_token_id == len(tokenizer) - 1
+        assert loaded.special_tokens_map == tokenizer.special_tokens_map
+        for language, text in (("en", "the cat on the mat"), ("de", "katze und hund")):
+            assert loaded(text, language=language).input_ids == tokenizer(text, language=language).input_ids
+        # A second round trip changes nothing.
+        loaded.save_pretrained(tmp_path / "again")
+        for name in ("aggregate_vocab.json", "tokenizer_config.json"):
+            first, second = (json.loads((folder / name).read_text()) for folder in (tmp_path, tmp_path / "again"))
+            for config in (first, second):
+                config.pop("is_local", None)
+                config.pop("local_files_only", None)
+            assert first == second
 
-
-def test_bad_input_is_refused(models, tokenizer):
     with pytest.raises(ValueError, match="exactly one of"):
         MDMASRAggregateTokenizer()
     with pytest.raises(ValueError, match="spl_tokens"):
