@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs
 
 from mdm_asr_hf import verified_decoding_mdm_asr
@@ -80,7 +81,7 @@ ROWS = st.lists(st.integers(0, len(SECONDS) - 1), min_size=1, max_size=4)
 DRAFTS = st.lists(st.integers(2, VOCAB_SIZE - 1), max_size=40)
 
 
-@pytest.mark.parametrize("encoder", ["whisper", "parakeet"])
+@each("encoder", ["whisper", "parakeet"])
 def test_the_plain_loop_is_a_text_worth_drafting(encoder):
     lengths = [len(loop_text(encoder, row)) for row in range(len(SECONDS))]
     assert min(lengths) >= 5 and len(set(lengths)) == 3
@@ -178,15 +179,13 @@ def test_drawn_tokens_have_the_donors_distribution():
         )
 
 
-def test_a_prefix_is_gone_on_with():
+def test_a_prefix_a_hypothesis_and_limits():
     whole = [loop_text("whisper", row) for row in range(3)]
     output = decode("whisper", prefix_ids=[whole[0][:4], [], whole[2][:1]])
     assert texts(output) == whole
     assert output.commit_steps[0, :4].tolist() == [0] * 4 and output.confidence[0, :4].tolist() == [1.0] * 4
     assert bool((output.commit_steps[0, 4 : len(whole[0])] > 0).all())
 
-
-def test_a_hypothesis_that_is_right_takes_few_evaluations():
     whole = [loop_text("whisper", row) for row in range(3)]
     output = decode("whisper", draft_ids=whole, draft_branches=["hypothesis"], draft_length=3)
     assert texts(output) == whole and int(output.rejected_drafts.sum()) == 0
@@ -196,8 +195,31 @@ def test_a_hypothesis_that_is_right_takes_few_evaluations():
         [len(text) / math.ceil(len(text) / 4) for text in whole]
     )
 
+    whole = loop_text("whisper", 0)
+    for limit in (1, 2, 5):
+        assert texts(decode("whisper", [0], max_new_tokens=limit, gamma=math.inf)) == [whole[:limit]]
 
-def test_useless_drafts_are_soon_asked_for_no_more_and_untrained_ones_never():
+    whole = loop_text("whisper", 0)
+    wrong = [token + 1 if token + 1 < VOCAB_SIZE else 2 for token in whole[:6]]
+    output = decode(
+        "whisper", [0], draft_ids=[[*whole[:2], *wrong[2:6]]], draft_branches=["hypothesis"], draft_length=3
+    )
+    assert texts(output) == [whole]
+    place, branch, ids = output.struck_drafts[0][0]
+    assert (place, branch, ids) == (2, 1, wrong[2:3])
+    assert output.token_branches[0, :3].tolist() == [2, 2, 0]
+
+
+def test_evaluations_do_not_depend_on_the_batch():
+    # The hypothesis is of no use to two of the rows, and is tried again after the same number of evaluations.
+    drafts = [[2] * 40, loop_text("whisper", 1), [3] * 40]
+    together = decode("whisper", draft_ids=drafts, draft_branches=["hypothesis"])
+    alone = [
+        decode("whisper", [row], draft_ids=[drafts[row]], draft_branches=["hypothesis"]) for row in range(len(drafts))
+    ]
+    assert together.nfe.tolist() == [int(one.nfe) for one in alone]
+    assert together.rejected_drafts.tolist() == [one.rejected_drafts[0].tolist() for one in alone]
+
     model = tiny_drafts_model("whisper")
     with torch.no_grad():
         for parameter in model.model.decoder.drafts.parameters():
@@ -214,29 +236,6 @@ def test_useless_drafts_are_soon_asked_for_no_more_and_untrained_ones_never():
         model.model.decoder.drafts.offset_embeddings.weight.zero_()
     untrained = model.generate(features.double(), attention_mask=mask, max_new_tokens=32)
     assert torch.equal(untrained, output.sequences) and not calls
-
-
-def test_evaluations_do_not_depend_on_the_batch():
-    # The hypothesis is of no use to two of the rows, and is tried again after the same number of evaluations.
-    drafts = [[2] * 40, loop_text("whisper", 1), [3] * 40]
-    together = decode("whisper", draft_ids=drafts, draft_branches=["hypothesis"])
-    alone = [
-        decode("whisper", [row], draft_ids=[drafts[row]], draft_branches=["hypothesis"]) for row in range(len(drafts))
-    ]
-    assert together.nfe.tolist() == [int(one.nfe) for one in alone]
-    assert together.rejected_drafts.tolist() == [one.rejected_drafts[0].tolist() for one in alone]
-
-
-def test_struck_drafts_stand_where_they_were_wrong():
-    whole = loop_text("whisper", 0)
-    wrong = [token + 1 if token + 1 < VOCAB_SIZE else 2 for token in whole[:6]]
-    output = decode(
-        "whisper", [0], draft_ids=[[*whole[:2], *wrong[2:6]]], draft_branches=["hypothesis"], draft_length=3
-    )
-    assert texts(output) == [whole]
-    place, branch, ids = output.struck_drafts[0][0]
-    assert (place, branch, ids) == (2, 1, wrong[2:3])
-    assert output.token_branches[0, :3].tolist() == [2, 2, 0]
 
 
 @contextmanager
@@ -290,13 +289,7 @@ def test_hints_are_the_rejected_drafts_at_their_places():
     assert found and found.items() <= expected.items()
 
 
-def test_limits_are_kept():
-    whole = loop_text("whisper", 0)
-    for limit in (1, 2, 5):
-        assert texts(decode("whisper", [0], max_new_tokens=limit, gamma=math.inf)) == [whole[:limit]]
-
-
-@pytest.mark.parametrize(
+@each(
     "options",
     [
         {"suppress_tokens": [7, 9], "begin_suppress_tokens": [20, 21]},
@@ -304,7 +297,6 @@ def test_limits_are_kept():
         {"temperature": 0.7, "generator": 5},
         {"no_speech_token_id": 5, "no_speech_threshold": 0.9},
     ],
-    ids=lambda options: "-".join(options),
 )
 def test_logits_may_stay_on_a_gpu(monkeypatch, options):
     def decoded():
