@@ -39,7 +39,7 @@ def test_every_recording_but_those_held_out_comes_once_in_every_pass(speech):
     assert all(clip.augment_seed is not None for clip in second)
 
 
-def test_clips_are_joined_cut_and_surrounded_by_silence(speech):
+def test_clips_are_joined_cut_and_read_as_planned(speech):
     clips = SpeechClips(speech)
     plan = [clip for seed in range(3) for clip in SpeechClips(speech, seed=seed).plan(0)]
     durations_s = np.array([clip.duration_s for clip in plan])
@@ -50,8 +50,6 @@ def test_clips_are_joined_cut_and_surrounded_by_silence(speech):
         if clip.augment_seed is None:
             assert len(clips.read(clip, RATE)) / RATE == pytest.approx(clip.duration_s, abs=2e-3)
 
-
-def test_a_long_recording_is_read_in_pieces_without_a_gap(speech):
     pieces = [span for span in spans(SpeechClips(speech).plan(0)) if span[0] == 80]
     pieces = sorted(pieces, key=lambda span: span[1])
     assert pieces[0][1] == 0.0 and pieces[-1][2] == 70.0
@@ -64,8 +62,6 @@ def test_a_long_recording_is_read_in_pieces_without_a_gap(speech):
     assert samples[0] == pytest.approx(clip.spans[0].start_s / 70, abs=1e-4)
     assert samples[-1] == pytest.approx(clip.spans[0].stop_s / 70, abs=1e-4)
 
-
-def test_what_is_read_is_what_the_plan_says(speech):
     clips = SpeechClips(speech)
     clip = next(clip for clip in clips.plan(0) if len(clip.spans) > 1 and clip.spans[0].row != 80)
     clip = type(clip)(clip.spans, clip.pauses_s, cut_s=(0.5, 0.25), silence_s=(0.1, 0.2))
@@ -73,6 +69,18 @@ def test_what_is_read_is_what_the_plan_says(speech):
     assert not samples[: round(0.1 * RATE)].any() and not samples[-round(0.2 * RATE) :].any()
     assert samples[round(0.1 * RATE)] == pytest.approx((clip.spans[0].row + 1) / 100)
     assert len(samples) == pytest.approx(clip.duration_s * RATE, abs=3)
+
+
+def test_nonsense_raises(speech, tmp_path):
+    with pytest.raises(ValueError, match="`passes`.*0"):
+        SpeechClips(speech, passes=0)
+    with pytest.raises(ValueError, match="is no folder"):
+        SpeechClips(tmp_path / "nowhere")
+    few = tmp_path / "few"
+    few.mkdir()
+    soundfile.write(few / "one.wav", np.zeros(RATE), RATE)
+    with pytest.raises(ValueError, match="one recording only"):
+        SpeechClips(few)
 
 
 def test_a_data_set_of_datasets_is_read_as_its_files_are(speech, tmp_path):
@@ -86,15 +94,3 @@ def test_a_data_set_of_datasets_is_read_as_its_files_are(speech, tmp_path):
     assert saved.plan(0) == plan
     for clip in [plan[0], max(plan, key=lambda clip: clip.spans[0].row)]:
         np.testing.assert_allclose(saved.read(clip, RATE), files.read(clip, RATE), atol=1e-4)
-
-
-def test_nonsense_raises(speech, tmp_path):
-    with pytest.raises(ValueError, match="`passes`.*0"):
-        SpeechClips(speech, passes=0)
-    with pytest.raises(ValueError, match="is no folder"):
-        SpeechClips(tmp_path / "nowhere")
-    few = tmp_path / "few"
-    few.mkdir()
-    soundfile.write(few / "one.wav", np.zeros(RATE), RATE)
-    with pytest.raises(ValueError, match="one recording only"):
-        SpeechClips(few)
