@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq
 
@@ -95,6 +96,12 @@ def test_a_cache_holds_what_the_donor_makes_of_each_clip(cache, speech):
     assert (places == row["token_ids"]).float().mean() > 0.99
     torch.testing.assert_close(row["log_probs"].float(), best, atol=1e-2, rtol=1e-2)
 
+    other = short_model(decoder_config={"vocab_size": VOCAB_SIZE, "num_hidden_layers": 3})
+    with pytest.raises(ValueError, match="was made otherwise .donor"):
+        write_cache(other, tiny_processor(), SpeechClips(speech), cache.folder)
+    with pytest.raises(ValueError, match="was made otherwise .source"):
+        write_cache(short_model(), tiny_processor(), SpeechClips(speech, seed=1), cache.folder)
+
 
 def test_a_cache_goes_on_where_it_stopped_and_grows_with_its_source(speech, tmp_path, monkeypatch):
     monkeypatch.setattr("mdm_asr_hf.train.clips.BLOCK_S", 4.0)
@@ -114,14 +121,6 @@ def test_a_cache_goes_on_where_it_stopped_and_grows_with_its_source(speech, tmp_
     for index in (1, 0):
         write_cache(model, tiny_processor(), SpeechClips(speech), other, process_index=index, num_processes=2)
     assert {path.name: path.read_bytes() for path in other.glob("block-*")} == blocks
-
-
-def test_a_cache_of_another_donor_or_source_is_refused(cache, speech):
-    other = short_model(decoder_config={"vocab_size": VOCAB_SIZE, "num_hidden_layers": 3})
-    with pytest.raises(ValueError, match="was made otherwise .donor"):
-        write_cache(other, tiny_processor(), SpeechClips(speech), cache.folder)
-    with pytest.raises(ValueError, match="was made otherwise .source"):
-        write_cache(short_model(), tiny_processor(), SpeechClips(speech, seed=1), cache.folder)
 
 
 def test_what_nothing_can_be_learnt_from_is_left_out_and_counted(speech, tmp_path, monkeypatch):
@@ -183,7 +182,7 @@ def test_another_encoder_gives_its_own_frames_and_texts(cache, tmp_path):
     assert any(torch.allclose(one["frames"].float(), expected, atol=2e-2) for one in same)
 
 
-@pytest.mark.parametrize(
+@each(
     ("num_tokens", "seconds", "why"),
     [(1, 3.0, "without speech"), (12, 3.0, None), (60, 3.0, "whose text loops"), (9, 10.0, "whose text has gaps")],
 )
@@ -212,12 +211,6 @@ def test_batches_hold_the_audio_and_its_teacher(tmp_path):
     assert "teacher" not in frames and "input_features" not in frames
 
 
-def test_the_short_list_follows_the_texts():
-    model = tiny_model(decoder_config={"draft_layers": 1, "draft_vocab_size": 6})
-    set_short_list(model, [[5, 5, 5, 9, EOS], [9, 7, EOS]])
-    assert model.draft_token_ids.tolist() == [0, 1, 2, 5, 7, 9]
-
-
 # ---- The stages ----
 
 
@@ -225,7 +218,7 @@ def stage_arguments(**settings):
     return {"use_cpu": True, "bf16": False, "warmup_steps": 1, "save_steps": 4, **settings}
 
 
-@pytest.mark.parametrize("name", list(STAGES))
+@each("name", list(STAGES))
 def test_a_stage_learns_its_part_and_leaves_the_rest(name, tmp_path):
     model = tiny_drafts_model(dtype=torch.float32)
     if name == "encoder":
@@ -310,6 +303,10 @@ def test_what_is_measured_is_what_decoding_gives(tmp_path):
     cache = fabricate(tmp_path / "wrong", model, wrong, times=1)
     worse = measure(model, [cache[i] for i in range(3)])
     assert worse["token_agreement"] == pytest.approx(found["token_agreement"] - 1 / float(lengths.sum()), abs=1e-6)
+
+    model = tiny_model(decoder_config={"draft_layers": 1, "draft_vocab_size": 6})
+    set_short_list(model, [[5, 5, 5, 9, EOS], [9, 7, EOS]])
+    assert model.draft_token_ids.tolist() == [0, 1, 2, 5, 7, 9]
 
 
 # ---- The command ----
