@@ -26,34 +26,32 @@ def canvas_logits(model):
         return model.eval()(**inputs, decoder_input_ids=canvas).logits
 
 
-@pytest.mark.parametrize("is_ours", [False, True])
-def test_lora_trains_generates_and_merges_back(tmp_path, is_ours):
-    model, data, settings = wrapped(trainable_model()), Clips(), {"learning_rate": 2e-2, "max_steps": 25}
-    if is_ours:
-        trainer = make_trainer(tmp_path, model, **settings)
-    else:
-        args = arguments(tmp_path, TrainingArguments, **settings)
-        trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {"encoder", "self_attn", "cross_attn"} <= {part for name in trained for part in name.split(".")}
-    before_logits, before, base = canvas_logits(model), trainer.evaluate()["eval_loss"], weights(model)
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.9 * before
-    changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, base[name])}
-    assert changed and changed <= trained and all("lora_" in name for name in changed)
-    logits = canvas_logits(model)
-    assert (logits - before_logits).abs().max() > 0.1
-    tokens = model.generate(input_features=data.features, attention_mask=data.mask)
-    merged = model.merge_and_unload()
-    assert type(merged) is MDMASRForConditionalGeneration
-    torch.testing.assert_close(canvas_logits(merged), logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(merged.generate(data.features, attention_mask=data.mask), tokens)
-    merged.save_pretrained(tmp_path / "merged")
-    loaded = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(canvas_logits(loaded), logits, atol=1e-5, rtol=1e-5)
+def test_lora_trains_generates_and_merges_back(tmp_path):
+    for is_ours in [False, True]:
+        model, data, settings = wrapped(trainable_model()), Clips(), {"learning_rate": 2e-2, "max_steps": 25}
+        if is_ours:
+            trainer = make_trainer(tmp_path, model, **settings)
+        else:
+            args = arguments(tmp_path, TrainingArguments, **settings)
+            trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {"encoder", "self_attn", "cross_attn"} <= {part for name in trained for part in name.split(".")}
+        before_logits, before, base = canvas_logits(model), trainer.evaluate()["eval_loss"], weights(model)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < 0.9 * before
+        changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, base[name])}
+        assert changed and changed <= trained and all("lora_" in name for name in changed)
+        logits = canvas_logits(model)
+        assert (logits - before_logits).abs().max() > 0.1
+        tokens = model.generate(input_features=data.features, attention_mask=data.mask)
+        merged = model.merge_and_unload()
+        assert type(merged) is MDMASRForConditionalGeneration
+        torch.testing.assert_close(canvas_logits(merged), logits, atol=1e-5, rtol=1e-5)
+        assert torch.equal(merged.generate(data.features, attention_mask=data.mask), tokens)
+        merged.save_pretrained(tmp_path / "merged")
+        loaded = MDMASRForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(canvas_logits(loaded), logits, atol=1e-5, rtol=1e-5)
 
-
-def test_lora_trains_donor_and_drafts(tmp_path):
     model = wrapped(tiny_drafts_model(dtype=torch.float32), "fc1")
     trainer = make_trainer(tmp_path, model, learning_rate=2e-2, max_steps=15)
     assert {".drafts." in name for name, p in model.named_parameters() if p.requires_grad} == {False, True}
