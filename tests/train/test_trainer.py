@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from tiny_training import EOS, Clips, arguments, logged, make_trainer, trainable_model, weights
 from transformers import (
@@ -63,21 +64,7 @@ def test_training_lowers_the_loss_and_logs_means_of_every_step(tmp_path):
     assert logged(trainer, "loss") == pytest.approx(means[:, :3].sum(dim=1).tolist(), rel=1e-5)
 
 
-def test_the_second_step_sees_wrong_tokens_of_the_model(tmp_path):
-    model = trainable_model()
-    model.generation_config.canvas_length = 8
-    trainer = make_trainer(tmp_path, model, cls=Recorder, train_sampling_strategy="sequential", max_steps=4)
-    trainer.train()
-    targets = torch.tensor([[*text, EOS] + [EOS] * (7 - len(text)) for text in Clips.texts])
-    seen = [outputs.canvases for outputs, _ in trainer.seen]
-    assert all(((one == targets) | (one == MASK)).all() for one, _ in seen)
-    assert sum(int(((two != targets) & (two != MASK)).sum()) for _, two in seen) > 10
-    for one, two in seen:
-        # What the first step saw is carried over or masked again, never changed.
-        assert ((two == targets) | (two == MASK))[one != MASK].all()
-
-
-def test_the_objective_is_that_of_the_arguments_or_given(tmp_path):
+def test_the_objective_is_the_given_one_and_its_second_step_sees_wrong_tokens(tmp_path):
     trainer = make_trainer(tmp_path, isct_steps=3, position_biased_share=0.5)
     assert trainer.objective == DiffusionObjective(num_steps=3, position_biased_share=0.5)
     # Evaluated with the paper's, so that losses of all runs can be compared.
@@ -89,6 +76,18 @@ def test_the_objective_is_that_of_the_arguments_or_given(tmp_path):
     trainer.train()
     assert trainer.objective is given and len(logged(trainer, "loss_step_1")) == 1
     assert "loss_step_2" not in trainer.state.log_history[0]
+
+    model = trainable_model()
+    model.generation_config.canvas_length = 8
+    trainer = make_trainer(tmp_path, model, cls=Recorder, train_sampling_strategy="sequential", max_steps=4)
+    trainer.train()
+    targets = torch.tensor([[*text, EOS] + [EOS] * (7 - len(text)) for text in Clips.texts])
+    seen = [outputs.canvases for outputs, _ in trainer.seen]
+    assert all(((one == targets) | (one == MASK)).all() for one, _ in seen)
+    assert sum(int(((two != targets) & (two != MASK)).sum()) for _, two in seen) > 10
+    for one, two in seen:
+        # What the first step saw is carried over or masked again, never changed.
+        assert ((two == targets) | (two == MASK))[one != MASK].all()
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
@@ -106,7 +105,7 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@each("poison", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, poison):
     model = trainable_model()
     trainer = make_trainer(tmp_path, model, learning_rate=0.004, callbacks=[snapshots := Snapshots(model)])
@@ -166,9 +165,8 @@ def test_spec_augment_reaches_the_model_in_training_alone(tmp_path):
 # Bad input
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
+def test_nonsense_raises_at_once(tmp_path):
+    for settings, message in [
         ({"isct_steps": 0}, "`isct_steps`.* 0"),
         ({"position_biased_share": 1.5}, "`position_biased_share`.*1.5"),
         ({"draft_weight": -1.0}, "`draft_weight`.*-1.0"),
@@ -177,14 +175,10 @@ def test_spec_augment_reaches_the_model_in_training_alone(tmp_path):
         ({"encoder_learning_rate": -1e-5}, "`encoder_learning_rate` must be positive"),
         ({"max_seconds_per_batch": 0.0}, "`max_seconds_per_batch`.*0.0"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
-    ],
-)
-def test_nonsense_in_the_arguments_raises_at_once(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, **settings)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            arguments(tmp_path, **settings)
 
-
-def test_nonsense_for_the_trainer_raises(tmp_path):
     with pytest.raises(ValueError, match="MDMASRTrainingArguments, got NoneType"):
         ISCTTrainer(trainable_model())
     with pytest.raises(ValueError, match="`compute_loss_func`"):
@@ -198,7 +192,7 @@ def test_nonsense_for_the_trainer_raises(tmp_path):
         make_trainer(tmp_path, max_seconds_per_batch=1.2).get_train_dataloader()
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_wer(tmp_path):
+def test_wer_picks_the_best_checkpoint(tmp_path):
     args = dict(eval_strategy="steps", save_strategy="steps", predict_with_generate=True)
     best = arguments(tmp_path, load_best_model_at_end=True, **args)
     assert best.metric_for_best_model == "wer" and best.greater_is_better is False
@@ -207,38 +201,6 @@ def test_the_best_checkpoint_is_that_of_the_lowest_wer(tmp_path):
     best._n_gpu = 4
     assert ISCTTrainer(trainable_model(), best, train_dataset=Clips(), eval_dataset=Clips()).args.n_gpu == 1
 
-
-# Evaluation
-
-
-def test_evaluation_is_deterministic_and_leaves_training_alone(tmp_path):
-    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
-    first = trainer.evaluate()
-    torch.manual_seed(123)
-    assert trainer.evaluate()["eval_loss"] == first["eval_loss"]
-    # The order of batches does not matter, nor does what was masked in training.
-    turned = torch.utils.data.Subset(Clips(), [2, 3, 0, 1])
-    assert trainer.evaluate(turned)["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
-    other = make_trainer(tmp_path, per_device_eval_batch_size=2, position_biased_share=1.0)
-    assert other.evaluate()["eval_loss_step_1"] == pytest.approx(first["eval_loss_step_1"], rel=1e-6)
-    # Not every batch has the same masks, and none is drawn from the generator of training.
-    state, canvases = torch.get_rng_state(), []
-    for rows in ([0, 1], [2, 3]):
-        _, outputs = trainer.compute_loss(trainer.model.eval(), Clips().batch(rows), return_outputs=True)
-        canvases.append(outputs.canvases[0][:, :6] == MASK)
-    assert (canvases[0] != canvases[1]).any() and torch.equal(torch.get_rng_state(), state)
-
-
-def test_evaluation_weighs_rows_not_batches(tmp_path):
-    # Batches of 3 and 1: 3/4 and 1/4 of the mean.
-    trainer = make_trainer(tmp_path, per_device_eval_batch_size=3)
-    losses = [trainer.compute_loss(trainer.model.eval(), Clips().batch(rows)).item() for rows in ([0, 1, 2], [3])]
-    metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1], rel=1e-5)
-    assert metrics["eval_loss_step_1"] + metrics["eval_loss_step_2"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
-
-
-def test_wer_by_hand():
     processor = tiny_processor()
 
     def ids(texts, width=30):
@@ -263,6 +225,34 @@ def test_wer_by_hand():
     assert result["wer"] == pytest.approx(100 * (2 + 2 + 1) / 10)
 
 
+# Evaluation
+
+
+def test_evaluation_is_deterministic_and_weighs_rows(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
+    first = trainer.evaluate()
+    torch.manual_seed(123)
+    assert trainer.evaluate()["eval_loss"] == first["eval_loss"]
+    # The order of batches does not matter, nor does what was masked in training.
+    turned = torch.utils.data.Subset(Clips(), [2, 3, 0, 1])
+    assert trainer.evaluate(turned)["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
+    other = make_trainer(tmp_path, per_device_eval_batch_size=2, position_biased_share=1.0)
+    assert other.evaluate()["eval_loss_step_1"] == pytest.approx(first["eval_loss_step_1"], rel=1e-6)
+    # Not every batch has the same masks, and none is drawn from the generator of training.
+    state, canvases = torch.get_rng_state(), []
+    for rows in ([0, 1], [2, 3]):
+        _, outputs = trainer.compute_loss(trainer.model.eval(), Clips().batch(rows), return_outputs=True)
+        canvases.append(outputs.canvases[0][:, :6] == MASK)
+    assert (canvases[0] != canvases[1]).any() and torch.equal(torch.get_rng_state(), state)
+
+    # Batches of 3 and 1: 3/4 and 1/4 of the mean.
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=3)
+    losses = [trainer.compute_loss(trainer.model.eval(), Clips().batch(rows)).item() for rows in ([0, 1, 2], [3])]
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1], rel=1e-5)
+    assert metrics["eval_loss_step_1"] + metrics["eval_loss_step_2"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
 def test_wer_of_generate_picks_the_best_checkpoint(tmp_path):
     model, data = trainable_model(), Clips()
     steps = dict(eval_strategy="steps", save_strategy="steps", eval_steps=30, save_steps=30, max_steps=120)
@@ -280,8 +270,6 @@ def test_wer_of_generate_picks_the_best_checkpoint(tmp_path):
     assert [[i for i in row if i > 2] for row in output.predictions.tolist()] == Clips.texts
     assert output.metrics["test_wer"] == 0.0 and (tmp_path / "checkpoint-30" / "processor_config.json").exists()
 
-
-def test_a_prompt_of_the_batch_reaches_generate(tmp_path):
     trainer, data = make_trainer(tmp_path, predict_with_generate=True), Clips()
     batch = {**data.batch(), "prompt_ids": torch.tensor([[60, 5], [60, 6], [60, 7], [60, 8]])}
     _, tokens, labels = trainer.prediction_step(trainer.model, batch, False)
@@ -330,7 +318,7 @@ def test_the_encoder_learns_at_its_own_rate_also_where_a_run_goes_on(tmp_path):
     assert all(torch.equal(p, weights(model)[name]) for name, p in again.model.named_parameters())
 
 
-def test_donor_and_drafts_learn_the_labels(tmp_path):
+def test_drafts_learn_alone_or_with_the_donor(tmp_path):
     model, data = tiny_drafts_model(dtype=torch.float32), Clips()
     trainer = make_trainer(tmp_path, model, max_steps=60, logging_steps=20, predict_with_generate=True)
     before = trainer.evaluate()
@@ -345,8 +333,6 @@ def test_donor_and_drafts_learn_the_labels(tmp_path):
     # The longest text and its end, in two evaluations: a token of the donor's own, then three drafts and one more.
     assert output.nfe[0] == 2 and output.accepted_drafts[0, 0] == 3
 
-
-def test_drafts_learn_alone_and_the_texts_stay(tmp_path):
     model, data = tiny_drafts_model(dtype=torch.float32, decoder_config=dict(dropout=0.3)), Clips()
     before, text = weights(model), model.generate(data.features, data.mask)
     for name, parameter in model.named_parameters():
@@ -393,7 +379,7 @@ def test_averaged_weights_are_evaluated_saved_and_left_in_the_model(tmp_path):
     torch.testing.assert_close(weights(type(model).from_pretrained(tmp_path / "final")), averages[3])
 
 
-@pytest.mark.parametrize("ema_decay, step", [(None, 2), (0.9, 3)])  # At the end of an epoch, and within one.
+@each("ema_decay, step", [(None, 2), (0.9, 3)])  # At the end of an epoch, and within one.
 def test_resuming_gives_the_uninterrupted_run(tmp_path, ema_decay, step):
     settings = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=3, max_steps=7)
     settings |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, lr_scheduler_type="linear")
@@ -420,7 +406,7 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, ema_decay, step):
 # The clock
 
 
-@pytest.mark.parametrize(
+@each(
     "schedule, factors",
     [
         ("linear", [1.0, 1.0, 0.75, 0.5, 0.25]),
@@ -476,7 +462,7 @@ def seconds_trainer(folder, data, **settings):
     return trainer, lambda: [(labels[:, 0] - 5).tolist() for _, labels in trainer.seen]
 
 
-def test_batches_of_bounded_seconds_and_resuming_within_the_second_epoch(tmp_path):
+def test_batches_of_bounded_seconds(tmp_path):
     whole, seen = seconds_trainer(tmp_path, Timed(), max_steps=8)
     metrics = whole.train().metrics
     durations_s = Timed().durations_s
@@ -493,8 +479,6 @@ def test_batches_of_bounded_seconds_and_resuming_within_the_second_epoch(tmp_pat
     audio_s = metrics["train_audio_s_per_s"] * metrics["train_runtime"]
     assert audio_s == pytest.approx(float(durations_s[rows].sum()), rel=0.05)
 
-
-def test_batches_of_bounded_seconds_from_a_stream(tmp_path):
     trainer, seen = seconds_trainer(tmp_path, TimedStream(), max_steps=4)
     trainer.train()
     assert all(len(rows) * Timed().durations_s[rows].max() <= 1.2 + 1e-6 for rows in seen())
@@ -512,7 +496,7 @@ def test_the_stock_trainer_trains_canvas_and_drafts(tmp_path):
         assert (model.eval()(**batch).step_losses < 0.7 * before).all()
 
 
-@pytest.mark.parametrize("make_model", [trainable_model, lambda: tiny_drafts_model(dtype=torch.float32)])
+@each("make_model", [trainable_model, lambda: tiny_drafts_model(dtype=torch.float32)])
 def test_seq2seq_trainer_predicts_with_generate_also_in_half_precision(tmp_path, make_model):
     model, data = make_model(), Clips()
     args = arguments(
