@@ -28,7 +28,7 @@ def tabulate(part, *groups):
     return ablation_tables.PARTS[part].tabulate(ablation_tables.add_errors(rows))
 
 
-def test_intervals_and_paired_differences_are_those_of_scoring():
+def test_tables_by_hand():
     rng = np.random.default_rng(0)
     ours = rows_of(rng.integers(0, 3, 40), nfe=5)
     others = rows_of(rng.integers(0, 6, 40), sampler="eb_conf")
@@ -41,8 +41,6 @@ def test_intervals_and_paired_differences_are_those_of_scoring():
     assert eb["difference"] == compared["difference"] and "difference" not in pbeb
     assert [eb["difference_low"], eb["difference_high"]] == compared["interval"]
 
-
-def test_seeds_are_averaged_within_utterances_and_sets_pooled():
     drawn = [rows_of([n] * 4, sampler="random", seed=seed) for seed, n in enumerate((2, 4, 9))]
     table = tabulate("samplers", rows_of([1] * 4), *drawn, rows_of([3] * 2, dataset="b", nfe=32))
     assert [(row["dataset"], row["sampler"]) for row in table][:3] == [
@@ -58,14 +56,10 @@ def test_seeds_are_averaged_within_utterances_and_sets_pooled():
     # Utterances that one setting lacks are left out for all.
     assert [row["num_utterances"] for row in table if row["dataset"] == "all"] == [4, 4]
 
-
-def test_models_are_compared_with_the_first_at_the_same_steps():
     groups = [rows_of([n] * 6, model=m, steps=s) for m, s, n in (("isct", 2, 1), ("isct", 32, 1), ("plain", 2, 5))]
     found = {(row["model"], row["steps"]): (row["wer"], row.get("difference")) for row in tabulate("nfe", *groups)}
     assert found == {("isct", 2): (10, None), ("isct", 32): (10, None), ("plain", 2): (50, 40)}
 
-
-def test_speed_is_of_the_median_round():
     rows = []
     for number, seconds in ((1, 0.5), (2, 50.0), (3, 0.5)):
         for i, (tokens, low) in enumerate(((4, 1), (5, 1), (16, 8))):
@@ -83,8 +77,6 @@ def test_speed_is_of_the_median_round():
     # 2.25 s of audio in 1.5 s, 1 s of them the decoder's.
     assert (short["rtfx"], short["rtfx_decoder"], long["rtfx_decoder"]) == (1.5, 2.25, 8)
 
-
-def test_front_by_hand():
     #         front      dominated  front      front, twice            worse in one, equal in the other
     points = [(1.0, 50), (2.0, 60), (3.0, 20), (5.0, 10), (5.0, 10), (6.0, 10), (3.0, 21)]
     assert ablation_tables.pareto_front(points) == {0, 2, 3, 4}
@@ -125,7 +117,7 @@ def run(setting, part, output, *arguments, data=("many", "few"), model="isct"):
     return results["table"], lines[1:]
 
 
-def test_samplers(setting, tmp_path):
+def test_samplers_and_nfe(setting, tmp_path):
     table, rows = run(setting, "samplers", tmp_path, "--steps", 3, 6, "--seeds", 2, "--batch-size", 4)
     # random and dfm twice, at two bounds.
     assert len(rows) == 7 * 2 * 6 and len(table) == 2 * 3 * 5
@@ -143,8 +135,6 @@ def test_samplers(setting, tmp_path):
     (found,) = (row for row in table if one.items() <= row.items())
     assert found["wer"] == score(expected, num_bootstrap=0)["metrics"]["wer"]
 
-
-def test_nfe_and_front(setting, tmp_path):
     models = ("--models", f"isct={setting / 'isct'}", f"plain={setting / 'plain'}", "--steps", 2, 4)
     _, rows = run(setting, "nfe", tmp_path, *models, model=None)
     assert {(row["model"], row["steps"]) for row in rows} == {(m, n) for m in ("isct", "plain") for n in (2, 4)}
