@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tables import each
 
 SCRIPT = Path(__file__).parents[2] / "training" / "synthesize.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -116,7 +117,7 @@ def test_reads_the_text_again_with_other_random_numbers(folder):
     assert made[0]["path"].read_bytes() != made[2]["path"].read_bytes()
 
 
-def test_errors_of_single_sentences_are_counted(folder, capsys):
+def test_errors_are_counted_and_end_a_run_that_never_works(folder, capsys):
     (folder / "text.txt").write_text("a good one\na bad one\na crash here\nanother good one\n")
     assert run(folder, seconds=0.55) == 0
     assert sorted(rows(folder)) == [0, 3]
@@ -125,16 +126,14 @@ def test_errors_of_single_sentences_are_counted(folder, capsys):
     summary = json.loads((folder / "out" / "synthesis.json").read_text())
     assert summary["errors"] == {"RuntimeError": 1, "crash of the process": 1}
 
-
-def test_a_voice_that_never_works_stops_the_run(folder, capsys):
-    assert run(folder, function="silent") == 1
+    assert run(folder, "silent", function="silent") == 1
     assert "the voice does not work" in capsys.readouterr().err
     assert run(folder, "other", function="missing") == 1
     assert "missing" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+@each("how", ["SIGTERM", "SIGKILL"])
 def test_no_process_goes_on_when_the_run_is_ended(folder, how):
     command = [sys.executable, str(SCRIPT), "--tts", "voice:speak", "--text", "text.txt", "--output", "out"]
     process = subprocess.Popen(
@@ -154,22 +153,17 @@ def test_no_process_goes_on_when_the_run_is_ended(folder, how):
         assert process.returncode == 1 and summary["hours"] == pytest.approx(num_lines * 0.5 / 3600, abs=3e-4)
 
 
-@pytest.mark.parametrize(
-    ("speech", "message"),
-    [
+def test_what_the_voice_returns_is_checked():
+    for speech, message in [
         ((np.zeros((2, 10), np.float32), 8000), "mono float"),
         ((np.ones(10, np.int16), 8000), "mono float"),
         ((np.array([0.1, np.nan], np.float32), 8000), "empty, silent or not finite"),
         ((np.zeros(0, np.float32), 8000), "empty, silent or not finite"),
         ((np.ones(10, np.float32), 8.0), "whole, in Hz"),
-    ],
-)
-def test_checks_what_the_voice_returns(speech, message):
-    with pytest.raises(ValueError, match=message):
-        synthesize.check_speech(*speech)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            synthesize.check_speech(*speech)
 
-
-def test_too_loud_speech_is_made_quieter_not_clipped():
     samples, rate = synthesize.check_speech(np.array([0.5, -2.0]), 8000.0)
     assert rate == 8000 and samples.tolist() == [0.25, -1.0]
 
