@@ -41,7 +41,7 @@ def entry(samples):
     return {"array": samples, "sampling_rate": RATE}
 
 
-def test_any_length_gives_what_the_transcriber_gives(tiny):
+def test_any_length_in_any_batch_gives_what_the_transcriber_gives(tiny):
     samples = noise(7.0)
     transcriber = Transcriber(tiny.model, tiny_processor(), max_window_s=2.0, vad="none", timestamps=True)
     expected = transcriber.transcribe((samples, RATE))
@@ -55,8 +55,6 @@ def test_any_length_gives_what_the_transcriber_gives(tiny):
     # Without times, the text is the same.
     assert tiny(entry(samples), chunk_length_s=2, vad="none")["text"] == expected.text
 
-
-def test_any_batch_gives_the_same(tiny):
     clips = [entry(noise(seconds, i)) for i, seconds in enumerate((5.0, 0.4, 2.7, 0.0, 3.9))]
     options = {"chunk_length_s": 2, "vad": "none", "return_timestamps": True}
     expected = [tiny(clip, **options) for clip in clips]
@@ -77,6 +75,10 @@ def test_any_batch_gives_the_same(tiny):
     assert next(outputs)["text"] == expected[0]["text"] and len(taken) < 5
     assert [out["text"] for out in outputs] == [out["text"] for out in expected[1:]]
 
+    for samples in (np.zeros(0), np.zeros(2 * RATE), np.zeros(90 * RATE)):
+        out = tiny(entry(samples.astype(np.float32)), return_timestamps="word", vad="energy")
+        assert out == {"text": "", "confidence": None, "nfe": 0, "tokens": [], "chunks": []}
+
 
 def test_windows_of_several_recordings_share_batches(tiny, monkeypatch):
     sizes = []
@@ -91,7 +93,7 @@ def test_windows_of_several_recordings_share_batches(tiny, monkeypatch):
     assert sizes == [4, 3]
 
 
-def test_data_sets_columns_and_pairs_of_rate_and_samples(tiny):
+def test_data_sets_columns_files_and_pairs(tiny, real):
     clips = [noise(0.25 + 0.05 * i, i) for i in range(3)]
     rows = [{"audio": entry(clip.tolist())} for clip in clips]
     data, expected = Dataset.from_list(rows), [tiny((clip, RATE)) for clip in clips]
@@ -101,14 +103,13 @@ def test_data_sets_columns_and_pairs_of_rate_and_samples(tiny):
         assert list(tiny(inputs)) == expected
     assert tiny((RATE, clips[0])) == expected[0]
 
+    data = Dataset.from_dict({"audio": [str(RECORDING)] * 3}).cast_column("audio", Audio(decode=False))
+    outputs = list(real(KeyDataset(data, "audio"), batch_size=2))
+    expected = real(str(RECORDING))["text"]
+    assert [out["text"] for out in outputs] == [expected] * 3
 
-def test_no_speech_has_no_text(tiny):
-    for samples in (np.zeros(0), np.zeros(2 * RATE), np.zeros(90 * RATE)):
-        out = tiny(entry(samples.astype(np.float32)), return_timestamps="word", vad="energy")
-        assert out == {"text": "", "confidence": None, "nfe": 0, "tokens": [], "chunks": []}
 
-
-def test_arguments_that_make_no_sense(tiny):
+def test_arguments_are_checked_or_taken(tiny):
     for options, message in (
         ({"return_timestamps": "char"}, "return_timestamps"),
         ({"chunk_length_s": 31}, "at most 30"),
@@ -124,8 +125,6 @@ def test_arguments_that_make_no_sense(tiny):
         with pytest.raises(ValueError, match=message):
             tiny(audio)
 
-
-def test_stock_arguments_are_taken(tiny):
     expected = tiny(entry(noise(1.0)), draft_branches=[])
     assert expected["nfe"] == len(expected["tokens"]) + 1
     options = {"stride_length_s": (1, 1), "ignore_warning": True, "generate_kwargs": {"draft_branches": []}}
@@ -170,10 +169,3 @@ def test_words_and_segments_of_real_speech(real):
     # The second time begins a second after the end of the first clip.
     assert segments["chunks"][1]["timestamp"][0] == pytest.approx(len(clip) / RATE + 1, abs=0.7)
     assert once["text"].split()[1:4] == words["text"].split()[1:4]
-
-
-def test_a_data_set_of_files(real):
-    data = Dataset.from_dict({"audio": [str(RECORDING)] * 3}).cast_column("audio", Audio(decode=False))
-    outputs = list(real(KeyDataset(data, "audio"), batch_size=2))
-    expected = real(str(RECORDING))["text"]
-    assert [out["text"] for out in outputs] == [expected] * 3
