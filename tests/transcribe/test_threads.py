@@ -47,13 +47,24 @@ def recordings():
         yield (samples + noise).astype(np.float32), text_of(clips)
 
 
-def test_a_transcriber(in_threads):
+def test_a_transcriber_and_a_pipeline(in_threads, tiny):
     transcriber = Transcriber(ToneModel(), ToneProcessor(), vad="energy", max_window_s=5.0, timestamps=True)
     samples, texts = zip(*recordings(), strict=True)
     found = in_threads(lambda one: transcriber.transcribe(one, sampling_rate=RATE), samples)
     assert [one.text for one in found] == list(texts)
     # Windows, too, are cut where they are one by one.
     assert found == [transcriber.transcribe(one, sampling_rate=RATE) for one in samples]
+
+    model, processor = tiny
+    pipeline = MDMASRPipeline(
+        model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device="cpu"
+    )
+
+    def call(clip):
+        kind = "word" if len(clip) % 2 else None
+        return pipeline({"raw": clip, "sampling_rate": RATE}, return_timestamps=kind, max_new_tokens=20)
+
+    assert in_threads(call, clips()) == [call(clip) for clip in clips()]
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +89,3 @@ def test_processor_and_generate(in_threads, tiny):
     # In threads first: what is made at the first call is made there.
     found = in_threads(call, clips())
     assert found == [call(clip) for clip in clips()]
-
-
-def test_a_pipeline(in_threads, tiny):
-    model, processor = tiny
-    pipeline = MDMASRPipeline(
-        model, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor, device="cpu"
-    )
-
-    def call(clip):
-        kind = "word" if len(clip) % 2 else None
-        return pipeline({"raw": clip, "sampling_rate": RATE}, return_timestamps=kind, max_new_tokens=20)
-
-    assert in_threads(call, clips()) == [call(clip) for clip in clips()]
