@@ -11,6 +11,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each
 from tiny_models import tiny_drafts_model, tiny_processor
 from tone_models import (
     EOS,
@@ -61,20 +62,16 @@ def joined(left, right):
     return join_windows([window(0, 10, left, after=2), window(8, 18, right, before=2)], 18.0, True).text
 
 
-def test_words_that_both_windows_heard_come_once():
+def test_windows_are_joined_by_hand():
     left = [("a", 7.0, 7.4), ("b", 8.2, 8.6), ("c", 9.0, 9.3), ("xx", 9.7, 10.0)]
     right = [("yy", 8.0, 8.1), ("b", 8.3, 8.7), ("c", 8.9, 9.2), ("d", 9.6, 10.1), ("e", 11, 12)]
     # "xx" and "yy" are what is left of words that the edges cut.
     assert joined(left, right) == "a b c d e"
 
-
-def test_a_word_that_is_said_twice_comes_twice():
     left = [("the", 7.0, 7.4), ("the", 8.2, 8.5), ("the", 8.8, 9.1), ("the", 9.4, 9.7)]
     right = [("the", 8.25, 8.5), ("the", 8.85, 9.1), ("the", 9.4, 9.7), ("end", 10.0, 10.4)]
     assert joined(left, right) == "the the the the end"
 
-
-def test_words_heard_differently_are_owned_by_time():
     left = [("a", 7.0, 7.4), ("one", 8.2, 8.6), ("two", 9.3, 9.6)]
     right = [("won", 8.2, 8.6), ("too", 9.3, 9.6), ("e", 11, 12)]
     # The middle of the overlap is at 9 s, between them.
@@ -89,21 +86,15 @@ def test_words_heard_differently_are_owned_by_time():
         "a found e",
     )
 
-
-def test_one_window_may_have_heard_nothing():
     assert joined([], [("won", 8.2, 8.6), ("e", 11, 12)]) in ("e", "won e")
     assert joined([("a", 7.0, 7.4), ("b", 8.2, 8.6)], []) == "a b"
     assert joined([], []) == ""
 
-
-def test_characters_are_the_words_of_scripts_without_blanks():
     left = window(0, 10, [("", 7, 7.4), ("", 8.2, 8.6), ("", 9.0, 9.3)], after=2, pieces=["我", "们", "去"])
     right = window(8, 18, [("", 8.2, 8.6), ("", 9, 9.3), ("", 10, 11)], before=2, pieces=["们", "去", "吧"])
     assert join_windows([left, right], 18.0).text == "我们去吧"
     assert join_texts(["我们", "去", "", "Bar", "吧", "x"]) == "我们去 Bar 吧 x"
 
-
-def test_only_windows_that_overlap_lose_words():
     same = [("a", 7.0, 7.4), ("b", 9.0, 9.4)]
     left, right = window(0, 10, same), window(10, 18, [("b", 10.1, 10.5), ("c", 11, 12)])
     assert keep_once([left, right]) == [range(2), range(2)]
@@ -114,6 +105,11 @@ def test_only_windows_that_overlap_lose_words():
     without = join_windows([left, right], 20.0)
     assert [(s.start_s, s.end_s) for s in without.segments] == [(0, 10), (10, 18)]
     assert without.words[0].start_s is None and without.warnings == []
+
+    left, right = window(0, 10, [("a", 1, 2)], after=2), window(8, 18, [("a", 9, 10)], before=2)
+    left.times_s = None
+    with pytest.raises(ValueError, match="times_s"):
+        join_windows([left, right], 18.0)
 
 
 def test_what_a_reader_should_know():
@@ -126,15 +122,6 @@ def test_what_a_reader_should_know():
     assert transcript.language == "en" and len(transcript.warnings) == 1
     assert "0.0 to 10.0 s" in transcript.warnings[0] and "max_new_tokens" in transcript.warnings[0]
 
-
-def test_overlapping_windows_without_times_cannot_be_joined():
-    left, right = window(0, 10, [("a", 1, 2)], after=2), window(8, 18, [("a", 9, 10)], before=2)
-    left.times_s = None
-    with pytest.raises(ValueError, match="times_s"):
-        join_windows([left, right], 18.0)
-
-
-def test_rows_that_end_that_are_full_and_that_are_silent():
     # Padding has the id of the end of text, as in Whisper.
     a, b = FIRST_WORD, FIRST_WORD + 1
     output = MDMASRGenerateOutput(
@@ -204,7 +191,7 @@ class HastyModel(ToneModel):
         return words[: ends[0]] if ends else words
 
 
-@pytest.mark.parametrize("vad", ["energy", "none"])
+@each("vad", ["energy", "none"])
 def test_what_is_said_behind_an_early_end_is_heard(vad):
     clips = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22]]
     samples = recording(clips, [0.5] * 3)
@@ -220,7 +207,7 @@ def test_what_is_said_behind_an_early_end_is_heard(vad):
     assert abs(found.words[9].start_s - (0.5 + 9 * (WORD_S + GAP_S) - GAP_S + 0.5)) < 0.03
 
 
-def test_slow_speech_stays_as_it_is():
+def test_slow_repeated_and_absent_speech():
     # A word every two seconds, in one window: its halves say no more.
     clips, model = [[word] for word in range(8)], ToneModel()
     found = Transcriber(model, ToneProcessor(), vad="energy").transcribe(
@@ -229,15 +216,11 @@ def test_slow_speech_stays_as_it_is():
     assert found.text == text_of(clips)
     assert found.confidence == pytest.approx(0.9)
 
-
-def test_a_word_repeated_without_end_keeps_its_number():
     samples = recording([[5] * 60], [0.5])
     for vad in ("energy", "none"):
         transcriber = Transcriber(ToneModel(0.05), ToneProcessor(), max_window_s=5.0, vad=vad)
         assert transcriber.transcribe((samples, RATE)).text == text_of([[5] * 60])
 
-
-def test_recordings_without_speech_are_not_decoded():
     model = ToneModel()
     transcriber = Transcriber(model, ToneProcessor(), max_window_s=5.0, vad="energy")
     rng = np.random.default_rng(0)
@@ -293,8 +276,6 @@ def test_a_batch_that_fails_is_decoded_one_by_one():
     assert isinstance(results[1], ValueError) and "cannot be decoded" in str(results[1])
     assert [call["batch_size"] for call in model.calls] == [3, 1, 1, 1]
 
-
-def test_out_of_memory_names_the_remedy():
     def fails(rows):
         raise torch.OutOfMemoryError("no memory")
 
@@ -303,18 +284,16 @@ def test_out_of_memory_names_the_remedy():
         transcriber.transcribe((recording([[1]], [0.5]), RATE))
 
 
-def test_windows_of_all_recordings_share_batches(monkeypatch):
+def test_windows_share_batches_as_the_pool_has_room(monkeypatch):
     model = ToneModel()
-    transcriber = Transcriber(model, ToneProcessor(), max_window_s=3.0, vad="energy", batch_size=4)
+    listener = Transcriber(model, ToneProcessor(), max_window_s=3.0, vad="energy", batch_size=4)
     inputs = [(recording([[i, 2, 3]] * 3, [1.0] * 3), RATE) for i in range(4)]
-    assert [r.text for _, r in transcriber.transcribe_all(inputs)] == [text_of([[i, 2, 3]] * 3) for i in range(4)]
+    assert [r.text for _, r in listener.transcribe_all(inputs)] == [text_of([[i, 2, 3]] * 3) for i in range(4)]
     num_windows = sum(call["batch_size"] for call in model.calls)
     assert [call["batch_size"] for call in model.calls[:-1]] == [4] * (len(model.calls) - 1) and num_windows >= 8
     # Times are only asked for where windows overlap.
     assert not any(call["times"] for call in model.calls)
 
-
-def test_recordings_are_taken_as_the_pool_has_room(monkeypatch):
     monkeypatch.setattr(transcriber, "POOL_S", 10.0)
     taken = []
 
@@ -329,13 +308,11 @@ def test_recordings_are_taken_as_the_pool_has_room(monkeypatch):
     assert [i for i, _ in results] == list(range(1, 12))
 
 
-def test_batches_by_hand():
+def test_batches_windows_and_progress_by_hand():
     assert list(batches([9, 5, 4, 1, 1], 2)) == [[0, 1], [2, 3], [4]]
     # 480 seconds at most, padding included.
     assert list(batches([200, 100, 90], 8)) == [[0, 1], [2]] and list(batches([], 8)) == []
 
-
-def test_progress_sums_up_to_the_audio():
     done = []
     inputs = [
         (recording([[1, 2, 3]] * 10, [2.0] * 10), RATE),
@@ -345,6 +322,16 @@ def test_progress_sums_up_to_the_audio():
     transcriber = Transcriber(ToneModel(), ToneProcessor(), max_window_s=4.0, vad="energy", batch_size=2)
     results = dict(transcriber.transcribe_all(inputs, done.append))
     assert sum(done) == pytest.approx(sum(r.duration_s for r in results.values())) and min(done) > 0 < len(done) - 5
+
+    extractor = ToneProcessor(30.0).feature_extractor
+    settings = MDMASRGenerationConfig(max_window_s=12.0)
+    assert window_lengths(None, MDMASRGenerationConfig(), extractor) == (20, 30)
+    assert window_lengths(None, settings, extractor) == (12, 12) and window_lengths(8, settings, extractor) == (8, 8)
+    assert window_lengths(None, settings, ToneProcessor(10.0).feature_extractor) == (10, 10)
+    assert window_lengths(None, MDMASRGenerationConfig(), ToneProcessor(None).feature_extractor) == (20, 30)
+    for wrong in (31, 0.5, 0, -1, "8", True, float("nan")):
+        with pytest.raises(ValueError, match="max_window_s"):
+            Transcriber(ToneModel(), ToneProcessor(), max_window_s=wrong)
 
 
 def test_what_an_earlier_run_decoded_is_not_decoded_again():
@@ -365,19 +352,7 @@ def test_what_an_earlier_run_decoded_is_not_decoded_again():
 # --- settings ---
 
 
-def test_the_longest_window():
-    extractor = ToneProcessor(30.0).feature_extractor
-    settings = MDMASRGenerationConfig(max_window_s=12.0)
-    assert window_lengths(None, MDMASRGenerationConfig(), extractor) == (20, 30)
-    assert window_lengths(None, settings, extractor) == (12, 12) and window_lengths(8, settings, extractor) == (8, 8)
-    assert window_lengths(None, settings, ToneProcessor(10.0).feature_extractor) == (10, 10)
-    assert window_lengths(None, MDMASRGenerationConfig(), ToneProcessor(None).feature_extractor) == (20, 30)
-    for wrong in (31, 0.5, 0, -1, "8", True, float("nan")):
-        with pytest.raises(ValueError, match="max_window_s"):
-            Transcriber(ToneModel(), ToneProcessor(), max_window_s=wrong)
-
-
-def test_settings_are_checked_before_anything_is_read():
+def test_settings_are_checked_and_arguments_reach_generate():
     for options, message in (
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2.0}, "batch_size"),
@@ -387,8 +362,6 @@ def test_settings_are_checked_before_anything_is_read():
         with pytest.raises(ValueError, match=message):
             Transcriber(ToneModel(), ToneProcessor(), **options)
 
-
-def test_arguments_reach_generate():
     model = ToneModel()
     model.generation_config.prompt_template = {
         "tokens": ["language"],
@@ -423,19 +396,17 @@ def real():
     return AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype="float32"), AutoProcessor.from_pretrained(folder)
 
 
-def test_a_recording_that_fits_is_decoded_as_generate_does(real):
+def test_one_window_is_decoded_as_generate_does_with_its_context(real):
     model, processor = real
     expected = processor.decode(model.generate(**processor(RECORDING)))[0]
     assert Transcriber(model, processor).transcribe(RECORDING).text == expected
 
-
-def test_the_text_before_is_context(real):
     # Whisper spells as what stands before does.
     transcriber = Transcriber(*real, previous_text="the tressure lay below; the tressure was his")
     assert " his tressure " in transcriber.transcribe(RECORDING).text
 
 
-@pytest.mark.parametrize("pause_s", [0.7, 0.0])
+@each("pause_s", [0.7, 0.0])
 def test_the_demo_several_times_over(real, pause_s):
     clip = load_audio(RECORDING)
     noise = (1e-4 * np.random.default_rng(0).standard_normal(round(pause_s * RATE))).astype(np.float32)
