@@ -12,6 +12,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each
 
 from mdm_asr_hf.audio_mdm_asr import AudioStream, load_audio
 from mdm_asr_hf.transcribe import voice_activity, windows
@@ -20,7 +21,9 @@ from mdm_asr_hf.transcribe.windows import cut_windows
 
 RATE = 16_000
 RECORDING = next((Path(__file__).parents[2] / "demo").glob("*.flac"))
-needs_silero = pytest.mark.skipif(importlib.util.find_spec("silero_vad") is None, reason="silero-vad is an extra")
+HAS_SILERO = importlib.util.find_spec("silero_vad") is not None
+needs_silero = pytest.mark.skipif(not HAS_SILERO, reason="silero-vad is an extra")
+DETECTORS = ["energy", "silero"] if HAS_SILERO else ["energy"]
 
 
 def noise(duration_s, level, seed=0):
@@ -77,7 +80,7 @@ def encode(samples, rate, **kwargs):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+@each("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
 def test_blocks_make_what_is_read_at_once(rate, tmp_path):
     stereo = np.random.default_rng(0).standard_normal((round(2.3 * rate), 2)).astype(np.float32) * 0.1
     path = tmp_path / "clip.wav"
@@ -123,8 +126,6 @@ def test_blocks_refuse_what_reading_at_once_does(tmp_path):
     with pytest.raises(ValueError, match="lasts 5.00 s"):
         AudioStream(flac, max_duration_s=3)
 
-
-def test_a_truncated_flac_shows_before_it_is_read(tmp_path):
     path = tmp_path / "long.flac"
     soundfile.write(path, noise(20, 0.1), RATE)
     content = path.read_bytes()
@@ -134,8 +135,6 @@ def test_a_truncated_flac_shows_before_it_is_read(tmp_path):
     with pytest.raises(ValueError, match="long.flac.*truncated"):
         AudioStream(path, block_s=1)
 
-
-def test_a_stream_closes_its_file(tmp_path):
     path = tmp_path / "clip.wav"
     soundfile.write(path, noise(2, 0.1), RATE)
     stream = AudioStream(path, block_s=0.5)
@@ -143,8 +142,6 @@ def test_a_stream_closes_its_file(tmp_path):
     stream.close()
     assert list(stream) == []
 
-
-def test_empty_clips_have_no_blocks():
     for audio in (np.zeros(0), encode(np.zeros(0), 44_100, format="WAV"), (np.zeros((2, 0)), 8_000)):
         stream = AudioStream(audio)
         assert list(stream) == [] and stream.duration_s == 0
@@ -153,7 +150,7 @@ def test_empty_clips_have_no_blocks():
 # --- where speech is ---
 
 
-def test_runs_by_hand():
+def test_speech_runs_and_the_weakest_frame_by_hand():
     scores = np.array([0.0, 0.6, 0.4, 0.4, 0.1, 0.4, 0.4, 0.6, 0.1, 0.1, 0.1, 0.7, 0.0, 0.0, 0.0, 0.0, 0.9])
     # Begins at 0.5, and goes on until below 0.3: 0.4 after a begin is speech, 0.4 after a pause is not.
     assert speech_runs(scores, 0.5, 0.3, 1) == [(1, 4), (7, 8), (11, 12), (16, 17)]
@@ -162,27 +159,23 @@ def test_runs_by_hand():
     assert speech_runs(scores, 0.5, 0.3, 1, 2) == [(1, 4), (16, 17)]
     assert speech_runs(np.zeros(5), 0.5, 0.3, 1) == [] == speech_runs(np.zeros(0), 0.5, 0.3, 1)
 
-
-def test_the_weakest_frame():
     samples = np.ones(100, np.float32)
     samples[60:80] = 0.1
     assert weakest_frame(samples, 10) in (6, 7)
     assert weakest_frame(np.array([1.0, 0.5]), 1) == 1
 
 
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("snr_db", [60, 30, 10])
-def test_energy_finds_speech_of_any_level_in_steady_noise(level, snr_db):
-    samples, places = bursts([1.0, 0.5, 2.0], [1.0, 2.0, 1.0], level, level * 10 ** (-snr_db / 20))
-    vad = EnergyVAD(RATE)
-    runs = speech_runs(vad(samples), vad.enter, vad.leave, 6, 3)
-    assert len(runs) == 3
-    for (start, end), (first, last) in zip(places, runs, strict=True):
-        assert abs(first * vad.frame_size - start) <= 2 * vad.frame_size
-        assert abs(last * vad.frame_size - end) <= 2 * vad.frame_size
+def test_energy_finds_speech_of_any_level():
+    for level in [0.3, 0.01, 0.001]:
+        for snr_db in [60, 30, 10]:
+            samples, places = bursts([1.0, 0.5, 2.0], [1.0, 2.0, 1.0], level, level * 10 ** (-snr_db / 20))
+            vad = EnergyVAD(RATE)
+            runs = speech_runs(vad(samples), vad.enter, vad.leave, 6, 3)
+            assert len(runs) == 3
+            for (start, end), (first, last) in zip(places, runs, strict=True):
+                assert abs(first * vad.frame_size - start) <= 2 * vad.frame_size
+                assert abs(last * vad.frame_size - end) <= 2 * vad.frame_size
 
-
-def test_energy_adapts_to_noise_that_changes():
     quiet, quiet_places = bursts([1.0] * 5, [1.0] * 5, 0.01, 1e-5)
     loud, loud_places = bursts([1.0] * 40, [1.0] * 40, 0.3, 0.01, seed=100)
     vad = EnergyVAD(RATE)
@@ -192,7 +185,7 @@ def test_energy_adapts_to_noise_that_changes():
     assert len(runs) == len(loud_places) and len(speech_runs(scores[:300], 0, -1.5, 6, 3)) == len(quiet_places)
 
 
-def test_steady_sounds_and_silence_are_no_speech_for_energy():
+def test_noise_and_steady_sounds_are_no_speech():
     hum = 0.1 * np.sin(2 * np.pi * 50 * np.arange(20 * RATE) / RATE).astype(np.float32)
     for samples in (np.zeros(20 * RATE, np.float32), noise(20, 0.1), hum, hum + noise(20, 1e-3)):
         vad = EnergyVAD(RATE)
@@ -202,6 +195,15 @@ def test_steady_sounds_and_silence_are_no_speech_for_energy():
     samples = np.concatenate([np.zeros(2 * RATE, np.float32), noise(3, 0.1), np.zeros(2 * RATE, np.float32)])
     ((start, end),) = speech_runs(vad(samples), vad.enter, vad.leave, 6, 3)
     assert abs(start * 0.032 - 2) < 0.04 and abs(end * 0.032 - 5) < 0.04
+
+    for name in DETECTORS:
+        for level_db in [-20, -50, -65]:
+            for offset in (0.0, 0.1):
+                assert not list(
+                    cut_windows(
+                        [noise(40, 10 ** (level_db / 20)) + np.float32(offset)], RATE, make_vad(name, RATE), 8.0
+                    )
+                )
 
 
 def test_names_of_detectors(monkeypatch):
@@ -217,8 +219,8 @@ def test_names_of_detectors(monkeypatch):
         make_vad("silero", RATE)
 
 
-@pytest.mark.parametrize("name", ["energy", pytest.param("silero", marks=needs_silero)])
-@pytest.mark.parametrize("beside", ["nothing", "offset", "drift", "hum", "loud before", "loud around", "loud room"])
+@each("name", DETECTORS)
+@each("beside", ["nothing", "offset", "drift", "hum", "loud before", "loud around", "loud room"])
 def test_a_faint_speaker_is_heard(name, beside):
     # From the first word on.
     speech = load_audio(RECORDING)[RATE // 2 : 4 * RATE]
@@ -244,17 +246,8 @@ def test_a_faint_speaker_is_heard(name, beside):
         assert not is_heard[: start - RATE].any() and not is_heard[start + len(speech) + RATE :].any()
 
 
-@pytest.mark.parametrize("name", ["energy", pytest.param("silero", marks=needs_silero)])
-@pytest.mark.parametrize("level_db", [-20, -50, -65])
-def test_noise_alone_is_no_speech_at_any_level(name, level_db):
-    for offset in (0.0, 0.1):
-        assert not list(
-            cut_windows([noise(40, 10 ** (level_db / 20)) + np.float32(offset)], RATE, make_vad(name, RATE), 8.0)
-        )
-
-
 @needs_silero
-def test_silero_finds_speech_in_blocks_as_in_one():
+def test_silero_finds_speech_in_blocks_as_in_one(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     voice_activity._load_silero.cache_clear()
@@ -274,9 +267,6 @@ def test_silero_finds_speech_in_blocks_as_in_one():
     np.testing.assert_allclose(runs_by_parts, runs, atol=2)
     assert 2.7 < runs[0][0] * 0.032 < 4.0 and 3 + 3.5 < runs[0][1] * 0.032 < 3 + 4.7
 
-
-@needs_silero
-def test_silero_by_torch_gives_the_same(monkeypatch):
     speech = load_audio(RECORDING)
     expected = make_vad("silero", RATE)(speech)
     voice_activity._load_silero.cache_clear()
@@ -310,11 +300,20 @@ def test_no_sound_is_lost_whatever_is_cut(data, durations_s, max_window_s, vad):
         assert mask.all()
 
 
-@pytest.mark.parametrize(("seconds", "is_whole"), [(9.0, True), (10.0, True), (10.1, False)])
-def test_what_is_short_enough_is_not_cut(seconds, is_whole):
-    samples = np.ones(round(seconds * RATE), dtype=np.float32)
-    windows = list(cut_windows([samples], RATE, None, 6.0, 10.0))
-    assert (len(windows) == 1) == is_whole and (is_whole or max(window.duration_s for window in windows) <= 6.0)
+def test_short_and_empty_recordings_are_not_cut():
+    for seconds, is_whole in [(9.0, True), (10.0, True), (10.1, False)]:
+        samples = np.ones(round(seconds * RATE), dtype=np.float32)
+        windows = list(cut_windows([samples], RATE, None, 6.0, 10.0))
+        assert (len(windows) == 1) == is_whole and (is_whole or max(window.duration_s for window in windows) <= 6.0)
+
+    for samples in (noise(4.9, 0.1), np.zeros(5 * RATE, np.float32), bursts([0.5, 0.5], [1.0, 2.0])[0]):
+        (window,) = cut_windows([samples], RATE, EnergyVAD(RATE), 5.0)
+        assert window.start_s == 0 and window.is_last and not window.needs_times
+        np.testing.assert_array_equal(window.samples, samples)
+
+    assert list(cut_windows([], RATE, EnergyVAD(RATE), 5.0)) == []
+    for samples in (np.zeros(60 * RATE, np.float32), noise(60, 0.1)):
+        assert list(cut_windows([samples], RATE, EnergyVAD(RATE), 5.0)) == []
 
 
 @settings(max_examples=25)
@@ -347,29 +346,14 @@ def test_cuts_do_not_depend_on_the_blocks(data, seed):
     check_windows(windows, samples, 6.0)
 
 
-def test_a_recording_that_fits_is_one_window_as_it_is():
-    for samples in (noise(4.9, 0.1), np.zeros(5 * RATE, np.float32), bursts([0.5, 0.5], [1.0, 2.0])[0]):
-        (window,) = cut_windows([samples], RATE, EnergyVAD(RATE), 5.0)
-        assert window.start_s == 0 and window.is_last and not window.needs_times
-        np.testing.assert_array_equal(window.samples, samples)
-
-
-def test_recordings_without_anything():
-    assert list(cut_windows([], RATE, EnergyVAD(RATE), 5.0)) == []
-    for samples in (np.zeros(60 * RATE, np.float32), noise(60, 0.1)):
-        assert list(cut_windows([samples], RATE, EnergyVAD(RATE), 5.0)) == []
-
-
-def test_the_longest_pause_is_cut():
+def test_cuts_by_hand():
     # 9 s in four sounds: with windows of 8 s it must be cut once, and the middle pause is the long one.
     samples, places = bursts([2.0, 2.0, 2.0, 2.0], [0.3, 0.6, 0.3, 0.5])
-    windows = list(cut_windows([samples], RATE, EnergyVAD(RATE), 8.0))
-    assert len(windows) == 2
+    found = list(cut_windows([samples], RATE, EnergyVAD(RATE), 8.0))
+    assert len(found) == 2
     middle = (places[1][1] + places[2][0]) / 2 / RATE
-    assert windows[0].end_s == pytest.approx(middle, abs=0.1) == windows[1].start_s
+    assert found[0].end_s == pytest.approx(middle, abs=0.1) == found[1].start_s
 
-
-def test_the_cheapest_way_by_hand():
     # Runs of 10 frames of 0.1 s: each 1 s, the pauses 0.2 s but one of 0.6 s, which is free to cut at.
     runs = [(0, 10), (12, 22), (24, 34), (40, 50), (52, 62)]
     starts, ends = [start for start, _ in runs], [end for _, end in runs]
@@ -382,24 +366,20 @@ def test_the_cheapest_way_by_hand():
     far = [(0, 10), (26, 36)]
     assert windows._first_window(far, [0, 26], [10, 36], 100, 10.0) == 0
 
-
-def test_sound_without_a_pause_gives_windows_that_overlap():
-    samples = noise(30, 0.1)
-    windows = list(cut_windows([samples], RATE, None, 8.0))
-    check_windows(windows, samples, 8.0)
-    assert covered(windows, len(samples)).all()
-    # A quarter of the window is shared, two seconds at most; no window is a snippet.
-    for left, right in zip(windows, windows[1:], strict=False):
-        assert left.end_s - right.start_s == pytest.approx(2.0, abs=0.05)
-    assert min(window.duration_s for window in windows) > 3.0
-
-
-def test_amid_sound_the_weakest_place_is_cut():
     samples = noise(12, 0.1)
     # Too short to be a pause, but better than any other place.
     samples[round(7.4 * RATE) : round(7.5 * RATE)] *= 0.01
-    windows = list(cut_windows([samples], RATE, None, 8.0))
-    assert windows[0].end_s == pytest.approx(7.45, abs=0.05)
+    found = list(cut_windows([samples], RATE, None, 8.0))
+    assert found[0].end_s == pytest.approx(7.45, abs=0.05)
+
+    samples = noise(30, 0.1)
+    found = list(cut_windows([samples], RATE, None, 8.0))
+    check_windows(found, samples, 8.0)
+    assert covered(found, len(samples)).all()
+    # A quarter of the window is shared, two seconds at most; no window is a snippet.
+    for left, right in zip(found, found[1:], strict=False):
+        assert left.end_s - right.start_s == pytest.approx(2.0, abs=0.05)
+    assert min(window.duration_s for window in found) > 3.0
 
 
 def test_memory_is_bounded():
