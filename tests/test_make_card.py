@@ -183,8 +183,8 @@ def test_the_weights_are_counted(facts, tmp_path):
         ({"training": {"method": "Gradually."}}, "missing ['data']"),
     ],
 )
-def test_facts_that_are_missing_or_unknown(facts, tmp_path, capsys, changes, message):
-    write_facts(tmp_path, **changes)
+def test_facts_that_are_missing_or_unknown(facts, capsys, changes, message):
+    write_facts(facts.parent, **changes)
     with pytest.raises(SystemExit, match="2"):
         run(facts)
     assert message in capsys.readouterr().err
