@@ -135,20 +135,20 @@ def test_errors_are_counted_and_end_a_run_that_never_works(folder, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @each("how", ["SIGTERM", "SIGKILL"])
 def test_no_process_goes_on_when_the_run_is_ended(folder, how):
-    command = [sys.executable, str(SCRIPT), "--tts", "voice:speak", "--text", "text.txt", "--output", "out"]
+    command = [sys.executable, str(SCRIPT), "--tts", "voice:speak", "--text", "text.txt", "--output", how]
     process = subprocess.Popen(
         [*command, "--hours", "100", "--processes", "2"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while len(list((folder / "out").glob("shard-*/audio/*.flac"))) < 20:
+    while len(list((folder / how).glob("shard-*/audio/*.flac"))) < 20:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(getattr(signal, how))
     # The pipes close when the last process that holds them ends.
     process.communicate(timeout=30)
-    num_lines = sum(file.read_bytes().count(b"\n") for file in (folder / "out").glob("shard-*/metadata.jsonl"))
+    num_lines = sum(file.read_bytes().count(b"\n") for file in (folder / how).glob("shard-*/metadata.jsonl"))
     assert num_lines >= 20
-    summary = json.loads((folder / "out" / "synthesis.json").read_text())
+    summary = json.loads((folder / how / "synthesis.json").read_text())
     if how == "SIGTERM":
         assert process.returncode == 1 and summary["hours"] == pytest.approx(num_lines * 0.5 / 3600, abs=3e-4)
 
