@@ -92,7 +92,6 @@ def test_the_plain_loop_is_a_text_worth_drafting(encoder):
     assert int(output.nfe.sum()) < sum(lengths)
 
 
-@settings(max_examples=60, deadline=None)
 @given(encoder=ENCODER, options=SETTINGS, rows=ROWS)
 def test_any_drafts_of_the_masks_give_the_donors_text(encoder, options, rows):
     output = decode(encoder, rows, **options)
@@ -105,7 +104,6 @@ def test_any_drafts_of_the_masks_give_the_donors_text(encoder, options, rows):
         assert int(output.nfe[i]) - 1 <= int((kinds == 0).sum()) <= int(output.nfe[i])
 
 
-@settings(max_examples=60, deadline=None)
 @given(encoder=ENCODER, options=SETTINGS, drafts=st.lists(DRAFTS, min_size=3, max_size=3))
 def test_a_hypothesis_in_another_language_changes_nothing(encoder, options, drafts):
     assert texts(decode(encoder, draft_ids=drafts, **options)) == [loop_text(encoder, row) for row in range(3)]
