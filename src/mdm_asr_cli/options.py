@@ -2,6 +2,7 @@
 """Options that several commands have, each written once; and how their values are read."""
 
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -72,7 +73,7 @@ def split_words(entries: list[str] | None) -> list[str]:
     The words of `--hotwords`, which takes them parted by commas, or a file of them as @FILE, and may be repeated.
 
     Raises:
-        ValueError: a file that cannot be read or has no words, a word that is a file.
+        ValueError: a file that cannot be read or has no words, a word that is or looks like a file.
     """
     words = []
     for entry in entries or []:
@@ -80,10 +81,16 @@ def split_words(entries: list[str] | None) -> list[str]:
             words += _words_of_file(Path(entry[1:]).expanduser())
             continue
         for word in filter(None, map(str.strip, entry.split(","))):
-            if os.path.isfile(word):
+            if LIKE_A_FILE.search(word) or os.path.isfile(word):
                 raise ValueError(f"`--hotwords {word}` is a file, not a word. To read its words, pass `@{word}`.")
             words.append(word)
     return words
+
+
+# Neither AC/DC nor Node.js, which are words.
+LIKE_A_FILE = re.compile(
+    r"^(~|\.{0,2})[/\\]|^[A-Za-z]:\\|\.(txt|text|csv|tsv|jsonl?|lst|list|md|ya?ml|docx?|xlsx?)$", re.I
+)
 
 
 def _words_of_file(path: Path) -> list[str]:
@@ -91,8 +98,9 @@ def _words_of_file(path: Path) -> list[str]:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"`--hotwords @{path}` is not text in UTF-8. Save it so, a word or phrase a line.") from error
-    except OSError as error:
-        raise ValueError(f"`--hotwords @{path}` cannot be read: {error.strerror}. Check the path.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"`--hotwords @{path}` cannot be read: {reason}. Check the path.") from error
     words = [word.strip() for line in text.splitlines() for word in line.split(",") if word.strip()]
     if not words:
         raise ValueError(f"`--hotwords @{path}` holds no words. Write a word or phrase a line.")

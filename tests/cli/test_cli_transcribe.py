@@ -545,6 +545,11 @@ def test_hotwords_of_a_file(run, tiny, recordings, tmp_path, monkeypatch):
     for entry, message in (
         ("words.txt", "pass `@words.txt`"),
         ("Quilter,Müller", "pass `@Müller`"),
+        ("missing.txt", "pass `@missing.txt`"),
+        ("names.CSV", "pass `@names.CSV`"),
+        ("./words", "pass `@./words`"),
+        ("~/words", "pass `@~/words`"),
+        ("C:\\words", "is a file"),
         ("@missing.txt", "cannot be read"),
         ("@.", "cannot be read"),
         ("@latin", "UTF-8"),

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Of decoding, that a batch of several windows may take, as fast as the last ones were: what comes next waits as long.
 BATCH_TIME_S = 0.5
 # Seconds of audio in a second, before there was a batch; and what each batch counts.
-FIRST_RTFX, NEWEST_SHARE = 20.0, 0.2
+FIRST_RTFX, NEWEST_SHARE = 80.0, 0.2
 
 
 class Batcher:
