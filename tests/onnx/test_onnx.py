@@ -310,6 +310,12 @@ def golden(tmp_path_factory):
     return model, OnnxMDMASR.from_pretrained(folder), AutoProcessor.from_pretrained(folder), folder
 
 
+@pytest.fixture(scope="module")
+def processor(golden):
+    """The export's own."""
+    return OnnxProcessor.from_pretrained(golden[3])
+
+
 def test_golden_transcript_and_stream(golden):
     model, onnx, processor, _ = golden
     inputs = processor(str(RECORDING))
@@ -416,11 +422,9 @@ def test_int8(golden, tmp_path, monkeypatch, run_command):
 
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(1, 480_000), min_size=1, max_size=2), level=st.sampled_from([0.0, 1e-3, 0.3]))
-def test_features_are_whispers(golden, lengths, level):
+def test_features_are_whispers(golden, processor, lengths, level):
     clips = [level * np.random.default_rng(n).standard_normal(n).astype(np.float32) for n in (*lengths, 479_990)]
-    expected, output = (
-        one(clips, sampling_rate=16_000) for one in (golden[2], OnnxProcessor.from_pretrained(golden[3]))
-    )
+    expected, output = (one(clips, sampling_rate=16_000) for one in (golden[2], processor))
     assert np.array_equal(output["attention_mask"], expected["attention_mask"])
     np.testing.assert_allclose(output["input_features"], expected["input_features"], atol=2e-4)
 
@@ -430,8 +434,8 @@ def test_features_are_whispers(golden, lengths, level):
     ids=st.lists(st.integers(0, 52_000)),
 )
 @example(text=" I'LL  it's\n\n <|endoftext|>x", ids=[50256, 50257, 51_999, 220])
-def test_tokenizer_is_transformers(golden, text, ids):
-    expected, tokenizer = golden[2].tokenizer, OnnxProcessor.from_pretrained(golden[3]).tokenizer
+def test_tokenizer_is_transformers(golden, processor, text, ids):
+    expected, tokenizer = golden[2].tokenizer, processor.tokenizer
     assert tokenizer.encode(text) == expected.encode(text, add_special_tokens=False)
     for skipped in (True, False):
         assert tokenizer.decode(ids, skipped) == expected.decode(ids, skip_special_tokens=skipped)
