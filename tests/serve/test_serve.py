@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import venv
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -543,22 +544,28 @@ def test_metrics(shared_server):
 # --- the command, and a real model ---
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """`mdm-asr serve` with the checkpoint of the package: its process and address."""
-    log = tmp_path_factory.mktemp("serve") / "log"
+@contextlib.contextmanager
+def started(line, log):
+    """A server by its command: its process and address."""
     with log.open("w") as file:
-        code = "from mdm_asr_cli import main; main()"
-        line = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1", "--timeout-s", "60"]
         process = subprocess.Popen(line, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
-        while not (found := re.search(r"running on (http://127.0.0.1:\d+)", log.read_text())):
+        while not (found := re.search(r"running on http://[\d.]+(:\d+)", log.read_text())):
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield process, found[1]
+        yield process, f"http://127.0.0.1{found[1]}"
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """`mdm-asr serve` with the checkpoint of the package."""
+    code = "from mdm_asr_cli import main; main()"
+    line = [sys.executable, "-c", code, "serve", "--port", "0", "--threads", "1", "--timeout-s", "60"]
+    with started(line, tmp_path_factory.mktemp("serve") / "log") as server:
+        yield server
 
 
 def test_a_recording_by_command_and_curl(command):
@@ -685,3 +692,40 @@ def test_the_image():
     assert parsed.params["model"] == exported
     check = next(line for line in lines if line.startswith("HEALTHCHECK"))
     assert f"127.0.0.1:{parsed.params['port']}/health" in check
+
+
+def test_the_images_steps_make_a_server(tmp_path):
+    export, final = re.split(r"^FROM .*$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    (tmp_path / "src").mkdir()
+    shutil.copytree(ROOT / "src", tmp_path / "src" / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "src")
+    venv.create(tmp_path / "venv", with_pip=True)
+    here, there = Path(sys.executable).parent, tmp_path / "venv" / "bin"
+
+    def run(line, programs):
+        line = re.sub(r"(?<!\S)/(src|wheels|models)\b", rf"{tmp_path}/\1", line)
+        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+        return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+
+    # What the first stage installs is here; and users are for containers.
+    steps = [(line, here) for line in re.findall(r"^RUN (.*)$", export, flags=re.MULTILINE) if "install" not in line]
+    steps += [(line, there) for line in re.findall(r"^RUN (.*)$", final, flags=re.MULTILINE) if "useradd" not in line]
+    assert len(steps) == 3
+    for line, programs in steps:
+        done = run(line, programs)
+        if "pip " in line and re.search("connection|No matching distribution", done.stderr, flags=re.IGNORECASE):
+            pytest.skip("needs a package index")
+        assert done.returncode == 0, (line, done.stderr)
+    assert run("python -c 'import torch'", there).returncode != 0
+    entry, check = (
+        re.search(rf"^{word}.*?(\[.*\])$", final, flags=re.MULTILINE) for word in ("ENTRYPOINT", "HEALTHCHECK")
+    )
+    words = [one.replace("/models", f"{tmp_path}/models") for one in json.loads(entry[1])]
+    with started([there / words[0], *words[1:], "--port", "0"], tmp_path / "log") as (process, url):
+        program, *arguments = json.loads(check[1])
+        arguments = [one.replace("http://127.0.0.1:8000", url) for one in arguments]
+        assert subprocess.run([there / program, *arguments]).returncode == 0
+        assert transcribe(url, RECORDING.read_bytes(), model="mdm-asr-tiny-en").text == TEXT
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM
