@@ -31,6 +31,7 @@ from canary_donors import (
     nemo_weights,
     write_nemo,
 )
+from tables import each
 from tiny_sentencepiece import ENGLISH, GERMAN, train
 from transformers import ParakeetFeatureExtractor
 
@@ -88,7 +89,7 @@ def expected_names(name):
     return ".".join(["model.decoder.layers", parts[3], *rest])
 
 
-@pytest.mark.parametrize("encoder_bias, mode", [(True, "w"), (False, "w:gz")])
+@each("encoder_bias, mode", [(True, "w"), (False, "w:gz")])
 def test_every_tensor_arrives(nemo, spm_models, encoder_bias, mode):
     def change(settings, weights):
         settings["encoder"]["use_bias"] = encoder_bias
@@ -119,7 +120,7 @@ def test_every_tensor_arrives(nemo, spm_models, encoder_bias, mode):
     torch.testing.assert_close(state[MASK_EMBEDDING][0], mean)
 
 
-@pytest.mark.parametrize("draft_layers", [None, 1])
+@each("draft_layers", [None, 1])
 def test_drafts_start_as_the_donors_last_layers(nemo, spm_models, draft_layers):
     weights = nemo_weights(nemo_vocab_size(spm_models))
     embedding = weights["transf_decoder._embedding.token_embedding.weight"]
@@ -214,7 +215,7 @@ def reference_decoder(w, ids, frames):
     return linear("log_softmax.mlp.layer0", norm(f"{body}.final_layer_norm", x))
 
 
-@pytest.mark.parametrize("xscaling", [False, True])
+@each("xscaling", [False, True])
 def test_logits_equal_the_reference(nemo, spm_models, xscaling):
     def change(settings, weights):
         settings["encoder"]["xscaling"] = xscaling
@@ -293,8 +294,10 @@ def test_features_equal_the_extractors(nemo):
         torch.as_tensor(batch["input_features"])[0, :num_frames], stock["input_features"][0, :num_frames]
     )
 
+    assert canary_processor(without_weights(nemo())).tokenizer.languages == ["en", "de"]
 
-def test_first_prompt_format(nemo):
+
+def test_first_prompt_format_and_folders(nemo, tmp_path):
     def change(settings, weights):
         settings["prompt_format"] = "canary"
 
@@ -306,8 +309,6 @@ def test_first_prompt_format(nemo):
     assert ids.tolist() == [[4, 16, 18, 15, 5]]
     assert model.config.decoder_start_token_id == 4
 
-
-def test_in_a_folder(nemo, tmp_path):
     path = nemo()
     assert from_canary(MDMASRForConditionalGeneration, path.parent).config.mask_token_id % 8 == 0
     # An export of the encoder alone may lie beside it.
@@ -324,9 +325,8 @@ QUERY = "transf_decoder._decoder.layers.0.first_sub_layer.query_net.weight"
 HEAD = "log_softmax.mlp.layer0.weight"
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
+def test_what_does_not_fit_is_named(nemo):
+    for change, message in [
         (lambda s, w: w.update({"transf_encoder._layer.0.weight": torch.ones(1)}), "unknown: transf_encoder._layer.0"),
         (lambda s, w: w.update({"preprocessor.new": torch.ones(1)}), "1 unknown: preprocessor.new"),
         (lambda s, w: w.pop(QUERY), f"1 missing: {QUERY}"),
@@ -356,14 +356,10 @@ HEAD = "log_softmax.mlp.layer0.weight"
         (lambda s, w: s["tokenizer"]["langs"]["de"].update(type="wpe"), "langs.de"),
         (lambda s, w: s["tokenizer"]["langs"]["de"].update(model_path="nemo:lost.model"), "lost.model.*langs.de"),
         (lambda s, w: s["tokenizer"]["langs"].pop("spl_tokens"), "spl_tokens"),
-    ],
-)
-def test_what_does_not_fit_is_named(nemo, change, message):
-    with pytest.raises(ValueError, match=message):
-        from_canary(MDMASRForConditionalGeneration, nemo(change))
+    ]:
+        with pytest.raises(ValueError, match=message):
+            from_canary(MDMASRForConditionalGeneration, nemo(change))
 
-
-def test_old_checkpoints_may_lack_the_batch_counter(nemo):
     def change(settings, weights):
         del weights["encoder.layers.0.conv.batch_norm.num_batches_tracked"]
 
@@ -374,15 +370,6 @@ def test_old_checkpoints_may_lack_the_batch_counter(nemo):
 class RunsCode:
     def __reduce__(self):
         return os.mkdir, (os.environ["TEST_CANARY_FOLDER"],)
-
-
-def test_pickled_code_is_refused_and_not_run(nemo, tmp_path, monkeypatch):
-    folder = tmp_path / "made_by_the_pickle"
-    monkeypatch.setenv("TEST_CANARY_FOLDER", str(folder))
-    path = nemo(lambda settings, weights: weights.update(payload=RunsCode()))
-    with pytest.raises(ValueError, match="more than tensors"):
-        from_canary(MDMASRForConditionalGeneration, path)
-    assert not folder.exists()
 
 
 def unsafe_members():
@@ -402,14 +389,14 @@ def unsafe_members():
     }
 
 
-@pytest.mark.parametrize("kind", unsafe_members())
+@each("kind", unsafe_members())
 def test_unsafe_members_are_refused(nemo, kind):
     path = nemo(extra=[(unsafe_members()[kind], b"")])
     with pytest.raises(ValueError, match="read safely"):
         canary_processor(path)
 
 
-def test_damaged_archives_are_refused(nemo, tmp_path):
+def test_damaged_and_pickled_archives_are_refused(nemo, tmp_path, monkeypatch):
     path = nemo()
     text = tmp_path / "text.nemo"
     text.write_text("no archive")
@@ -419,6 +406,16 @@ def test_damaged_archives_are_refused(nemo, tmp_path):
         with pytest.raises(ValueError, match="NeMo archive"):
             from_canary(MDMASRForConditionalGeneration, broken)
 
+    with pytest.raises(ValueError, match="lacks model_weights.ckpt"):
+        from_canary(MDMASRForConditionalGeneration, without_weights(nemo()))
+
+    folder = tmp_path / "made_by_the_pickle"
+    monkeypatch.setenv("TEST_CANARY_FOLDER", str(folder))
+    path = nemo(lambda settings, weights: weights.update(payload=RunsCode()))
+    with pytest.raises(ValueError, match="more than tensors"):
+        from_canary(MDMASRForConditionalGeneration, path)
+    assert not folder.exists()
+
 
 def without_weights(path):
     incomplete = path.with_name("incomplete.nemo")
@@ -427,13 +424,3 @@ def without_weights(path):
             if "weights" not in member.name:
                 target.addfile(member, source.extractfile(member))
     return incomplete
-
-
-def test_an_archive_without_weights_is_refused(nemo):
-    with pytest.raises(ValueError, match="lacks model_weights.ckpt"):
-        from_canary(MDMASRForConditionalGeneration, without_weights(nemo()))
-
-
-@needs_parakeet_features
-def test_a_processor_needs_no_weights(nemo):
-    assert canary_processor(without_weights(nemo())).tokenizer.languages == ["en", "de"]
