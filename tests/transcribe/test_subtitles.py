@@ -58,22 +58,18 @@ def test_the_formats_letter_by_letter():
         "confidence": None,
     }
 
-
-def test_empty_transcripts_are_valid_files():
     for segments in ([], [Segment(0.0, 3.0, "")]):
         transcript = Transcript("", 3.0, segments)
         assert (to_srt(transcript), to_vtt(transcript), to_txt(transcript)) == ("", "WEBVTT\n", "")
         assert list(srt.parse(to_srt(transcript))) == [] and vtt_cues(to_vtt(transcript)) == []
         assert json.loads(to_json(transcript)) == transcript.to_dict()
 
-
-def test_hours_beyond_99():
     transcript = transcript_of(timed("still here", 123 * 3600 + 4 * 60 + 5.25))
     assert "123:04:05,250 --> 123:04:06,250" in to_srt(transcript)
     assert vtt_cues(to_vtt(transcript)) == [("123:04:05.250", "123:04:06.250", "still here")]
 
 
-def test_cues_end_with_sentences_before_they_are_full():
+def test_cues_by_hand():
     # 14 words in 7 s would fit two lines; the sentence ends after nine.
     words = timed("We went down to the sea in the morning. The water was cold and very clear that day.", 0.0)
     assert [" ".join(cue.lines) for cue in make_cues(transcript_of(words))] == [
@@ -81,8 +77,6 @@ def test_cues_end_with_sentences_before_they_are_full():
         "The water was cold and very clear that day.",
     ]
 
-
-def test_cues_end_at_pauses_where_there_is_no_punctuation():
     words = timed("so that was the first thing", 0.0) + timed("and this is the second one of them all", 3.6)
     assert [" ".join(cue.lines) for cue in make_cues(transcript_of(words))] == [
         "so that was the first thing",
@@ -93,14 +87,6 @@ def test_cues_end_at_pauses_where_there_is_no_punctuation():
         words = [Word("yes", 0.0, 0.5), Word("no", 0.5 + pause_s, 1.0 + pause_s)]
         assert len(make_cues(transcript_of(words))) == num_cues
 
-
-def test_lines_are_balanced():
-    # 46 letters need two lines; greedily they would be 42 and 4.
-    cues = make_cues(transcript_of(timed("one two three four five six seven eight now end", 0.0, 0.2)))
-    assert [cue.lines for cue in cues] == [["one two three four five", "six seven eight now end"]]
-
-
-def test_a_last_cue_stands_a_second_if_the_recording_does():
     words = [Word("hm", 1.0, 1.125)]
     assert make_cues(transcript_of(words, duration_s=10.0))[0].end_s == 2.0
     assert make_cues(transcript_of(words, duration_s=1.5))[0].end_s == 1.5
@@ -109,8 +95,6 @@ def test_a_last_cue_stands_a_second_if_the_recording_does():
     segments = [Segment(one.start_s, one.end_s, one.text, [one]) for one in words]
     assert [(c.start_s, c.end_s) for c in make_cues(Transcript("", 9.0, segments))] == [(1.0, 1.4), (1.4, 2.4)]
 
-
-def test_words_without_times_share_their_segments_time():
     # 12 words of 9 letters in 12 s: cues of at most 7 s hold at most 7 of them, two lines of 42 columns hold 8.
     text = " ".join(["ninechars"] * 12)
     cues = make_cues(Transcript(text, 20.0, [Segment(4.0, 16.0, text)]))
@@ -123,7 +107,11 @@ def test_words_without_times_share_their_segments_time():
     assert [(c.start_s, c.end_s, c.lines) for c in make_cues(untimed)] == [(0, 2, ["a b"]), (2, 4, ["c d"])]
 
 
-def test_text_without_blanks_is_broken_by_columns():
+def test_lines_by_hand():
+    # 46 letters need two lines; greedily they would be 42 and 4.
+    cues = make_cues(transcript_of(timed("one two three four five six seven eight now end", 0.0, 0.2)))
+    assert [cue.lines for cue in cues] == [["one two three four five", "six seven eight now end"]]
+
     # A wide character takes two columns: 21 a line, 42 a cue.
     cues = make_cues(transcript_of([Word("字" * 50, 0.0, 10.0)]))
     assert sum(len(line) for cue in cues for line in cue.lines) == 50
