@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tables import each
 from tiny_models import PARAKEET_ENCODER, tiny_config, tiny_drafts_model, tiny_inputs, tiny_model
 from transformers import AutoConfig
 
@@ -35,14 +36,10 @@ def test_round_trip(tmp_path):
     assert loaded.encoder_config.to_dict() == config.encoder_config.to_dict()
     assert loaded.mask_token_id == 61 and loaded.num_token_ids == 62 and loaded.vocab_size == 60
 
-
-def test_the_mask_is_the_last_input_only_id_by_default():
     config = MDMASRConfig(decoder_config=MDMASRDecoderConfig(vocab_size=100, num_input_only_tokens=3))
     assert config.mask_token_id == 102
     assert config.encoder_config.model_type == "parakeet_encoder"
 
-
-def test_drafts_make_the_decoder_causal(tmp_path):
     assert not tiny_config().has_drafts and not tiny_config().decoder_config.is_causal
     config = tiny_config(decoder_config=dict(draft_layers=1, draft_length=3))
     config.save_pretrained(tmp_path)
@@ -55,7 +52,7 @@ def test_drafts_make_the_decoder_causal(tmp_path):
 DRAFTS = dict(draft_layers=2, max_position_embeddings=40)
 
 
-@pytest.mark.parametrize(
+@each(
     "settings, message",
     [
         (dict(mask_token_id=5), "`mask_token_id` .5. must be an input-only id"),
@@ -203,7 +200,7 @@ def test_generation_defaults_are_the_papers():
     assert config.num_beams == 1 and config.max_length is not None
 
 
-@pytest.mark.parametrize(
+@each(
     "settings, message",
     [
         (dict(gama=0.1), "gama"),
@@ -242,20 +239,13 @@ def test_prompts():
     assert build_prompt_ids(TEMPLATE, 2, language=["de", "en"]).tolist() == [[7, 71, 71, 5, 9], [7, 62, 62, 5, 9]]
     assert build_prompt_ids({"tokens": [4, 5]}, 2, language=None).tolist() == [[4, 5], [4, 5]]
 
-
-@pytest.mark.parametrize(
-    "slots, message",
-    [
+    for slots, message in [
         (dict(language="fr"), "`language='fr'` is not known.*'de', 'en'"),
         (dict(language=["de"]), "`language` has 1 values for a batch of 2"),
         (dict(task="translate"), "`task='translate'` has no place"),
-    ],
-)
-def test_unknown_prompt_values_raise(slots, message):
-    with pytest.raises(ValueError, match=message):
-        build_prompt_ids(TEMPLATE, 2, **slots)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build_prompt_ids(TEMPLATE, 2, **slots)
 
-
-def test_a_fixed_prompt_takes_no_language():
     with pytest.raises(ValueError, match="which is fixed"):
         build_prompt_ids({"tokens": [4]}, language="en")
