@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 from remote_code import noise, transcribe_as_remote_code
 from safetensors.torch import load_file, save_file
+from tables import each
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
@@ -83,7 +84,7 @@ def test_the_folder_that_would_be_uploaded_loads_by_itself(folder, staged_by, tm
     assert out["type"] == "seq2seq" and out["direct"] == out["pipeline"] == transcribe(folder, clip) != ""
 
 
-def test_without_code_no_reference_to_code_is_left(folder, staged_by):
+def test_the_folder_holds_its_card_and_no_other_code(folder, staged_by, tmp_path):
     with_code = staged_by(folder)
     # A folder that came from the Hub with its code is published again without.
     result = staged_by(with_code.folder, with_code=False)
@@ -93,14 +94,10 @@ def test_without_code_no_reference_to_code_is_left(folder, staged_by):
     clip = noise()
     assert transcribe(result.folder, clip) == transcribe(folder, clip) != ""
 
-
-def test_code_of_another_class_does_not_stay_registered(folder, staged_by):
     staged_by(folder)
     tiny_model().save_pretrained(folder.parent / "plain")
     assert not list((folder.parent / "plain").glob("*.py"))
 
-
-def test_a_card_beside_the_folder(folder, staged_by, tmp_path):
     card = tmp_path / "card.md"
     card.write_text(CARD.replace("# tiny", "# another"))
     result = staged_by(folder, card=card)
@@ -130,7 +127,7 @@ def card_without_licence(folder):
     (folder / "README.md").write_text(CARD.replace("license: apache-2.0\n", ""))
 
 
-@pytest.mark.parametrize(
+@each(
     "damage, message",
     [
         (without("config.json"), "no config.json"),
@@ -140,7 +137,8 @@ def card_without_licence(folder):
         (drop_a_weight, "missing model.decoder"),
     ],
 )
-def test_what_is_incomplete_is_not_uploaded(folder, hub, damage, message):
+def test_what_is_incomplete_is_not_uploaded(folder, hub, tmp_path, damage, message):
+    folder = shutil.copytree(folder, tmp_path / "damaged")
     damage(folder)
     with pytest.raises(ValueError, match=message):
         push(folder, "user/tiny")
@@ -246,7 +244,7 @@ def call(*arguments):
     return end.value.code
 
 
-def test_the_command_lists_what_it_would_upload(folder, capsys):
+def test_the_command_lists_uploads_or_says_why_not_on_one_line(folder, hub, capsys):
     assert call(folder, "user/tiny", "--no-code", "--dry-run") == 0
     *files, last = capsys.readouterr().out.splitlines()
     staged = Path(last.split(" in ")[1])
@@ -256,8 +254,6 @@ def test_the_command_lists_what_it_would_upload(folder, capsys):
     finally:
         shutil.rmtree(staged)
 
-
-def test_the_command_uploads_or_says_why_not_on_one_line(folder, hub, capsys):
     assert call(folder, "user/tiny", "--private") == 0
     assert f"{hub.endpoint}/user/tiny/commit/1" in capsys.readouterr().out
     assert call(folder, "user/too/many/slashes") == 1
