@@ -590,6 +590,15 @@ def test_a_recording_by_command_and_curl(command):
         assert "treasure" in done.stdout or ROUTE not in line
 
 
+def test_the_pages_python_runs_as_printed(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python[^\n]*\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code.replace("127.0.0.1:8000", command[1].removeprefix("http://")), {})
+        assert "found where his treasure was" in capsys.readouterr().out
+
+
 def test_live_audio(command):
     _, url = command
     samples, rate = soundfile.read(RECORDING, dtype="int16")
