@@ -242,7 +242,7 @@ def test_what_clients_leave_is_not_decoded():
 
 
 def test_batches_are_as_long_as_the_model_is_fast(monkeypatch):
-    monkeypatch.setattr(batching, "BATCH_TIME_S", 0.2)
+    monkeypatch.setattr(batching, "BATCH_TIME_S", 0.05)
 
     def sizes(seconds):
         """Of batches of windows of a second, by a model that takes so many seconds for each."""
@@ -261,7 +261,7 @@ def test_batches_are_as_long_as_the_model_is_fast(monkeypatch):
         batcher.close()
         return found
 
-    # It is taken for 20 times as fast as the speech at first.
+    # It is taken for 80 times as fast as the speech at first.
     fast, slow = sizes(0.0), sizes(0.1)
     assert fast[0] == slow[0] == 4 and max(fast) > 4 and slow[-2] < 4
 
