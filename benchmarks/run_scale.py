@@ -119,11 +119,11 @@ def time_listing(manifest: Path, number: int) -> dict[str, Any]:
     }
 
 
-def kill_runs(manifest: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Kills, in turn, an actor and the whole run; says what was left at the end."""
+def kill_runs(manifest: Path, args: argparse.Namespace, most: int, seed: int) -> dict[str, Any]:
+    """Kills, in turn, an actor and the whole run, until it is over; says what was left at the end."""
     import psutil
 
-    generator = random.Random(args.seed)
+    generator = random.Random(seed)
     output, made, runs = Path(args.output) / "killed", collections.Counter(), 0
     shutil.rmtree(output, ignore_errors=True)
     is_over = False
@@ -131,7 +131,7 @@ def kill_runs(manifest: Path, args: argparse.Namespace) -> dict[str, Any]:
         # What it says would fill a pipe that nobody reads.
         process = subprocess.Popen(command(TWO, manifest, output, args), stderr=subprocess.DEVNULL)
         runs += 1
-        while process.poll() is None and made.total() < args.kills:
+        while process.poll() is None and made.total() < most:
             num_shards = len(list(output.glob("shard-*")))
             while process.poll() is None and len(list(output.glob("shard-*"))) == num_shards:
                 time.sleep(0.01)
@@ -179,7 +179,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         folder = Path(name)
         audio_s = write_manifest(Path(args.data), args.clips, folder / "clips.jsonl")
         if args.kills:
-            return [*rows, kill_runs(folder / "clips.jsonl", args)]
+            # A run may be over before so many.
+            while (left := args.kills - sum(sum(row["kills"].values()) for row in rows[1:])) > 0:
+                rows.append(kill_runs(folder / "clips.jsonl", args, left, args.seed + len(rows)))
+                if not rows[-1]["kills"]:
+                    raise SystemExit("error: a run was over before anything was killed. Take more `--clips`.")
+            return rows
         write_manifest(Path(args.data), START_CLIPS, folder / "start.jsonl")
         rows.append(time_listing(folder / "clips.jsonl", args.clips))
         (folder / "empty").mkdir()
