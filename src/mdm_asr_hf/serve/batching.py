@@ -4,7 +4,7 @@ Windows of all requests in shared batches.
 
 One thread decodes. Whenever it is free, it takes what waits, at once: while a batch is decoded, the next one comes
 together, so that nothing waits for the sake of a batch. Requests take turns window by window, and a batch is no longer
-than some seconds of decoding, so that a short one stands in the next batch, and that is near, however long the files
+than half a second of decoding, so that a short one stands in the next batch, and that is near, however long the files
 before it are.
 """
 

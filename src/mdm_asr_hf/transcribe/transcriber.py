@@ -21,7 +21,7 @@ from ..prompt_mdm_asr import prompt_values
 from .joining import DecodedWindow, join_parts, join_windows
 from .transcript import Transcript, text_length, token_texts
 from .voice_activity import make_vad
-from .windows import Window, cut_in_half, cut_windows
+from .windows import Window, cut_in_half, cut_windows, spoken_s
 
 # Seconds of audio that wait to be batched with others of their length: 38 MB of samples.
 POOL_S = 600.0
@@ -243,9 +243,11 @@ class Transcriber:
             # Where nothing was found, or words will be looked for in other windows, it stays as it is.
             if self.vad is None or not result.pieces or window.needs_times or window.duration_s < LEAST_HEARD_OUT_S:
                 continue
-            if len(result.pieces) < TOKENS_PER_S * window.duration_s:
-                parts, spoken_s = cut_in_half(window, self.rate_hz, self.vad)
-                if len(parts) > 1 and len(result.pieces) < TOKENS_PER_S * spoken_s:
+            # Speech is looked for only where there may be enough of it.
+            wanted_s = len(result.pieces) / TOKENS_PER_S
+            if wanted_s < window.duration_s and wanted_s < spoken_s(window, self.rate_hz, self.vad):
+                parts = cut_in_half(window, self.rate_hz, self.vad)
+                if len(parts) > 1:
                     halves[place] = parts
         parts = [part for parts in halves.values() for part in parts]
         its = [arguments[place] for place, parts in halves.items() for _ in parts]

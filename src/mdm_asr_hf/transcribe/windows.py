@@ -94,15 +94,20 @@ def cut_windows(
     yield previous
 
 
-def cut_in_half(window: Window, rate_hz: float, vad: Any) -> tuple[list[Window], float]:
-    """A window's parts, of at most half of its length, as [`cut_windows`] makes them, and its seconds of speech."""
+def spoken_s(window: Window, rate_hz: float, vad: Any) -> float:
+    """A window's seconds of speech, by a detector, which stays as it is."""
     detector = copy.copy(vad)
     detector.reset()
     runs = speech_runs(detector(window.samples), vad.enter, vad.leave, round(MIN_PAUSE_S / FRAME_S))
+    return sum(end - start for start, end in runs) * vad.frame_size / rate_hz
+
+
+def cut_in_half(window: Window, rate_hz: float, vad: Any) -> list[Window]:
+    """A window's parts, of at most half of its length, as [`cut_windows`] makes them."""
     parts = list(cut_windows([window.samples], rate_hz, vad, window.duration_s / 2))
     for part in parts:
         part.start_s, part.end_s = window.start_s + part.start_s, window.start_s + part.end_s
-    return parts, sum(end - start for start, end in runs) * vad.frame_size / rate_hz
+    return parts
 
 
 class _Cutter:
@@ -284,4 +289,4 @@ def _with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield previous, True
 
 
-__all__ = ["Window", "cut_in_half", "cut_windows"]
+__all__ = ["Window", "cut_in_half", "cut_windows", "spoken_s"]
