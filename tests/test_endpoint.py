@@ -4,13 +4,10 @@
 import base64
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from demo_recording import RECORDING, ROOT, TEXT
 from tables import each
-
-ROOT = Path(__file__).parents[1]
-TEXT = "He had found where his treasure was, and was frightened of what might happen."
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +19,7 @@ def handler():
 
 
 def test_audio_in_bytes_or_base64_gives_text_and_times(handler):
-    content = (ROOT / "demo" / "common_voice_en_48.flac").read_bytes()
+    content = RECORDING.read_bytes()
     result = handler({"inputs": content})
     assert result["text"] == TEXT
     body = json.dumps({"inputs": base64.b64encode(content).decode(), "parameters": {"timestamps": True}})

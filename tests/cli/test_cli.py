@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from canary_donors import (
     nemo_weights,
     write_nemo,
 )
+from demo_recording import RECORDING, ROOT, TEXT
 from safetensors.torch import load_file, save_file
 from tables import each
 from tiny_models import tiny_drafts_model
@@ -41,10 +41,6 @@ from mdm_asr_hf import (
 )
 from mdm_asr_hf.loading import generation_settings
 
-DEMO = Path(__file__).parents[2] / "demo"
-RECORDING = DEMO / "common_voice_en_48.flac"
-# As Whisper tiny.en writes it.
-TEXT = "He had found where his treasure was, and was frightened of what might happen."
 RATE_HZ = 16_000
 
 
@@ -196,7 +192,7 @@ def test_a_fresh_process_prints_nothing_else_and_the_readmes_python_runs(silence
     done = run_python(command, "transcribe", RECORDING, silence)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{RECORDING}\t{TEXT}\n{silence}\t\n", "")
 
-    root = DEMO.parent
+    root = ROOT
     code = "".join(re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL))
     assert "generate(" in code and "pipeline(" in code
     done = run_python(code, cwd=root)

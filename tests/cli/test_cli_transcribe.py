@@ -18,6 +18,7 @@ import pytest
 import soundfile
 import srt
 import webvtt
+from demo_recording import RECORDING, TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import each
@@ -35,10 +36,6 @@ from mdm_asr_hf.transcribe.subtitles import to_json
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.transcript import Segment, Transcript, Word
 
-DEMO = Path(__file__).parents[2] / "demo"
-RECORDING = DEMO / "common_voice_en_48.flac"
-# As Whisper tiny.en writes it.
-TEXT = "He had found where his treasure was, and was frightened of what might happen."
 RATE_HZ = 16_000
 
 

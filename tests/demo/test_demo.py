@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import soundfile
+from demo_recording import RECORDING, TEXT
 
 from mdm_asr_hf.loading import default_checkpoint, generation_settings, load_model
 
@@ -24,8 +25,6 @@ from mdm_asr_hf.demo.watching import Draft, Watched, _Follower, watch  # noqa: E
 from mdm_asr_hf.transcribe.transcript import Segment, Transcript, Word  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-RECORDING = Path(__file__).parents[2] / "demo" / "common_voice_en_48.flac"
-TEXT = "He had found where his treasure was, and was frightened of what might happen."
 HOSTILE = "<img src=x onerror=\"document.title='HACKED'\"> & {{ 7 }} ${7} 'it'"
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_recording import RECORDING, ROOT, TEXT
 
 for module in ("fastapi", "uvicorn", "websockets", "python_multipart", "prometheus_client", "openai", "httpx"):
     pytest.importorskip(module)
@@ -53,9 +54,6 @@ from mdm_asr_hf.transcribe.subtitles import WRITERS
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.windows import Window
 
-ROOT = Path(__file__).parents[2]
-RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
-TEXT = "He had found where his treasure was, and was frightened of what might happen."
 ROUTE = "/v1/audio/transcriptions"
 WINDOW_S = 5.0
 
