@@ -130,7 +130,7 @@ def check() -> int:
         ["ruff", "format", "--check", "."],
         ["lint-imports"],
         ["mypy"],
-        ["pylint", "--jobs", "2", "src"],
+        ["pylint", "src"],
     )
     codes = [subprocess.run([str(BIN / name), *rest], cwd=ROOT).returncode for name, *rest in commands]
     return max(codes)
