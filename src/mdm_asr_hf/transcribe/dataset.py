@@ -10,7 +10,9 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +281,6 @@ def _run_actors(
     # It tells its makers of each start.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
-    import ray.data
 
     is_ours = not ray.is_initialized()
     if is_ours:
@@ -288,7 +289,13 @@ def _run_actors(
             cores = (actors or max((os.cpu_count() or 1) // threads, 1)) * threads
             quiet |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
             quiet |= {"object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(**quiet)
+        with ThreadPoolExecutor(1) as beside:
+            # Ray's start is waiting, most of the time.
+            imported = beside.submit(import_module, "ray.data")
+            ray.init(**quiet)
+            imported.result()
+    import ray.data
+
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -303,14 +310,16 @@ def _run_actors(
         data = ray.data.from_items(units, override_num_blocks=len(units))
         data.context.enable_progress_bars = data.context.print_on_execution_start = False
         data.context.max_errored_blocks = -1
+        size = min(actors or room, room, len(units))
         data = data.map_batches(
             ShardWorker,
             fn_constructor_kwargs=worker,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                # A shard that waits at one actor would wait while others have none.
-                size=min(actors or room, room, len(units)),
-                max_tasks_in_flight_per_actor=1,
+                size=size,
+                # The next shard lies ready at an actor, which would wait for the driver, but where there are few: the
+                # first actor would take those of one that still starts.
+                max_tasks_in_flight_per_actor=2 if len(units) >= 4 * size else 1,
             ),
             num_cpus=threads,
             num_gpus=gpus,
