@@ -1,15 +1,13 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Publishing: the files that are gathered, what a Hub on this machine receives, and that it loads by itself."""
 
-import base64
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from hub import hub_on_this_machine, uploaded
 from huggingface_hub import ModelCard, constants
 from remote_code import noise, transcribe_as_remote_code
 from safetensors.torch import load_file, save_file
@@ -145,57 +143,13 @@ def test_what_is_incomplete_is_not_uploaded(folder, hub, tmp_path, damage, messa
     assert hub.requests == []
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's API as an upload of small files asks for."""
-
-    def do_GET(self):
-        self.server.requests.append(("GET", self.path, self.headers["authorization"], None))
-        self.answer({"id": "user/tiny", "private": self.server.is_private})
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["content-length"]))
-        lines = [json.loads(line) for line in body.splitlines()]
-        self.server.requests.append(("POST", self.path, self.headers["authorization"], lines))
-        if self.path == "/api/repos/create":
-            self.answer({"url": f"{self.server.endpoint}/user/tiny"})
-        elif self.path == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
-        elif self.path.endswith("/preupload/main"):
-            modes = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in lines[0]["files"]
-            ]
-            self.answer({"files": modes})
-        elif self.path.endswith("/commit/main"):
-            self.answer({"commitUrl": f"{self.server.endpoint}/user/tiny/commit/1", "commitOid": "1", "success": True})
-        else:
-            self.send_error(404)
-
-    def answer(self, content):
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.endpoint = f"http://127.0.0.1:{server.server_port}"
-    server.requests, server.is_private = [], True
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub_on_this_machine() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        yield server
 
 
 def test_one_commit_brings_everything(folder, hub, staged_by):
@@ -207,12 +161,7 @@ def test_one_commit_brings_everything(folder, hub, staged_by):
     # How it is said depends on the version of huggingface_hub.
     assert creation[0].get("private") is True or creation[0]["visibility"] == "private"
 
-    commits = [lines for _, path, _, lines in hub.requests if path.endswith("/commit/main")]
-    assert len(commits) == 1
-    received = {}
-    for line in commits[0][1:]:
-        assert (line["key"], line["value"]["encoding"]) == ("file", "base64")
-        received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+    received = uploaded(hub.requests)
     # What the first test loads.
     staged = staged_by(folder).folder
     assert received == {path.name: path.read_bytes() for path in staged.iterdir()}

@@ -8,27 +8,19 @@ import torch
 from canary_donors import (
     MASK_EMBEDDING,
     NUM_MEL_BINS,
-    SPECIAL_TOKENS,
     check_drafts,
     features,
+    frames,
     load_processor,
     logits_in_pieces,
     needs_parakeet_features,
-    randomize,
+    save_native_donor,
 )
 from safetensors.torch import load_file, save_file
 from tables import each
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CanaryConfig,
-    CanaryForConditionalGeneration,
-    CanaryProcessor,
-    ParakeetFeatureExtractor,
-    PreTrainedTokenizerFast,
-)
+from transformers import CanaryForConditionalGeneration
 
 from mdm_asr_hf.convert.canary import canary_processor, from_canary
-from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.generation_configuration_mdm_asr import MDMASRGenerationConfig
 from mdm_asr_hf.modeling_mdm_asr import MDMASRForConditionalGeneration
 from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
@@ -38,72 +30,10 @@ from mdm_asr_hf.train.distillation import train_drafts
 pytestmark = needs_parakeet_features
 
 
-def frames(batch_size=8):
-    """Frames (B, T, width), every second row shorter, as the encoder returns them."""
-    states = 0.3 * torch.randn(batch_size, 12, 16, generator=torch.Generator().manual_seed(3))
-    mask = torch.ones(batch_size, 12, dtype=torch.long)
-    mask[1::2, 7:] = 0
-    return MDMASREncoderOutput(last_hidden_state=states, attention_mask=mask)
-
-
-@torch.no_grad()
-def vary_texts(donor):
-    """Makes tokens differ from their neighbours, and some texts end: by weaker embeddings, and by an output bias that
-    evens out what is said everywhere, but for the end of text."""
-    donor.model.decoder.embed_tokens.weight.mul_(0.3)
-    donor.model.decoder.norm.weight.mul_(3)
-    donor.proj_out.bias.zero_()
-    ids = torch.randint(0, 24, (8, 64), generator=torch.Generator().manual_seed(4))
-    logits = donor(encoder_outputs=frames(), decoder_input_ids=ids).logits
-    donor.proj_out.bias.copy_(-logits.mean(dim=(0, 1)))
-    donor.proj_out.bias[donor.config.eos_token_id] += 0.5 * logits.std(dim=(0, 1)).mean()
-
-
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
     folder = tmp_path_factory.mktemp("native")
-    vocab = {token: index for index, token in enumerate(["<unk>", *SPECIAL_TOKENS, "hello", "world"])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<|startoftranscript|>",
-        eos_token="<|endoftext|>",
-    )
-    # 21 named ids, 24 rows: the mask has to skip three.
-    vocab_size = 24
-    config = CanaryConfig(
-        vocab_size=vocab_size,
-        encoder_config={
-            "model_type": "parakeet_encoder",
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "num_mel_bins": NUM_MEL_BINS,
-            "subsampling_conv_channels": 4,
-            "scale_input": False,
-            "layerdrop": 0.0,
-        },
-        decoder_config={
-            "vocab_size": vocab_size,
-            "hidden_size": 16,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 64,
-        },
-    )
-    donor = randomize(CanaryForConditionalGeneration(config))
-    vary_texts(donor)
-    donor.save_pretrained(folder)
-    extractor = ParakeetFeatureExtractor(feature_size=NUM_MEL_BINS)
-    CanaryProcessor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
-    return folder, donor
+    return folder, save_native_donor(folder)
 
 
 def copy_with_weights(folder, target, change):

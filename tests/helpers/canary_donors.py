@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import ParakeetFeatureExtractor
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CanaryConfig,
+    CanaryForConditionalGeneration,
+    CanaryProcessor,
+    ParakeetFeatureExtractor,
+    PreTrainedTokenizerFast,
+)
 
 from mdm_asr_hf.convert.canary import canary_processor
 from mdm_asr_hf.convert.common import DRAFTS
 from mdm_asr_hf.decoder_mdm_asr import DraftingCache
+from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.tokenization_mdm_asr import MDMASRAggregateTokenizer
 
 
@@ -106,6 +114,76 @@ def load_processor(path):
     processor = canary_processor(path)
     audio = np.random.default_rng(0).normal(size=8000).astype(np.float32)
     return processor, processor.feature_extractor(audio, sampling_rate=16000, return_tensors="pt")
+
+
+# transformers' format
+
+
+def frames(batch_size=8):
+    """Frames (B, T, width), every second row shorter, as the encoder returns them."""
+    states = 0.3 * torch.randn(batch_size, 12, 16, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(batch_size, 12, dtype=torch.long)
+    mask[1::2, 7:] = 0
+    return MDMASREncoderOutput(last_hidden_state=states, attention_mask=mask)
+
+
+@torch.no_grad()
+def vary_texts(donor):
+    """Makes tokens differ from their neighbours, and some texts end: by weaker embeddings, and by an output bias that
+    evens out what is said everywhere, but for the end of text."""
+    donor.model.decoder.embed_tokens.weight.mul_(0.3)
+    donor.model.decoder.norm.weight.mul_(3)
+    donor.proj_out.bias.zero_()
+    ids = torch.randint(0, 24, (8, 64), generator=torch.Generator().manual_seed(4))
+    logits = donor(encoder_outputs=frames(), decoder_input_ids=ids).logits
+    donor.proj_out.bias.copy_(-logits.mean(dim=(0, 1)))
+    donor.proj_out.bias[donor.config.eos_token_id] += 0.5 * logits.std(dim=(0, 1)).mean()
+
+
+def save_native_donor(folder):
+    """A donor in transformers' format, saved with its processor."""
+    vocab = {token: index for index, token in enumerate(["<unk>", *SPECIAL_TOKENS, "hello", "world"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<|startoftranscript|>",
+        eos_token="<|endoftext|>",
+    )
+    # 21 named ids, 24 rows: the mask has to skip three.
+    vocab_size = 24
+    config = CanaryConfig(
+        vocab_size=vocab_size,
+        encoder_config={
+            "model_type": "parakeet_encoder",
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "num_mel_bins": NUM_MEL_BINS,
+            "subsampling_conv_channels": 4,
+            "scale_input": False,
+            "layerdrop": 0.0,
+        },
+        decoder_config={
+            "vocab_size": vocab_size,
+            "hidden_size": 16,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+        },
+    )
+    donor = randomize(CanaryForConditionalGeneration(config))
+    vary_texts(donor)
+    donor.save_pretrained(folder)
+    extractor = ParakeetFeatureExtractor(feature_size=NUM_MEL_BINS)
+    CanaryProcessor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
+    return donor
 
 
 # NeMo's format
