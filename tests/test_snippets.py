@@ -142,6 +142,7 @@ def commands(clone, tmp_path_factory):
             json.dumps(hidden(distributions) if extras else []),
         ]
         source = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+        source["HF_DATASETS_CACHE"] = str(folder / "datasets")
         processes.append(subprocess.Popen([*command, *([clone / "tiny"] if is_tiny else [])], env=source, cwd=clone))
         for name in ("mdm-asr", "python"):
             (folder / name).write_text(CLIENT.format(python=sys.executable, path=path))

@@ -9,6 +9,7 @@ import runpy
 import signal
 import socket
 import sys
+from importlib.machinery import PathFinder
 
 # What takes too long, does not end, or writes to the Hub: its options are only read.
 ONLY_READ = ("demo", "push", "serve", "train-drafts")
@@ -20,6 +21,16 @@ server.connect({path!r})
 socket.send_fds(server, [json.dumps([sys.argv, os.getcwd(), "ONLY_READ" in os.environ]).encode()], [0, 1, 2])
 sys.exit(int(server.recv(16) or 70))
 """
+
+
+class Shown(PathFinder):
+    """Finds all modules but those that are hidden."""
+
+    hidden = set()
+
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        return None if fullname in cls.hidden else super().find_spec(fullname, path, target)
 
 
 PARSE = argparse.ArgumentParser.parse_known_args
@@ -53,8 +64,8 @@ def run(program, arguments, only_read):
 
 
 def serve(path, hidden, checkpoint=None):
-    for name in hidden:
-        sys.modules[name] = None
+    Shown.hidden = set(hidden)
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Shown
     import mdm_asr_hf
     from mdm_asr_hf import loading
 
