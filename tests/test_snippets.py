@@ -1,8 +1,9 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """
 The code blocks of the documentation, run as they are printed and in that order, in a folder with recordings and tiny
-random donors of the names they mention, where nothing can be imported but what the page says to install. A block
-that no test can run is marked `no-run` and why, in a word; of some the arguments are read all the same.
+random donors of the names they mention, where nothing can be imported but what the page says to install. What they
+upload goes to a Hub on this machine. A block that no test can run is marked `no-run` and why, in a word; of some the
+arguments are read all the same. Those of docs/serving.md that need the server run in tests/serve.
 """
 
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import soundfile
 from canary_donors import save_native_donor
+from hub import hub_on_this_machine, uploaded
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -41,7 +43,7 @@ BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOT
 INSTALL = re.compile(r'pip install "\.\[([\w,]+)\]"')
 # What cannot be there where tests run; of what takes hours or recordings of its own, the arguments are read.
 ONLY_READ = {"data", "training"}
-REASONS = {"docker", "gpu", "Hub", "microphone", "server", "setup", *ONLY_READ}
+REASONS = {"docker", "gpu", "microphone", "server", "setup", *ONLY_READ}
 # README.md says so; `[torch]` does not bring it.
 CANARY_NEEDS_LIBROSA = Version(version("transformers")) < Version("5.23")
 SPEECH = ("common_voice", "librispeech", "speechocean762", "vctk")
@@ -103,14 +105,16 @@ def hidden(distributions):
 
 @pytest.fixture
 def place(clone, tmp_path):
-    return shutil.copytree(clone, tmp_path / "clone", symlinks=True)
+    yield shutil.copytree(clone, tmp_path / "clone", symlinks=True)
+    # The checkpoint of the package is copied there.
+    shutil.rmtree(tmp_path / "clone" / "MODEL")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A folder with what the pages name."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("src", "demo", "training", "benchmarks", "pyproject.toml"):
+    for name in ("src", "demo", "training", "benchmarks", "endpoints", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     speech = load_audio(ROOT / "demo" / "common_voice_en_48.flac")
     for name in ("recording.wav", "recording.flac", "a.wav", "talk.mp3", "talk.flac", "b.mp3"):
@@ -125,11 +129,18 @@ def clone(tmp_path_factory):
         save_native_donor(folder / "nvidia" / "canary-1b-v2")
     tiny_drafts_model().save_pretrained(folder / "tiny")
     tiny_processor().save_pretrained(folder / "tiny")
+    shutil.copytree(folder / "tiny", folder / "MODEL")
     return folder
 
 
 @pytest.fixture(scope="module")
-def commands(clone, tmp_path_factory):
+def hub():
+    with hub_on_this_machine() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def commands(clone, hub, tmp_path_factory):
     """Gives the folder of programs, for the path, that see what these extras install; without any, all there is."""
     processes, folders = [], {}
 
@@ -154,7 +165,8 @@ def commands(clone, tmp_path_factory):
             (folder / name).write_text(CLIENT.format(python=sys.executable, path=path))
         (folder / "pip").write_text("#!/bin/sh\nexit 0\n")
         (folder / "curl").write_text("#!/bin/sh\ncat talk.mp3\n")
-        (folder / "hf").write_text(f'#!/bin/sh\nexec {sys.executable} -m huggingface_hub.cli.hf "$@"\n')
+        settings = f"HF_ENDPOINT={hub.endpoint} HF_TOKEN=hf_test HF_HUB_OFFLINE=0 HF_HUB_DISABLE_UPDATE_CHECK=1"
+        (folder / "hf").write_text(f'#!/bin/sh\n{settings} exec {sys.executable} -m huggingface_hub.cli.hf "$@"\n')
         raw = load_audio(clone / "talk.flac") * 2**15
         (folder / "raw").write_bytes(raw.astype("<i2").tobytes())
         (folder / "arecord").write_text(f"#!/bin/sh\ncat {folder}/raw\n")
@@ -173,7 +185,7 @@ def commands(clone, tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_snippets_run_as_printed(page, place, commands):
+def test_snippets_run_as_printed(page, place, commands, hub):
     cells = blocks(page)
     assert all(reason is None or reason in REASONS for _, reason, _, _ in cells)
     assert not cells or all(extras for *_, extras in cells), "The page does not say what to install."
@@ -206,6 +218,10 @@ def test_snippets_run_as_printed(page, place, commands):
         )
         assert done.returncode == 0, f"{code}\n{done.stderr}"
         assert expected is None or done.stdout == expected
+        if "hf upload" in code:
+            files = set(uploaded(hub.requests))
+            assert {"config.json", "handler.py", "mdm_asr_hf/loading.py"} <= files
+            assert not [path for path in files if "checkpoints" in path]
     # In one process, so that the names of one block are there in the next.
     if python and (folder := commands(python[0][0], is_tiny)) is not None:
         assert len({extras for extras, _ in python}) == 1
