@@ -41,11 +41,17 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INSTALL = re.compile(r'pip install "\.\[([\w,]+)\]"')
-# What cannot be there where tests run; of what takes hours or recordings of its own, the arguments are read.
-ONLY_READ = {"data", "training"}
-REASONS = {"docker", "gpu", "microphone", "server", "setup", *ONLY_READ}
+# What cannot be there where tests run; of what takes hours, devices or recordings of its own, the arguments are read.
+ONLY_READ = {"data", "gpu", "microphone", "training"}
+REASONS = {"docker", "server", "setup", *ONLY_READ}
 # README.md says so; `[torch]` does not bring it.
 CANARY_NEEDS_LIBROSA = Version(version("transformers")) < Version("5.23")
+# Runs the program without its own options.
+ACCELERATE = """#!/bin/sh
+until [ -f "$1" ]; do shift || exit; done
+case $1 in *.py) set python "$@" ;; esac
+"$@"
+"""
 SPEECH = ("common_voice", "librispeech", "speechocean762", "vctk")
 
 
@@ -167,6 +173,7 @@ def commands(clone, hub, tmp_path_factory):
         (folder / "curl").write_text("#!/bin/sh\ncat talk.mp3\n")
         settings = f"HF_ENDPOINT={hub.endpoint} HF_TOKEN=hf_test HF_HUB_OFFLINE=0 HF_HUB_DISABLE_UPDATE_CHECK=1"
         (folder / "hf").write_text(f'#!/bin/sh\n{settings} exec {sys.executable} -m huggingface_hub.cli.hf "$@"\n')
+        (folder / "accelerate").write_text(ACCELERATE)
         raw = load_audio(clone / "talk.flac") * 2**15
         (folder / "raw").write_bytes(raw.astype("<i2").tobytes())
         (folder / "arecord").write_text(f"#!/bin/sh\ncat {folder}/raw\n")
