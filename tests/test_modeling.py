@@ -499,11 +499,11 @@ def test_the_losses_of_drafts_by_hand(encoder):
     model = tiny_drafts_model(encoder, decoder_config=dict(draft_vocab_size=40))
     features, mask = tiny_inputs(encoder)
     labels = torch.tensor([[5, 6, 7, 50, EOS], [9, 10, EOS, -100, -100], [11, EOS, -100, -100, -100]])
-    objective = DraftObjective(num_frontiers=6, place_decay=0.5, draft_weight=0.25)
+    objective = DraftObjective(draft_weight=0.25)
     with torch.no_grad():
         out = model(features, mask, labels=labels, objective=objective, generator=torch.Generator().manual_seed(3))
         # A position for every token of the text, drawn anew.
-        drawn = torch.rand(3, 6, generator=torch.Generator().manual_seed(3))
+        drawn = torch.rand(3, 12, generator=torch.Generator().manual_seed(3))
         frontiers = (drawn * torch.tensor([[5], [3], [2]])).long()
         head, embed = model.model.decoder.drafts.head, model.model.decoder.embed_ids
         losses, weights, donor, right = [], [], [], []
@@ -511,7 +511,7 @@ def test_the_losses_of_drafts_by_hand(encoder):
             ids = torch.cat([torch.tensor([START]), labels[row, :length]])
             seen = model.encode(features[row : row + 1, : int(mask[row].sum())].double())
             own = frontiers[row : row + 1]
-            blocks = torch.full((1, 6, 3), model.config.mask_token_id)
+            blocks = torch.full((1, 12, 3), model.config.mask_token_id)
             blocks[0, :, 0] = ids[own[0] + 1]
             result = model(decoder_input_ids=ids[None, :-1], encoder_outputs=seen, frontiers=own, block_ids=blocks)
             donor += (-result.logits[0].log_softmax(dim=-1)[torch.arange(length), labels[row, :length]]).tolist()
@@ -527,8 +527,8 @@ def test_the_losses_of_drafts_by_hand(encoder):
                     log_probs = (states @ model.get_input_embeddings().weight[:40].T).log_softmax(dim=-1)
                     if (bias := getattr(model.proj_out, "bias", None)) is not None:
                         assert not bias.any()
-                    losses.append(-(0.5**k) * log_probs[ids[target]])
-                    weights.append(0.5**k)
+                    losses.append(-(0.75**k) * log_probs[ids[target]])
+                    weights.append(0.75**k)
                     right.append(float(log_probs.argmax() == ids[target]))
     drafts = sum(losses) / sum(weights)
     assert len(losses) > 10

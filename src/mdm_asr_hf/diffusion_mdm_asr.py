@@ -3,8 +3,8 @@
 What training minimises, by tensor functions that never see a model. x is a text on a canvas filled with EOS, t a time
 in (0, 1], x_t the canvas at that time, L its length. Of a canvas, as arXiv 2602.18952 has it:
 
-    (1)  alpha_t = 1 - t                                     share of tokens that are visible: `LinearSchedule`
-    (2)  w_t = -alpha'_t / (1 - alpha_t) = 1 / t             weight of time t (arXiv 2406.07524, eq. 10)
+    (1)  alpha_t = 1 - t                                     share of tokens that are visible
+    (2)  w_t = -alpha'_t / (1 - alpha_t) = 1 / t             weight of time t (arXiv 2406.07524, eq. 10): `loss_weight`
     (3)  x_t^i = [MASK] with probability 1 - alpha_t, else x^i               `uniform_masking`, `mask_tokens`
     (4)  loss(x, x_t) = w_t / L * sum over masked i of -log p(x^i | x_t)     `masked_diffusion_loss`
     (5)  ISCT: loss(x, x_t) + loss(x, y_s), y the text as x_t is predicted, masked anew at time s
@@ -17,7 +17,6 @@ and of drafts, whose decoder is causal beside them:
     (8)  the mean over tokens of KL(p' || p), p' a teacher's                 `logit_loss`
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,58 +27,19 @@ from transformers.modeling_outputs import ModelOutput
 # t is drawn from (T_MIN, 1]: the weights have no bound at 0.
 T_MIN = 1e-3
 
+# Places of each text, drawn at random, that blocks of drafts stand behind; the weight of a draft by its place in the
+# block, decay^k: it only counts if those before it are right.
+NUM_FRONTIERS, PLACE_DECAY = 12, 0.75
+# Tokens between what is visible and what is masked, where masks are position-biased.
+BAND_WIDTH = 8.0
+
 # Of each position of a canvas (B, L): the probability to be masked, and the weight of its loss.
 Masking = tuple[torch.Tensor, torch.Tensor]
 
 
-class NoiseSchedule:
-    """Base of the noise schedules."""
-
-    def alpha(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(1) alpha_t, the probability that a token is still visible at time t in (0, 1]."""
-        raise NotImplementedError
-
-    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(2) -alpha'_t / (1 - alpha_t), the weight of the loss at time t."""
-        raise NotImplementedError
-
-
-class LinearSchedule(NoiseSchedule):
-    """alpha_t = 1 - t, weight 1 / t: the paper's."""
-
-    def alpha(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return 1.0 - timesteps
-
-    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return 1.0 / timesteps
-
-
-class CosineSchedule(NoiseSchedule):
-    """alpha_t = 1 - cos(pi / 2 (1 - t)), weight pi / 2 tan(pi / 2 (1 - t)) (arXiv 2406.04329): more time at high
-    noise."""
-
-    def alpha(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return 1.0 - torch.cos(math.pi / 2 * (1.0 - timesteps))
-
-    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return math.pi / 2 * torch.tan(math.pi / 2 * (1.0 - timesteps))
-
-
-class LogLinearSchedule(LinearSchedule):
-    """alpha_t = exp(log(1 - (1 - eps) t)) = 1 - (1 - eps) t, weight 1 / t (arXiv 2406.07524): a few tokens stay
-    visible even at t = 1."""
-
-    eps = 1e-3
-
-    def alpha(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return 1.0 - (1.0 - self.eps) * timesteps
-
-
-SCHEDULES: dict[str, NoiseSchedule] = {
-    "linear": LinearSchedule(),
-    "cosine": CosineSchedule(),
-    "log_linear": LogLinearSchedule(),
-}
+def loss_weight(timesteps: torch.Tensor) -> torch.Tensor:
+    """(2) 1 / t, the weight of the loss at time t in (0, 1]."""
+    return 1.0 / timesteps
 
 
 @dataclass(frozen=True)
@@ -88,49 +48,20 @@ class DiffusionObjective:
     What a training step minimises on a canvas.
 
     Args:
-        schedule (`str`): "linear" (the paper's), "cosine" or "log_linear".
         num_steps (`int`): 1 is the plain masked diffusion loss (4); 2 is the paper's ISCT (5); more go on in the same
             way.
         position_biased_share (`float`):
             The share of rows, drawn at random, whose masks are position-biased instead of uniform. 0 is the paper's.
-        band_width (`float`): width in tokens of the band of position-biased masks, see `position_biased_masking`.
-        stop_gradient (`bool`):
-            No gradient passes from a step into the one before (the paper leaves it open). False passes it through the
-            predicted tokens by a straight-through estimate.
-        eos_weight (`float`):
-            Weight of the positions behind a row's first EOS. They are most of a canvas and nearly free; 1 is the
-            paper's.
-        weighting (`str`):
-            "bound", the paper's: each masked token weighs w_t (2), which makes the loss a bound of the likelihood.
-            "flat": all that the bound counts weigh alike, so that no batch hangs on the one token that a small t
-            masked; no bound any more, but gradients of less variance.
     """
 
-    schedule: str = "linear"
     num_steps: int = 1
     position_biased_share: float = 0.0
-    band_width: float = 8.0
-    stop_gradient: bool = True
-    eos_weight: float = 1.0
-    weighting: str = "bound"
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"`schedule` {self.schedule!r} is unknown. Use one of {sorted(SCHEDULES)}.")
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"`num_steps` must be an integer of at least 1, got {self.num_steps!r}.")
         if not 0 <= self.position_biased_share <= 1:
             raise ValueError(f"`position_biased_share` must be in [0, 1], got {self.position_biased_share!r}.")
-        if not self.band_width > 0:
-            raise ValueError(f"`band_width` must be positive, got {self.band_width!r}.")
-        if not 0 <= self.eos_weight < float("inf"):
-            raise ValueError(f"`eos_weight` must be a finite number >= 0, got {self.eos_weight!r}.")
-        if self.weighting not in ("bound", "flat"):
-            raise ValueError(f"`weighting` must be 'bound' or 'flat', got {self.weighting!r}.")
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        return SCHEDULES[self.schedule]
 
 
 def draw_uniform(
@@ -155,36 +86,30 @@ def sample_timesteps(
     return 1.0 - (1.0 - T_MIN) * uniform
 
 
-def uniform_masking(timesteps: torch.Tensor, canvas_mask: torch.BoolTensor, schedule: NoiseSchedule) -> Masking:
+def uniform_masking(timesteps: torch.Tensor, canvas_mask: torch.BoolTensor) -> Masking:
     """(3) Every position of a row's canvas (B, L) is masked with the same probability 1 - alpha_t, t of (B,)."""
-    share, weight = 1.0 - schedule.alpha(timesteps), schedule.weight(timesteps)
-    return share[:, None] * canvas_mask, weight[:, None] * canvas_mask
+    return timesteps[:, None] * canvas_mask, loss_weight(timesteps)[:, None] * canvas_mask
 
 
 def position_biased_masking(
-    timesteps: torch.Tensor,
-    canvas_mask: torch.BoolTensor,
-    schedule: NoiseSchedule,
-    text_lengths: torch.LongTensor,
-    width: float,
+    timesteps: torch.Tensor, canvas_mask: torch.BoolTensor, text_lengths: torch.LongTensor
 ) -> Masking:
     """
     Masks that resemble the states PBEB-Conf passes through: visible on the left, masked on the right, mixed in a band
-    of `width` tokens between them.
+    of w = `BAND_WIDTH` tokens between them.
 
     It is masked diffusion with a schedule per position: position i of a text of n positions (B,), its first EOS
-    included, is masked with probability p_i(s) = clip((s (n + w) - (n - 1 - i)) / w, 0, 1) where s = 1 - alpha_t and w
-    = `width`: from the right to the left as s grows. Its weight p_i'(s) / p_i(s) makes the loss the same bound as the
-    uniform one; it is 0 where a position is masked for certain, since the reverse process does not commit it at that
-    time. Positions behind the first EOS, which PBEB-Conf never refines, are always masked and bear no loss.
+    included, is masked with probability p_i(t) = clip((t (n + w) - (n - 1 - i)) / w, 0, 1): from the right to the left
+    as t grows. Its weight p_i'(t) / p_i(t) makes the loss the same bound as the uniform one; it is 0
+    where a position is masked for certain, since the reverse process does not commit it at that time. Positions behind
+    the first EOS, which PBEB-Conf never refines, are always masked and bear no loss.
     """
-    share, weight = (1.0 - schedule.alpha(timesteps))[:, None], schedule.weight(timesteps)[:, None]
     positions, lengths = torch.arange(canvas_mask.shape[-1], device=canvas_mask.device), text_lengths[:, None]
-    probability = ((share * (lengths + width) - (lengths - 1 - positions)) / width).clamp(0.0, 1.0)
-    # d p / d t = d p / d s * d s / d t, and d s / d t = -alpha' = weight * (1 - alpha).
-    slope = (lengths + width) / width * weight * share
+    probability = ((timesteps[:, None] * (lengths + BAND_WIDTH) - (lengths - 1 - positions)) / BAND_WIDTH).clamp(
+        0.0, 1.0
+    )
     in_band = (probability > 0) & (probability < 1) & (positions < lengths)
-    weight = torch.where(in_band, slope / probability.clamp(min=1e-6), 0.0)
+    weight = torch.where(in_band, (lengths + BAND_WIDTH) / BAND_WIDTH / probability.clamp(min=1e-6), 0.0)
     probability = torch.where(positions < lengths, probability, 1.0)
     return probability * canvas_mask, weight * canvas_mask
 
@@ -217,7 +142,7 @@ def masked_diffusion_loss(
         logits (`torch.Tensor` of shape (B, L, V)).
         targets (`torch.LongTensor` of shape (B, L)).
         masked (`torch.BoolTensor` of shape (B, L)): only these positions bear loss.
-        weights (`torch.Tensor` of shape (B,) or (B, L)): the schedule's weight.
+        weights (`torch.Tensor` of shape (B,) or (B, L)): by `loss_weight`, or as the masking gives them.
         canvas_mask (`torch.BoolTensor` of shape (B, L), *optional*): positions that belong to the row's canvas.
 
     Returns:
@@ -249,70 +174,56 @@ class ObjectiveOutput:
 
 
 def diffusion_objective(
-    decode: Callable[..., torch.Tensor],
+    decode: Callable[[torch.LongTensor], torch.Tensor],
     targets: torch.LongTensor,
     canvas_mask: torch.BoolTensor,
     objective: DiffusionObjective,
     *,
     mask_token_id: int,
     eos_token_id: int,
-    embed: Callable[[torch.LongTensor], torch.Tensor] | None = None,
-    embedding: torch.Tensor | None = None,
     timesteps: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> ObjectiveOutput:
     """
     (5) Runs the steps of the objective, and sums their losses (4), all against the ground truth: the first on the text
     masked at a drawn t, each later one on the prediction of the one before, masked at another t. What was visible is
-    carried over, and wrong tokens stay.
+    carried over, and wrong tokens stay. No gradient passes from a step into the one before, which the paper leaves
+    open.
 
     Args:
-        decode (`Callable`): (canvas (B, L), token_embeds (B, L, D) or None) -> logits (B, L, V) of the canvas.
+        decode (`Callable`): canvas (B, L) -> logits (B, L, V).
         targets (`torch.LongTensor` of shape (B, L)): texts on EOS-filled canvases.
         canvas_mask (`torch.BoolTensor` of shape (B, L)): positions that belong to a row's canvas.
-        embed, embedding: ids to token embeddings, and their matrix (V, D); needed without `stop_gradient` only.
         timesteps (`torch.Tensor` of shape (B,) or (S, B), *optional*): drawn if missing.
         generator (`torch.Generator`, *optional*): seeds all draws.
     """
     batch_size, device = len(targets), targets.device
-    schedule = objective.noise_schedule
     if timesteps is not None:
         timesteps = timesteps.to(device).expand(objective.num_steps, batch_size)
     # Up to and including the first EOS; a text that fills its canvas has none.
     is_eos = (targets == eos_token_id) & canvas_mask
-    behind_eos = (is_eos.cumsum(dim=-1) - is_eos.long()) > 0
-    text_lengths = (canvas_mask & ~behind_eos).sum(dim=-1)
-    position_weight = torch.where(behind_eos, objective.eos_weight, 1.0)
+    text_lengths = (canvas_mask & (is_eos.cumsum(dim=-1) - is_eos.long() == 0)).sum(dim=-1)
     is_biased = None
     if objective.position_biased_share > 0:
         is_biased = draw_uniform((batch_size, 1), device, generator) < objective.position_biased_share
 
-    visible, prediction_grad, logits = targets, None, None
+    visible, logits = targets, None
     losses, accuracies, canvases = [], [], []
     for step in range(objective.num_steps):
         t = sample_timesteps(batch_size, device=device, generator=generator) if timesteps is None else timesteps[step]
-        probability, weight = uniform_masking(t, canvas_mask, schedule)
+        probability, weight = uniform_masking(t, canvas_mask)
         if is_biased is not None:
-            biased = position_biased_masking(t, canvas_mask, schedule, text_lengths, objective.band_width)
+            biased = position_biased_masking(t, canvas_mask, text_lengths)
             probability = torch.where(is_biased, biased[0], probability)
             weight = torch.where(is_biased, biased[1], weight)
-        if objective.weighting == "flat":
-            weight = (weight > 0).to(weight.dtype)
         canvas, masked = mask_tokens(visible, probability, mask_token_id=mask_token_id, generator=generator)
-        token_embeds = None
-        if prediction_grad is not None:
-            # The value of the embedding, the gradient of the probabilities.
-            token_embeds = embed(canvas) + torch.where(masked[..., None], 0.0, prediction_grad)
-        logits = decode(canvas, token_embeds)
-        losses.append(masked_diffusion_loss(logits, targets, masked, weight * position_weight, canvas_mask))
+        logits = decode(canvas)
+        losses.append(masked_diffusion_loss(logits, targets, masked, weight, canvas_mask))
         canvases.append(canvas)
         predicted = logits.detach().argmax(dim=-1)
         accuracies.append(_share(predicted == targets, masked))
         # SUBS: what was visible is carried over unchanged.
         visible = torch.where(masked, predicted, canvas)
-        if not objective.stop_gradient and step + 1 < objective.num_steps:
-            mixture = logits.softmax(dim=-1).to(embedding.dtype) @ embedding
-            prediction_grad = torch.where(masked[..., None], mixture - mixture.detach(), 0.0)
     step_losses = torch.stack(losses)
     return ObjectiveOutput(step_losses.sum(), logits, step_losses.detach(), torch.stack(accuracies), tuple(canvases))
 
@@ -328,11 +239,8 @@ class DraftObjective:
     computed. By default the donor's cross-entropy and that of what the masks draft behind some positions of each text.
 
     Args:
-        num_frontiers (`int`): F, positions of each text, drawn at random, that blocks of masks stand behind.
         num_steps (`int`): 2 is ISCT in kind: the blocks' loss, and that of blocks some tokens behind them which see
             what the first drafted at their places. Decoding then shows the masks drafts that were not accepted.
-        place_decay (`float`): the weight of a draft by its place in the block, decay^k: it only counts if those before
-            it are right.
         donor_weight (`float`): of the donor's cross-entropy on the labels.
         draft_weight (`float`): of the drafts'.
         frame_weight (`float`): of the mean squared distance of the encoder's frames to the teacher's, see
@@ -340,21 +248,15 @@ class DraftObjective:
         logit_weight (`float`): of the Kullback-Leibler divergence of the donor's next token from the teacher's.
     """
 
-    num_frontiers: int = 12
     num_steps: int = 1
-    place_decay: float = 0.75
     donor_weight: float = 1.0
     draft_weight: float = 1.0
     frame_weight: float = 0.0
     logit_weight: float = 0.0
 
     def __post_init__(self):
-        if type(self.num_frontiers) is not int or self.num_frontiers < 1:
-            raise ValueError(f"`num_frontiers` must be an integer of at least 1, got {self.num_frontiers!r}.")
         if self.num_steps not in (1, 2):
             raise ValueError(f"`num_steps` of drafts must be 1 or 2, got {self.num_steps!r}.")
-        if not 0 < self.place_decay <= 1:
-            raise ValueError(f"`place_decay` must be above 0 and at most 1, got {self.place_decay!r}.")
         for name in _WEIGHTS:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)!r}.")
@@ -451,7 +353,7 @@ def block_targets(
 
 
 def draft_loss(
-    logits: torch.Tensor, targets: torch.LongTensor, token_ids: torch.LongTensor, vocab_size: int, place_decay: float
+    logits: torch.Tensor, targets: torch.LongTensor, token_ids: torch.LongTensor, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     (6) The weighted mean over drafts of -decay^k log p(token at place k), places without a token or with one beyond
@@ -467,20 +369,15 @@ def draft_loss(
     short = torch.where(targets >= 0, places[targets.clamp(min=0)], -100)
     is_known = short >= 0
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 2).float(), short.flatten(), reduction="none")
-    weights = place_decay ** torch.arange(targets.shape[-1], device=targets.device).float() * is_known
+    weights = PLACE_DECAY ** torch.arange(targets.shape[-1], device=targets.device).float() * is_known
     loss = (losses * weights.flatten()).sum() / weights.sum().clamp(min=1e-9)
     return loss, _share(logits.detach().argmax(dim=-1) == short, is_known)
 
 
 __all__ = [
-    "SCHEDULES",
     "T_MIN",
-    "CosineSchedule",
     "DiffusionObjective",
     "DraftObjective",
-    "LinearSchedule",
-    "LogLinearSchedule",
-    "NoiseSchedule",
     "ObjectiveOutput",
     "TeacherOutput",
     "block_targets",
@@ -492,6 +389,7 @@ __all__ = [
     "lay_blocks",
     "lay_hints",
     "logit_loss",
+    "loss_weight",
     "mask_tokens",
     "masked_diffusion_loss",
     "position_biased_masking",

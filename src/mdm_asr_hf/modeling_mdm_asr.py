@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mdm_asr import MDMASRConfig, converter
 from .decoder_mdm_asr import MDMASRDecoder, MDMASRPreTrainedModel
 from .diffusion_mdm_asr import (
+    NUM_FRONTIERS,
     DiffusionObjective,
     DraftObjective,
     TeacherOutput,
@@ -28,6 +29,7 @@ from .diffusion_mdm_asr import (
     lay_blocks,
     lay_hints,
     logit_loss,
+    loss_weight,
     masked_diffusion_loss,
 )
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
@@ -313,7 +315,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 t in (0, 1], for one or each of S steps; drawn uniformly if missing.
             prompt_ids (`torch.LongTensor` of shape (B, P), *optional*): the visible prompt; default: the checkpoint's.
             objective ([`DiffusionObjective`], or with drafts [`DraftObjective`], *optional*):
-                Schedule, masking and the number of self-correction steps (ISCT); default: the paper's loss, one step.
+                Masking and the number of self-correction steps (ISCT); default: the paper's loss, one step.
                 All steps run in this one call, on one pass of the encoder.
             generator (`torch.Generator`, *optional*):
                 Seeds timesteps and masking. In evaluation mode they are seeded by default, so that losses can be
@@ -361,8 +363,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             times = (
                 torch.ones(len(targets), device=logits.device) if timesteps is None else timesteps.to(logits.device)
             )
-            schedule = (objective or DiffusionObjective()).noise_schedule
-            loss = masked_diffusion_loss(logits, targets, masked, schedule.weight(times), canvas_mask)
+            loss = masked_diffusion_loss(logits, targets, masked, loss_weight(times), canvas_mask)
         return MDMASROutput(
             loss=loss,
             logits=logits,
@@ -432,14 +433,11 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         encoder_outputs = self.prepare_cross_attention(encoder_outputs)
         visible = torch.cat([torch.ones_like(prompt_ids, dtype=torch.bool), canvas_mask], dim=-1)
 
-        def decode(canvas: torch.LongTensor, token_embeds: torch.Tensor | None = None) -> torch.Tensor:
-            if token_embeds is not None:
-                token_embeds = torch.cat([self.model.decoder.embed_ids(prompt_ids), token_embeds], dim=1)
+        def decode(canvas: torch.LongTensor) -> torch.Tensor:
             outputs = self.model(
                 decoder_input_ids=torch.cat([prompt_ids, canvas], dim=-1),
                 decoder_attention_mask=visible,
                 encoder_outputs=encoder_outputs,
-                token_embeds=token_embeds,
                 **kwargs,
             )
             return self._read_logits(outputs.last_hidden_state, canvas.shape[-1])
@@ -451,8 +449,6 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             objective or DiffusionObjective(),
             mask_token_id=self.config.mask_token_id,
             eos_token_id=self.config.eos_token_id,
-            embed=self.model.decoder.embed_ids,
-            embedding=self.get_input_embeddings().weight,
             timesteps=timesteps,
             generator=generator,
         )
@@ -487,7 +483,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             frontiers = block_ids = None
             if "drafts" in parts:
                 lengths = is_text.sum(dim=-1).clamp(min=1)
-                frontiers = draw_frontiers(lengths, num_prompt - 1, objective.num_frontiers, generator)
+                frontiers = draw_frontiers(lengths, num_prompt - 1, NUM_FRONTIERS, generator)
                 sequences = torch.cat([prompt_ids, labels], dim=-1)
                 block_ids = self._lay_blocks(sequences, frontiers)
             # Causal rows never see what stands behind them, so that padding needs no mask.
@@ -511,11 +507,11 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 losses["logits"] = logit_loss(logits, teacher.token_ids, teacher.log_probs, is_text)
             if "drafts" in parts:
                 states = outputs.draft_hidden_states
-                losses["drafts"], shares["drafts"], scores = self._draft_loss(states, sequences, frontiers, objective)
+                losses["drafts"], shares["drafts"], scores = self._draft_loss(states, sequences, frontiers)
                 if objective.num_steps == 2:
                     drafted = self.draft_token_ids[scores.argmax(dim=-1)]
                     losses["drafts"] = losses["drafts"] + self._hinted_loss(
-                        drafted, sequences, frontiers, lengths, encoder_outputs, objective, generator, kwargs
+                        drafted, sequences, frontiers, lengths, encoder_outputs, generator, kwargs
                     )
         if "frames" in parts:
             losses["frames"] = frame_loss(frames, teacher.frames, teacher.num_frames)
@@ -529,7 +525,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         )
 
     def _draft_loss(
-        self, states: torch.Tensor, sequences: torch.LongTensor, frontiers: torch.LongTensor, objective: DraftObjective
+        self, states: torch.Tensor, sequences: torch.LongTensor, frontiers: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss of what blocks (B, F, K, D) draft behind frontiers (B, F) of sequences (B, S), how much of it is
         right, and the logits (B, F, K, N) of the short list."""
@@ -540,9 +536,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         mixed = decoder.drafts.head(states, known[:, :, 1:-1].to(states.dtype), known[:, :, :-2].to(states.dtype))
         weight, bias, _ = self.short_list_output()
         drafted = nn.functional.linear(mixed, weight.to(mixed.dtype), bias)
-        loss, share = draft_loss(
-            drafted, targets[..., 2:], self.draft_token_ids, self.config.vocab_size, objective.place_decay
-        )
+        loss, share = draft_loss(drafted, targets[..., 2:], self.draft_token_ids, self.config.vocab_size)
         return loss, share, drafted.detach()
 
     def _lay_blocks(self, sequences: torch.LongTensor, frontiers: torch.LongTensor) -> torch.LongTensor:
@@ -550,9 +544,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         known = sequences.gather(1, (frontiers + 1).clamp(max=sequences.shape[1] - 1)).clamp(min=0)
         return lay_blocks(known, self.config.decoder_config.draft_length, self.config.mask_token_id)
 
-    def _hinted_loss(
-        self, drafted, sequences, frontiers, lengths, encoder_outputs, objective, generator, kwargs
-    ) -> torch.Tensor:
+    def _hinted_loss(self, drafted, sequences, frontiers, lengths, encoder_outputs, generator, kwargs) -> torch.Tensor:
         """The loss behind frontiers 1 to K - 1 tokens on, of masks in whose places stands what was drafted there;
         every other one stays a mask, as where all drafts were accepted."""
         num_blocks, length = drafted.shape[1:]
@@ -570,7 +562,7 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
             block_ids=torch.where(is_hinted[..., None], hinted, block_ids),
             **kwargs,
         )
-        return self._draft_loss(outputs.draft_hidden_states, sequences, behind, objective)[0]
+        return self._draft_loss(outputs.draft_hidden_states, sequences, behind)[0]
 
     def _lay_canvas(
         self, labels: torch.LongTensor, duration_s: torch.Tensor | None, longest_s: float, prompt_length: int

@@ -192,7 +192,7 @@ def forward_and_backward(model, rows=slice(None)):
     labels = torch.tensor([[5, 6, EOS], [7, EOS, -100], [8, 9, EOS]])
     inputs = {"input_features": features, "attention_mask": mask, "labels": labels}
     has_drafts = model.config.has_drafts
-    objective = DraftObjective(num_frontiers=4) if has_drafts else DiffusionObjective(num_steps=2)
+    objective = DraftObjective() if has_drafts else DiffusionObjective(num_steps=2)
     generator = torch.Generator().manual_seed(0)
     model.model.encoder.eval()
     model(**inputs, objective=objective, generator=generator).loss.backward()

@@ -71,7 +71,7 @@ def test_the_objective_is_the_given_one_and_its_second_step_sees_wrong_tokens(tm
     assert trainer.evaluation_objective == DiffusionObjective(num_steps=3)
     drafts = make_trainer(tmp_path, tiny_drafts_model(dtype=torch.float32), draft_weight=0.5)
     assert drafts.objective == drafts.evaluation_objective == DraftObjective(draft_weight=0.5)
-    given = DiffusionObjective(schedule="cosine", num_steps=1, eos_weight=0.3, weighting="flat")
+    given = DiffusionObjective(num_steps=1, position_biased_share=1.0)
     trainer = make_trainer(tmp_path, objective=given, max_steps=1)
     trainer.train()
     assert trainer.objective is given and len(logged(trainer, "loss_step_1")) == 1
