@@ -45,7 +45,6 @@ class ModelArguments:
         None, "Of a donor's drafts: by default as many as it has; 0 is the paper's canvas."
     )
     vocab_size: int | None = setting(None, "Shrink a Whisper donor's vocabulary to N ids, for a canvas.")
-    vocab_text: str | None = setting(None, "A file of sentences: keep the ids that they use most, not the first ones.")
     encoder_trailing_silence_s: float | None = setting(
         None, "Seconds of silence behind the audio, for Whisper encoders."
     )
@@ -117,7 +116,7 @@ def load_model(arguments: ModelArguments):
     if arguments.donor is not None:
         if arguments.donor_kind not in ("whisper", "canary"):
             raise ValueError(f"`donor_kind` must be 'whisper' or 'canary', got {arguments.donor_kind!r}.")
-        options = {n: v for n in ("vocab_size", "vocab_text") if (v := getattr(arguments, n)) is not None}
+        options = {} if arguments.vocab_size is None else {"vocab_size": arguments.vocab_size}
         processor = getattr(MDMASRProcessor, f"from_{arguments.donor_kind}")(arguments.donor, **options)
         make = getattr(MDMASRForConditionalGeneration, f"from_{arguments.donor_kind}")
         model = make(arguments.donor, draft_layers=arguments.draft_layers, **options).float()

@@ -35,9 +35,6 @@ def convert(
     vocab_size: Annotated[
         int | None, typer.Option(help="For a canvas: keep N ids of a Whisper donor's vocabulary, the first ones.")
     ] = None,
-    vocab_text: Annotated[
-        Path | None, typer.Option(help="A file of sentences: keep the ids that they use most, not the first ones.")
-    ] = None,
     with_code: Annotated[
         bool,
         typer.Option("--with-code", help="Add the code, for trust_remote_code where this package is not installed."),
@@ -59,10 +56,9 @@ def convert(
     kind = kind or donor_kind(donor)
     if kind not in DonorKind.__members__:
         raise ValueError(f"its config.json says {kind!r}: it is a model of this package already, no donor.")
-    vocabulary = {"vocab_size": vocab_size, "vocab_text": vocab_text}
-    options = {name: value for name, value in vocabulary.items() if value is not None}
+    options = {} if vocab_size is None else {"vocab_size": vocab_size}
     if options and kind != DonorKind.whisper:
-        raise ValueError("`--vocab-size` and `--vocab-text` are for Whisper donors only. Leave them out.")
+        raise ValueError("`--vocab-size` is for Whisper donors only. Leave it out.")
     with saving_code(with_code):
         model = getattr(MDMASRForConditionalGeneration, f"from_{kind}")(donor, draft_layers=draft_layers, **options)
         processor = getattr(MDMASRProcessor, f"from_{kind}")(donor, **options)

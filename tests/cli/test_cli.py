@@ -301,10 +301,6 @@ def test_convert_to_a_canvas(run, whisper_donor, tmp_path):
     processor = MDMASRProcessor.from_pretrained(tmp_path / "model")
     # " the" is Ġ and the second merge: the third was cut off.
     assert processor.tokenizer.tokenize(" the") == ["Ġ", "the"]
-    (tmp_path / "sentences.txt").write_text("the\n")
-    used = ("--vocab-size", 259, "--vocab-text", tmp_path / "sentences.txt")
-    assert run("convert", whisper_donor, tmp_path / "used", *used, *canvas)[0] == 0
-    assert MDMASRProcessor.from_pretrained(tmp_path / "used").tokenizer.tokenize(" the") == ["Ġthe"]
     assert model.generation_config.prompt_template == processor.prompt_template
     # The options of a canvas are its own, and those of drafts are not.
     code, out, _ = run("transcribe", "--json", RECORDING, "--model", tmp_path / "model", "--steps", 2)
@@ -338,11 +334,9 @@ def test_convert_errors_give_one_line(run, whisper_donor, tmp_path):
     fails("no `.nemo` file", tmp_path / "missing.nemo", output)
     fails("for Whisper donors only", tmp_path / "missing.nemo", output, "--vocab-size", 300)
     fails("'mdm_asr'", default_checkpoint(), output)
-    fails("for Whisper donors only", tmp_path / "missing.nemo", output, "--vocab-text", tmp_path)
     fails("draft_layers=0", whisper_donor, output, "--vocab-size", 300)
     fails("`draft_layers` (7)", whisper_donor, output, "--draft-layers", 7)
     fails("`vocab_size` must be", whisper_donor, output, "--vocab-size", 10, "--draft-layers", 0)
-    fails("Pass `vocab_size`, too", whisper_donor, output, "--vocab-text", tmp_path)
     assert not output.exists()
     output.mkdir()
     (output / "precious.txt").touch()

@@ -2,9 +2,6 @@
 """Whisper as a donor: its weights, weight by weight, its tokenizer (shrunk on request) and its prompt."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from transformers.initialization import no_init_weights
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from ..configuration_mdm_asr import MDMASRConfig, MDMASRDecoderConfig
-from ..data.sources import read_sentences
 from ..feature_extraction_mdm_asr import MDMASRFeatureExtractor
 from ..generation_configuration_mdm_asr import FALLBACK_TEMPERATURES, MDMASRGenerationConfig
 from ..processing_mdm_asr import MDMASRProcessor
@@ -47,7 +43,6 @@ EOS, START, NO_TIMESTAMPS = "<|endoftext|>", "<|startoftranscript|>", "<|notimes
 PREVIOUS = "<|startofprev|>"
 TASKS = ("transcribe", "translate")
 NUM_BYTES = 256
-SENTENCES_PER_BATCH = 10_000
 # The released models tell the two kinds apart by this number: English-only ones have 51,864 tokens.
 MULTILINGUAL_VOCAB_SIZE = 51865
 TIMESTAMP_STEP_S = 0.02
@@ -68,7 +63,6 @@ def from_whisper(
     path_or_id: str | Path,
     *,
     vocab_size: int | None = None,
-    vocab_text: str | Path | Iterable[str] | None = None,
     draft_layers: int | None = None,
     encoder_trailing_silence_s: float = 5.0,
     encoder_min_duration_s: float = 15.0,
@@ -79,12 +73,12 @@ def from_whisper(
     """
     Builds an MDM-ASR model that holds every weight of a Whisper donor. It writes the donor's text at once, by drafts
     that are yet to be trained; with `draft_layers=0` it is a canvas to train, as the paper has it. Its processor is
-    `MDMASRProcessor.from_whisper(path_or_id, vocab_size=vocab_size, vocab_text=vocab_text)`.
+    `MDMASRProcessor.from_whisper(path_or_id, vocab_size=vocab_size)`.
 
     Args:
         model_class (`type`): `MDMASRForConditionalGeneration` or a subclass.
         path_or_id (`str` or `Path`): a folder or Hub id of `WhisperForConditionalGeneration`, in safetensors.
-        vocab_size (`int`, *optional*), vocab_text (*optional*): shrink a canvas's vocabulary, see `whisper_tokenizer`.
+        vocab_size (`int`, *optional*): shrinks a canvas's vocabulary, see `whisper_tokenizer`.
         draft_layers (`int`, *optional*): of the masks, see `MDMASRDecoderConfig`; None is as many as the donor has.
         encoder_trailing_silence_s (`float`), encoder_min_duration_s (`float`): seconds of silence behind the audio,
             and of both together, at least, see `MDMASRConfig`.
@@ -100,7 +94,7 @@ def from_whisper(
     """
     if vocab_size is not None and draft_layers != 0:
         raise ValueError(f"`vocab_size` ({vocab_size!r}) changes the text of a donor. Pass `draft_layers=0`, too.")
-    donor_config, stated, tokenizer, donor_ids, template = _read_donor(path_or_id, vocab_size, vocab_text, hub_kwargs)
+    donor_config, stated, tokenizer, donor_ids, template = _read_donor(path_or_id, vocab_size, hub_kwargs)
     drafts = draft_settings(draft_layers, donor_config.decoder_layers, donor_config.vocab_size)
     ids = tokenizer.get_vocab()
     # A whole vocabulary can be predicted; of a shrunk one, the text tokens and the end of text.
@@ -229,7 +223,6 @@ def whisper_processor(
     path_or_id: str | Path,
     *,
     vocab_size: int | None = None,
-    vocab_text: str | Path | Iterable[str] | None = None,
     **hub_kwargs: Any,
 ) -> MDMASRProcessor:
     """
@@ -238,10 +231,10 @@ def whisper_processor(
 
     Args:
         path_or_id (`str` or `Path`): see `from_whisper`.
-        vocab_size (`int`, *optional*), vocab_text (*optional*): the same as for the model, see `whisper_tokenizer`.
+        vocab_size (`int`, *optional*): the same as for the model, see `whisper_tokenizer`.
         hub_kwargs: passed to the download.
     """
-    donor_config, _, tokenizer, _, template = _read_donor(path_or_id, vocab_size, vocab_text, hub_kwargs)
+    donor_config, _, tokenizer, _, template = _read_donor(path_or_id, vocab_size, hub_kwargs)
     frontend = load_frontend(path_or_id, donor_config.num_mel_bins, hub_kwargs)
     return MDMASRProcessor(
         MDMASRFeatureExtractor(frontend, max_duration_s=float(frontend.chunk_length)),
@@ -253,7 +246,7 @@ def whisper_processor(
 
 
 def _read_donor(
-    path_or_id: str | Path, vocab_size: int | None, vocab_text: Any, hub_kwargs: dict[str, Any]
+    path_or_id: str | Path, vocab_size: int | None, hub_kwargs: dict[str, Any]
 ) -> tuple[WhisperConfig, dict[str, Any], PreTrainedTokenizerFast, list[int], dict[str, Any]]:
     """
     The donor's configuration and generation settings; its tokenizer and ids, see `whisper_tokenizer`; and its prompt,
@@ -261,7 +254,7 @@ def _read_donor(
     (`forced_decoder_ids`).
     """
     config, stated, multilingual = _read_config(path_or_id, hub_kwargs)
-    tokenizer, donor_ids = whisper_tokenizer(path_or_id, vocab_size, vocab_text, **hub_kwargs)
+    tokenizer, donor_ids = whisper_tokenizer(path_or_id, vocab_size, **hub_kwargs)
     template = whisper_prompt_template(tokenizer.get_vocab(), multilingual, can_detect=vocab_size is None)
     if multilingual:
         defaults = {name: stated.get(name) for name in ("language", "task")}
@@ -297,7 +290,6 @@ def _read_config(path_or_id: str | Path, hub_kwargs: dict[str, Any]) -> tuple[Wh
 def whisper_tokenizer(
     path_or_id: str | Path,
     vocab_size: int | None = None,
-    vocab_text: str | Path | Iterable[str] | None = None,
     **hub_kwargs: Any,
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """
@@ -306,24 +298,17 @@ def whisper_tokenizer(
     Args:
         path_or_id (`str` or `Path`): see `from_whisper`.
         vocab_size (`int`, *optional*):
-            N: keep N ids of the byte-level BPE, the 256 bytes and N - 256 merges, the first or, with `vocab_text`, the
-            most used ones. Ids become contiguous, and any text can still be written. Behind them come end of text, the
-            prompt's tokens and the mask; everything else goes. None keeps all.
-        vocab_text (`str`, `Path` or `Iterable[str]`, *optional*):
-            Sentences of the kind to be recognised, or a file of them, one a line (.txt, .txt.gz). The tokens that they
-            use most are kept, and those that these are merged of, so that a word whose token is kept is still written
-            with it. Whisper's order of merges is that of web pages: of speech, the most used 16,384 ids write more
-            than the first 32,768.
+            N: keep the first N ids of the byte-level BPE, the 256 bytes and N - 256 merges, by which any text can
+            still be written. Behind them come end of text, the prompt's tokens and the mask; everything else goes.
+            None keeps all.
         hub_kwargs: passed to the download.
 
     Returns:
         `PreTrainedTokenizerFast`, and the list of the donor ids of ids 0, 1, ..., without the mask.
 
     Raises:
-        ValueError: not a byte-level BPE in merge order, `vocab_size` out of range, or `vocab_text` empty or alone.
+        ValueError: not a byte-level BPE in merge order, or `vocab_size` out of range.
     """
-    if vocab_text is not None and vocab_size is None:
-        raise ValueError("`vocab_text` chooses which `vocab_size` ids are kept. Pass `vocab_size`, too.")
     donor_config, _, multilingual = _read_config(path_or_id, hub_kwargs)
     spec = json.loads(load_part(AutoTokenizer, path_or_id, hub_kwargs).backend_tokenizer.to_str())
     added = {token["content"]: token for token in spec["added_tokens"]}
@@ -336,11 +321,10 @@ def whisper_tokenizer(
         _name_timestamps(donor_ids, num_ids)
         ids, kept_ids = dict(donor_ids), list(range(num_ids))
     else:
-        counts = None if vocab_text is None else _count_tokens(spec, vocab_text)
-        text_ids = _shrink_bpe(spec["model"], set(donor_ids), vocab_size, counts)
+        _shrink_bpe(spec["model"], set(donor_ids), vocab_size)
         kept = [EOS, *_prompt_tokens(donor_ids, multilingual)]
         ids = {token: vocab_size + i for i, token in enumerate(kept)}
-        kept_ids = [*text_ids, *(donor_ids[token] for token in kept)]
+        kept_ids = [*range(vocab_size), *(donor_ids[token] for token in kept)]
         num_ids = len(kept_ids)
     ids[MASK_TOKEN] = num_ids
     ordered = sorted(ids, key=ids.get)
@@ -380,25 +364,8 @@ def _name_timestamps(ids: dict[str, int], num_ids: int) -> None:
             ids[f"<|{(i - first) * TIMESTAMP_STEP_S:.2f}|>"] = i
 
 
-def _count_tokens(spec: dict[str, Any], text: str | Path | Iterable[str]) -> Counter:
-    """How often the sentences use each id. They begin with a space, as transcripts do."""
-    tokenizer = Tokenizer.from_str(json.dumps({**spec, "post_processor": None}))
-    counts = Counter()
-    sentences = read_sentences(text, "vocab_text") if isinstance(text, (str, Path)) else text
-    stripped = (f" {sentence.strip()}" for sentence in sentences if sentence.strip())
-    while batch := list(islice(stripped, SENTENCES_PER_BATCH)):
-        for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
-            counts.update(encoding.ids)
-    if not counts:
-        raise ValueError(f"`vocab_text` {text!r} holds no text. Pass sentences of the kind to be recognised.")
-    return counts
-
-
-def _shrink_bpe(bpe: dict[str, Any], specials: set[str], vocab_size: int, counts: Counter | None) -> list[int]:
-    """
-    Shrinks a byte-level BPE, in place, to `vocab_size` ids: the most used ones by `counts`, if given, then the first.
-    Returns what the ids 0, 1, ... were before.
-    """
+def _shrink_bpe(bpe: dict[str, Any], specials: set[str], vocab_size: int) -> None:
+    """Shrinks a byte-level BPE, in place, to its first `vocab_size` ids: the parts of a merge stand before it."""
     vocab = {token: i for token, i in bpe.get("vocab", {}).items() if token not in specials}
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe.get("merges", [])]
     num_ids = NUM_BYTES + len(merges)
@@ -410,26 +377,8 @@ def _shrink_bpe(bpe: dict[str, Any], specials: set[str], vocab_size: int, counts
         raise ValueError(
             f"`vocab_size` must be an integer from {NUM_BYTES} (bytes only) to {num_ids}, got {vocab_size!r}."
         )
-    parts = {NUM_BYTES + i: (vocab[left], vocab[right]) for i, (left, right) in enumerate(merges)}
-    kept = set(range(NUM_BYTES))
-    # By use, and those used alike in the order of the merges.
-    used = sorted((i for i in counts or () if i in parts), key=lambda i: (-counts[i], i))
-    for wanted in (*used, *range(NUM_BYTES, num_ids)):
-        new, left = set(), [wanted]
-        while left:
-            token = left.pop()
-            if token not in kept and token not in new:
-                new.add(token)
-                left += parts[token]
-        # A token with many parts may not fit any more where a simpler one does.
-        if len(kept) + len(new) <= vocab_size:
-            kept |= new
-    # In the order of the merges, which is that of their use in a text.
-    ordered = sorted(kept)
-    names = {i: token for token, i in vocab.items()}
-    bpe["vocab"] = {names[i]: new for new, i in enumerate(ordered)}
-    bpe["merges"] = [list(merges[i - NUM_BYTES]) for i in ordered[NUM_BYTES:]]
-    return ordered
+    bpe["vocab"] = {token: i for token, i in vocab.items() if i < vocab_size}
+    bpe["merges"] = [list(pair) for pair in merges[: vocab_size - NUM_BYTES]]
 
 
 def _prompt_tokens(ids: dict[str, int], multilingual: bool) -> list[str]:
