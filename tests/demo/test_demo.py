@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import soundfile
 from demo_recording import RECORDING, TEXT
+from tiny_models import tiny_model, tiny_processor
 
 from mdm_asr_hf.loading import default_checkpoint, generation_settings, load_model
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: `pip install '.[demo]'`")
 
 from mdm_asr_hf.demo.drawing import draw_drafts, draw_error, draw_figures, draw_result  # noqa: E402
-from mdm_asr_hf.demo.page import launch  # noqa: E402
+from mdm_asr_hf.demo.page import launch, make_page  # noqa: E402
 from mdm_asr_hf.demo.watching import Draft, Watched, _Follower, watch  # noqa: E402
 from mdm_asr_hf.transcribe.transcript import Segment, Transcript, Word  # noqa: E402
 
@@ -36,7 +37,7 @@ class Letters:
 
 
 def follow(*evaluations):
-    follower = _Follower(Letters(), 1, 0.0)
+    follower = _Follower(Letters(), 0.0)
     for text, number in evaluations:
         draft = follower.follow([*map(ord, text)], number)
     return [(text, kind) for text, kind in draft.stretches if text]
@@ -51,8 +52,6 @@ def test_the_drafts_lead_to_the_text(loaded):
     assert follow(("abcd", 1), ("abcXyz", 4), ("abcXyz\0", 7)) == [*own, ("yz", "accepted")]
     # A text that was refused is written anew.
     assert follow(("abcd", 1), ("abcXyz", 4), ("bcd", 1)) == [("b", "own"), ("cd", "pending")]
-    # A canvas has masks amid its text.
-    assert follow(("a\1\1d", None)) == [("a", "own"), ("··", "pending"), ("d", "own")]
 
     *drafts, watched = watch(*loaded, str(RECORDING), generation_settings(loaded[0]))
     assert watched.transcript.text == TEXT and len(drafts) == watched.transcript.nfe
@@ -64,6 +63,11 @@ def test_the_drafts_lead_to_the_text(loaded):
     assert accepted == "".join(token["text"] for token in steps["tokens"] if token["branch"] == "masks") != ""
     struck = [text for text, kind in stretches if kind == "struck" and text]
     assert struck == [one["text"].replace(steps["end"]["text"], "") for one in steps["struck_drafts"]] != []
+
+
+def test_a_canvas_is_refused():
+    with pytest.raises(ValueError, match="Take a checkpoint with drafts"):
+        make_page(tiny_model(), tiny_processor())
 
 
 def test_drawn_texts_are_escaped_and_names_have_no_folder(loaded, tmp_path):

@@ -21,7 +21,8 @@ _STRETCHES = {
     "pending": Markup("<i>{}</i>"),
 }
 _STEPS = Markup(
-    '<details class="steps" data-steps="{}"{}><summary>{}{}, {} {}</summary><div class="decoding"></div></details>'
+    '<details class="steps" data-steps="{}"{}><summary>Drafts{}, {} evaluations</summary><div class="decoding"></div>'
+    "</details>"
 )
 _DOWNLOAD = Markup('<a class="download" download="{}" href="data:{};base64,{}">{}</a>')
 
@@ -47,10 +48,9 @@ def draw_result(watched: Watched, path: str) -> Markup:
     parts.append(_downloads(transcript, Path(path)))
     decodings = [one for one in map(lay_out, watched.steps) if one is not None]
     for number, decoding in enumerate(decodings, start=1):
-        kind, unit = ("Drafts", "evaluations") if "items" in decoding else ("Canvas", "steps")
         of = f" of part {number}" if len(decodings) > 1 else ""
         is_open = Markup(" open") if number == 1 else ""
-        parts.append(_STEPS.format(json.dumps(decoding), is_open, kind, of, decoding["steps"], unit))
+        parts.append(_STEPS.format(json.dumps(decoding), is_open, of, decoding["steps"]))
     return Markup('<div class="result">{}</div>').format(Markup().join(parts))
 
 

@@ -28,9 +28,9 @@ one to hear it."""
 
 def make_page(model: Any, processor: Any) -> gr.Blocks:
     """The page of a model and its processor."""
-    has_drafts, gamma = model.config.has_drafts, getattr(model.generation_config.sampler_config, "gamma", None)
-    # Of some of a canvas's samplers there is none.
-    takes_gamma = gamma is not None
+    if not model.config.has_drafts:
+        raise ValueError("`model` decodes a canvas, and the page shows drafts. Take a checkpoint with drafts.")
+    gamma = model.generation_config.sampler_config.gamma
     top = 2 * gamma if gamma and math.isfinite(gamma) else 8.0
 
     def show(path: str | None, gamma: float, is_compared: bool) -> Iterator[tuple[str, str, str]]:
@@ -39,7 +39,7 @@ def make_page(model: Any, processor: Any) -> gr.Blocks:
         yield *shown, ""
         if path is None:
             return
-        asked = [(DRAFTS, {"gamma": gamma if takes_gamma else None}), (ONE_BY_ONE, {"draft_branches": []})]
+        asked = [(DRAFTS, {"gamma": gamma}), (ONE_BY_ONE, {"draft_branches": []})]
         for side, (name, given) in enumerate(asked[: 1 + is_compared]):
             drafts = {}
             try:
@@ -64,13 +64,12 @@ def make_page(model: Any, processor: Any) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 slider = gr.Slider(
-                    *(0, top, min(gamma, top) if takes_gamma else top),
+                    *(0, top, min(gamma, top)),
                     step=top / 100,
                     label="gamma",
-                    info=f"Entropy, in nats, that {'drafts' if has_drafts else 'tokens committed at once'} may have.",
-                    visible=takes_gamma,
+                    info="Entropy, in nats, that drafts may have.",
                 )
-                compared = gr.Checkbox(label="Compare with the donor, token by token", visible=has_drafts)
+                compared = gr.Checkbox(label="Compare with the donor, token by token")
             figures = gr.HTML(elem_id="figures")
         with gr.Row():
             left, right = gr.HTML(elem_id="drafts"), gr.HTML(elem_id="one-by-one")
@@ -105,15 +104,17 @@ def launch(
         options: further ones of `gradio.Blocks.launch`, whose result is returned.
 
     Raises:
+        ValueError: a model that decodes a canvas.
         OSError: no such address, or the port is taken.
     """
     if host is not None:
         # gradio would try a hundred ports, for minutes.
         socket.create_server((host, port or 0)).close()
+    page = make_page(model, processor)
     # What a first call takes longer is not the drafts'.
     Transcriber(model, processor, timestamps=True).warm_up()
     script, style = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
-    return make_page(model, processor).launch(
+    return page.launch(
         server_name=host,
         server_port=port,
         share=share,

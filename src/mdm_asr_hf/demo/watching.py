@@ -52,10 +52,10 @@ class _Streamer:
     def end(self) -> None:
         """Nothing follows from it: a recording may have more windows."""
 
-    def put_draft(self, value: Any, num_committed: Any = None) -> None:
+    def put_draft(self, value: Any, num_committed: Any) -> None:
         if self.is_stopped:
             raise _Stopped
-        self.events.put((self.start_s, value[0].tolist(), None if num_committed is None else int(num_committed[0])))
+        self.events.put((self.start_s, value[0].tolist(), int(num_committed[0])))
 
 
 class _WatchedTranscriber(Transcriber):
@@ -82,8 +82,8 @@ class _WatchedTranscriber(Transcriber):
 class _Follower:
     """Tells of each evaluation of a window what it accepted and struck of the drafts before."""
 
-    def __init__(self, tokenizer: Any, mask_token_id: int, start_s: float):
-        self.tokenizer, self.mask_token_id, self.start_s = tokenizer, mask_token_id, start_s
+    def __init__(self, tokenizer: Any, start_s: float):
+        self.tokenizer, self.start_s = tokenizer, start_s
         self._begin()
 
     def _begin(self) -> None:
@@ -91,10 +91,8 @@ class _Follower:
         self.pending: list[int] = []
         self.text, self.stretches = "", []
 
-    def follow(self, ids: list[int], num_committed: int | None) -> Draft:
-        """The text after an evaluation: ids of the text and of the drafts behind it; of a canvas, of all of it."""
-        if num_committed is None:
-            return Draft(self.start_s, self._canvas(ids))
+    def follow(self, ids: list[int], num_committed: int) -> Draft:
+        """The text after an evaluation: ids of the text and of the drafts behind it."""
         if ids[:num_committed][: len(self.ids)] != self.ids:
             # The text was refused, and is written anew.
             self._begin()
@@ -117,10 +115,6 @@ class _Follower:
         before, text = self.text, self._decode(ids).rstrip("\ufffd")
         self.text = text if len(text) > len(before) else before
         return text[len(before) :]
-
-    def _canvas(self, ids: list[int]) -> list[tuple[str, str]]:
-        runs = [(mask, list(run)) for mask, run in itertools.groupby(ids, lambda one: one == self.mask_token_id)]
-        return [("·" * len(run), "pending") if mask else (self._decode(run), "own") for mask, run in runs]
 
 
 def watch(model: Any, processor: Any, path: str, settings: Any) -> Iterator[Draft | Watched]:
@@ -163,7 +157,7 @@ def watch(model: Any, processor: Any, path: str, settings: Any) -> Iterator[Draf
                 return
             start_s, ids, num_committed = event
             if start_s not in followers:
-                followers[start_s] = _Follower(processor.tokenizer, model.config.mask_token_id, start_s)
+                followers[start_s] = _Follower(processor.tokenizer, start_s)
             yield followers[start_s].follow(ids, num_committed)
     finally:
         streamer.is_stopped = True
