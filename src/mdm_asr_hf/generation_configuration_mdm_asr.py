@@ -2,10 +2,10 @@
 """The settings of generate(), as generation_config.json holds them."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
-from .confidence_mdm_asr import is_finite, validate_calibration
 from .prompt_mdm_asr import map_prompt_ids, validate_prompt_template
 from .sampling_mdm_asr import Sampler, make_sampler
 
@@ -34,7 +34,7 @@ DRAFT_SETTINGS = (
 _RETIRED_SETTINGS = (
     *("active_ahead", "active_behind", "commit_ahead", "revise_above", "revise_steps", "repair_rounds"),
     *("repair_doubled_below", "repair_doubtful_below", "confidence_bias", "confidence_context", "no_speech"),
-    "hotword_threshold",
+    *("hotword_threshold", "confidence_temperature"),
 )
 # Defaults that others of Whisper's family have, for audio behind which the temperature has to rise.
 FALLBACK_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -80,7 +80,6 @@ class MDMASRGenerationConfig(GenerationConfig):
         return_token_timestamps (`bool`): also say when each token was spoken, see [`MDMASRGenerateOutput`].
         alignment_heads (`list` of `[layer, head]`, *optional*): the cross-attention heads that timestamps are read
             from, as Whisper's checkpoints name them. None: those of half of the layers.
-        confidence_temperature (`float`): calibration of the confidences, see `confidence_mdm_asr`. 1 leaves them.
         hotword_boost (`float`): what is added to the logits of hotwords, in nats, see `hotwords_mdm_asr`.
         max_window_s (`float`, *optional*): the longest audio, in seconds, that the checkpoint decodes well at once.
             Longer recordings are cut into windows of at most this.
@@ -112,7 +111,6 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.num_return_sequences: int = kwargs.pop("num_return_sequences", None) or 1
         self.return_token_timestamps: bool = kwargs.pop("return_token_timestamps", False)
         self.alignment_heads: list[list[int]] | None = kwargs.pop("alignment_heads", None)
-        self.confidence_temperature: float = kwargs.pop("confidence_temperature", 1.0)
         self.hotword_boost: float = kwargs.pop("hotword_boost", 4.0)
         self.max_window_s: float | None = kwargs.pop("max_window_s", None)
         self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
@@ -126,6 +124,9 @@ class MDMASRGenerationConfig(GenerationConfig):
             self.draft_branches = ["hypothesis" if one == "first_draft" else one for one in self.draft_branches]
         # Of folders that were saved when there were several ways to lay blocks; what was the default is the only one.
         kwargs.pop("draft_blocks", None)
+        # Of those that were saved when confidences could be calibrated, which none but those of version 0.1 were.
+        if kwargs.get("confidence_temperature") == 1.0:
+            del kwargs["confidence_temperature"]
         if retired := sorted(set(kwargs) & set(_RETIRED_SETTINGS)):
             for name in retired:
                 kwargs.pop(name)
@@ -186,7 +187,6 @@ class MDMASRGenerationConfig(GenerationConfig):
             raise ValueError(f"`draft_branches` must be a list of some of {list(BRANCHES)}, got {branches!r}.")
         if self.prompt_template is not None:
             validate_prompt_template(self.prompt_template)
-        validate_calibration(self.confidence_temperature)
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
@@ -202,7 +202,7 @@ class MDMASRGenerationConfig(GenerationConfig):
 
 
 def _check_finite(name: str, value: Any) -> None:
-    if not is_finite(value) or value < 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
 
 

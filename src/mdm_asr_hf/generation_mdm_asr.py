@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .alignment_mdm_asr import check_alignment_heads, token_timestamps
-from .confidence_mdm_asr import calibrate, utterance_confidence
+from .confidence_mdm_asr import utterance_confidence
 from .drafting_mdm_asr import Hypothesis, to_numpy
 from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
@@ -594,24 +594,19 @@ class GenerationMixin:
         # Of improbable draws, too, there is something left.
         has_log_prob = np.isfinite(rows["log_probs"])
         confidence = np.where(has_log_prob, np.exp(rows["log_probs"]).clip(1e-30), np.float32(0))
-        output = self._make_output(rows["tokens"], confidence, rows["commit_steps"], text.nfe, settings)
+        output = self._make_output(rows["tokens"], confidence, rows["commit_steps"], text.nfe)
         output.accepted_drafts, output.rejected_drafts = text.accepted, text.rejected
         output.token_branches, output.struck_drafts = rows["branches"], text.struck
         output.no_speech = None if settings.no_speech_token_id is None else text.no_speech
         return output
 
     def _make_output(
-        self,
-        sequences: np.ndarray,
-        confidence: np.ndarray,
-        commit_steps: np.ndarray,
-        nfe: np.ndarray,
-        settings: MDMASRGenerationConfig,
+        self, sequences: np.ndarray, confidence: np.ndarray, commit_steps: np.ndarray, nfe: np.ndarray
     ) -> GenerateOutput:
         num_tokens = (commit_steps > 0).sum(axis=-1)
         return GenerateOutput(
             sequences=sequences,
-            confidence=calibrate(confidence, settings.confidence_temperature),
+            confidence=confidence,
             commit_steps=commit_steps,
             nfe=nfe,
             num_steps=int(nfe.max()),

@@ -230,7 +230,7 @@ class MDMASRGenerationMixin(GenerationMixin):
                 "`canvas_tokens_per_s`, `max_new_tokens`), or split the audio."
             )
         record = (*canvas.cut(self._pad_token_id(settings)), canvas.nfe)
-        output = self._make_output(*map(to_numpy, record), settings)
+        output = self._make_output(*map(to_numpy, record))
         tokens, mask = to_numpy(canvas.tokens), to_numpy(canvas.mask)
         visible = np.concatenate([np.ones(batch.prompt_ids.shape, dtype=bool), mask], axis=-1)
         starts = np.full(len(tokens), prompt_ids.shape[1])

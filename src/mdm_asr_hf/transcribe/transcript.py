@@ -29,7 +29,7 @@ class Word:
     Attributes:
         text (`str`): without spaces around it.
         start_s, end_s (`float`, *optional*): seconds from the start of the recording; None without timestamps.
-        confidence (`float`, *optional*): the calibrated probability that it is right.
+        confidence (`float`, *optional*): the probability that it is right.
     """
 
     text: str
