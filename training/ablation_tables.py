@@ -41,9 +41,9 @@ class Sample:
         # The first line is the data as it is.
         self.weights = np.concatenate([np.ones((1, len(self.utterances))), *drawn])
 
-    def column(self, key: Key, name: str, over: Callable = np.mean) -> np.ndarray:
+    def column(self, key: Key, name: str) -> np.ndarray:
         """(B,): of every utterance of a setting."""
-        return np.array([over([row[name] for row in rows]) for rows in self.rows[key]], dtype=np.float64)
+        return np.array([np.mean([row[name] for row in rows]) for rows in self.rows[key]], dtype=np.float64)
 
     def ratio(self, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         """(R + 1,): of sums over utterances."""
@@ -124,23 +124,6 @@ def tabulate_settings(rows: list[Row], names: tuple[str, ...], name: str, baseli
     return table
 
 
-def tabulate_speed(rows: list[Row]) -> list[Row]:
-    """RTFx of every system at batch size 1 by the tokens of the reference; medians of the rounds."""
-    sample, table = Sample(group(rows, "system")), []
-    for system in sample.rows:
-        names = ("bin_low", "reference_tokens", "duration_s", "wall_s", "decoder_s", "nfe")
-        lows, tokens, audio_s, wall_s, decoder_s, nfe = (sample.column(system, name, np.median) for name in names)
-        for low in np.unique(lows):
-            inside = (lows == low).astype(float)
-            row = {"system": system, "tokens_from": int(low), "median_tokens": float(np.median(tokens[lows == low]))}
-            row |= {"num_utterances": int(inside.sum()), "mean_audio_s": round(float(audio_s[lows == low].mean()), 2)}
-            row |= interval("rtfx", sample.ratio(inside * audio_s, inside * wall_s))
-            row |= interval("rtfx_decoder", sample.ratio(inside * audio_s, inside * decoder_s))
-            row |= interval("nfe", sample.ratio(inside * nfe, inside))
-            table.append(row | interval("wer", sample.wer(system, inside)))
-    return table
-
-
 def tabulate_front(rows: list[Row]) -> list[Row]:
     """WER and mean NFE of every gamma and lambda, all data sets pooled, and which of them are on the front."""
     sample = Sample(group(rows, "gamma", "lambda"))
@@ -193,17 +176,6 @@ PARTS = {
         {"dataset": "data", "model": "model", "steps": "steps", "difference": "less the first model's, paired"}
         | (_WER | _COUNTS),
         _NFE_NOTE,
-    ),
-    "speed": Part(
-        "RTFx by the length of the transcript",
-        tabulate_speed,
-        ("median_tokens", "rtfx", "system", None),
-        {"system": "system", "tokens_from": "tokens from", "num_utterances": "utterances"}
-        | {"mean_audio_s": "audio, s, mean", "rtfx": "RTFx", "rtfx_decoder": "RTFx of the decoder"}
-        | {"nfe": "NFE", "wer": "WER %"},
-        "RTFx: seconds of audio per second of features, encoder and decoder, batch size 1, the median of the rounds "
-        "for each utterance. NFE of the donor: its tokens. Tokens: of the reference, end of text included. Intervals "
-        "are of the utterances, few in a bin.",
     ),
     "front": Part(
         "Gamma and lambda of pbeb_conf",

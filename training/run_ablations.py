@@ -5,7 +5,6 @@ The paper's ablations (arXiv 2602.18952) in kind.
 
     python training/run_ablations.py samplers --model M --data DIR DIR2 --output OUT    # five samplers, the same bound
     python training/run_ablations.py nfe --data DIR --output OUT --models isct=FOLDER plain=FOLDER
-    python training/run_ablations.py speed --model M --data DIR --output OUT --donor WHISPER_FOLDER
     python training/run_ablations.py front --model M --data DIR --output OUT --limit 100    # gamma x lambda: WER, NFE
     python training/run_ablations.py nfe --redraw OUT      # from OUT/nfe/raw.jsonl alone
 
@@ -13,9 +12,6 @@ M is a checkpoint with a canvas, trained from a donor that was converted with `d
 `mdm-asr evaluate --data` takes. Each part writes
     OUT/<part>/raw.jsonl     the run, and a line per utterance and setting: texts, NFE, times
     OUT/<part>/table.md, figure.png, results.json
-`speed` times batches of one, features, encoder and decoder, without reading files; the systems take turns in every
-round. The donor is decoded greedily by transformers, on its stock 30-second features. Nothing else should run on the
-machine meanwhile.
 """
 
 import argparse
@@ -26,9 +22,7 @@ import platform
 import random
 import shlex
 import sys
-import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,16 +31,13 @@ import torch
 from ablation_tables import PARTS, POOLED, Row, write_part
 
 from mdm_asr_cli.terminal import quiet_libraries
-from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.evaluate.data import EvaluationData, load_data
 from mdm_asr_hf.evaluate.evaluation import PACKAGES, TIMES, evaluate_model, machine, model_sha256
 from mdm_asr_hf.loading import load_model
 from mdm_asr_hf.sampling_mdm_asr import SAMPLERS, make_sampler
 
 # The front's bound is so large that gamma decides and not the bound.
-DEFAULT_STEPS = {"samplers": [32], "nfe": [2, 4, 8, 16, 32], "speed": [32], "front": [128]}
-# Whisper's, without which nothing can be compared.
-DONOR_WINDOW_S = 30.0
+DEFAULT_STEPS = {"samplers": [32], "nfe": [2, 4, 8, 16, 32], "front": [128]}
 # Not the tokens: rows would be ten times as long, and no table needs them.
 KEPT = ("id", "dataset", "reference", "hypothesis", "language", "duration_s", "nfe", *TIMES)
 
@@ -86,41 +77,6 @@ class Canvas:
             yield {name: row[name] for name in KEPT} | common
 
 
-class Donor:
-    """The autoregressive Whisper, greedy, on its stock 30-second features; NFE are its tokens and their end."""
-
-    def __init__(self, folder: str):
-        from transformers import AutoProcessor, WhisperForConditionalGeneration
-
-        try:
-            self.processor = AutoProcessor.from_pretrained(folder)
-            self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`--donor` {folder!r} cannot be loaded: {error}") from error
-        self.name = f"ar, {Path(folder).name}"
-        self.is_multilingual = getattr(self.model.generation_config, "is_multilingual", False)
-
-    @torch.no_grad()
-    def rows(self, data: EvaluationData, steps: int, seed: int) -> Iterator[Row]:
-        extractor = self.processor.feature_extractor
-        for i, entry in enumerate(data.rows):
-            clip = load_audio(data.clip(i), target_sampling_rate=extractor.sampling_rate)
-            options = {"language": entry["language"] or "en", "task": "transcribe"} if self.is_multilingual else {}
-            times = [time.perf_counter()]
-            features = extractor(clip, sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
-            times.append(time.perf_counter())
-            outputs = self.model.get_encoder()(features)
-            times.append(time.perf_counter())
-            ids = self.model.generate(encoder_outputs=outputs, do_sample=False, num_beams=1, **options)
-            times.append(time.perf_counter())
-            seconds = {name: end - start for name, start, end in zip(TIMES, times, times[1:], strict=False)}
-            (text,) = self.processor.batch_decode(ids, skip_special_tokens=True)
-            row = {"kind": "utterance", "id": entry["id"], "dataset": data.name, "reference": entry["text"]}
-            row |= {"hypothesis": text.strip(), "language": entry["language"], "duration_s": entry["duration_s"]}
-            row |= {"nfe": ids.shape[1] + 1, "steps": steps, "seed": seed, "sampler": "ar"}
-            yield row | {"gamma": None, "lambda": None, **seconds}
-
-
 # Parts: each yields rows of raw.jsonl.
 
 
@@ -151,54 +107,7 @@ def run_front(args: argparse.Namespace, models: list[Canvas], sets: list[Evaluat
                 yield from models[0].rows(data, sampler, args.steps[0], args.seed, args.batch_size)
 
 
-def run_speed(args: argparse.Namespace, models: list[Canvas], sets: list[EvaluationData]) -> Iterator[Row]:
-    """Rounds of all systems, another one first in each; round 0 is the warm-up."""
-    model, (steps,) = models[0], args.steps
-    tokens = choose_by_length(sets, model.processor, args.length_edges, args.per_bin, args.seed)
-    sets = [data.select(i for i, row in enumerate(data.rows) if (data.name, row["id"]) in tokens) for data in sets]
-    systems: dict[str, Callable[[EvaluationData], Iterator[Row]]] = {}
-    if args.donor:
-        donor = Donor(args.donor)
-        systems[donor.name] = lambda data: donor.rows(data, steps, args.seed)
-    for name in SAMPLERS:
-        sampler = model.sampler(args, name)
-        settings = [
-            f"{key.rstrip('_')} {value:g}" for key, value in sampler.to_dict().items() if key != "name" and value
-        ]
-        systems[", ".join([name, *settings])] = lambda data, s=sampler: model.rows(data, s, steps, args.seed, 1)
-    names = list(systems)
-    for number in range(args.rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            for row in (row for data in sets if len(data) for row in systems[name](data)):
-                if number:
-                    count, low = tokens[row["dataset"], row["id"]]
-                    row |= {"system": name, "round": number, "reference_tokens": count, "bin_low": low}
-                    yield row | {"wall_s": sum(row[key] for key in TIMES)}
-
-
-def choose_by_length(
-    sets: list[EvaluationData], processor: Any, edges: list[int], per_bin: int, seed: int
-) -> dict[tuple[str, str], tuple[int, int]]:
-    """
-    Up to `per_bin` utterances of all data sets together for each bin of reference tokens, end of text included, from
-    the lower ends `edges`: (data set, id) -> number of tokens, lower end of the bin.
-    """
-    bins: list[list] = [[] for _ in edges]
-    longest_s = min(getattr(processor.feature_extractor, "max_duration_s", None) or DONOR_WINDOW_S, DONOR_WINDOW_S)
-    for data in sets:
-        for row in data.rows:
-            count = len(processor(text=row["text"], return_tensors="np")["labels"][0])
-            place = bisect_right(edges, count) - 1
-            if place >= 0 and row["text"].strip() and row["duration_s"] <= longest_s:
-                bins[place].append(((data.name, row["id"]), (count, edges[place])))
-    draw = random.Random(seed)
-    chosen = dict(one for found in bins for one in draw.sample(found, min(per_bin, len(found))))
-    if not chosen:
-        raise ValueError(f"`--length-edges` {edges}: no utterance of `--data` has so many tokens. Set lower ones.")
-    return chosen
-
-
-RUNNERS = {"samplers": run_samplers, "nfe": run_nfe, "speed": run_speed, "front": run_front}
+RUNNERS = {"samplers": run_samplers, "nfe": run_nfe, "front": run_front}
 
 
 # Command line
@@ -228,8 +137,6 @@ def read_models(args: argparse.Namespace) -> list[Canvas]:
 def measure(args: argparse.Namespace, arguments: list[str]) -> None:
     """Writes a part's raw.jsonl."""
     load_before = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    if args.part == "speed" and load_before and load_before > 0.5:
-        print(f"warning: the machine is busy (load {load_before}), so the times will be wrong.", file=sys.stderr)
     sets, models = read_data(args.data, args.limit, args.seed), read_models(args)
     run = {
         "kind": "run",
@@ -259,17 +166,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="folder or id of a checkpoint with a canvas")
     add("--models", nargs="+", metavar="NAME=FOLDER", help="nfe: several; the other parts take the first")
     add("--limit", type=int, help="utterances of each data set, drawn with --seed; default: all")
-    add("--steps", type=int, nargs="+", help="bounds of NFE; samplers: 32, nfe: 2 4 8 16 32, speed: 32, front: 128")
-    add("--gamma", type=float, help="samplers, nfe, speed: instead of the checkpoint's")
+    add("--steps", type=int, nargs="+", help="bounds of NFE; samplers: 32, nfe: 2 4 8 16 32, front: 128")
+    add("--gamma", type=float, help="samplers, nfe: instead of the checkpoint's")
     add("--lambda", type=float, dest="lambda_", help="the same")
     add("--seeds", type=int, default=3, help="samplers: of random and dfm, which are averaged")
     add("--gammas", type=float, nargs="+", default=[0.0, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, float("inf")], help="front")
     add("--lambdas", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.5, 1.0], help="front")
-    add("--donor", help="speed: folder of the autoregressive Whisper")
-    add("--per-bin", type=int, default=6, help="speed: utterances of each bin of lengths")
-    add("--length-edges", type=int, nargs="+", default=[1, 8, 16, 32, 64], help="speed: lower ends, in tokens")
-    add("--rounds", type=int, default=3, help="speed")
-    add("--batch-size", type=int, default=16, help="of the parts but speed, which takes one at a time")
+    add("--batch-size", type=int, default=16)
     add("--threads", type=int, default=2, help="of torch")
     add("--seed", type=int, default=0)
     return parser
@@ -283,9 +186,9 @@ def main(arguments: list[str] | None = None) -> Row:
     if not args.redraw and not (args.data and args.output and bool(args.model) != bool(args.models)):
         parser.error("--data, --output and --model or --models are needed, or --redraw")
     args.steps = args.steps or DEFAULT_STEPS[args.part]
-    if args.part in ("speed", "front") and len(args.steps) > 1:
-        parser.error("--steps is one number for speed and front")
-    for name in ("limit", "seeds", "per_bin", "rounds", "batch_size", "threads"):
+    if args.part == "front" and len(args.steps) > 1:
+        parser.error("--steps is one number for front")
+    for name in ("limit", "seeds", "batch_size", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     try:

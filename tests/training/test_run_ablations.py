@@ -7,7 +7,7 @@ import ablation_tables
 import numpy as np
 import pytest
 import run_ablations
-from tiny_data import save_donor, save_model, write_data
+from tiny_data import save_model, write_data
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 
 from mdm_asr_hf.evaluate.evaluation import evaluate_model
@@ -59,23 +59,6 @@ def test_tables_by_hand():
     groups = [rows_of([n] * 6, model=m, steps=s) for m, s, n in (("isct", 2, 1), ("isct", 32, 1), ("plain", 2, 5))]
     found = {(row["model"], row["steps"]): (row["wer"], row.get("difference")) for row in tabulate("nfe", *groups)}
     assert found == {("isct", 2): (10, None), ("isct", 32): (10, None), ("plain", 2): (50, 40)}
-
-    rows = []
-    for number, seconds in ((1, 0.5), (2, 50.0), (3, 0.5)):
-        for i, (tokens, low) in enumerate(((4, 1), (5, 1), (16, 8))):
-            columns = {
-                "system": "pbeb_conf",
-                "round": number,
-                "reference_tokens": tokens,
-                "bin_low": low,
-                "id": str(i),
-            }
-            (row,) = rows_of([0], duration_s=tokens / 4)
-            rows.append(row | columns | {"decoder_s": seconds, "wall_s": seconds + 0.25})
-    short, long = tabulate("speed", rows)
-    assert (short["tokens_from"], short["num_utterances"], short["median_tokens"]) == (1, 2, 4.5)
-    # 2.25 s of audio in 1.5 s, 1 s of them the decoder's.
-    assert (short["rtfx"], short["rtfx_decoder"], long["rtfx_decoder"]) == (1.5, 2.25, 8)
 
     #         front      dominated  front      front, twice            worse in one, equal in the other
     points = [(1.0, 50), (2.0, 60), (3.0, 20), (5.0, 10), (5.0, 10), (6.0, 10), (3.0, 21)]
@@ -145,18 +128,6 @@ def test_samplers_and_nfe(setting, tmp_path):
     assert [row["num_utterances"] for row in table] == [4] * 5 and table[-1]["is_on_front"]
 
 
-def test_speed(setting, tmp_path):
-    arguments = ("--per-bin", 2, "--length-edges", 1, 8, "--steps", 6, "--rounds", 2)
-    table, rows = run(setting, "speed", tmp_path, *arguments, "--donor", save_donor(tmp_path / "donor"))
-    # Two rounds, two bins of two utterances, six systems; another one comes first in each round.
-    assert len(rows) == 2 * 2 * 2 * 6 and len(table) == 12
-    assert rows[0]["system"] != next(row for row in rows if row["round"] == 2)["system"]
-    # A token a letter, the blank before the text, and the end.
-    assert all(row["reference_tokens"] == len(row["reference"]) + 2 for row in rows)
-    assert {row["bin_low"] for row in rows if row["reference_tokens"] < 8} == {1}
-    assert {row["system"] for row in rows if row["sampler"] == "ar"} == {"ar, donor"}
-
-
 def test_what_cannot_be_run_is_told(setting, tmp_path, capsys):
     def refused(message, *arguments):
         with pytest.raises(SystemExit) as error:
@@ -173,5 +144,4 @@ def test_what_cannot_be_run_is_told(setting, tmp_path, capsys):
     refused("each name once", "nfe", *data, "--models", "a=x", "a=y")
     both = ("--data", setting / "few", setting / "few", "--output", tmp_path, "--model", setting / "isct")
     refused("two sets called 'few'", "nfe", *both)
-    refused("no utterance of `--data` has so many tokens", "speed", *its, "--length-edges", 400)
     refused("does not exist. Run training", "nfe", "--redraw", tmp_path / "other")
