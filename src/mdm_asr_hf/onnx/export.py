@@ -51,7 +51,11 @@ class _SlotCache:
 
 
 class EncoderGraph(nn.Module):
-    """The encoder on one utterance, and the decoder's cross-attention keys and values of its frames."""
+    """
+    The encoder on one utterance, of features (1, T, mel bins) or a waveform (1, N) in fp32, and of Whisper a number of
+    input frames of silence: frames (1, T', encoder width), and the decoder's cross-attention keys and values of these
+    (1, key-value heads, T', head_dim), layer by layer.
+    """
 
     def __init__(self, model: Any):
         super().__init__()
@@ -174,16 +178,9 @@ def _additive(mask: torch.BoolTensor) -> torch.Tensor:
 
 def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: Any = None) -> Path:
     """
-    Writes a folder for [`OnnxMDMASR`], which needs no other weights. For a checkpoint with drafts, and R rows of text:
-
-    - encoder.onnx: `input_features` (1, T, mel bins) in fp32, and of Whisper `trailing_silence`, a number of input
-      frames; or a waveform (1, N); to `frames` (1, T', encoder width), and `cross_key.0`, ..., `cross_value.0`, ...
-      (1, key-value heads, T', head_dim);
-    - decoder.onnx: the donor's causal rows, see [`DecoderGraph`];
-    - drafts.onnx: what they verify, see [`DraftsGraph`];
-    - embeddings.npy: of all token ids (V + E, D), in fp16 beside int8 graphs;
-    - settings, tokenizer and processor, as `save_pretrained` writes them; and mel_filters.npy (frequencies, mel bins)
-      of Whisper's features.
+    Writes a folder for [`OnnxMDMASR`], which needs no other weights, of a checkpoint with drafts: the three graphs of
+    this module, token embeddings (V + E, D), in fp16 beside int8 graphs, settings, tokenizer and processor, and of
+    Whisper the filters (frequencies, mel bins) of its features. docs/deployment.md has inputs and outputs.
 
     Args:
         model ([`MDMASRForConditionalGeneration`], folder or id).
