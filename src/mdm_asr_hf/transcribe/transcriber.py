@@ -202,11 +202,14 @@ class Transcriber:
 
     def _decode_jobs(self, jobs: list["_Job"]) -> Iterator[tuple["_Job", DecodedWindow | ValueError]]:
         """Windows, in any order, with what was decoded of each; those of a recording that failed are left out."""
-        # Longest first: what does not fit into memory shows at once.
+        # Longest first: what does not fit into memory shows at once. Times, which take a tenth of a batch, are asked of
+        # those alone that cannot be joined without.
         jobs.sort(key=lambda job: -job.window.duration_s)
-        for batch in batches([job.window.duration_s for job in jobs], self.batch_size):
-            chosen = [jobs[k] for k in batch if jobs[k].recording.error is None]
-            yield from zip(chosen, self._decode([job.window for job in chosen]), strict=True)
+        alike = [[job for job in jobs if job.window.needs_times == needs_times] for needs_times in (True, False)]
+        for group in [jobs] if self.timestamps else alike:
+            for batch in batches([job.window.duration_s for job in group], self.batch_size):
+                chosen = [group[k] for k in batch if group[k].recording.error is None]
+                yield from zip(chosen, self._decode([job.window for job in chosen]), strict=True)
 
     def _decode(
         self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]] | None = None
