@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 
 from mdm_asr_hf.sampling_mdm_asr import (
     SAMPLERS,
@@ -45,46 +46,60 @@ def test_tokens_confidences_and_entropies():
     assert tokens.tolist() == [0, 1, 2, 1]
     torch.testing.assert_close(log_confidence.exp(), torch.tensor([0.7, 0.9, 0.98, 0.6]))
     torch.testing.assert_close(entropy, torch.tensor([0.8018, 0.3944, 0.1119, 0.8979]), atol=1e-4, rtol=0)
-
-
-def test_suppressed_tokens_leave_the_entropy_finite():
-    logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    tokens, log_confidence, entropy = propose_tokens(logits)
+    # A suppressed token leaves the entropy finite.
+    _, log_confidence, entropy = propose_tokens(torch.tensor([[0.0, 0.0, -torch.inf]]))
     torch.testing.assert_close(entropy, torch.tensor([math.log(2)]))
     assert log_confidence.exp().item() == pytest.approx(0.5)
 
 
-# By confidence the order is 2, 1, 0, 3. sum(H) - max(H) of the prefixes:
-#   2: 0;   2,1: 0.5063 - 0.3944 = 0.1119;   2,1,0: 1.3081 - 0.8018 = 0.5063;   all: 2.2060 - 0.8979 = 1.3081
-@pytest.mark.parametrize(
-    "gamma, expected",
+NOISE = noise_at(0.9, 0.1, 0.8, 0.3)
+NEARLY_EQUAL = torch.tensor([8.0, 0.0, 0.0]).expand(1, 4, 3) + torch.tensor([0.0, 3e-6, 1e-6, 2e-6])[None, :, None]
+
+
+@each(
+    "sampler, arguments, expected",
     [
-        (0.0, [2]),
-        (0.05, [2]),
-        (0.111, [2]),
-        (0.113, [1, 2]),
-        (0.6, [0, 1, 2]),
-        (1.30, [0, 1, 2]),
-        (1.31, [0, 1, 2, 3]),
+        # By confidence the order is 2, 1, 0, 3. sum(H) - max(H) of the prefixes:
+        #   2: 0;   2,1: 0.5063 - 0.3944 = 0.1119;   2,1,0: 1.3081 - 0.8018 = 0.5063;   all: 2.2060 - 0.8979 = 1.3081
+        (EBConfSampler(gamma=0.0), {}, [2]),
+        (EBConfSampler(gamma=0.05), {}, [2]),
+        (EBConfSampler(gamma=0.111), {}, [2]),
+        (EBConfSampler(gamma=0.113), {}, [1, 2]),
+        (EBConfSampler(gamma=0.6), {}, [0, 1, 2]),
+        (EBConfSampler(gamma=1.30), {}, [0, 1, 2]),
+        (EBConfSampler(gamma=1.31), {}, [0, 1, 2, 3]),
+        # With lambda = 0.2 the biased confidences are 0.7, 0.9 e^-0.2 = 0.7369, 0.98 e^-0.4 = 0.6569,
+        # 0.6 e^-0.6 = 0.3293: order 1, 0, 2, 3.
+        #   1: 0;   1,0: 1.1962 - 0.8018 = 0.3944;   1,0,2: 1.3081 - 0.8018 = 0.5063
+        (PBEBConfSampler(gamma=0.05, lambda_=0.2), {}, [1]),
+        (PBEBConfSampler(gamma=0.39, lambda_=0.2), {}, [1]),
+        (PBEBConfSampler(gamma=0.4, lambda_=0.2), {}, [0, 1]),
+        (PBEBConfSampler(gamma=0.51, lambda_=0.2), {}, [0, 1, 2]),
+        # An infinite bias goes from left to right.
+        #   0: 0;   0,1: 1.1962 - 0.8018 = 0.3944;   0,1,2: 1.3081 - 0.8018 = 0.5063;   all: 1.3081
+        (PBEBConfSampler(gamma=0.0, lambda_=None), {}, [0]),
+        (PBEBConfSampler(gamma=0.39, lambda_=None), {}, [0]),
+        (PBEBConfSampler(gamma=0.4, lambda_=None), {}, [0, 1]),
+        (PBEBConfSampler(gamma=1.3, lambda_=None), {}, [0, 1, 2]),
+        (PBEBConfSampler(gamma=0.0, lambda_=None), {"candidates": torch.tensor([[False, True, True, True]])}, [1]),
+        (ConfTopKSampler(k=1), {}, [2]),
+        (ConfTopKSampler(k=3), {}, [0, 1, 2]),
+        # Without k, four positions over two steps are two a step, over three steps ceil(4 / 3) = 2.
+        (ConfTopKSampler(), {"steps_left": 2}, [1, 2]),
+        (ConfTopKSampler(), {"steps_left": 3}, [1, 2]),
+        # An even share, by noise.
+        (RandomSampler(), {"steps_left": 2, "noise": NOISE}, [1, 3]),
+        (RandomSampler(), {"steps_left": 4, "noise": NOISE}, [1]),
+        # Four steps left: a position jumps if its noise is below 1 / 4; where none is, the lowest.
+        (DFMSampler(), {"steps_left": 4, "noise": noise_at(0.2, 0.9, 0.24, 0.3)}, [0, 2]),
+        (DFMSampler(), {"steps_left": 4, "noise": noise_at(0.5, 0.9, 0.4, 0.6)}, [2]),
+        # Confidences that round to the same go from left to right.
+        (ConfTopKSampler(k=1), {"logits": NEARLY_EQUAL}, [0]),
+        (EBConfSampler(gamma=0.0), {"logits": NEARLY_EQUAL}, [0]),
     ],
 )
-def test_eb_conf_takes_the_longest_prefix_in_the_budget(gamma, expected):
-    assert committed(EBConfSampler(gamma=gamma)) == expected
-
-
-# With lambda = 0.2 the biased confidences are 0.7, 0.9 e^-0.2 = 0.7369, 0.98 e^-0.4 = 0.6569, 0.6 e^-0.6 = 0.3293:
-# order 1, 0, 2, 3.   1: 0;   1,0: 1.1962 - 0.8018 = 0.3944;   1,0,2: 1.3081 - 0.8018 = 0.5063
-@pytest.mark.parametrize("gamma, expected", [(0.05, [1]), (0.39, [1]), (0.4, [0, 1]), (0.51, [0, 1, 2])])
-def test_pbeb_conf_prefers_the_left(gamma, expected):
-    assert committed(PBEBConfSampler(gamma=gamma, lambda_=0.2)) == expected
-
-
-# From left to right. 0: 0;   0,1: 1.1962 - 0.8018 = 0.3944;   0,1,2: 1.3081 - 0.8018 = 0.5063;   all: 1.3081
-@pytest.mark.parametrize("gamma, expected", [(0.0, [0]), (0.39, [0]), (0.4, [0, 1]), (1.3, [0, 1, 2])])
-def test_an_infinite_position_bias_goes_from_left_to_right(gamma, expected):
-    assert committed(PBEBConfSampler(gamma=gamma, lambda_=None)) == expected
-    behind = torch.tensor([[False, True, True, True]])
-    assert committed(PBEBConfSampler(gamma=0.0, lambda_=None), candidates=behind) == [1]
+def test_what_is_committed_by_hand(sampler, arguments, expected):
+    assert committed(sampler, **arguments) == expected
 
 
 def test_pbeb_conf_does_not_underflow_on_a_long_canvas():
@@ -102,33 +117,9 @@ def test_pbeb_conf_does_not_underflow_on_a_long_canvas():
     ]
 
 
-def test_conf_top_k():
-    assert committed(ConfTopKSampler(k=1)) == [2]
-    assert committed(ConfTopKSampler(k=3)) == [0, 1, 2]
-    # Without k, four positions over two steps are two a step, over three steps ceil(4 / 3) = 2.
-    assert committed(ConfTopKSampler(), steps_left=2) == [1, 2]
-    assert committed(ConfTopKSampler(), steps_left=3) == [1, 2]
-
-
-def test_random_commits_an_even_share_by_noise():
-    assert committed(RandomSampler(), steps_left=2, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1, 3]
-    assert committed(RandomSampler(), steps_left=4, noise=noise_at(0.9, 0.1, 0.8, 0.3)) == [1]
-
-
-def test_dfm_jumps_with_probability_one_over_the_steps_left():
-    # Four steps left: a position jumps if its noise is below 1 / 4.
-    assert committed(DFMSampler(), steps_left=4, noise=noise_at(0.2, 0.9, 0.24, 0.3)) == [0, 2]
-    # None below: the lowest jumps.
-    assert committed(DFMSampler(), steps_left=4, noise=noise_at(0.5, 0.9, 0.4, 0.6)) == [2]
-
-
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_the_last_step_commits_everything(name):
+@each("name", sorted(SAMPLERS))
+def test_the_last_step_commits_all_candidates_and_leaves_finished_rows_alone(name):
     assert committed(make_sampler(name), steps_left=1, noise=torch.rand(1, 4, 2)) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_only_candidates_are_committed_and_finished_rows_left_alone(name):
     canvas = torch.tensor([[MASK, 0, MASK, MASK], [1, 2, 0, 1]])
     candidates = torch.tensor([[True, True, False, True], [True] * 4])
     candidates &= canvas == MASK
@@ -138,24 +129,15 @@ def test_only_candidates_are_committed_and_finished_rows_left_alone(name):
     assert out.canvas.tolist() == [[0, 0, MASK, 1], [1, 2, 0, 1]]
 
 
-def test_equal_confidences_go_left_to_right():
-    logits = torch.tensor([8.0, 0.0, 0.0]).expand(1, 4, 3) + torch.tensor([0.0, 3e-6, 1e-6, 2e-6])[None, :, None]
-    assert committed(ConfTopKSampler(k=1), logits=logits) == [0]
-    assert committed(EBConfSampler(gamma=0.0), logits=logits) == [0]
-
-
-def test_temperature_draws_by_inverse_transform():
-    noise = torch.zeros(1, 4, 2)
+def test_temperature_draws_the_distribution_by_inverse_transform():
     # Cumulative probabilities of position 0 are 0.7, 0.9, 1.0; of position 1: 0.05, 0.95, 1.0; and so on.
-    noise[0, :, 0] = torch.tensor([0.85, 0.02, 0.999, 0.3])
-    tokens, log_confidence, _ = propose_tokens(LOGITS[0], 1.0, noise[0, :, 0])
+    noise = torch.tensor([0.85, 0.02, 0.999, 0.3])
+    tokens, log_confidence, _ = propose_tokens(LOGITS[0], 1.0, noise)
     assert tokens.tolist() == [1, 0, 2, 1]
     torch.testing.assert_close(log_confidence.exp(), torch.tensor([0.2, 0.05, 0.98, 0.6]))
     # A low temperature sharpens: 0.7^10 : 0.2^10 leaves nothing to the second token.
-    assert propose_tokens(LOGITS[0], 0.1, noise[0, :, 0])[0].tolist() == [0, 1, 2, 1]
+    assert propose_tokens(LOGITS[0], 0.1, noise)[0].tolist() == [0, 1, 2, 1]
 
-
-def test_temperature_draws_the_distribution():
     noise = torch.rand(20000, generator=torch.Generator().manual_seed(0))
     tokens, *_ = propose_tokens(LOGITS[0, :1].expand(20000, 3), 1.0, noise)
     shares = torch.bincount(tokens, minlength=3) / 20000
@@ -182,7 +164,7 @@ def test_a_sampler_of_ones_own():
     assert make_sampler(Last()) == Last() and committed(Last()) == [3]
 
 
-@pytest.mark.parametrize(
+@each(
     "call, message",
     [
         (lambda: make_sampler("beam"), "`sampler` 'beam' is unknown"),
@@ -195,6 +177,10 @@ def test_a_sampler_of_ones_own():
         (lambda: committed(EBConfSampler(), steps_left=0), "`steps_left`"),
         (lambda: committed(RandomSampler()), "`noise`"),
         (lambda: committed(EBConfSampler(), temperature=1.0), "`noise`"),
+        (
+            lambda: make_sampler("eb_conf").step(LOGITS[0, :3], CANVAS, CANVAS == MASK, steps_left=2),
+            "`logits` are of 3 positions, but 4 are candidates",
+        ),
     ],
 )
 def test_what_makes_no_sense_raises(call, message):
@@ -236,11 +222,6 @@ def test_at_least_one_commit_per_unfinished_row_and_no_committed_token_changes(s
     assert (out.canvas[out.committed] != 99).all()
     assert ((out.confidence >= 0) & (out.confidence <= 1 + 1e-6)).all()
     assert not out.confidence[canvas != 99].any()
-
-
-def test_logits_of_another_number_of_positions_raise():
-    with pytest.raises(ValueError, match="`logits` are of 3 positions, but 4 are candidates"):
-        make_sampler("eb_conf").step(LOGITS[0, :3], CANVAS, CANVAS == MASK, steps_left=2)
 
 
 @given(states(), st.sampled_from(["eb_conf", "pbeb_conf"]), st.floats(0, 3), st.floats(0, 3))
