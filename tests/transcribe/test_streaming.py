@@ -17,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.live import Live
+from tables import each
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import BatchFeature
 
@@ -321,7 +322,7 @@ def test_a_word_after_silence_is_heard_whole():
     assert words[0].start_s == pytest.approx(30 + times[0][0], abs=0.03)
 
 
-@pytest.mark.parametrize("model_class", [Babbler, Deaf])
+@each("model_class", [Babbler, Deaf])
 def test_memory_and_work_are_bounded_when_speech_never_pauses(model_class):
     rng = np.random.default_rng(0)
     model = model_class()
@@ -517,7 +518,7 @@ def test_the_gate_follows_the_noise_and_lets_speech_above_it_through():
     assert not is_speech[1:].any()
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000])
+@each("rate", [8_000, 16_000])
 def test_offset_hum_and_digital_silence_are_no_speech_for_the_gate(rate):
     times = np.arange(30 * rate) / rate
     for sound in (
@@ -531,8 +532,8 @@ def test_offset_hum_and_digital_silence_are_no_speech_for_the_gate(rate):
         assert not is_speech.any()
 
 
-@pytest.mark.parametrize("gain_db", [-20, -35, -50])
-@pytest.mark.parametrize("beside", ["nothing", "offset", "negative offset", "drift", "hum", "loud speech", "room"])
+@each("gain_db", [-20, -35, -50])
+@each("beside", ["nothing", "offset", "negative offset", "drift", "hum", "loud speech", "room"])
 def test_the_gate_hears_a_faint_speaker(gain_db, beside):
     speech = load_audio(DEMO)[: 3 * RATE + RATE // 2]
     speech = speech / np.sqrt(np.mean(speech**2))
@@ -668,7 +669,7 @@ class Pipe(io.BytesIO):
         return super().read(min(size, self.at_once))
 
 
-@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
+@each("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
 @given(at_once=st.integers(1, 900), num_channels=st.integers(1, 3), size=st.integers(1, 300), extensible=st.booleans())
 def test_wav_is_read_as_it_comes(subtype, at_once, num_channels, size, extensible):
     generator = np.random.default_rng(size)
