@@ -14,7 +14,6 @@ from mdm_asr_hf import (
     MDMASRGenerationConfig,
     PBEBConfSampler,
 )
-from mdm_asr_hf.prompt_mdm_asr import build_prompt_ids
 
 TEMPLATE = {
     "tokens": [7, "language", "target_language", "punctuation", 9],
@@ -166,7 +165,13 @@ def test_a_folder_with_a_ctc_head_loads_without_it(tmp_path, caplog):
 # --- generation config ---
 
 
-def test_generation_config_round_trip(tmp_path):
+def test_generation_config_round_trip_and_the_papers_defaults(tmp_path):
+    config = MDMASRGenerationConfig()
+    assert config.sampler_config == PBEBConfSampler(gamma=0.05, lambda_=0.2)
+    assert config.max_denoising_steps == 32 and config.temperature == 0 and config.canvas_length is None
+    # What the stock pipeline and Seq2SeqTrainer read.
+    assert config.num_beams == 1 and config.max_length is not None
+
     config = MDMASRGenerationConfig(
         sampler=PBEBConfSampler(gamma=0.3, lambda_=0.1),
         max_denoising_steps=8,
@@ -190,14 +195,6 @@ def test_generation_config_round_trip(tmp_path):
         "max_length",
     ):
         assert getattr(loaded, name) == getattr(config, name)
-
-
-def test_generation_defaults_are_the_papers():
-    config = MDMASRGenerationConfig()
-    assert config.sampler_config == PBEBConfSampler(gamma=0.05, lambda_=0.2)
-    assert config.max_denoising_steps == 32 and config.temperature == 0 and config.canvas_length is None
-    # What the stock pipeline and Seq2SeqTrainer read.
-    assert config.num_beams == 1 and config.max_length is not None
 
 
 @each(
@@ -225,27 +222,3 @@ def test_generation_defaults_are_the_papers():
 def test_generation_settings_that_make_no_sense_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         MDMASRGenerationConfig(**settings)
-
-
-# --- prompts ---
-
-
-def test_prompts():
-    assert build_prompt_ids(TEMPLATE).tolist() == [[7, 62, 62, 5, 9]]
-    assert build_prompt_ids(TEMPLATE, language="de").tolist() == [[7, 71, 71, 5, 9]]
-    assert build_prompt_ids(TEMPLATE, language="<|de|>", target_language="EN", punctuation=False).tolist() == [
-        [7, 71, 62, 6, 9]
-    ]
-    assert build_prompt_ids(TEMPLATE, 2, language=["de", "en"]).tolist() == [[7, 71, 71, 5, 9], [7, 62, 62, 5, 9]]
-    assert build_prompt_ids({"tokens": [4, 5]}, 2, language=None).tolist() == [[4, 5], [4, 5]]
-
-    for slots, message in [
-        (dict(language="fr"), "`language='fr'` is not known.*'de', 'en'"),
-        (dict(language=["de"]), "`language` has 1 values for a batch of 2"),
-        (dict(task="translate"), "`task='translate'` has no place"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            build_prompt_ids(TEMPLATE, 2, **slots)
-
-    with pytest.raises(ValueError, match="which is fixed"):
-        build_prompt_ids({"tokens": [4]}, language="en")

@@ -203,9 +203,6 @@ def test_forms_of_a_clip_and_bad_ones(monkeypatch):
     extractor(clip)
     assert "sampling_rate" in warnings[-1]
 
-
-def test_features_that_are_not_finite_raise(monkeypatch):
-    extractor = MDMASRFeatureExtractor()
     monkeypatch.setattr(
         WhisperFeatureExtractor, "_torch_extract_fbank_features", lambda self, x, device: np.full((1, 80, 9), np.nan)
     )

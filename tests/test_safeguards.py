@@ -28,7 +28,7 @@ EOS, PAD, NO_SPEECH = 1, 2, 59
 # --- measures ---
 
 
-def test_compression_is_measured_as_transformers_does():
+def test_compression_is_measured_as_transformers_does_and_probabilities_by_hand():
     for ids in [[5], [5, 6, 7, 8], [300, 7, 51000] * 30, list(range(200))]:
         for vocab_size in [200, 51864, 70000]:
             if max(ids) >= vocab_size:
@@ -40,8 +40,6 @@ def test_compression_is_measured_as_transformers_does():
     assert compression_ratio([7, 8, 9] * 40, 51864) > 10 > 1.35 > compression_ratio([7, 80, 900, 12, 4000], 51864)
     assert compression_ratio([], 51864) == 0
 
-
-def test_log_probabilities_and_decisions_by_hand():
     assert mean_log_prob([-1.0, -2.0, -0.5]) == pytest.approx(-3.5 / 3) and mean_log_prob([]) == 0
     logits = torch.tensor([[0.0, math.log(3), -torch.inf], [0.0, 0.0, 0.0]], dtype=torch.float16)
     assert no_speech_probability(logits.numpy(), 1) == pytest.approx([3 / 4, 1 / 3], abs=1e-3)
