@@ -299,9 +299,24 @@ def test_settings_of_the_file_and_of_the_call(model, tmp_path):
         (dict(max_denoising_steps=0), "`max_denoising_steps`"),
         (dict(eos_token_id=7), "`eos_token_id=7` contradicts"),
         (dict(decoder_input_ids=torch.ones(2, 3, dtype=torch.long)), "`decoder_input_ids` of shape"),
+        (dict(temperature=[0.0, 0.2]), "`temperature` must be one number"),
+        *(
+            (argument, f"'{next(iter(argument))}'.* for checkpoints with drafts, .* decodes with a canvas")
+            for argument in (
+                dict(draft_branches=["masks"]),
+                dict(draft_length=2),
+                dict(no_speech_threshold=0.5),
+                dict(compression_ratio_threshold=1.3),
+                dict(logprob_threshold=-1.0),
+                dict(previous_ids=[5]),
+                dict(prefix_ids=[[5]] * 3),
+                dict(draft_ids=[[5]] * 3),
+                dict(hotword_ids=[[5, 6]]),
+            )
+        ),
     ],
 )
-def test_unknown_and_contradictory_arguments_raise(model, arguments, message):
+def test_what_a_canvas_cannot_use_raises(model, arguments, message):
     features, mask = tiny_inputs()
     with pytest.raises(ValueError, match=message):
         model.generate(features, attention_mask=mask, **arguments)
@@ -333,28 +348,6 @@ def test_what_drafts_cannot_use_raises(drafter, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         drafter.generate(features, attention_mask=mask, **arguments)
     assert "\n" not in str(error.value)
-
-
-def test_what_a_canvas_cannot_use_raises(model):
-    for arguments in [
-        dict(draft_branches=["masks"]),
-        dict(draft_length=2),
-        dict(no_speech_threshold=0.5),
-        dict(compression_ratio_threshold=1.3),
-        dict(logprob_threshold=-1.0),
-        dict(previous_ids=[5]),
-        dict(prefix_ids=[[5]] * 3),
-        dict(draft_ids=[[5]] * 3),
-        dict(hotword_ids=[[5, 6]]),
-    ]:
-        features, mask = tiny_inputs()
-        (name,) = arguments
-        with pytest.raises(ValueError, match=f"'{name}'.* for checkpoints with drafts, .* decodes with a canvas"):
-            model.generate(features, attention_mask=mask, **arguments)
-
-    features, mask = tiny_inputs()
-    with pytest.raises(ValueError, match="`temperature` must be one number"):
-        model.generate(features, attention_mask=mask, temperature=[0.0, 0.2])
 
 
 def test_suppressed_tokens_are_never_predicted(model, drafter):

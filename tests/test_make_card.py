@@ -3,15 +3,12 @@
 
 import importlib.util
 import json
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
@@ -21,7 +18,6 @@ from mdm_asr_hf import default_checkpoint
 
 ROOT = Path(__file__).parents[1]
 FACTS = ROOT / "model_cards" / "mdm-asr-tiny-en.yaml"
-TRANSCRIPT = "He had found where his treasure was, and was frightened of what might happen."
 
 spec = importlib.util.spec_from_file_location("make_card", ROOT / "model_cards" / "make_card.py")
 make_card = importlib.util.module_from_spec(spec)
@@ -190,13 +186,6 @@ def test_facts_that_are_missing_or_unknown(facts, capsys, changes, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_default_checkpoints_card_is_generated_and_its_example_runs(tmp_path, capsys):
-    code = re.search(r"```python\n(.*?)```", FACTS.with_suffix(".md").read_text(), re.DOTALL).group(1)
-    samples, rate = soundfile.read(ROOT / "demo" / "common_voice_en_48.flac")
-    soundfile.write(tmp_path / "recording.wav", samples, rate)
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.strip() == repr([TRANSCRIPT])
-
+def test_the_default_checkpoints_card_is_generated(capsys):
     assert run(FACTS, "--check") == 0, capsys.readouterr().out
     assert FACTS.with_suffix(".md").read_bytes() == (default_checkpoint() / "README.md").read_bytes()

@@ -566,17 +566,24 @@ def command(tmp_path_factory):
         yield server
 
 
-def test_a_recording_by_command_and_curl(command):
+def test_a_recording_by_command_and_the_pages_commands_as_printed(command, monkeypatch, capsys):
     _, url = command
     with RECORDING.open("rb") as file:
         assert client(url).audio.transcriptions.create(model="whisper-1", file=file).text == TEXT
     verbose = transcribe(url, RECORDING.read_bytes(), model="mdm-asr-tiny-en", response_format="verbose_json")
     assert verbose.text == TEXT and verbose.segments[0].tokens and verbose.duration == pytest.approx(4.632)
 
+    page = (ROOT / "docs/serving.md").read_text()
+    blocks = re.findall(r"```python[^\n]*\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(ROOT)
+    for code in blocks:
+        exec(code.replace("127.0.0.1:8000", url.removeprefix("http://")), {})
+        assert "found where his treasure was" in capsys.readouterr().out
+
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
-    _, url = command
-    blocks = re.findall(r"```bash[^\n]*\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```bash[^\n]*\n(.*?)```", page, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("curl")]
     assert len(lines) >= 4
     for line in lines:
@@ -586,15 +593,6 @@ def test_a_recording_by_command_and_curl(command):
         )
         assert done.returncode == 0, (line, done.stdout, done.stderr)
         assert "treasure" in done.stdout or ROUTE not in line
-
-
-def test_the_pages_python_runs_as_printed(command, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python[^\n]*\n(.*?)```", (ROOT / "docs/serving.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
-    for code in blocks:
-        exec(code.replace("127.0.0.1:8000", command[1].removeprefix("http://")), {})
-        assert "found where his treasure was" in capsys.readouterr().out
 
 
 def test_live_audio(command):

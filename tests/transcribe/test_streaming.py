@@ -344,7 +344,7 @@ def test_memory_and_work_are_bounded_when_speech_never_pauses(model_class):
     assert (len(committed) > 120) == (model_class is Babbler)
 
 
-def test_a_text_that_was_emptied_by_the_no_speech_gate_leaves_what_was_committed():
+def test_an_emptied_text_and_tokens_that_would_change_a_committed_word_leave_what_was_committed():
     samples, _ = speak([1, 2, 3, 4])
 
     class Gated(Listener):
@@ -358,8 +358,6 @@ def test_a_text_that_was_emptied_by_the_no_speech_gate_leaves_what_was_committed
     updates = list(transcriber_of(Gated()).stream(cut(samples, [1600])))
     assert [word.text for word in check_updates(updates)] == [word_of(1)]
 
-
-def test_tokens_that_would_change_a_committed_word_are_left_out():
     class Appender(Listener):
         def generate(self, input_features, prefix_ids=None, **arguments):
             output = super().generate(input_features, prefix_ids, **arguments)
