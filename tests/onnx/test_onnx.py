@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import jiwer
@@ -18,6 +17,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from onnx_exports import exported_checkpoint, graphs_of
 from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
@@ -165,15 +165,6 @@ def test_steps_and_graphs(pair):
         assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-@contextmanager
-def graphs_of(exported):
-    """What is quantised inside starts from the graphs of this export."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("encoder", "decoder", "drafts"):
-            patch.setattr(export, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path))
-        yield
-
-
 @pytest.fixture(scope="module")
 def exact(pair, tmp_path_factory):
     """The tiny model in int8, what its encoder gives for three clips, and random texts of theirs."""
@@ -315,8 +306,7 @@ def test_canary_like_models(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     """The checkpoint, its export, their processor, and the export's folder."""
-    folder = tmp_path_factory.mktemp("onnx") / "golden"
-    export_onnx(mdm_asr_hf.default_checkpoint(), folder)
+    folder = exported_checkpoint(tmp_path_factory)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(mdm_asr_hf.default_checkpoint(), dtype="float32")
     return model, OnnxMDMASR.from_pretrained(folder), AutoProcessor.from_pretrained(folder), folder
 
