@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from remote_code import noise, save_with_code, transcribe_as_remote_code
+from remote_code import noise
 from tiny_models import tiny_inputs, tiny_model, tiny_processor
 from transformers import (
     AutoConfig,
@@ -85,16 +85,3 @@ def test_the_stock_pipeline_transcribes_as_generate_and_ours_gives_more(folder):
         assert "".join(token["text"] for token in out["tokens"]).strip() == out["text"]
     silent = pipe({"array": np.zeros(16000), "sampling_rate": 16000})
     assert silent == {"text": "", "confidence": None, "nfe": 0, "tokens": []}
-
-
-def test_a_saved_folder_loads_where_the_package_is_not_installed(tmp_path):
-    model, processor, clip = tiny_model(), tiny_processor(), noise()
-    expected = processor.decode(model.generate(**processor(clip, sampling_rate=16000)))[0]
-    folder = tmp_path / "folder"
-    save_with_code(model, processor, folder)
-    assert "custom_pipelines" not in (folder / "config.json").read_text()
-    out = transcribe_as_remote_code(folder, clip, tmp_path)
-    assert out["type"] == "seq2seq" and out["pipeline"] == out["direct"] == expected != ""
-    assert "pip install ." in out["hint"]
-    # The converters, and what only they need, do not travel.
-    assert not list(folder.glob("convert_*"))

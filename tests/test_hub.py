@@ -9,7 +9,7 @@ import pytest
 import torch
 from hub import hub_on_this_machine, uploaded
 from huggingface_hub import ModelCard, constants
-from remote_code import noise, transcribe_as_remote_code
+from remote_code import noise, save_with_code, transcribe_as_remote_code
 from safetensors.torch import load_file, save_file
 from tables import each
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
@@ -63,7 +63,7 @@ def transcribe(folder, clip):
     return processor.decode(model.generate(**processor(clip, sampling_rate=16000)))[0]
 
 
-def test_the_folder_that_would_be_uploaded_loads_by_itself(folder, staged_by, tmp_path):
+def test_what_is_uploaded_or_saved_with_code_loads_where_the_package_is_not_installed(folder, staged_by, tmp_path):
     result = staged_by(folder)
     assert result.url is None and result.folder != folder
     assert result.files == sorted(path.name for path in result.folder.iterdir())
@@ -77,9 +77,16 @@ def test_the_folder_that_would_be_uploaded_loads_by_itself(folder, staged_by, tm
     assert config["dtype"] == "bfloat16" and "AutoModelForSpeechSeq2Seq" in config["auto_map"]
     assert not [name for name in result.files if name.startswith(("optimizer", "checkpoint", "convert_"))]
 
-    clip = noise()
-    out = transcribe_as_remote_code(result.folder, clip, tmp_path)
-    assert out["type"] == "seq2seq" and out["direct"] == out["pipeline"] == transcribe(folder, clip) != ""
+    # And a folder that its user saved with the code.
+    model, processor, clip = tiny_model(), tiny_processor(), noise()
+    save_with_code(model, processor, tmp_path / "saved")
+    assert "custom_pipelines" not in (tmp_path / "saved" / "config.json").read_text()
+    assert not list((tmp_path / "saved").glob("convert_*"))
+    expected = [transcribe(folder, clip), processor.decode(model.generate(**processor(clip, sampling_rate=16000)))[0]]
+    found = transcribe_as_remote_code([result.folder, tmp_path / "saved"], clip, tmp_path)
+    for out, text in zip(found, expected, strict=True):
+        assert out["type"] == "seq2seq" and out["direct"] == out["pipeline"] == text != ""
+        assert "pip install ." in out["hint"]
 
 
 def test_the_folder_holds_its_card_and_no_other_code(folder, staged_by, tmp_path):

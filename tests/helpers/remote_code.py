@@ -21,27 +21,29 @@ import sys
 sys.modules["mdm_asr_hf"] = None  # importing the package fails, whether or not it is installed
 import numpy as np, json
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
-folder, clip = sys.argv[1], np.load(sys.argv[2])
-model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "MDMASRConfig"
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-direct = processor.decode(model.generate(**processor(clip, sampling_rate=16000)))[0]
-pipe = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)
-try:
-    type(model).from_whisper("nowhere")
-    hint = None
-except ImportError as error:
-    hint = str(error)
-print(json.dumps({"type": pipe.type, "pipeline": pipe(clip)["text"].strip(), "direct": direct, "hint": hint}))
+clip, found = np.load(sys.argv[1]), []
+for folder in sys.argv[2:]:
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+    assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "MDMASRConfig"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    direct = processor.decode(model.generate(**processor(clip, sampling_rate=16000)))[0]
+    pipe = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)
+    try:
+        type(model).from_whisper("nowhere")
+        hint = None
+    except ImportError as error:
+        hint = str(error)
+    found.append({"type": pipe.type, "pipeline": pipe(clip)["text"].strip(), "direct": direct, "hint": hint})
+print(json.dumps(found))
 """
 
 
-def transcribe_as_remote_code(folder, clip, tmp_path):
-    """Loads a saved folder with trust_remote_code in a process that cannot import the package."""
+def transcribe_as_remote_code(folders, clip, tmp_path):
+    """Loads saved folders with trust_remote_code in a process that cannot import the package; what each gives."""
     np.save(tmp_path / "clip.npy", clip)
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REMOTE), str(folder), str(tmp_path / "clip.npy")],
+        [sys.executable, "-c", textwrap.dedent(REMOTE), str(tmp_path / "clip.npy"), *map(str, folders)],
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
