@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 from tiny_models import ENCODERS, VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model
 
 from mdm_asr_hf import diffusion_mdm_asr
@@ -47,9 +48,7 @@ def test_timesteps_are_uniform_above_zero_and_seeded():
     assert T_MIN <= t.min() and t.max() <= 1
     assert t.mean().item() == pytest.approx(0.5, abs=0.01) and t.var().item() == pytest.approx(1 / 12, abs=0.005)
     assert torch.equal(t, draw())
-
-
-def test_times_of_a_batch_cover_the_range_evenly():
+    # Those of a batch cover the range evenly.
     for seed in range(20):
         t = sample_timesteps(8, generator=torch.Generator().manual_seed(seed))
         # One in every eighth of (0, 1], in random order.
@@ -213,9 +212,7 @@ def test_the_second_step_sees_the_models_own_wrong_tokens_and_is_scored_against_
     torch.testing.assert_close(out.step_losses[1], (losses * masked).sum() / 12 / 0.5)
     torch.testing.assert_close(out.loss, out.step_losses.sum())
     assert out.step_accuracies[0].item() == pytest.approx(10 / 12)
-
-
-def test_what_was_visible_is_carried_over():
+    # What was visible is carried over.
     decoder = Decoder(WRONG)
     times = torch.tensor([[1e-3, 1e-3], [0.5, 0.5]])
     out = run(decoder, DiffusionObjective(num_steps=2), timesteps=times, generator=torch.Generator().manual_seed(0))
@@ -224,7 +221,7 @@ def test_what_was_visible_is_carried_over():
     assert torch.equal(out.canvases[1][visible], TARGETS[visible])
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+@each("num_steps", [1, 2, 3, 5])
 def test_any_number_of_steps(num_steps):
     decoder = Decoder(WRONG)
     out = run(decoder, DiffusionObjective(num_steps=num_steps))
@@ -286,28 +283,24 @@ def test_the_loss_of_drafts_by_hand():
     assert loss == 0 and share == 0
 
 
-def test_frontiers_stand_at_every_position_of_a_text_and_at_no_other():
+def test_frontiers_stand_at_every_position_of_a_text_and_have_its_targets():
     frontiers = draw_frontiers(torch.tensor([1, 3, 5]), 2, 500, torch.Generator().manual_seed(0))
     assert [sorted(set(row)) for row in frontiers.tolist()] == [[2], [2, 3, 4], [2, 3, 4, 5, 6]]
     again = draw_frontiers(torch.tensor([1, 3, 5]), 2, 500, torch.Generator().manual_seed(0))
     assert torch.equal(again, frontiers)
-
-
-def test_targets_of_blocks_by_hand():
+    # What is behind them, by hand.
     sequences = torch.tensor([[60, 5, 6, 1, -100], [60, 7, 1, -100, -100]])
     targets = block_targets(sequences, torch.tensor([[0, 3], [1, 1]]), 2, -100)
     # A frontier's own token, the donor's next one, and the two that are drafted.
     assert targets.tolist() == [[[60, 5, 6, 1], [1, -100, -100, -100]], [[7, 1, -100, -100]] * 2]
 
 
-def test_distances_of_frames_by_hand():
+def test_distances_of_frames_and_divergence_of_tokens_by_hand():
     frames = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [5.0, 5.0], [9.0, 9.0]]])
     teacher = torch.tensor([[[1.0, 0.0], [3.0, 1.0]], [[2.0, 0.0], [7.0, 7.0]]])
     # Of the first row both frames, of the second one: (0 + 4 + 0 + 9 + 4 + 0) / 6.
     assert frame_loss(frames, teacher, torch.tensor([2, 1])).item() == pytest.approx(17 / 6)
 
-
-def test_divergence_of_tokens_by_hand():
     logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]]]).log()
     token_ids = torch.tensor([[[1, 0], [3, 2]]])
     log_probs = torch.tensor([[[0.6, 0.3], [0.4, 0.3]]]).log()
@@ -362,7 +355,7 @@ def test_nonsense_of_drafts_raises():
 # --- in the model ---
 
 
-@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+@each("encoder", sorted(ENCODERS))
 def test_all_steps_run_on_one_pass_of_the_encoder(encoder, monkeypatch):
     model = tiny_model(encoder).train()
     features, mask = tiny_inputs(encoder)
