@@ -1,8 +1,6 @@
 """The checkpoint that comes with the package, on real speech."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jiwer
@@ -13,6 +11,7 @@ import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+from whisper_donors import needs_released_whisper, save_released
 
 from mdm_asr_hf import MDMASRPipeline, default_checkpoint
 
@@ -21,8 +20,6 @@ RECORDING = next((REPOSITORY / "demo").glob("*.flac"))
 GOLDEN = "He had found where his treasure was, and was frightened of what might happen."
 # Recordings with transcripts that may lie beside the repository.
 LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
-# Writes the donor, where it can be had.
-GET_WHISPER = REPOSITORY.parent / "shared" / "tools" / "get_whisper.py"
 MAX_BYTES = 96 * 2**20
 
 normalize = EnglishTextNormalizer({})
@@ -92,11 +89,9 @@ def test_the_text_is_that_of_the_whisper_in_it(model, processor):
         assert [i for i in row if i != eos] == [i for i in expected if i != eos]
 
 
-@pytest.mark.skipif(not GET_WHISPER.is_file(), reason="nothing here writes a released Whisper")
+@needs_released_whisper
 def test_the_whisper_in_it_is_the_donor_bit_by_bit(model, tmp_path):
-    done = subprocess.run([sys.executable, GET_WHISPER, "tiny.en", tmp_path], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the donor's weights cannot be had: {done.stderr[-300:]}")
+    save_released("tiny.en", tmp_path)
     donor = WhisperForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16).state_dict()
     own = model.to_whisper().half().state_dict()
     assert set(own) == set(donor)

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import canary_donors
@@ -29,7 +28,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
-from whisper_donors import GREEDY
+from whisper_donors import GREEDY, needs_released_whisper, save_released
 
 import mdm_asr_hf
 from mdm_asr_hf.convert.canary import _prompt_template, canary_processor, from_canary
@@ -314,7 +313,6 @@ def test_models_that_cannot_detect(whisper, tmp_path):
 
 # A real donor, where it can be had
 
-GET_WHISPER = Path(__file__).parents[2] / "shared" / "tools" / "get_whisper.py"
 SAID = {
     "de": "Die Katze sitzt auf dem Tisch und schläft den ganzen Tag.",
     "fr": "Bonjour, je voudrais une tasse de café, s'il vous plaît.",
@@ -323,13 +321,11 @@ SAID = {
 }
 
 
-@pytest.mark.skipif(not GET_WHISPER.is_file(), reason="nothing here writes a released Whisper")
+@needs_released_whisper
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_texts_of_a_released_donor_equal_transformers(tmp_path):
     """Speech in four languages: language given, detected, and translated."""
-    done = subprocess.run([sys.executable, GET_WHISPER, "base", tmp_path / "donor"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"the donor's weights cannot be had: {done.stderr[-300:]}")
+    save_released("base", tmp_path / "donor")
     for code, text in SAID.items():
         subprocess.run(["espeak-ng", "-v", code, "-s", "140", "-w", tmp_path / f"{code}.wav", text], check=True)
     donor = WhisperForConditionalGeneration.from_pretrained(tmp_path / "donor", dtype=torch.float32).eval()

@@ -2,7 +2,10 @@
 """Tiny random Whisper donors with a real byte-level BPE, English-only and multilingual."""
 
 import json
+import runpy
+from pathlib import Path
 
+import pytest
 import torch
 from canary_donors import randomize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -31,6 +34,21 @@ GREEDY = {
     "logprob_threshold": None,
     "compression_ratio_threshold": None,
 }
+
+
+# Writes released ones, where it lies beside the repository and can get them.
+GET_WHISPER = Path(__file__).parents[3] / "shared" / "tools" / "get_whisper.py"
+needs_released_whisper = pytest.mark.skipif(not GET_WHISPER.is_file(), reason="nothing here writes a released Whisper")
+
+
+def save_released(name, folder):
+    """A released Whisper, in this process, which has imported what it takes; skips where it cannot be had."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(GET_WHISPER), name, str(folder)])
+        try:
+            runpy.run_path(str(GET_WHISPER), run_name="__main__")
+        except Exception as error:
+            pytest.skip(f"the donor's weights cannot be had: {error}")
 
 
 def train_bpe():
