@@ -202,8 +202,8 @@ class Transcriber:
 
     def _decode_jobs(self, jobs: list["_Job"]) -> Iterator[tuple["_Job", DecodedWindow | ValueError]]:
         """Windows, in any order, with what was decoded of each; those of a recording that failed are left out."""
-        # Longest first: what does not fit into memory shows at once. Times, which take a tenth of a batch, are asked of
-        # those alone that cannot be joined without.
+        # Longest first: what does not fit into memory shows at once. Times, which take a tenth of a batch, are sought
+        # only of those that cannot be joined without.
         jobs.sort(key=lambda job: -job.window.duration_s)
         alike = [[job for job in jobs if job.window.needs_times == needs_times] for needs_times in (True, False)]
         for group in [jobs] if self.timestamps else alike:
