@@ -28,7 +28,7 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
 from mdm_asr_hf.onnx import export
 from mdm_asr_hf.onnx.export import export_onnx
-from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, session_options
+from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, num_cores, session_options
 from mdm_asr_hf.transcribe.streaming import StreamingTranscriber
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.transcript import token_texts
@@ -111,6 +111,17 @@ def test_encoder(pair, seconds, silence_s):
         for one, other in zip(ours, theirs, strict=True):
             assert (one[:, :, :num_frames] - other).transpose(1, 2)[inside].abs().max() < 1e-4
     assert onnx.prepare_cross_attention(output) is output
+
+
+def test_cores_are_those_the_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5, 7}, raising=False)
+    quota = tmp_path / "cpu.max"
+    for text, expected in (("max 100000\n", 4), ("200000 100000\n", 2), ("50000 100000\n", 1), ("900000 100000\n", 4)):
+        quota.write_text(text)
+        assert num_cores(str(quota)) == expected, text
+    assert num_cores(str(tmp_path / "none")) == 4
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2})
+    assert session_options().intra_op_num_threads == 1 and session_options(3).intra_op_num_threads == 3
 
 
 def test_encoder_of_waveforms(tmp_path):
@@ -330,7 +341,7 @@ def test_golden_transcript_and_stream(golden):
     assert processor.decode(output.sequences[0]).startswith("He had found where his treasure was")
     # Rows of a batch are encoded side by side.
     batch = onnx.generate(**processor([str(RECORDING), load_audio(RECORDING)[:32_000]]))
-    assert os.cpu_count() == 1 or (isinstance(onnx.encoders, RowEncoders) and onnx.encoders.session is not None)
+    assert num_cores() == 1 or (isinstance(onnx.encoders, RowEncoders) and onnx.encoders.session is not None)
     assert batch[0, : output.sequences.shape[1]].tolist() == output.sequences[0].tolist()
     assert processor.decode(batch[1]).startswith("He had found where his") and batch.shape[0] == 2
 

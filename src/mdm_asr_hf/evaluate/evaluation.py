@@ -23,6 +23,7 @@ from ..data.sources import Source
 from ..encoding_mdm_asr import json_text
 from ..generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from ..int8 import is_int8
+from ..onnx.model import num_cores
 from ..prompt_mdm_asr import AUTO, prompt_values
 from ..transcribe.joining import DecodedWindow, join_windows, keep_once
 from ..transcribe.transcriber import window_lengths
@@ -390,7 +391,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu,
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cores": num_cores(),
         "platform": platform.platform(),
     }
 

@@ -272,7 +272,7 @@ class OnnxMDMASR(GenerationMixin):
             raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {error}. Export it again.") from error
         model = cls(sessions, embeddings, config, settings)
         model.name_or_path = str(folder)
-        num_workers = num_threads or os.cpu_count() or 1
+        num_workers = num_threads or num_cores()
         if num_workers > 1 and providers == ["CPUExecutionProvider"]:
             model.encoders = RowEncoders(partial(load, ENCODER_FILE), num_workers)
         return model
@@ -470,11 +470,24 @@ def session_options(num_threads: int | None = None) -> Any:
     if not _has_vnni():
         # Sums of two products of int8 would be cut off at 16 bits.
         options.add_session_config_entry(EXACT_INT8, "1")
-    if num_threads is not None:
-        if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
-            raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
-        options.intra_op_num_threads = num_threads
+    if num_threads is None:
+        num_threads = num_cores()
+    elif not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
+        raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
+    # By itself ONNX Runtime would take all cores, and tie a thread to each, where it then waits for what else runs.
+    options.intra_op_num_threads = num_threads
     return options
+
+
+def num_cores(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """The cores that this process may use: of the machine, of those it is tied to, and of its container's quota."""
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        used_us, period_us = Path(quota).read_text().split()
+        return max(1, min(number, round(int(used_us) / int(period_us))))
+    except (OSError, ValueError):
+        # There is none, or it is "max".
+        return number
 
 
 def _has_vnni() -> bool:

@@ -286,8 +286,8 @@ def _run_actors(
     if is_ours:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not os.environ.get("RAY_ADDRESS"):
-            cores = (actors or max((os.cpu_count() or 1) // threads, 1)) * threads
-            quiet |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
+            # Otherwise as many as Ray finds, which sees the limits of containers and jobs.
+            quiet |= {"address": "local", "num_cpus": actors and actors * threads, "include_dashboard": False}
             quiet |= {"object_store_memory": OBJECT_STORE_BYTES}
         with ThreadPoolExecutor(1) as beside:
             # Ray's start is waiting, most of the time.
