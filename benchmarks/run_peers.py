@@ -232,7 +232,9 @@ def run_rounds(peers: list[Any], clips: dict[float, list[Row]], args: argparse.N
 
     tasks: list[tuple[str, str, Any, Any]] = []
     for peer in peers:
-        system = load_peer(peer, args.device, args.threads)
+        # Beside other work ours has the threads that it takes by itself.
+        threads = None if args.busy and peer.kind == "onnx" else args.threads
+        system = load_peer(peer, args.device, threads)
         tasks.append(("transcribe", peer.label, peer, system))
         if hasattr(system, "encode") and peer.encoder_label not in (label for _, label, *_ in tasks):
             if peer.kind != "compiled":

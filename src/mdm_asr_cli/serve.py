@@ -20,7 +20,7 @@ def serve(
         typer.Option(envvar="MDM_ASR_API_KEY", help="What clients have to send. Better in the environment."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the model's operations. Default: one for each core.")
+        int | None, typer.Option(min=1, help="Of the model's operations. Default: one for each core that is free.")
     ] = None,
     batch_size: BatchSize = 8,
     max_requests: Annotated[int, typer.Option(min=1, help="That run at once; more get 429.")] = 64,

@@ -31,13 +31,13 @@ def load_model(
 ) -> tuple["MDMASRForConditionalGeneration", "MDMASRProcessor"]:
     """
     Loads a checkpoint in one of the precisions of the command line, or a folder that [`export_onnx`] wrote, which
-    has its own; and its processor. Operations take so many threads, by default one for each core.
+    has its own; and its processor. Operations take so many threads, by default one for each core that is free.
 
     Raises:
         ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device, or a precision that
             it does not have.
     """
-    from .onnx.model import OnnxMDMASR, is_onnx_folder
+    from .onnx.model import OnnxMDMASR, free_cores, is_onnx_folder
 
     if is_onnx_folder(model):
         for name, value, usable in (("device", device, (None, "cpu")), ("dtype", dtype, ("float32",))):
@@ -56,8 +56,7 @@ def load_model(
 
     from .int8 import quantize_int8
 
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads or min(torch.get_num_threads(), free_cores()))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ SPINNING_STOP, EXACT_INT8 = "session.force_spinning_stop", "session.x64quantprec
 # Slots and frames come in such numbers, and rows of text by two at least: sums then have the same order, to the bit,
 # however many there are.
 MULTIPLE, LEAST_ROWS = 64, 2
+# How often, and how far apart, is looked at what else runs.
+LOOKS, LOOK_EVERY_S = 5, 0.005
 
 
 def require(*modules: str, extra: str = "onnx") -> None:
@@ -235,7 +238,7 @@ class OnnxMDMASR(GenerationMixin):
         """
         Args:
             folder: what `export_onnx` wrote.
-            num_threads (`int`, *optional*): of an operation. By default, one for each core.
+            num_threads (`int`, *optional*): of an operation. By default, one for each core that is free.
             providers (*optional*): ONNX Runtime's execution providers. By default, the CPU.
 
         Raises:
@@ -245,6 +248,7 @@ class OnnxMDMASR(GenerationMixin):
         require("onnxruntime")
         import onnxruntime
 
+        num_threads = free_cores() if num_threads is None else num_threads
         folder, names = Path(folder), [ENCODER_FILE, DECODER_FILE, DRAFTS_FILE]
         files = (*names, EMBEDDINGS_FILE, "config.json", "generation_config.json")
         if missing := [name for name in files if not (folder / name).is_file()]:
@@ -272,9 +276,8 @@ class OnnxMDMASR(GenerationMixin):
             raise ValueError(f"`folder` {str(folder)!r} cannot be loaded: {error}. Export it again.") from error
         model = cls(sessions, embeddings, config, settings)
         model.name_or_path = str(folder)
-        num_workers = num_threads or num_cores()
-        if num_workers > 1 and providers == ["CPUExecutionProvider"]:
-            model.encoders = RowEncoders(partial(load, ENCODER_FILE), num_workers)
+        if num_threads > 1 and providers == ["CPUExecutionProvider"]:
+            model.encoders = RowEncoders(partial(load, ENCODER_FILE), num_threads)
         return model
 
     def encode(
@@ -459,10 +462,12 @@ def _multiple(number: int) -> int:
     return -(-number // MULTIPLE) * MULTIPLE
 
 
-def session_options(num_threads: int | None = None) -> Any:
+def session_options(num_threads: int) -> Any:
     """The `onnxruntime.SessionOptions` that a model's graphs run with."""
     import onnxruntime
 
+    if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
+        raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
     options = onnxruntime.SessionOptions()
     # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
     # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.
@@ -470,13 +475,25 @@ def session_options(num_threads: int | None = None) -> Any:
     if not _has_vnni():
         # Sums of two products of int8 would be cut off at 16 bits.
         options.add_session_config_entry(EXACT_INT8, "1")
-    if num_threads is None:
-        num_threads = num_cores()
-    elif not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
-        raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
-    # By itself ONNX Runtime would take all cores, and tie a thread to each, where it then waits for what else runs.
     options.intra_op_num_threads = num_threads
     return options
+
+
+def free_cores(loadavg: str = "/proc/loadavg") -> int:
+    """
+    Of `num_cores`, those that nothing else runs on at this moment, and one at least: threads that share a core with
+    other work keep all others waiting in each of hundreds of operations, so that one alone is faster.
+    """
+    num_running = []
+    try:
+        for _ in range(LOOKS):
+            num_running.append(int(Path(loadavg).read_text().split()[3].partition("/")[0]))
+            time.sleep(LOOK_EVERY_S)
+    except (OSError, ValueError, IndexError):
+        return num_cores()
+    # This one is among them.
+    others = sorted(num_running)[LOOKS // 2] - 1
+    return max(1, min(num_cores(), (os.cpu_count() or 1) - others))
 
 
 def num_cores(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
