@@ -202,14 +202,12 @@ class Transcriber:
 
     def _decode_jobs(self, jobs: list["_Job"]) -> Iterator[tuple["_Job", DecodedWindow | ValueError]]:
         """Windows, in any order, with what was decoded of each; those of a recording that failed are left out."""
-        # Longest first: what does not fit into memory shows at once. Times, which take a tenth of a batch, are sought
-        # only of those that cannot be joined without.
-        jobs.sort(key=lambda job: -job.window.duration_s)
-        alike = [[job for job in jobs if job.window.needs_times == needs_times] for needs_times in (True, False)]
-        for group in [jobs] if self.timestamps else alike:
-            for batch in batches([job.window.duration_s for job in group], self.batch_size):
-                chosen = [group[k] for k in batch if group[k].recording.error is None]
-                yield from zip(chosen, self._decode([job.window for job in chosen]), strict=True)
+        # Longest first: what does not fit into memory shows at once. Times take a tenth of a batch: windows that are
+        # joined by them share theirs.
+        jobs.sort(key=lambda job: (not (self.timestamps or job.window.needs_times), -job.window.duration_s))
+        for batch in batches([job.window.duration_s for job in jobs], self.batch_size):
+            chosen = [jobs[k] for k in batch if jobs[k].recording.error is None]
+            yield from zip(chosen, self._decode([job.window for job in chosen]), strict=True)
 
     def _decode(
         self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]] | None = None
@@ -369,12 +367,17 @@ def window_lengths(
 
 
 def batches(durations_s: Sequence[float], batch_size: int) -> Iterator[list[int]]:
-    """Places of windows, sorted by falling duration, in batches of at most `batch_size` and `MAX_BATCH_S`."""
-    start = 0
-    while start < len(durations_s):
-        size = min(batch_size, max(int(MAX_BATCH_S / durations_s[start]), 1)) if durations_s[start] else batch_size
-        yield list(range(start, min(start + size, len(durations_s))))
-        start += size
+    """Places of windows, in their order, in batches of at most `batch_size` and `MAX_BATCH_S`, padding included."""
+    batch: list[int] = []
+    longest_s = 0.0
+    for place, duration_s in enumerate(durations_s):
+        longest_s = max(longest_s, duration_s)
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest_s > MAX_BATCH_S):
+            yield batch
+            batch, longest_s = [], duration_s
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def read_output(output: Any, windows: Sequence[Any], tokenizer: Any, eos_token_id: int) -> list[DecodedWindow]:
