@@ -26,6 +26,7 @@ import datasets
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
@@ -276,6 +277,22 @@ def test_what_cannot_be_used(tmp_path, tiny, monkeypatch, arguments, message):
         transcribe_dataset("source", "other", model=tiny, format="jsonl")
     with pytest.raises(ValueError, match=message):
         transcribe_dataset(**{"source": "source", "output": "out", "model": tiny} | arguments)
+
+
+def test_one_actor_at_least_has_room(monkeypatch):
+    seen = {}
+
+    def init(**settings):
+        seen.update(settings)
+        raise ValueError("seen")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(dataset, "num_cores", lambda: 2)
+    for actors, threads, cores in ((None, 1, 2), (None, 2, 2), (None, 4, 4), (3, 2, 6)):
+        with pytest.raises(ValueError, match="seen"):
+            list(dataset._run_actors([], {}, actors, threads, 0.0))
+        assert seen["num_cpus"] == cores, (actors, threads)
 
 
 # --- kills ---

@@ -20,6 +20,7 @@ from ..data.archives import Archive, AudioRow
 from ..encoding_mdm_asr import json_text
 from ..files import replacing
 from ..loading import default_checkpoint, generation_settings, load_model, model_identity
+from ..onnx.model import num_cores
 from .transcriber import Transcriber
 from .transcript import Transcript
 
@@ -286,8 +287,8 @@ def _run_actors(
     if is_ours:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not os.environ.get("RAY_ADDRESS"):
-            # Otherwise as many as Ray finds, which sees the limits of containers and jobs.
-            quiet |= {"address": "local", "num_cpus": actors and actors * threads, "include_dashboard": False}
+            cores = (actors or max(num_cores() // threads, 1)) * threads
+            quiet |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
             quiet |= {"object_store_memory": OBJECT_STORE_BYTES}
         with ThreadPoolExecutor(1) as beside:
             # Ray's start is waiting, most of the time.
