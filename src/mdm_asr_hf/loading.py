@@ -37,7 +37,8 @@ def load_model(
         ValueError, OSError: not an MDM-ASR checkpoint, missing or unknown weights, no such device, or a precision that
             it does not have.
     """
-    from .onnx.model import OnnxMDMASR, free_cores, is_onnx_folder
+    from .cores import free_cores
+    from .onnx.model import OnnxMDMASR, is_onnx_folder
 
     if is_onnx_folder(model):
         for name, value, usable in (("device", device, (None, "cpu")), ("dtype", dtype, ("float32",))):

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
 from mdm_asr_hf.onnx import export
 from mdm_asr_hf.onnx.export import export_onnx
-from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, free_cores, num_cores, session_options
+from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, session_options
 from mdm_asr_hf.transcribe.streaming import StreamingTranscriber
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.transcript import token_texts
@@ -113,20 +112,6 @@ def test_encoder(pair, seconds, silence_s):
     assert onnx.prepare_cross_attention(output) is output
 
 
-def test_cores_that_may_be_used_and_are_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5, 7}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    file = tmp_path / "file"
-    for text, expected in (("max 100000", 4), ("200000 100000", 2), ("50000 100000", 1), ("900000 100000", 4)):
-        file.write_text(f"{text}\n")
-        assert num_cores(str(file)) == expected, text
-    # The third number says how many threads run, its own among them.
-    for running, expected in ((1, 4), (5, 4), (6, 3), (8, 1), (40, 1)):
-        file.write_text(f"0.52 0.58 0.59 {running}/597 12345\n")
-        assert free_cores(str(file)) == expected, running
-    assert num_cores(str(tmp_path / "none")) == free_cores(str(tmp_path / "none")) == 4
-
-
 def test_encoder_of_waveforms(tmp_path):
     import onnxruntime
 
@@ -152,6 +137,8 @@ def test_steps_and_graphs(pair):
         with torch.no_grad():
             outputs = one.prepare_cross_attention(one.encode(*tiny_inputs(seconds=(1.0, 0.6, 0.3))))
             steps, logits, drafts = one.begin_steps(outputs, np.array([0, 1]), 12), [], []
+            # Before there are keys.
+            drafts.append(steps.propose(np.array([[30, *masks], [32, *masks]]), np.array([5, 8]), np.array([0, 1]), 2))
             for lengths, cached, its_branches in (([4, 2], [0, 0], []), ([5, 3], [4, 2], branches)):
                 tree = DraftTree.lay(tokens, np.array(lengths), np.array(cached), its_branches, steps.padding_slot)
                 every = np.arange(tree.ids.shape[1])[None].repeat(2, axis=0)

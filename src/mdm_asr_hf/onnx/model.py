@@ -3,10 +3,8 @@
 
 import json
 import math
-import os
 import platform
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cores import free_cores
 from ..drafting_mdm_asr import DraftTree, to_numpy
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
 from ..generation_mdm_asr import GenerationMixin, find_speech
@@ -33,8 +32,6 @@ SPINNING_STOP, EXACT_INT8 = "session.force_spinning_stop", "session.x64quantprec
 # Slots and frames come in such numbers, and rows of text by two at least: sums then have the same order, to the bit,
 # however many there are.
 MULTIPLE, LEAST_ROWS = 64, 2
-# How often, and how far apart, is looked at what else runs.
-LOOKS, LOOK_EVERY_S = 5, 0.005
 
 
 def require(*modules: str, extra: str = "onnx") -> None:
@@ -477,34 +474,6 @@ def session_options(num_threads: int) -> Any:
         options.add_session_config_entry(EXACT_INT8, "1")
     options.intra_op_num_threads = num_threads
     return options
-
-
-def free_cores(loadavg: str = "/proc/loadavg") -> int:
-    """
-    Of `num_cores`, those that nothing else runs on at this moment, and one at least: threads that share a core with
-    other work keep all others waiting in each of hundreds of operations, so that one alone is faster.
-    """
-    num_running = []
-    try:
-        for _ in range(LOOKS):
-            num_running.append(int(Path(loadavg).read_text().split()[3].partition("/")[0]))
-            time.sleep(LOOK_EVERY_S)
-    except (OSError, ValueError, IndexError):
-        return num_cores()
-    # This one is among them.
-    others = sorted(num_running)[LOOKS // 2] - 1
-    return max(1, min(num_cores(), (os.cpu_count() or 1) - others))
-
-
-def num_cores(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """The cores that this process may use: of the machine, of those it is tied to, and of its container's quota."""
-    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        used_us, period_us = Path(quota).read_text().split()
-        return max(1, min(number, round(int(used_us) / int(period_us))))
-    except (OSError, ValueError):
-        # There is none, or it is "max".
-        return number
 
 
 def _has_vnni() -> bool:

@@ -16,11 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..cores import num_cores
 from ..data.archives import Archive, AudioRow
 from ..encoding_mdm_asr import json_text
 from ..files import replacing
 from ..loading import default_checkpoint, generation_settings, load_model, model_identity
-from ..onnx.model import num_cores
 from .transcriber import Transcriber
 from .transcript import Transcript
 
