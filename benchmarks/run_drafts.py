@@ -43,8 +43,8 @@ COLUMNS = {
 
 def decoding_conditions(length: int) -> dict[str, dict[str, Any]]:
     """
-    Conditions by name: settings of generation; "head": False leaves the sequential head out; "rule" replaces
-    PBEB-Conf's, as (name, number).
+    Conditions by name: settings of generation; "head": False leaves the sequential head out, "start": False what
+    begins a text; "rule" replaces PBEB-Conf's, as (name, number).
 
     Args:
         length (`int`): K, the masks of a block.
@@ -53,18 +53,18 @@ def decoding_conditions(length: int) -> dict[str, dict[str, Any]]:
         "none: the donor's loop": {"draft_branches": []},
         "masks": MASKS,
         "masks without the sequential head": MASKS | {"head": False},
+        "masks, none before the first evaluation": MASKS | {"start": False},
     }
-    conditions |= {f"masks, K = {k}": MASKS | {"draft_length": k} for k in (1, 2, 4, 6) if k < length}
-    conditions |= {f"masks, entropy of {b:g} nats": MASKS | {"gamma": b} for b in (0.25, 0.5, 1.0, 2.0, 4.0)}
-    conditions |= {f"masks, {n} drafts": MASKS | {"rule": ("number", n)} for n in (1, 2, 3, 4, 6)}
+    conditions |= {f"masks, K = {k} drafts": MASKS | {"draft_length": k} for k in (1, 2, 3, 4, 6) if k < length}
+    conditions |= {f"masks, entropy of {b:g} nats": MASKS | {"gamma": b} for b in (0.25, 0.5, 1.0, 2.0)}
     conditions |= {f"masks, confidence {c}": MASKS | {"rule": ("confidence", c)} for c in (0.2, 0.4, 0.6, 0.8)}
     return conditions | {"masks, a number at random": MASKS | {"rule": ("random", length)}}
 
 
 @contextmanager
 def proposing_by(rule: tuple[str, float] | None) -> Iterator[None]:
-    """Inside, drafts are proposed by another rule than PBEB-Conf's: "number" n, "confidence" c (the longest prefix
-    whose probabilities have a product of at least c), or "random", uniform from 1 to n."""
+    """Inside, drafts are proposed by another rule than PBEB-Conf's: "confidence" c (the longest prefix whose
+    probabilities have a product of at least c), or "random", uniform from 1 to n."""
     import numpy as np
 
     from mdm_asr_hf import torch_generation_mdm_asr, verified_decoding_mdm_asr
@@ -77,10 +77,9 @@ def proposing_by(rule: tuple[str, float] | None) -> Iterator[None]:
     generator = np.random.default_rng(0)
 
     def cut(ids, entropies, limits, gamma, eos_token_id):
-        number = np.full_like(limits, int(value))
         if name == "confidence":
             number = (entropies.cumsum(axis=1) <= -math.log(value)).cumprod(axis=1).sum(axis=1).clip(min=1)
-        elif name == "random":
+        else:
             number = generator.integers(1, int(value) + 1, limits.shape)
         return cut_drafts(ids, entropies, np.minimum(limits, number), math.inf, eos_token_id)
 
@@ -108,16 +107,20 @@ def decoding(model: Any, processor: Any, folder: Path, batch_size: int) -> Itera
 
     out = model.get_decoder().drafts.head.out
     kept, texts = {name: tensor.clone() for name, tensor in out.state_dict().items()}, None
-    for name, condition in decoding_conditions(model.config.decoder_config.draft_length).items():
+    config = model.config.decoder_config
+    begins = config.draft_start
+    for name, condition in decoding_conditions(config.draft_length).items():
         settings = copy.deepcopy(model.generation_config)
         vars(settings).update(NO_SAFEGUARDS | {k: v for k, v in condition.items() if k.startswith("draft_")})
         if "gamma" in condition:
             settings.sampler = make_sampler(settings.sampler, gamma=condition["gamma"])
         if not condition.get("head", True):
             out.load_state_dict({its_name: tensor * 0 for its_name, tensor in kept.items()})
+        config.draft_start = begins and condition.get("start", True)
         with proposing_by(condition.get("rule")):
             rows = evaluate_model(model, processor, str(folder), settings=settings, batch_size=batch_size)
         out.load_state_dict(kept)
+        config.draft_start = begins
         texts = texts or [row["hypothesis"] for row in rows]
         same = sum(row["hypothesis"] == text for row, text in zip(rows, texts, strict=True))
         yield {"set": folder.name, "condition": name, "same_texts": same, **count(rows)}

@@ -25,6 +25,7 @@ from mdm_asr_hf.diffusion_mdm_asr import (
     mask_tokens,
     masked_diffusion_loss,
     position_biased_masking,
+    put_start,
     sample_timesteps,
     uniform_masking,
 )
@@ -288,6 +289,10 @@ def test_frontiers_stand_at_every_position_of_a_text_and_have_its_targets():
     assert [sorted(set(row)) for row in frontiers.tolist()] == [[2], [2, 3, 4], [2, 3, 4, 5, 6]]
     again = draw_frontiers(torch.tensor([1, 3, 5]), 2, 500, torch.Generator().manual_seed(0))
     assert torch.equal(again, frontiers)
+    # One more begins the text, and sees nothing.
+    frontiers, visible = put_start(torch.tensor([[2, 1]]), 0, 4)
+    assert frontiers.tolist() == [[0, 2, 1]]
+    assert visible.int().tolist() == [[[0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]]
     # What is behind them, by hand.
     sequences = torch.tensor([[60, 5, 6, 1, -100], [60, 7, 1, -100, -100]])
     targets = block_targets(sequences, torch.tensor([[0, 3], [1, 1]]), 2, -100)

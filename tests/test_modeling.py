@@ -494,32 +494,51 @@ def test_drafts_and_safetensors_are_saved_and_loaded(tmp_path):
 DRAFT_LABELS = torch.tensor([[5, 6, 7, 8, EOS], [9, 10, EOS, -100, -100], [11, EOS, -100, -100, -100]])
 
 
-@each("encoder", sorted(ENCODERS))
-def test_the_losses_of_drafts_by_hand(encoder):
+@each("encoder, prompt", [*((one, [START]) for one in sorted(ENCODERS)), ("whisper", [START, 4])])
+def test_the_losses_of_drafts_by_hand(encoder, prompt):
     model = tiny_drafts_model(encoder, decoder_config=dict(draft_vocab_size=40))
     features, mask = tiny_inputs(encoder)
     labels = torch.tensor([[5, 6, 7, 50, EOS], [9, 10, EOS, -100, -100], [11, EOS, -100, -100, -100]])
     objective = DraftObjective(draft_weight=0.25)
     with torch.no_grad():
-        out = model(features, mask, labels=labels, objective=objective, generator=torch.Generator().manual_seed(3))
+        out = model(
+            features,
+            mask,
+            labels=labels,
+            prompt_ids=torch.tensor([prompt] * 3),
+            objective=objective,
+            generator=torch.Generator().manual_seed(3),
+        )
         # A position for every token of the text, drawn anew.
-        drawn = torch.rand(3, 12, generator=torch.Generator().manual_seed(3))
-        frontiers = (drawn * torch.tensor([[5], [3], [2]])).long()
+        drawn = torch.rand(3, 6, generator=torch.Generator().manual_seed(3))
+        frontiers = len(prompt) - 1 + (drawn * torch.tensor([[5], [3], [2]])).long()
+        if len(prompt) > 1:
+            # And one that begins the text, and sees nothing of the donor's.
+            frontiers = torch.cat([torch.zeros(3, 1, dtype=torch.long), frontiers], dim=1)
         head, embed = model.model.decoder.drafts.head, model.model.decoder.embed_ids
         losses, weights, donor, right = [], [], [], []
         for row, length in enumerate((5, 3, 2)):
-            ids = torch.cat([torch.tensor([START]), labels[row, :length]])
+            ids = torch.cat([torch.tensor(prompt), labels[row, :length]])
             seen = model.encode(features[row : row + 1, : int(mask[row].sum())].double())
             own = frontiers[row : row + 1]
-            blocks = torch.full((1, 12, 3), model.config.mask_token_id)
+            blocks = torch.full((1, own.shape[1], 3), model.config.mask_token_id)
             blocks[0, :, 0] = ids[own[0] + 1]
-            result = model(decoder_input_ids=ids[None, :-1], encoder_outputs=seen, frontiers=own, block_ids=blocks)
-            donor += (-result.logits[0].log_softmax(dim=-1)[torch.arange(length), labels[row, :length]]).tolist()
+            visible = torch.arange(len(ids) - 1) <= own[..., None]
+            visible[:, :1] &= len(prompt) == 1
+            result = model(
+                decoder_input_ids=ids[None, :-1],
+                encoder_outputs=seen,
+                frontiers=own,
+                frontier_mask=visible,
+                block_ids=blocks,
+            )
+            of_text = result.logits[0, len(prompt) - 1 :].log_softmax(dim=-1)
+            donor += (-of_text[torch.arange(length), labels[row, :length]]).tolist()
             for place, frontier in enumerate(frontiers[row].tolist()):
                 for k in range(3):
                     target = frontier + 2 + k
                     # Beyond the end there is nothing to draft, and the short list has the ids up to 39.
-                    if target > length or ids[target] >= 40:
+                    if target >= len(ids) or ids[target] >= 40:
                         continue
                     states = head(
                         result.draft_hidden_states[0, place, k], embed(ids[target - 1]), embed(ids[target - 2])

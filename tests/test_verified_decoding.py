@@ -233,20 +233,48 @@ def test_evaluations_do_not_depend_on_the_batch():
 
 
 @contextmanager
-def seen_blocks(model):
-    """Inside, drafts see what was rejected before; gives what the decoder was asked to draft behind."""
+def seen_blocks(model, setting="draft_hints"):
+    """Inside, drafts see what was rejected before, or begin a text; gives what the decoder was asked to draft behind:
+    frontiers, blocks, and the number of keys that are seen."""
     seen, config = [], model.config.decoder_config
 
     def look(module, args, kwargs):
         if kwargs.get("frontiers") is not None:
-            seen.append((kwargs["frontiers"], kwargs["block_ids"]))
+            seen.append((kwargs["frontiers"], kwargs["block_ids"], kwargs["frontier_mask"].sum(dim=-1)))
 
-    handle, config.draft_hints = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True), True
+    handle = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    setattr(config, setting, True)
     try:
         yield seen
     finally:
-        config.draft_hints = False
+        setattr(config, setting, False)
         handle.remove()
+
+
+def test_masks_begin_a_text_before_the_donor_has_said_anything():
+    model, *_ = encoded("whisper")
+    prompt = torch.tensor([[model.config.decoder_start_token_id, 4]])
+    # The first row's text is begun by the caller: of what follows its first tokens the frames alone do not tell.
+    arguments = dict(decoder_input_ids=prompt, draft_branches=["masks"], prefix_ids=[[5, 6], [], []])
+    expected = decode("whisper", **arguments)
+    with seen_blocks(model, "draft_start") as seen:
+        output = decode("whisper", **arguments)
+    assert texts(output) == texts(expected)
+    frontiers, blocks, num_seen = seen[0]
+    assert frontiers.tolist() == [[2], [0], [0]] and num_seen.tolist() == [[0]] * 3
+    assert blocks[:, 0, 0].tolist() == [6, 4, 4]
+    assert all((count > 0).all() for *_, count in seen[1:])
+    # They were verified in the first evaluation.
+    begun = [
+        any(place == 0 for place, _, _ in output.struck_drafts[row])
+        or bool(((output.commit_steps[row] == 1) & (output.token_branches[row] == 1)).any())
+        for row in range(3)
+    ]
+    assert begun == [False, True, True]
+    # Behind a prompt of one token there is none before the known one, and none are asked for.
+    with seen_blocks(model, "draft_start") as seen:
+        assert texts(decode("whisper")) == [loop_text("whisper", row) for row in range(3)]
+    assert all((count > 0).all() for *_, count in seen)
 
 
 @settings(max_examples=15)
@@ -256,7 +284,7 @@ def test_masks_that_see_rejected_drafts_give_the_same_text(options, rows):
     with seen_blocks(model) as seen:
         output = decode("whisper", rows, **options)
     assert texts(output) == [loop_text("whisper", row) for row in rows]
-    hinted = [(ids[..., 1:] < model.config.mask_token_id).any() for _, ids in seen]
+    hinted = [(ids[..., 1:] < model.config.mask_token_id).any() for _, ids, _ in seen]
     if options["draft_length"] == 3 and options["gamma"] == math.inf and options["draft_branches"] == ["masks"]:
         # Two of three drafts are left, where the first was wrong.
         assert any(hinted)
@@ -273,7 +301,7 @@ def test_hints_are_the_rejected_drafts_at_their_places():
         for i, token_id in enumerate(ids[1:], start=1):
             expected[place + i + 1] = token_id
     found = {}
-    for frontiers, ids in seen:
+    for frontiers, ids, _ in seen:
         known, *masks = ids[0, 0].tolist()
         # A prompt of one token: behind the frontier at position p stands token p of the text.
         assert known == whole[int(frontiers[0, 0])]

@@ -47,6 +47,7 @@ class MDMASRDecoderConfig(PreTrainedConfig):
             None: all V.
         draft_hints (`bool`): drafts were trained, in two steps (ISCT), to see in the masks' place what was drafted
             there in the evaluation before and not accepted.
+        draft_start (`bool`): drafts were trained to begin a text by the frames alone, before the first evaluation.
         draft_state_scale (`float`), draft_embedding_scale (`float`): bring the masks' final states and the donor's
             embeddings to unit scale for the sequential head.
     """
@@ -78,6 +79,7 @@ class MDMASRDecoderConfig(PreTrainedConfig):
     draft_length: int = 8
     draft_vocab_size: int | None = None
     draft_hints: bool = False
+    draft_start: bool = False
     draft_state_scale: float = 1.0
     draft_embedding_scale: float = 1.0
     tie_word_embeddings: bool = True

@@ -501,7 +501,8 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         same = (place // length)[:, None] == place // length
         own = same & ((place % length == 0) | (place % length > 0)[:, None])
         own = own.expand(visible.shape[0], -1, -1)
-        return torch.cat([visible.repeat_interleave(length, dim=1), own], dim=-1)
+        # By index: in ONNX a repetition could not be of no slots.
+        return torch.cat([visible[:, place // length], own], dim=-1)
 
     @capture_outputs
     def forward(

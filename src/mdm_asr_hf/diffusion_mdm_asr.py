@@ -29,7 +29,7 @@ T_MIN = 1e-3
 
 # Places of each text, drawn at random, that blocks of drafts stand behind; the weight of a draft by its place in the
 # block, decay^k: it only counts if those before it are right.
-NUM_FRONTIERS, PLACE_DECAY = 12, 0.75
+NUM_FRONTIERS, PLACE_DECAY = 6, 0.75
 # Tokens between what is visible and what is masked, where masks are position-biased.
 BAND_WIDTH = 8.0
 
@@ -328,6 +328,15 @@ def draw_frontiers(
     return first + (uniform * text_lengths[:, None]).long()
 
 
+def put_start(frontiers: torch.LongTensor, start: int, length: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """Frontiers (B, F + 1), of which the first, at `start`, begins the text, and which of `length` positions they see
+    (B, F + 1, S): all up to their own, but the first, before the donor has said anything, none."""
+    frontiers = torch.nn.functional.pad(frontiers, (1, 0), value=start)
+    visible = torch.arange(length, device=frontiers.device) <= frontiers[..., None]
+    visible[:, 0] = False
+    return frontiers, visible
+
+
 def lay_blocks(next_tokens: torch.LongTensor, length: int, mask_token_id: int) -> torch.LongTensor:
     """Blocks (B, F, K) of a known token (B, F) and masks behind it, for `length` drafts."""
     blocks = next_tokens.new_full((*next_tokens.shape, length), mask_token_id)
@@ -393,6 +402,7 @@ __all__ = [
     "mask_tokens",
     "masked_diffusion_loss",
     "position_biased_masking",
+    "put_start",
     "sample_timesteps",
     "uniform_masking",
 ]

@@ -31,6 +31,7 @@ from .diffusion_mdm_asr import (
     logit_loss,
     loss_weight,
     masked_diffusion_loss,
+    put_start,
 )
 from .encoder_mdm_asr import MDMASREncoderOutput, build_encoder, encoder_width, run_encoder
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
@@ -480,20 +481,23 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         if parts.keys() & {"donor", "drafts", "logits"}:
             encoder_outputs = self.prepare_cross_attention(encoder_outputs)
             is_text = labels != -100
-            frontiers = block_ids = None
-            if "drafts" in parts:
-                lengths = is_text.sum(dim=-1).clamp(min=1)
-                frontiers = draw_frontiers(lengths, num_prompt - 1, NUM_FRONTIERS, generator)
-                sequences = torch.cat([prompt_ids, labels], dim=-1)
-                block_ids = self._lay_blocks(sequences, frontiers)
             # Causal rows never see what stands behind them, so that padding needs no mask.
             tokens = labels.masked_fill(~is_text, self.config.eos_token_id)
             if decoder_input_ids is None:
                 decoder_input_ids = torch.cat([prompt_ids, tokens[:, :-1]], dim=-1)
+            frontiers = frontier_mask = block_ids = None
+            if "drafts" in parts:
+                lengths = is_text.sum(dim=-1).clamp(min=1)
+                frontiers = draw_frontiers(lengths, num_prompt - 1, NUM_FRONTIERS, generator)
+                if num_prompt > 1:
+                    frontiers, frontier_mask = put_start(frontiers, num_prompt - 2, decoder_input_ids.shape[1])
+                sequences = torch.cat([prompt_ids, labels], dim=-1)
+                block_ids = self._lay_blocks(sequences, frontiers)
             outputs = self.model(
                 decoder_input_ids=decoder_input_ids,
                 encoder_outputs=encoder_outputs,
                 frontiers=frontiers,
+                frontier_mask=frontier_mask,
                 block_ids=block_ids,
                 **kwargs,
             )

@@ -92,7 +92,9 @@ class TorchSteps:
             Ids and entropies in nats (R, M).
         """
         block_ids, frontiers = self._tensor(blocks)[:, None], self._tensor(frontiers)[:, None]
-        none, num_keys = block_ids.new_zeros((len(block_ids), 0)), int(frontiers.max()) + 1
+        # Before the first evaluation there are no keys.
+        num_keys = min(int(frontiers.max()) + 1, self.cache.num_keys)
+        none = block_ids.new_zeros((len(block_ids), 0))
         self.cache.place(none, num_keys)
         states = self.model(
             decoder_input_ids=none,

@@ -1,7 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """Decoding by verified drafts: the donor's own text, in a fraction of its evaluations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,7 @@ class VerifiedDecoder:
     """
     Writes texts to their ends, in place:
     ```
+    0. Masks draft how a text begins, of the frames alone, if they were trained to.
     Until every row has its end of text or is full:
     1. Causal rows: the last committed token of each row, and behind it its drafts, branch by branch.
     2. The donor's next token behind each of them; drafts are accepted from the left where they are that token.
@@ -172,6 +173,10 @@ class VerifiedDecoder:
         for row, hypothesis in enumerate(hypotheses):
             if hypothesis is not None:
                 hypothesis.advance(text.text_ids(row))
+        # Graphs that were exported before do not know of it.
+        if self.uses_masks and getattr(config, "draft_start", False):
+            begins = (text.lengths == text.starts)[self.rows] & (text.starts[self.rows] > 1)
+            self.mask_drafts = self._propose(np.where(begins, np.minimum(self.most_drafts, self._room()), 0))
         self.states = [0] * len(limits)
         if hotwords is not None:
             for row in range(len(limits)):
@@ -351,21 +356,26 @@ class VerifiedDecoder:
 
     def _draft(self, accepted: Acceptance, left: np.ndarray) -> Drafts:
         """The masks' drafts (R, M) for the next evaluation of the rows that are left (R,), and how many each has."""
-        text, rows = self.text, self.rows
         if not self.uses_masks:
             return self._nothing()
-        if not len(rows):
-            return self._idle_block()
-        limits = np.minimum(self.allowance.limits(0, self.most_drafts)[rows], self._room())
+        limits = np.minimum(self.allowance.limits(0, self.most_drafts)[self.rows], self._room())
+        return self._propose(limits, [drafts[left] for drafts in self.mask_drafts], accepted.num_accepted[left])
+
+    def _propose(
+        self, limits: np.ndarray, drafts: Sequence[np.ndarray] = (), num_accepted: np.ndarray | None = None
+    ) -> Drafts:
+        """The masks' drafts, `limits` (R,) at most, behind the open rows' texts. `drafts` are those of before, of
+        which so many (R,) were accepted."""
         if not limits.any():
             return self._idle_block()
+        text, rows = self.text, self.rows
         last = text.lengths[rows] - 1
         before, known = text.tokens[rows, last - 1], text.tokens[rows, last]
         blocks = self._blocks(known)
-        ids, counts = (drafts[left] for drafts in self.mask_drafts)
-        if self.uses_hints and ids.shape[1]:
+        if self.uses_hints and drafts and drafts[0].shape[1]:
+            ids, counts = drafts
             # The first that was not accepted stands where the donor's own token is now.
-            places = accepted.num_accepted[left, None] + np.arange(1, self.block_length)
+            places = num_accepted[:, None] + np.arange(1, self.block_length)
             drafted = np.take_along_axis(ids, np.minimum(places, ids.shape[1] - 1), 1)
             blocks[:, 1:] = np.where(places < counts[:, None], drafted, blocks[:, 1:])
         ids, entropies = self.steps.propose(blocks, before, last - 1, int(limits.max()))

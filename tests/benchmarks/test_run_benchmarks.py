@@ -19,6 +19,8 @@ from tables import each
 from tiny_data import RATE_HZ, ROOT, save_model, write_data
 from tiny_models import tiny_drafts_model, tiny_processor
 
+from mdm_asr_hf.sampling_mdm_asr import make_sampler
+
 # By the forced aligner of pocketsphinx, in seconds.
 STARTS_S = [0.68, 0.82, 0.93, 1.25, 1.37, 1.64, 1.93, 2.61, 2.7, 2.91, 3.4, 3.5, 3.69, 3.87]
 
@@ -35,6 +37,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmarks")
     model = tiny_drafts_model(dtype=torch.float32)
     model.generation_config.max_new_tokens = 20
+    # Of random weights, no draft is sure.
+    model.generation_config.sampler = make_sampler(model.generation_config.sampler, gamma=100.0)
     save_model(root / "model", model, tiny_processor())
     write_data(root / "data", (0.75, 1.0, 1.25), ["one two"] * 3)
     return root
@@ -63,7 +67,8 @@ def test_every_condition_of_drafts_has_a_line(folder, tmp_path, what):
     assert all(line["same_texts"] == 3 for line in lines.values())
     alone = lines["none: the donor's loop"]
     assert alone["tokens_per_evaluation"] == 1.0 and alone["drafts_per_evaluation"] == 0.0
-    assert lines["masks, 3 drafts"]["drafts_per_evaluation"] > lines["masks, 1 drafts"]["drafts_per_evaluation"]
+    one, two = (lines[f"masks, K = {k} drafts"]["drafts_per_evaluation"] for k in (1, 2))
+    assert 0 < one < two
     # What was fitted was the sequential head.
     assert lines["masks"]["nfe"] < lines["masks without the sequential head"]["nfe"] <= alone["nfe"]
 
@@ -81,7 +86,6 @@ def test_rules_and_lines_by_hand():
             _, counts = verified_decoding_mdm_asr.cut_drafts(np.array([[4, 4, 7]]), measures, np.array([3]), 0.0, 7)
         return int(counts[0])
 
-    assert [number("number", n) for n in (1, 2, 5)] == [1, 2, 3]
     assert [number("confidence", c) for c in (0.95, 0.6, 0.5, 0.3, 0.2)] == [1, 1, 2, 2, 3]
     assert number("random", 1) == 1 and verified_decoding_mdm_asr.cut_drafts is cut_drafts
 

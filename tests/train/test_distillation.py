@@ -340,6 +340,7 @@ def test_train_drafts_makes_a_model_of_audio_alone(run_command, donor, speech, t
     assert re.fullmatch(r"wrote .*out: \d\.\d\d tokens an evaluation on speech that was held out", said[-1])
     model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out")
     assert model.config.encoder_trailing_silence_s == 0.1 and model.config.encoder_min_duration_s == 0.0
+    assert model.config.decoder_config.draft_start and not model.config.decoder_config.draft_hints
     before = short_model().state_dict()
     trained = model.state_dict()
     assert trained.pop("model.encoder.silence_embeddings").abs().sum() > 0

@@ -313,6 +313,7 @@ def train_drafts(
     if draft_steps:
         objectives["drafts"] = replace(objectives["drafts"], num_steps=isct_steps)
         model.config.decoder_config.draft_hints = isct_steps == 2
+        model.config.decoder_config.draft_start = True
     learnt = donor_caches
     for name, number in steps.items():
         if not number:
