@@ -19,7 +19,7 @@ from .drafting_mdm_asr import Hypothesis, to_numpy
 from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
 from .prompt_mdm_asr import build_prompt_ids, settle_languages
-from .safeguards_mdm_asr import is_refused, is_suspicious, mean_log_prob, repeats_itself
+from .safeguards_mdm_asr import is_refused, is_suspicious, loop_length, mean_log_prob, repeats_itself
 from .sampling_mdm_asr import make_sampler
 from .verified_decoding_mdm_asr import VerifiedDecoder, VerifiedText
 
@@ -309,6 +309,9 @@ class GenerationMixin:
         seeds, streamer = self._seeds(batch, settings.temperatures), batch.streamer
         # Times of tokens read the frames again, and what is written again may.
         may_spend = batch.is_encoded_here and self._has_stock(batch) and not settings.return_token_timestamps
+        # What is certain to be refused need not be written to its end.
+        is_tried_again = not batch.synced_gpus and (self._has_stock(batch) or len(settings.temperatures) > 1)
+        may_stop = is_tried_again and settings.compression_ratio_threshold is not None
 
         def show(texts: list[list[int]], committed: list[int]) -> None:
             value = np.full((len(texts), max(map(len, texts))), self.config.pad_token_id)
@@ -316,7 +319,9 @@ class GenerationMixin:
                 row[: len(ids)] = ids
             streamer.put_draft(value=self.to_output(value), num_committed=self.to_output(np.array(committed)))
 
-        def write(rows: np.ndarray, outputs: Any, is_open: np.ndarray, temperature: float) -> VerifiedText:
+        def write(
+            rows: np.ndarray, outputs: Any, is_open: np.ndarray, temperature: float, may_stop: bool = may_stop
+        ) -> VerifiedText:
             places = rows.tolist()
             text = VerifiedText.begin([prompts[row] for row in places], [prefixes[row] for row in places], max(limits))
             decoder = VerifiedDecoder(
@@ -333,6 +338,7 @@ class GenerationMixin:
                 hotwords=batch.hotwords and batch.hotwords.take_rows(places),
                 synced_gpus=batch.synced_gpus,
                 may_spend=may_spend or outputs is not batch.encoder_outputs,
+                stops_loops=may_stop,
             )
             # What is decoded anew is not shown: it may be a part of the batch.
             is_shown = hasattr(streamer, "put_draft") and len(places) == len(prompts)
@@ -353,7 +359,7 @@ class GenerationMixin:
     ) -> None:
         """Puts other texts in the places of those that are refused: one with the silence that Whisper's encoder was
         trained with, then, where it still repeats itself, others at rising temperatures. Of texts that are all
-        refused, one that does not repeat itself stays, of these the most probable."""
+        refused, one that does not repeat itself stays, of these the most probable; a loop is written to its end."""
         temperatures = settings.temperatures
         has_stock = self._has_stock(batch)
         refused = self._refused(text, batch.has_speech, settings, is_own=has_stock)
@@ -361,11 +367,13 @@ class GenerationMixin:
             # What is only improbable is no better drawn than it is: the temperature rises for what repeats itself.
             refused, temperatures = refused & self._repeating(text, settings), temperatures[1:]
         stock, stock_rows = batch.encoder_outputs, np.arange(len(refused))
-        for attempt, temperature in enumerate(temperatures):
+        # The attempt whose text stays, the first being 0.
+        kept = np.zeros(len(refused), dtype=np.int64)
+        for attempt, temperature in enumerate(temperatures, start=1):
             rows = refused.nonzero()[0]
             if not len(rows):
                 break
-            if has_stock and attempt == 0:
+            if has_stock and attempt == 1:
                 stock_rows = rows
                 stock = self.encode(*batch.features(rows), trailing_silence_s=STOCK_DURATION_S)
                 stock = self.prepare_cross_attention(stock)
@@ -375,7 +383,19 @@ class GenerationMixin:
             better = np.array([new >= old for new, old in ranks])
             still = self._refused(again, every, settings)
             text.replace(rows, again, better | ~still)
+            kept[rows[better | ~still]] = attempt
             refused[rows] = still & self._repeating(again, settings)
+        for attempt in np.unique(kept[text.is_stopped]):
+            rows = (text.is_stopped & (kept == attempt)).nonzero()[0]
+            if attempt:
+                outputs = self.take_rows(stock, np.searchsorted(stock_rows, rows))
+            elif has_stock and batch.is_encoded_here:
+                # They may have been spent.
+                outputs = self.prepare_cross_attention(self.encode(*batch.features(rows)))
+            else:
+                outputs = self.take_rows(batch.encoder_outputs, rows)
+            temperature, every = [settings.temperatures[0], *temperatures][attempt], np.ones(len(rows), dtype=bool)
+            text.replace(rows, write(rows, outputs, every, temperature, may_stop=False), every)
 
     def _has_stock(self, batch: Batch) -> bool:
         """Whether what is refused is encoded anew, with the silence that the encoder was trained with."""
@@ -447,8 +467,10 @@ class GenerationMixin:
         return np.array([self._repeats(text, row, settings) for row in range(len(text.lengths))])
 
     def _rank(self, text: VerifiedText, row: int, settings: MDMASRGenerationConfig) -> tuple[bool, float]:
-        """What a refused text is better by than another: it does not repeat itself, and is more probable."""
-        return not self._repeats(text, row, settings), mean_log_prob(text.row_log_probs(row))
+        """What a refused text is better by than another: it does not repeat itself, and is more probable, a loop up to
+        where it is one."""
+        length = loop_length(text.decoded_ids(row))
+        return not self._repeats(text, row, settings), mean_log_prob(text.row_log_probs(row)[:length])
 
     def _pad_token_id(self, settings: MDMASRGenerationConfig) -> int:
         return self.config.pad_token_id if settings.pad_token_id is None else settings.pad_token_id

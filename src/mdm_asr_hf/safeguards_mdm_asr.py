@@ -6,7 +6,8 @@ unsure of, or that it wrote where nobody spoke.
 
 import math
 import zlib
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,21 @@ def compression_ratio(token_ids: Sequence[int], vocab_size: int) -> float:
     return len(raw) / len(zlib.compress(raw)) if raw else 0.0
 
 
-def longest_repetition(token_ids: Sequence[int]) -> tuple[int, int]:
-    """Of the phrases that follow themselves in a text, the one that covers the most tokens: its length, and how often
-    it comes in a row. (0, 1) if none does."""
+def repetitions(token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The lengths of the phrases that follow themselves in a text, and how often each comes in a row, at most."""
     ids = np.asarray(token_ids)
-    best = (0, 1)
     for length in range(1, len(ids) // 2 + 1):
         is_same = ids[length:] == ids[:-length]
         # The longest stretch of tokens that are as those a phrase before.
         ends = np.flatnonzero(np.concatenate([[True], ~is_same, [True]]))
-        times = int(np.diff(ends).max() - 1) // length + 1
-        if times > 1 and length * times > best[0] * best[1]:
-            best = (length, times)
-    return best
+        if (times := int(np.diff(ends).max() - 1) // length + 1) > 1:
+            yield length, times
+
+
+def longest_repetition(token_ids: Sequence[int]) -> tuple[int, int]:
+    """Of the phrases that follow themselves in a text, the one that covers the most tokens: its length, and how often
+    it comes in a row. (0, 1) if none does."""
+    return max(repetitions(token_ids), key=math.prod, default=(0, 1))
 
 
 def is_suspicious(token_ids: Sequence[int]) -> bool:
@@ -53,9 +56,15 @@ def is_suspicious(token_ids: Sequence[int]) -> bool:
 
 
 def is_loop(token_ids: Sequence[int]) -> bool:
-    """Whether a phrase comes oftener than people say it."""
-    length, times = longest_repetition(token_ids)
-    return (times >= 3 and length >= 4) or (times >= 4 and length * times >= 8)
+    """Whether a phrase comes oftener than people say it; then it does in all that the text goes on to."""
+    found = repetitions(token_ids)
+    return any((times >= 3 and length >= 4) or (times >= 4 and length * times >= 8) for length, times in found)
+
+
+def loop_length(token_ids: Sequence[int]) -> int:
+    """The tokens of a text up to where a loop is told, or all of them."""
+    number = len(token_ids)
+    return bisect_left(range(number), True, key=lambda length: is_loop(token_ids[:length]))
 
 
 def mean_log_prob(log_probs: Sequence[float]) -> float:
@@ -93,6 +102,7 @@ __all__ = [
     "is_refused",
     "is_suspicious",
     "longest_repetition",
+    "loop_length",
     "mean_log_prob",
     "no_speech_probability",
     "repeats_itself",

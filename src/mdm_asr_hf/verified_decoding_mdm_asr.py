@@ -19,10 +19,12 @@ from .drafting_mdm_asr import (
 )
 from .generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
-from .safeguards_mdm_asr import no_speech_probability
+from .safeguards_mdm_asr import is_loop, no_speech_probability
 
 # Of a hypothesis, tokens at most in an evaluation where the caller sets no limit: more are seldom right.
 HYPOTHESIS_LENGTH = 10
+# After so many evaluations of a row it is looked whether its text goes in a circle.
+LOOP_CHECK_EVERY = 8
 
 
 @dataclass
@@ -41,6 +43,7 @@ class VerifiedText:
         accepted, rejected (`np.ndarray` of shape (B, 2)): drafts of the masks and of the hypothesis that were as the
             donor's text, or not.
         no_speech (`np.ndarray` of shape (B,)): the donor's probability of <|nospeech|>, 0 where it has none.
+        is_stopped (`np.ndarray` of shape (B,)): texts that were left when they had begun to go in a circle.
         struck (`list` of B lists of `(place, branch, ids)`): the rejected drafts, and where in the text they stood.
     """
 
@@ -54,6 +57,7 @@ class VerifiedText:
     accepted: np.ndarray
     rejected: np.ndarray
     no_speech: np.ndarray
+    is_stopped: np.ndarray
     struck: list[list[tuple[int, int, list[int]]]] = field(default_factory=list)
 
     @classmethod
@@ -76,6 +80,7 @@ class VerifiedText:
             accepted=counts,
             rejected=counts.copy(),
             no_speech=np.zeros(len(rows), dtype=np.float32),
+            is_stopped=np.zeros(len(rows), dtype=bool),
             struck=[[] for _ in rows],
         )
 
@@ -98,7 +103,7 @@ class VerifiedText:
         """Puts texts of another decoding of some rows (N,) in their place, where `which` (N,) says so. The evaluations
         of both count."""
         taken, places = rows[which], which.nonzero()[0]
-        for name in ("tokens", "lengths", "log_probs", "commit_steps", "branches"):
+        for name in ("tokens", "lengths", "log_probs", "commit_steps", "branches", "is_stopped"):
             getattr(self, name)[taken] = getattr(other, name)[places]
         for row, place in zip(taken.tolist(), places.tolist(), strict=True):
             self.struck[row] = other.struck[place]
@@ -131,6 +136,7 @@ class VerifiedDecoder:
         hotwords ([`HotwordAutomaton`], *optional*): of B rows.
         synced_gpus (`bool`): step as long as any process has open rows, once for each step of the others.
         may_spend (`bool`): the encoder's outputs are not read again, and may be overwritten.
+        stops_loops (`bool`): leaves texts that go in a circle, before they are full.
     """
 
     def __init__(
@@ -149,12 +155,14 @@ class VerifiedDecoder:
         hotwords: HotwordAutomaton | None = None,
         synced_gpus: bool = False,
         may_spend: bool = False,
+        stops_loops: bool = False,
     ):
         config = model.config.decoder_config
         self.model, self.text, self.settings, self.synced_gpus = model, text, settings, synced_gpus
         self.limits = np.array(limits)
         self.prompt_length, self.hypotheses = prompt_length, hypotheses
         self.temperature, self.seeds, self.hotwords = temperature, seeds, hotwords
+        self.stops_loops = stops_loops
         self.block_length = config.draft_length
         self.most_drafts = min(settings.draft_length or self.block_length, self.block_length)
         self.most_of_hypothesis = settings.draft_length or HYPOTHESIS_LENGTH
@@ -232,6 +240,10 @@ class VerifiedDecoder:
         if self.settings.no_speech_threshold is not None:
             # Where nobody speaks, nothing more is written.
             has_ended |= text.no_speech[rows] > self.settings.no_speech_threshold
+        if self.stops_loops:
+            for row in rows[~has_ended & (text.nfe[rows] % LOOP_CHECK_EVERY == 0)]:
+                text.is_stopped[row] = is_loop(text.decoded_ids(row))
+            has_ended |= text.is_stopped[rows]
         left = (~has_ended & (text.lengths[rows] < self.limits[rows])).nonzero()[0]
         if len(left) < len(rows):
             left = _moved_up(left)
