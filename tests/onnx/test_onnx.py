@@ -27,7 +27,7 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
 from mdm_asr_hf.onnx import export
 from mdm_asr_hf.onnx.export import export_onnx
-from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, session_options
+from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, _keys, session_options
 from mdm_asr_hf.transcribe.streaming import StreamingTranscriber
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.transcript import token_texts
@@ -98,7 +98,7 @@ def test_encoder(pair, seconds, silence_s):
     output = OnnxEncoderOutput(
         torch.from_numpy(output.last_hidden_state),
         torch.from_numpy(output.attention_mask),
-        [tuple(map(torch.from_numpy, pair)) for pair in output.cross_attention_states],
+        {name: torch.from_numpy(values) for name, values in output.cross_attention_states.items()},
     )
     # Padded to a multiple of 64.
     assert output.attention_mask.shape[1] == -(-num_frames // 64) * 64
@@ -106,8 +106,9 @@ def test_encoder(pair, seconds, silence_s):
     assert torch.equal(output.attention_mask[:, :num_frames], inside)
     frames = output.last_hidden_state[:, :num_frames]
     assert (frames - expected.last_hidden_state)[inside].abs().max() < 1e-4
-    for ours, theirs in zip(output.cross_attention_states, expected.cross_attention_states, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
+    for layer, pair in enumerate(expected.cross_attention_states):
+        for kind, other in zip(("cross_key", "cross_value"), pair, strict=True):
+            one = output.cross_attention_states[f"{kind}.{layer}"]
             assert (one[:, :, :num_frames] - other).transpose(1, 2)[inside].abs().max() < 1e-4
     assert onnx.prepare_cross_attention(output) is output
 
@@ -257,11 +258,10 @@ def test_rows_and_threads_do_not_depend_on_others(pair):
     features, mask = tiny_inputs(seconds=(0.5, 1.0, 0.3, 0.8))
     expected = onnx.generate(features, mask).tolist()
     outputs = onnx.encode(features, mask)
-    before = [value.copy() for pair in outputs.cross_attention_states for value in pair]
+    before = [values.copy() for values in outputs.cross_attention_states.values()]
     for _ in range(2):
         assert onnx.generate(features, mask, encoder_outputs=outputs).tolist() == expected
-    after = [value for pair in outputs.cross_attention_states for value in pair]
-    assert all(map(np.array_equal, before, after))
+    assert all(map(np.array_equal, before, outputs.cross_attention_states.values()))
 
     # Rows of a batch are encoded side by side, for which the first thread makes what it takes, once.
     onnx = OnnxMDMASR.from_pretrained(pair[2], num_threads=2)
@@ -384,6 +384,67 @@ def test_large_sums_of_int8_are_not_cut_off(tmp_path, by_rows):
     session = onnxruntime.InferenceSession(str(file), session_options(1))
     (sums,) = session.run(None, {"in": np.full((1, 8), 3.0, dtype=np.float32)})
     np.testing.assert_allclose(sums, [[48.0, -48.0]], rtol=1e-3)
+
+
+@each("largest", [False, True])
+def test_attention_to_frames_in_int8(tmp_path, largest):
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    def run_quantised(nodes, outputs, shape, feed, initializers=()):
+        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, feed_shape) for name, feed_shape in shape]
+        ends = [helper.make_tensor_value_info(*output) for output in outputs]
+        graph = helper.make_graph(nodes, "frames", infos, ends, list(initializers))
+        opsets = [helper.make_opsetid("", 20)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "frames.onnx")
+        export._quantize_frames(tmp_path / "frames.onnx")
+        session = onnxruntime.InferenceSession(str(tmp_path / "frames.onnx"), session_options(1))
+        return dict(zip((one.name for one in session.get_outputs()), session.run(None, feed), strict=True))
+
+    make_random = np.random.default_rng(0)
+    heads, frames, size, queries = 2, 100, 64, 3
+    shapes = {"query": (1, heads, queries, size), "key": (1, heads, frames, size), "value": (1, heads, frames, size)}
+    query, key, value = (make_random.standard_normal(shape).astype(np.float32) for shape in shapes.values())
+    # One head's keys, and one channel's values, are larger than the others.
+    key[:, 1] *= 5
+    value[..., 7] *= 20
+    if largest:
+        # All products have the largest numbers there are, and one sign.
+        query, key, value = np.full_like(query, 0.1), np.full_like(key, 8.0), np.full_like(value, -3.0)
+    states = run_quantised(
+        [helper.make_node("Identity", [name], [f"cross_{name}.0"]) for name in ("key", "value")],
+        [(f"cross_{name}.0", TensorProto.FLOAT, (1, heads, "T", size)) for name in ("key", "value")],
+        [(name, (1, heads, "T", size)) for name in ("key", "value")],
+        {"key": key, "value": value},
+    )
+    assert {name: (one.dtype.name, one.shape) for name, one in states.items()} == {
+        "cross_key.0": ("int8", (1, heads, size, frames)),
+        "cross_value.0": ("int8", (1, heads, frames, size)),
+        "cross_key_scale.0": ("float32", (1, heads, 1, 1)),
+        "cross_value_scale.0": ("float32", (1, heads, 1, size)),
+    }
+    largest_key = np.abs(key).max(axis=(2, 3), keepdims=True)
+    np.testing.assert_allclose(states["cross_key_scale.0"], largest_key / 127, rtol=1e-6)
+    assert np.abs(_keys(states, 0) - key).max() <= 0.51 * states["cross_key_scale.0"].max()
+
+    output = run_quantised(
+        [
+            helper.make_node("Transpose", ["cross_key.0"], ["turned"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["query", "turned"], ["products"]),
+            helper.make_node("Mul", ["products", "scale"], ["scores"]),
+            helper.make_node("Softmax", ["scores"], ["shares"], axis=-1),
+            helper.make_node("MatMul", ["shares", "cross_value.0"], ["attended"]),
+        ],
+        [("attended", TensorProto.FLOAT, (1, heads, queries, size))],
+        [("query", (1, heads, queries, size))]
+        + [(f"cross_{name}.0", (1, heads, "T", size)) for name in ("key", "value")],
+        {"query": query, **states},
+        [numpy_helper.from_array(np.float32(0.125), "scale")],
+    )["attended"]
+    scores = np.exp(query @ key.swapaxes(2, 3) / 8)
+    expected = scores / scores.sum(axis=-1, keepdims=True) @ value
+    np.testing.assert_allclose(output, expected, atol=(0.001 if largest else 0.05) * np.abs(expected).max())
 
 
 def test_int8(golden, tmp_path, run_command):

@@ -21,7 +21,11 @@ from .processing import MEL_FILE
 # A file of protobuf holds at most 2 GiB: larger weights stand in a file of their own beside it.
 MAX_EMBEDDED_BYTES = 1_500_000_000
 DYNAMIC = torch.export.Dim.DYNAMIC
+CROSS_NAMES = "cross_key.", "cross_value."
 INT8_MAX = 127
+# Of what is multiplied with the int8 of another input, half the range: then no sum of two products is cut off, on any
+# CPU. Probabilities take two such numbers.
+HALF_MAX = INT8_MAX // 2
 
 
 class _SlotCache:
@@ -235,6 +239,7 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
             for path in output.glob("*.onnx"):
                 # Of drafts nothing depends but how many of them are right.
                 _quantize(path, by_rows=path.name != DRAFTS_FILE)
+                _quantize_frames(path)
     return output
 
 
@@ -502,9 +507,9 @@ def _quantize(path: Path, by_rows: bool) -> None:
         if node.op_type == "Transpose" and node.input[0] in tables
     }
     nodes, constants, quantised = [], {}, set()
-    # Of half the range no sum of two products is cut off, on any CPU; other weights have to be rewritten for some,
-    # which ONNX Runtime does for weights of a single product only.
-    largest = INT8_MAX if by_rows else INT8_MAX // 2
+    # Weights of the whole range have to be rewritten for some CPUs, which ONNX Runtime does for those of a single
+    # product only.
+    largest = INT8_MAX if by_rows else HALF_MAX
 
     def constant(name: str, value: np.ndarray) -> str:
         constants[name] = numpy_helper.from_array(np.asarray(value), name)
@@ -553,6 +558,131 @@ def _quantize(path: Path, by_rows: bool) -> None:
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
     onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
+
+
+def _quantize_frames(path: Path) -> None:
+    """
+    Makes int8 of the frames' keys and values, in place: where audio is long they are as large as the weights, and read
+    anew in each evaluation. Keys (1, heads, head_dim, T) have a scale for each head (1, heads, 1, 1), values (1,
+    heads, T, head_dim) one for each channel (1, heads, 1, head_dim); the rows that they are multiplied with have their
+    own, so that what a row gives depends on nothing else.
+    """
+    import onnx
+    from onnx import TensorProto, numpy_helper
+    from onnx.helper import make_node, make_tensor_value_info
+
+    model = onnx.load(path)
+    graph, is_large = model.graph, model.ByteSize() > MAX_EMBEDDED_BYTES
+    used_by = {name: node for node in graph.node for name in node.input}
+    numbers = {one.name: numpy_helper.to_array(one) for one in graph.initializer if not one.dims}
+    nodes = []
+
+    def constant(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    least, one = constant("frames.least", np.float32(1e-30)), constant("frames.one", np.float32(1))
+    zero, middle = constant("frames.zero", np.int8(0)), constant("frames.middle", np.uint8(HALF_MAX + 1))
+    step, fine = np.float32(1 / HALF_MAX), np.float32(1 / HALF_MAX / (2 * HALF_MAX))
+    step, fine = constant("frames.step", step), constant("frames.fine", fine)
+    last, full = constant("frames.last", np.array([-1])), constant("frames.full", np.float32(INT8_MAX))
+
+    def quantise_output(name: str, is_key: bool) -> None:
+        """Of an output of the encoder: its int8, and their scales."""
+        axes = constant(f"{name}.axes", np.array([2, 3] if is_key else [2]))
+        integers = f"{name}.int8" if is_key else name
+        nodes.extend(
+            [
+                make_node("ReduceMax", [f"{name}.exact", axes], [f"{name}.highest"]),
+                make_node("ReduceMin", [f"{name}.exact", axes], [f"{name}.lowest"]),
+                make_node("Neg", [f"{name}.lowest"], [f"{name}.lowest.neg"]),
+                make_node("Max", [f"{name}.highest", f"{name}.lowest.neg", least], [f"{name}.largest"]),
+                make_node("Div", [f"{name}.largest", full], [_scale_name(name)]),
+                make_node("Div", [f"{name}.exact", _scale_name(name)], [f"{name}.unit"]),
+                make_node("QuantizeLinear", [f"{name}.unit", one, zero], [integers]),
+            ]
+        )
+        if is_key:
+            nodes.append(make_node("Transpose", [integers], [name], perm=[0, 1, 3, 2]))
+
+    def multiply_keys(query: str, key: str, scores: str, factor: float) -> None:
+        """Queries in int8 by keys."""
+        # A division: of a product of two scales ONNX Runtime takes the first to be one number.
+        divisor = constant(f"{scores}.divisor", np.float32(HALF_MAX / factor))
+        nodes.extend(
+            [
+                make_node("Abs", [query], [f"{scores}.abs"]),
+                make_node("ReduceMax", [f"{scores}.abs", last], [f"{scores}.largest"], keepdims=1),
+                make_node("Div", [query, f"{scores}.largest"], [f"{scores}.unit"]),
+                make_node("QuantizeLinear", [f"{scores}.unit", step, middle], [f"{scores}.query"]),
+                make_node("MatMulInteger", [f"{scores}.query", key, middle], [f"{scores}.sum"]),
+                make_node("Cast", [f"{scores}.sum"], [f"{scores}.float"], to=TensorProto.FLOAT),
+                make_node("Mul", [f"{scores}.largest", _scale_name(key)], [f"{scores}.wide"]),
+                make_node("Div", [f"{scores}.wide", divisor], [f"{scores}.scale"]),
+                make_node("Mul", [f"{scores}.float", f"{scores}.scale"], [scores]),
+            ]
+        )
+
+    def multiply_values(probabilities: str, value: str, output: str) -> None:
+        """Probabilities by values: most of them are small, and of 13 bits therefore, in two rows of int8 each."""
+        nodes.extend(
+            [
+                make_node("ReduceMax", [probabilities, last], [f"{output}.largest"], keepdims=1),
+                make_node("Div", [probabilities, f"{output}.largest"], [f"{output}.shares"]),
+                make_node("QuantizeLinear", [f"{output}.shares", step, middle], [f"{output}.high"]),
+                make_node("DequantizeLinear", [f"{output}.high", step, middle], [f"{output}.coarse"]),
+                make_node("Sub", [f"{output}.shares", f"{output}.coarse"], [f"{output}.rest"]),
+                make_node("QuantizeLinear", [f"{output}.rest", fine, middle], [f"{output}.low"]),
+                make_node("Concat", [f"{output}.high", f"{output}.low"], [f"{output}.both"], axis=2),
+                make_node("MatMulInteger", [f"{output}.both", value, middle], [f"{output}.sum"]),
+                make_node("Cast", [f"{output}.sum"], [f"{output}.float"], to=TensorProto.FLOAT),
+                make_node("Split", [f"{output}.float"], [f"{output}.0", f"{output}.1"], axis=2, num_outputs=2),
+                make_node("Mul", [f"{output}.0", step], [f"{output}.steps"]),
+                make_node("Mul", [f"{output}.1", fine], [f"{output}.fine"]),
+                make_node("Add", [f"{output}.steps", f"{output}.fine"], [f"{output}.unit"]),
+                make_node("Mul", [f"{output}.largest", _scale_name(value)], [f"{output}.scale"]),
+                make_node("Mul", [f"{output}.unit", f"{output}.scale"], [output]),
+            ]
+        )
+
+    turned, scaled = {}, set()
+    for node in graph.node:
+        frames = [name for name in [*node.input, *node.output] if name.startswith(CROSS_NAMES)]
+        if node.op_type == "Transpose" and node.input[0] in frames:
+            turned[node.output[0]] = node.input[0]
+        elif node.op_type == "MatMul" and node.input[1] in turned:
+            # What scales the scores is a factor of their scale.
+            scale = used_by[node.output[0]]
+            scaled.add(scale.output[0])
+            multiply_keys(node.input[0], turned[node.input[1]], scale.output[0], float(numbers[scale.input[1]]))
+        elif node.op_type == "MatMul" and node.input[1] in frames:
+            multiply_values(*node.input, node.output[0])
+        elif node.output[0] in frames:
+            # The encoder's.
+            name, node.output[0] = node.output[0], f"{node.output[0]}.exact"
+            nodes.append(node)
+            quantise_output(name, is_key=name.startswith(CROSS_NAMES[0]))
+        elif node.output[0] not in scaled:
+            nodes.append(node)
+    for infos in (graph.input, graph.output):
+        for info in [one for one in infos if one.name.startswith(CROSS_NAMES)]:
+            is_key = info.name.startswith(CROSS_NAMES[0])
+            rows, heads, length, size = (dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim)
+            shape = [rows, heads, size, length] if is_key else [rows, heads, length, size]
+            scales = [rows, heads, 1, 1 if is_key else size]
+            info.CopyFrom(make_tensor_value_info(info.name, TensorProto.INT8, shape))
+            infos.append(make_tensor_value_info(_scale_name(info.name), TensorProto.FLOAT, scales))
+    del graph.value_info[:]
+    _replace_nodes(model, nodes)
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+    onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
+
+
+def _scale_name(name: str) -> str:
+    """The name of the scales of a layer's keys or values, such as `cross_key_scale.0`."""
+    kind, layer = name.split(".")
+    return f"{kind}_scale.{layer}"
 
 
 __all__ = [

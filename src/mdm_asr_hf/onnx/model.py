@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -63,12 +63,14 @@ class OnnxEncoderOutput:
     Attributes:
         last_hidden_state (`np.ndarray` of shape (B, T, encoder width)): the acoustic frames.
         attention_mask (`np.ndarray` of shape (B, T)): which frames count.
-        cross_attention_states: keys and values of the cross-attention (B, heads, T, head_dim), a pair for each layer.
+        cross_attention_states: keys and values of the cross-attention by the graphs' names for them: `cross_key.0`
+            (B, heads, T, head_dim) and so on. Of a model in int8 keys are (B, heads, head_dim, T), and there are
+            scales beside both.
     """
 
     last_hidden_state: np.ndarray
     attention_mask: np.ndarray
-    cross_attention_states: list[tuple[np.ndarray, np.ndarray]]
+    cross_attention_states: dict[str, np.ndarray]
 
 
 class OnnxDecoder:
@@ -85,8 +87,8 @@ class OnnxDecoder:
         self.session, self.drafts, self.embeddings, self.config = session, drafts, embeddings, config
         # What the masks take of the encoder: of the layers beside which there are draft layers.
         self.first_draft_layer = config.num_hidden_layers - config.draft_layers
-        layers = range(self.first_draft_layer, config.num_hidden_layers)
-        self.draft_cross = ["frame_mask", *layer_names("cross_key", layers), *layer_names("cross_value", layers)]
+        names = [one.name for one in drafts.get_inputs()]
+        self.draft_cross = [name for name in names if name == "frame_mask" or name.startswith("cross_")]
 
     def __call__(
         self, input_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput, columns: np.ndarray, name: str
@@ -283,9 +285,7 @@ class OnnxMDMASR(GenerationMixin):
         """Runs the encoder on features (B, T, mel bins) or (B, N), with so much silence behind the audio, by default
         the configuration's, and the cross-attention's keys and values with it."""
         input_features, lengths = self._check_features(input_features, attention_mask)
-        layers = range(self.config.decoder_config.num_hidden_layers)
-        names = ["frames", *layer_names("cross_key", layers), *layer_names("cross_value", layers)]
-        feed = {}
+        names, feed = [one.name for one in self.encoder.get_outputs()], {}
         if self.config.encoder_config.model_type == "whisper":
             silence_s = self.config.encoder_trailing_silence_s if trailing_silence_s is None else trailing_silence_s
             feed["trailing_silence"] = np.array(round(silence_s * WHISPER_FRAMES_PER_S))
@@ -300,16 +300,12 @@ class OnnxMDMASR(GenerationMixin):
             rows = self.encoders(names, feeds)
         lengths = np.array([row["frames"].shape[1] for row in rows])
         num_frames = _multiple(int(lengths.max()))
-        memory = self._take_memory(rows, num_frames)
-        joined = {
-            name: _join([row.pop(name) for row in rows], place) for name, place in zip(names, memory, strict=True)
-        }
+        memory = self._take_memory(rows[0], len(rows), num_frames)
+        joined = {name: _join(name, [row.pop(name) for row in rows], memory[name]) for name in names}
         return OnnxEncoderOutput(
-            last_hidden_state=joined["frames"],
+            last_hidden_state=joined.pop("frames"),
             attention_mask=np.arange(num_frames) < lengths[:, None],
-            cross_attention_states=[
-                (joined[f"cross_key.{layer}"], joined[f"cross_value.{layer}"]) for layer in layers
-            ],
+            cross_attention_states=joined,
         )
 
     def _check_features(self, input_features: Any, attention_mask: Any) -> tuple[np.ndarray, list[int]]:
@@ -344,19 +340,27 @@ class OnnxMDMASR(GenerationMixin):
             raise ValueError("`encoder_outputs` must be what this model's `encode` returned.")
         return encoder_outputs
 
-    def _take_memory(self, rows: list[dict[str, np.ndarray]], num_frames: int) -> Iterator[np.ndarray]:
-        """For each output of the rows (1, ..., T, D), an array (B, ..., num_frames, D), in memory of an earlier batch
-        where there is some that is large enough: to be given new memory takes longer than to fill it."""
-        shapes = [(len(rows), *one.shape[1:-2], num_frames, one.shape[-1]) for one in rows[0].values()]
-        sizes = [math.prod(shape) for shape in shapes]
+    def _take_memory(self, row: dict[str, np.ndarray], num_rows: int, num_frames: int) -> dict[str, np.ndarray]:
+        """For each output of a row, which has T frames or none, an array for all of them (B, ...) and `num_frames`, in
+        memory of an earlier batch where there is some that is large enough: to be given new memory takes longer than
+        to fill it."""
+        shapes = {name: [num_rows, *values.shape[1:]] for name, values in row.items()}
+        for name, values in row.items():
+            if (axis := _frames_axis(name, values)) is not None:
+                shapes[name][axis] = num_frames
+        # Each begins at a multiple of 64 bytes.
+        sizes = [_multiple(math.prod(shape) * row[name].itemsize) for name, shape in shapes.items()]
         try:
             memory = self.spent.pop()
         except IndexError:
-            memory = np.empty(0, np.float32)
+            memory = np.empty(0, np.uint8)
         if len(memory) < sum(sizes):
-            memory = np.empty(sum(sizes), np.float32)
-        parts = np.split(memory, np.cumsum(sizes))
-        return (part.reshape(shape) for part, shape in zip(parts, shapes, strict=False))
+            memory = np.empty(sum(sizes), np.uint8)
+        parts = dict(zip(row, np.split(memory, np.cumsum(sizes)), strict=False))
+        return {
+            name: parts[name][: math.prod(shape) * row[name].itemsize].view(row[name].dtype).reshape(shape)
+            for name, shape in shapes.items()
+        }
 
     def spend(self, encoder_outputs: OnnxEncoderOutput) -> None:
         """Takes the memory of outputs that nobody reads any more."""
@@ -369,7 +373,7 @@ class OnnxMDMASR(GenerationMixin):
         return OnnxEncoderOutput(
             encoder_outputs.last_hidden_state[rows],
             encoder_outputs.attention_mask[rows],
-            [(key[rows], value[rows]) for key, value in encoder_outputs.cross_attention_states],
+            {name: values[rows] for name, values in encoder_outputs.cross_attention_states.items()},
         )
 
     def find_speech(
@@ -403,8 +407,8 @@ class OnnxMDMASR(GenerationMixin):
         """Queries and keys of texts (B, S) by layers, and which frames count, see [`MDMASRGenerationMixin`]."""
         none = np.zeros((len(input_ids), 0), dtype=np.int64)
         queries = self.decoder(input_ids, encoder_outputs, none, "cross_queries")
-        states = encoder_outputs.cross_attention_states
-        return {layer: (queries[layer], states[layer][0]) for layer in layers}, encoder_outputs.attention_mask
+        read = {layer: (queries[layer], _keys(encoder_outputs.cross_attention_states, layer)) for layer in layers}
+        return read, encoder_outputs.attention_mask
 
     def to_output(self, values: Any, encoder_outputs: OnnxEncoderOutput | None = None) -> Any:
         """An array, or an output of arrays, as it is."""
@@ -433,16 +437,28 @@ class RowEncoders:
 
 def cross_feed(encoder_outputs: OnnxEncoderOutput) -> dict[str, np.ndarray]:
     """What the decoder's graphs take of the encoder: keys and values of the frames, and which of them count."""
-    feed = {"frame_mask": encoder_outputs.attention_mask}
-    for layer, (key, value) in enumerate(encoder_outputs.cross_attention_states):
-        feed |= {f"cross_key.{layer}": key, f"cross_value.{layer}": value}
-    return feed
+    return {"frame_mask": encoder_outputs.attention_mask, **encoder_outputs.cross_attention_states}
 
 
-def _join(rows: list[np.ndarray], joined: np.ndarray) -> np.ndarray:
-    """Puts rows (1, ..., T, D) of any lengths T into an array (B, ..., length, D), with zeros behind them."""
-    for place, row in zip(joined, rows, strict=True):
-        place[..., : row.shape[-2], :], place[..., row.shape[-2] :, :] = row[0], 0
+def _frames_axis(name: str, values: np.ndarray) -> int | None:
+    """Which axis of an output of the encoder its frames stand along; of scales none."""
+    if "_scale." in name:
+        return None
+    return values.ndim - (1 if name.startswith("cross_key.") and values.dtype == np.int8 else 2)
+
+
+def _keys(states: dict[str, np.ndarray], layer: int) -> np.ndarray:
+    """A layer's keys (B, heads, T, head_dim) in fp32."""
+    keys, scale = states[f"cross_key.{layer}"], states.get(f"cross_key_scale.{layer}")
+    return keys if scale is None else (keys * scale).swapaxes(2, 3)
+
+
+def _join(name: str, rows: list[np.ndarray], joined: np.ndarray) -> np.ndarray:
+    """Puts rows (1, ...) of any numbers of frames into an array (B, ...), with zeros behind them."""
+    axis = _frames_axis(name, joined) or 1
+    for place, row in zip(np.moveaxis(joined, axis, 1), rows, strict=True):
+        frames = np.moveaxis(row[0], axis - 1, 0)
+        place[: len(frames)], place[len(frames) :] = frames, 0
     return joined
 
 
