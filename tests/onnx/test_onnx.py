@@ -164,7 +164,9 @@ def test_steps_and_graphs(pair):
 
     _, onnx, _ = pair
     for session in (onnx.encoder, onnx.decoder.session, onnx.decoder.drafts):
-        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+        options = session.get_session_options()
+        for name in ("session.force_spinning_stop", "session.use_env_allocators"):
+            assert options.get_session_config_entry(name) == "1"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
 )
 WHISPER_FRAMES_PER_S = 100
 SPINNING_STOP, EXACT_INT8 = "session.force_spinning_stop", "session.x64quantprecision"
+SHARED_MEMORY = "session.use_env_allocators"
 # Slots and frames come in such numbers, and rows of text by two at least: sums then have the same order, to the bit,
 # however many there are.
 MULTIPLE, LEAST_ROWS = 64, 2
@@ -485,11 +486,27 @@ def session_options(num_threads: int) -> Any:
     # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
     # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.
     options.add_session_config_entry(SPINNING_STOP, "1")
+    _share_memory()
+    options.add_session_config_entry(SHARED_MEMORY, "1")
     if not _has_vnni():
         # Sums of two products of int8 would be cut off at 16 bits.
         options.add_session_config_entry(EXACT_INT8, "1")
     options.intra_op_num_threads = num_threads
     return options
+
+
+@cache
+def _share_memory() -> None:
+    """Lets the graphs of this process take their memory from one place: they run one after the other, and each would
+    keep what the largest batch took."""
+    import onnxruntime as ort
+
+    cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    try:
+        ort.create_and_register_allocator(cpu, None)
+    except Exception:
+        # Another part of the program did so, with an exception of ONNX Runtime's own.
+        return
 
 
 def _has_vnni() -> bool:
