@@ -187,8 +187,9 @@ class GenerationMixin:
                 they fit, by `hotword_boost`, see `hotwords_mdm_asr`.
             generator (`int`, `torch.Generator` or a list of B, *optional*): for temperature > 0 and the random and DFM
                 samplers; a number is a seed. Of a list, each row's samples depend on its own generator alone.
-            streamer (*optional*): `put_draft(value=ids)` is called after every evaluation, if it has that, `put` and
-                `end` at the end. With drafts, `num_committed` (B,) tells how many of the ids are committed.
+            streamer (*optional*): `put_draft(value=ids)` is called after every evaluation, if it has that, and before
+                the first of a text that drafts begin; `put` and `end` at the end. With drafts, `num_committed` (B,)
+                tells how many of the ids are committed.
             synced_gpus (`bool`): keep stepping until all processes are done (FSDP, DeepSpeed ZeRO-3).
             kwargs: any field of [`MDMASRGenerationConfig`], the sampler's settings (`gamma`, `lambda_`, `k`), and the
                 prompt's slots (`language`, `target_language`, `punctuation`, `task`, ...), one value or one per row.

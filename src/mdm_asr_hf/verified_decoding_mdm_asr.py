@@ -193,18 +193,23 @@ class VerifiedDecoder:
 
     def run(self, show: Callable[[list[list[int]], list[int]], None] | None = None) -> None:
         """Writes all texts; `show` is told after each evaluation of the B texts with the drafts behind them, and how
-        many tokens of each are committed."""
+        many tokens of each are committed; and before the first one, if there are drafts to begin with."""
+        if show is not None and self.mask_drafts[0].shape[1]:
+            show(*self._shown())
         while self.model._any_unfinished(len(self.rows) > 0, self.synced_gpus):
             if len(self.rows):
                 self.step()
             else:
                 self._idle()
             if show is not None:
-                texts = [self.text.text_ids(row) for row in range(len(self.text.lengths))]
-                committed = [len(ids) for ids in texts]
-                for row, ids, count in zip(self.rows.tolist(), *(x.tolist() for x in self.mask_drafts), strict=True):
-                    texts[row] += ids[:count]
-                show(texts, committed)
+                show(*self._shown())
+
+    def _shown(self) -> tuple[list[list[int]], list[int]]:
+        texts = [self.text.text_ids(row) for row in range(len(self.text.lengths))]
+        committed = [len(ids) for ids in texts]
+        for row, ids, count in zip(self.rows.tolist(), *(x.tolist() for x in self.mask_drafts), strict=True):
+            texts[row] += ids[:count]
+        return texts, committed
 
     def step(self) -> None:
         """One evaluation of the decoder."""
