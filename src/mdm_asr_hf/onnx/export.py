@@ -555,9 +555,7 @@ def _quantize(path: Path, by_rows: bool) -> None:
         nodes.append(make_node("Mul", [f"{output}.unit", f"{rows}.scale"], [output]))
     graph.initializer.extend(constants.values())
     _replace_nodes(model, nodes)
-    for file in path.parent.glob(f"{path.name}*"):
-        file.unlink()
-    onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
+    _overwrite(path, model, is_large)
 
 
 def _quantize_frames(path: Path) -> None:
@@ -674,6 +672,13 @@ def _quantize_frames(path: Path) -> None:
             infos.append(make_tensor_value_info(_scale_name(info.name), TensorProto.FLOAT, scales))
     del graph.value_info[:]
     _replace_nodes(model, nodes)
+    _overwrite(path, model, is_large)
+
+
+def _overwrite(path: Path, model: Any, is_large: bool) -> None:
+    """Puts a graph in the place of another, and of its weights; those of a large one stand in a file beside it."""
+    import onnx
+
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
     onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
