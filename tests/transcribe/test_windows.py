@@ -300,6 +300,29 @@ def test_no_sound_is_lost_whatever_is_cut(data, durations_s, max_window_s, vad):
         assert mask.all()
 
 
+def test_what_is_not_cut_is_not_searched_for_speech():
+    class Deaf(EnergyVAD):
+        def prepare(self, samples):
+            raise AssertionError("was asked")
+
+    (window,) = cut_windows(iter([noise(6, 0.1), noise(4, 0.1)]), RATE, Deaf(RATE), 5.0, 10.0)
+    assert window.duration_s == 10
+    with pytest.raises(AssertionError, match="was asked"):
+        list(cut_windows([noise(10.1, 0.1)], RATE, Deaf(RATE), 5.0, 10.0))
+
+
+@needs_silero
+def test_blocks_have_their_scores_in_any_order():
+    samples, _ = bursts([1.0] * 12, [0.5] * 12)
+    blocks = np.array_split(samples[: len(samples) // 1536 * 1536], 3)
+    vad = make_vad("silero", RATE)
+    prepared = [vad.prepare(block) for block in blocks]
+    backwards = [score() for score in reversed(prepared)][::-1]
+    vad.reset()
+    for block, scores in zip(blocks, backwards, strict=True):
+        assert np.array_equal(vad(block), scores)
+
+
 def test_short_and_empty_recordings_are_not_cut():
     for seconds, is_whole in [(9.0, True), (10.0, True), (10.1, False)]:
         samples = np.ones(round(seconds * RATE), dtype=np.float32)

@@ -2,7 +2,8 @@
 """Voice activity: where somebody speaks, by silero-vad where it is installed, else by energy above the noise."""
 
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,7 +30,7 @@ NEAR_FRAMES = 64
 BAND_HZ = (150.0, 6000.0)
 # silero-vad hears speech of less than -55 dB or so badly, and worse behind louder speech, or on an offset or hum: it
 # is given what is above these, brought up to this level by what is the loudest within `LEVELLED_FRAMES` either way.
-HIGH_PASS_HZ, HIGH_PASS_SIZE = 100.0, 801
+HIGH_PASS_HZ, HIGH_PASS_SIZE, FILTERED_AT_ONCE = 100.0, 801, 8192
 LEVELLED_DB, LEVELLED_FRAMES, MAX_GAIN_DB = -25.0, 31, 60.0
 # There is one model of silero-vad, whose torch form keeps its state in itself; and loading it sets torch's threads.
 _SILERO_LOCK = threading.Lock()
@@ -83,6 +84,11 @@ class EnergyVAD:
         rise_db = min(max(RISE_SHARE * (peak_db - floor_db), MIN_RISE_DB), MAX_RISE_DB)
         return levels_db - (np.minimum(floor_db, _floors_near_db(self._levels_db))[-len(levels_db) :] + rise_db)
 
+    def prepare(self, samples: np.ndarray) -> Callable[[], np.ndarray]:
+        """What gives the scores of the next samples, which are computed at once: they depend on those before."""
+        scores = self(samples)
+        return lambda: scores
+
 
 def _floors_near_db(levels_db: np.ndarray) -> np.ndarray:
     """The floor (n,) of the frames around each of n, infinity where all is digital silence."""
@@ -113,11 +119,19 @@ class SileroVAD:
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Scores (number of frames,) of the next samples (N,) of a recording; the last frame may be incomplete."""
-        import torch
+        return self.prepare(samples)()
 
+    def prepare(self, samples: np.ndarray) -> Callable[[], np.ndarray]:
+        """What gives the scores of the next samples when it is called, in any thread and in any order."""
         num_before = len(self._before) // SILERO_FRAME
         heard = np.concatenate([self._before, samples]).astype(np.float32, copy=False)
         self._before = heard[-SILERO_WARM_UP_FRAMES * SILERO_FRAME :]
+        return partial(self._score, heard, num_before)
+
+    def _score(self, heard: np.ndarray, num_before: int) -> np.ndarray:
+        """Scores of the frames behind the first ones of some samples."""
+        import torch
+
         heard = _levelled(heard) if len(heard) else heard
         if isinstance(self._model, torch.jit.ScriptModule):
             padded = np.pad(heard, (0, -len(heard) % SILERO_FRAME))
@@ -130,18 +144,33 @@ class SileroVAD:
 
 def _levelled(samples: np.ndarray) -> np.ndarray:
     """Samples (N,) at silero-vad's rate without what is below speech, and its faint parts raised."""
-    times = np.arange(HIGH_PASS_SIZE) - HIGH_PASS_SIZE // 2
-    low_pass = np.sinc(2 * HIGH_PASS_HZ / SILERO_RATE_HZ * times) * np.hanning(HIGH_PASS_SIZE)
-    padded = np.pad(samples, HIGH_PASS_SIZE // 2, mode="edge")
-    size = 1 << (len(padded) - 1).bit_length()
-    low = np.fft.irfft(np.fft.rfft(padded, size) * np.fft.rfft(low_pass / low_pass.sum(), size), size)
-    high = samples - low[HIGH_PASS_SIZE - 1 : HIGH_PASS_SIZE - 1 + len(samples)]
+    high = samples - _low_pass(samples)
     frames = np.pad(high, (0, -len(high) % SILERO_FRAME)).reshape(-1, SILERO_FRAME)
     levels = np.pad(np.sqrt(np.square(frames).mean(axis=1)), LEVELLED_FRAMES)
     loudest = np.lib.stride_tricks.sliding_window_view(levels, 2 * LEVELLED_FRAMES + 1).max(axis=1)
     gains = np.clip(10 ** (LEVELLED_DB / 20) / np.maximum(loudest, 1e-9), 1, 10 ** (MAX_GAIN_DB / 20))
-    middles = (np.arange(len(frames)) + 0.5) * SILERO_FRAME
-    return (high * np.interp(np.arange(len(high)), middles, gains)).astype(np.float32)
+    # From the middle of each frame to that of the next one they change in a line.
+    gains = np.pad(gains.astype(np.float32), 1, mode="edge")
+    rise = ((np.arange(SILERO_FRAME, dtype=np.float32) + 0.5) / SILERO_FRAME - 0.5)[None]
+    change = np.where(rise < 0, gains[1:-1, None] - gains[:-2, None], gains[2:, None] - gains[1:-1, None])
+    return (frames * (gains[1:-1, None] + rise * change)).reshape(-1)[: len(samples)]
+
+
+def _low_pass(samples: np.ndarray) -> np.ndarray:
+    """What of samples (N,) in float32 lies below `HIGH_PASS_HZ`. Of some at once, which stay in a core's cache."""
+    half = HIGH_PASS_SIZE // 2
+    times = np.arange(HIGH_PASS_SIZE) - half
+    weights = np.sinc(2 * HIGH_PASS_HZ / SILERO_RATE_HZ * times) * np.hanning(HIGH_PASS_SIZE)
+    spectrum = np.fft.rfft(weights / weights.sum(), FILTERED_AT_ONCE).astype(np.complex64)
+    # The first ones of a block's product are of its end, too.
+    step = FILTERED_AT_ONCE - 2 * half
+    num_blocks = -(-len(samples) // step)
+    # Next to an offset, what is faint would be lost in rounding.
+    offset = samples.mean()
+    padded = np.pad(np.pad(samples - offset, half, mode="edge"), (0, num_blocks * step - len(samples)))
+    blocks = np.lib.stride_tricks.sliding_window_view(padded, FILTERED_AT_ONCE)[::step]
+    low = [np.fft.irfft(np.fft.rfft(block) * spectrum)[2 * half :] for block in blocks]
+    return np.concatenate(low).astype(np.float32, copy=False)[: len(samples)] + offset
 
 
 def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:

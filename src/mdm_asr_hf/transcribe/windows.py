@@ -4,12 +4,17 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ..cores import num_cores
 from .voice_activity import FRAME_S, speech_runs, weakest_frame
 
 # Pauses at which may be cut. Within words, the closures of stops are silent for up to 0.15 s.
@@ -131,18 +136,44 @@ class _Cutter:
         self.continues, self.overlap = False, 0
 
     def cut(self, blocks: Iterable[np.ndarray]) -> Iterator[Window]:
-        for block, is_last in _with_last(_regroup(blocks, self._frames(VAD_BLOCK_S) * self.frame_size)):
-            self.is_complete = is_last
-            self.samples = np.concatenate([self.samples, block])
-            scores = np.ones(math.ceil(len(block) / self.frame_size)) if self.vad is None else self.vad(block)
-            self.scores = np.concatenate([self.scores, scores])
-            if self.origin == 0 and not self.continues and len(self.samples) <= self.whole_samples:
-                if self.is_complete:
-                    yield self._window(0, len(self.scores))
-                    return
-                continue
-            while (window := self._next_window()) is not None:
-                yield window
+        blocks = _with_last(_regroup(blocks, self._frames(VAD_BLOCK_S) * self.frame_size))
+        first, num_samples = [], 0
+        for block, is_last in blocks:
+            first.append((block, is_last))
+            num_samples += len(block)
+            if num_samples > self.whole_samples:
+                break
+            if is_last:
+                # It is not asked where there is speech.
+                self.samples = np.concatenate([block for block, _ in first])
+                yield self._window(0, math.ceil(num_samples / self.frame_size))
+                return
+        with closing(self._score(itertools.chain(first, blocks))) as scored:
+            for block, scores, self.is_complete in scored:
+                self.samples = np.concatenate([self.samples, block])
+                self.scores = np.concatenate([self.scores, scores])
+                if self.origin == 0 and not self.continues and len(self.samples) <= self.whole_samples:
+                    continue
+                while (window := self._next_window()) is not None:
+                    yield window
+
+    def _score(self, blocks: Iterable[tuple[np.ndarray, bool]]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+        """Blocks with the scores of their frames, and whether they are the last, in order; a thread for each core."""
+        num_threads = num_cores()
+        with ThreadPoolExecutor(num_threads) as pool:
+            waiting: deque[tuple[np.ndarray, Future, bool]] = deque()
+            for block, is_last in blocks:
+                waiting.append((block, pool.submit(self._prepare(block)), is_last))
+                if len(waiting) > num_threads:
+                    block, scores, is_last = waiting.popleft()
+                    yield block, scores.result(), is_last
+            for block, scores, is_last in waiting:
+                yield block, scores.result(), is_last
+
+    def _prepare(self, block: np.ndarray) -> Callable[[], np.ndarray]:
+        if self.vad is None:
+            return partial(np.ones, math.ceil(len(block) / self.frame_size))
+        return self.vad.prepare(block)
 
     def _next_window(self) -> Window | None:
         """The next window, and moves on behind it; None if there is none or more must be read."""
