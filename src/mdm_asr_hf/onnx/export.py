@@ -238,8 +238,8 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
         if int8:
             for path in output.glob("*.onnx"):
                 # Of drafts nothing depends but how many of them are right.
-                _quantize(path, by_rows=path.name != DRAFTS_FILE)
-                _quantize_frames(path)
+                _quantize(path, is_exact=path.name != DRAFTS_FILE)
+                _quantize_frames(path, is_exact=path.name != DRAFTS_FILE)
     return output
 
 
@@ -486,11 +486,11 @@ def _round(value: Any, ndigits: None = None) -> Any:
     return op.Cast(op.Round(value), to=ir.DataType.INT64)
 
 
-def _quantize(path: Path, by_rows: bool) -> None:
+def _quantize(path: Path, is_exact: bool) -> None:
     """
-    Quantises, in place, the matrix products of a graph with weights: a scale for each output, and `by_rows` one for
+    Quantises, in place, the matrix products of a graph with weights: a scale for each output, and `is_exact` one for
     each row of activations, so that what a row gives does not depend on the others of the call; else one for all of
-    them, in fewer steps. Embeddings become fp16.
+    them, in fewer steps, the bias among them. Embeddings become fp16.
     """
     import onnx
     from onnx import TensorProto, numpy_helper
@@ -506,10 +506,10 @@ def _quantize(path: Path, by_rows: bool) -> None:
         for node in graph.node
         if node.op_type == "Transpose" and node.input[0] in tables
     }
-    nodes, constants, quantised = [], {}, set()
+    nodes, constants, quantised, added = [], {}, set(), set()
     # Weights of the whole range have to be rewritten for some CPUs, which ONNX Runtime does for those of a single
     # product only.
-    largest = INT8_MAX if by_rows else HALF_MAX
+    largest = INT8_MAX if is_exact else HALF_MAX
 
     def constant(name: str, value: np.ndarray) -> str:
         constants[name] = numpy_helper.from_array(np.asarray(value), name)
@@ -525,7 +525,7 @@ def _quantize(path: Path, by_rows: bool) -> None:
             nodes.append(make_node("Cast", [gathered], [node.output[0]], to=TensorProto.FLOAT))
             continue
         if node.op_type != "MatMul" or node.input[1] not in weights:
-            nodes.append(node)
+            nodes += [] if node.output[0] in added else [node]
             continue
         weight, is_transposed = weights[node.input[1]]
         name, output = node.input[1], node.output[0]
@@ -536,8 +536,12 @@ def _quantize(path: Path, by_rows: bool) -> None:
             constant(f"{name}.int8", np.rint(values / scale).astype(np.int8))
             constant(f"{name}.int8.scale", scale.astype(np.float32))
         weight = [f"{name}.int8", f"{name}.int8.scale"]
-        if not by_rows:
+        if not is_exact:
             inputs = [node.input[0], *weight]
+            if bias := _bias_of(graph, output):
+                output, bias = bias
+                added.add(output)
+                inputs += ["", bias]
             nodes.append(make_node("DynamicQuantizeMatMul", inputs, [output], domain="com.microsoft"))
             continue
         rows = f"{node.input[0]}.int8"
@@ -558,12 +562,21 @@ def _quantize(path: Path, by_rows: bool) -> None:
     _overwrite(path, model, is_large)
 
 
-def _quantize_frames(path: Path) -> None:
+def _bias_of(graph: Any, product: str) -> tuple[str, str] | None:
+    """If nothing is done with a product but that a bias is added: the name of the sum, and the bias's."""
+    vectors = {one.name for one in graph.initializer if len(one.dims) == 1}
+    users = [node for node in graph.node if product in node.input]
+    if len(users) == 1 and users[0].op_type == "Add" and (biases := vectors.intersection(users[0].input)):
+        return users[0].output[0], biases.pop()
+    return None
+
+
+def _quantize_frames(path: Path, is_exact: bool) -> None:
     """
     Makes int8 of the frames' keys and values, in place: where audio is long they are as large as the weights, and read
     anew in each evaluation. Keys (1, heads, head_dim, T) have a scale for each head (1, heads, 1, 1), values (1,
     heads, T, head_dim) one for each channel (1, heads, 1, head_dim); the rows that they are multiplied with have their
-    own, so that what a row gives depends on nothing else.
+    own, so that what a row gives depends on nothing else. Probabilities have 13 bits, or seven if not `is_exact`.
     """
     import onnx
     from onnx import TensorProto, numpy_helper
@@ -584,6 +597,7 @@ def _quantize_frames(path: Path) -> None:
     step, fine = np.float32(1 / HALF_MAX), np.float32(1 / HALF_MAX / (2 * HALF_MAX))
     step, fine = constant("frames.step", step), constant("frames.fine", fine)
     last, full = constant("frames.last", np.array([-1])), constant("frames.full", np.float32(INT8_MAX))
+    share, none = constant("frames.share", np.float32(1 / INT8_MAX)), constant("frames.none", np.uint8(0))
 
     def quantise_output(name: str, is_key: bool) -> None:
         """Of an output of the encoder: its int8, and their scales."""
@@ -627,6 +641,22 @@ def _quantize_frames(path: Path) -> None:
             [
                 make_node("ReduceMax", [probabilities, last], [f"{output}.largest"], keepdims=1),
                 make_node("Div", [probabilities, f"{output}.largest"], [f"{output}.shares"]),
+                make_node("Mul", [f"{output}.largest", _scale_name(value)], [f"{output}.scale"]),
+            ]
+        )
+        if not is_exact:
+            nodes.extend(
+                [
+                    make_node("QuantizeLinear", [f"{output}.shares", share, none], [f"{output}.high"]),
+                    make_node("MatMulInteger", [f"{output}.high", value, none], [f"{output}.sum"]),
+                    make_node("Cast", [f"{output}.sum"], [f"{output}.float"], to=TensorProto.FLOAT),
+                    make_node("Mul", [f"{output}.float", share], [f"{output}.unit"]),
+                    make_node("Mul", [f"{output}.unit", f"{output}.scale"], [output]),
+                ]
+            )
+            return
+        nodes.extend(
+            [
                 make_node("QuantizeLinear", [f"{output}.shares", step, middle], [f"{output}.high"]),
                 make_node("DequantizeLinear", [f"{output}.high", step, middle], [f"{output}.coarse"]),
                 make_node("Sub", [f"{output}.shares", f"{output}.coarse"], [f"{output}.rest"]),
@@ -638,7 +668,6 @@ def _quantize_frames(path: Path) -> None:
                 make_node("Mul", [f"{output}.0", step], [f"{output}.steps"]),
                 make_node("Mul", [f"{output}.1", fine], [f"{output}.fine"]),
                 make_node("Add", [f"{output}.steps", f"{output}.fine"], [f"{output}.unit"]),
-                make_node("Mul", [f"{output}.largest", _scale_name(value)], [f"{output}.scale"]),
                 make_node("Mul", [f"{output}.unit", f"{output}.scale"], [output]),
             ]
         )
