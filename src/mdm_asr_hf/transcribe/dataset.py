@@ -281,6 +281,9 @@ def _run_actors(
     """What workers say of each shard, as it is done."""
     # It tells its makers of each start.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        # Nothing is scaled there, and the first autoscaler's process is waited for at the end, a second in vain.
+        os.environ.setdefault("RAY_enable_autoscaler_v2", "1")
     import ray
 
     is_ours = not ray.is_initialized()
