@@ -37,6 +37,8 @@ OVERLAP_SHARE, MAX_OVERLAP_S = 0.25, 2.0
 WEAK_SHARE = 0.15
 # The detector gets blocks of about this length, on whose frames it judges what is noise.
 VAD_BLOCK_S = 30.0
+# So many of them at the same time, at most: each takes some ten MB meanwhile.
+MAX_VAD_THREADS = 4
 # Pauses are chosen with this many windows in view.
 NUM_WINDOWS_IN_VIEW = 3
 
@@ -158,8 +160,8 @@ class _Cutter:
                     yield window
 
     def _score(self, blocks: Iterable[tuple[np.ndarray, bool]]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-        """Blocks with the scores of their frames, and whether they are the last, in order; a thread for each core."""
-        num_threads = num_cores()
+        """Blocks with the scores of their frames, and whether they are the last, in order."""
+        num_threads = min(num_cores(), MAX_VAD_THREADS)
         with ThreadPoolExecutor(num_threads) as pool:
             waiting: deque[tuple[np.ndarray, Future, bool]] = deque()
             for block, is_last in blocks:
