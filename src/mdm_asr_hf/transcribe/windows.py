@@ -151,7 +151,8 @@ class _Cutter:
                 yield self._window(0, math.ceil(num_samples / self.frame_size))
                 return
         with closing(self._score(itertools.chain(first, blocks))) as scored:
-            for block, scores, self.is_complete in scored:
+            for block, scores, is_last in scored:
+                self.is_complete = is_last
                 self.samples = np.concatenate([self.samples, block])
                 self.scores = np.concatenate([self.scores, scores])
                 if self.origin == 0 and not self.continues and len(self.samples) <= self.whole_samples:
