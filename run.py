@@ -119,8 +119,7 @@ def demo() -> int:
 def test(arguments: list[str]) -> int:
     set_up("test")
     # Two processes with one thread each: small models gain nothing from more threads, and would fight for cores.
-    workers = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    command = [str(BIN / "python"), "-m", "pytest", *workers, *arguments]
+    command = [str(BIN / "python"), "-m", "pytest", "-n", "2", *arguments]
     return subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}).returncode
 
 

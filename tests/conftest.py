@@ -8,17 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A file's tests run in one worker, which makes what they share once. What takes longest begins, or one worker would be
-# left with it at the end.
-LONGEST = ("test_snippets.py", "test_onnx.py", "test_dataset.py", "test_trainer.py", "test_serve.py")
-
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=40)
 settings.load_profile("default")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
