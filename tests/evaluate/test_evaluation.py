@@ -5,6 +5,8 @@ import copy
 import json
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -304,6 +306,13 @@ def test_batch_size_1_is_measured_over_all_lengths(folder, model, processor, mon
     assert batches[1:] == [[0.4], [0.7], [1.0]]
     assert result["num_utterances"] == 3 and result["audio_s"] == 2.1
     assert result["rtfx"] < min(result["rtfx_encoder"], result["rtfx_decoder"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux's own")
+def test_peak_memory_is_not_that_of_the_program_that_started_it(monkeypatch):
+    inherited_mib = 2**20
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=inherited_mib * 2**10))
+    assert 50 < evaluation.peak_memory_mib("cpu") < inherited_mib
 
 
 def test_folder_of_results(folder, model, canvas, processor, checkpoint, tmp_path):

@@ -352,11 +352,17 @@ def peak_memory_mib(device: torch.device | str) -> float | None:
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     try:
+        # Not getrusage on Linux, where a child starts with its parent's peak.
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return round(int(line.split()[1]) / 2**10, 1)
+    except (OSError, StopIteration):
+        pass
+    try:
         import resource
     except ImportError:  # Windows.
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+    # Bytes on macOS.
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
 
 
 def model_sha256(model_name: str | Path) -> str | None:
