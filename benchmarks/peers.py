@@ -189,6 +189,12 @@ class FasterWhisper:
         segments, _ = BatchedInferencePipeline(self.whisper).transcribe(samples, **options)
         return " ".join(segment.text for segment in segments)
 
+    def transcribe_in_turn(self, samples: np.ndarray) -> str:
+        """As the library does it without that pipeline: windows from timestamp to timestamp, hotter again where one
+        looks wrong."""
+        segments, _ = self.whisper.transcribe(samples, beam_size=1, language="en")
+        return " ".join(segment.text for segment in segments)
+
 
 class WhisperCpp:
     """The donor's weights in whisper.cpp, by pywhispercpp."""
@@ -261,30 +267,35 @@ class OurModel:
 
 @contextmanager
 def watch_stages(model: Any, seconds: dict[str, float]) -> Iterator[None]:
-    """Inside, adds to `seconds` what encoding takes, evaluating causal rows, and drafting."""
+    """Inside, adds to `seconds` what encoding takes, evaluating causal rows, and drafting; where several threads do so
+    side by side, their mean."""
+    kind, lock = type(model), threading.Lock()
+    encode, begin_steps = kind.encode, kind.begin_steps
 
-    def timed(stage: str, call: Any) -> Any:
+    def timed(stage: str, its_model: Any, call: Any) -> Any:
+        share = 1 if its_model is model else 1 / model.workers.num_threads
+
         def watched(*args, **kwargs):
             start = time.perf_counter()
             result = call(*args, **kwargs)
-            seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+            with lock:
+                seconds[stage] = seconds.get(stage, 0.0) + share * (time.perf_counter() - start)
             return result
 
         return watched
 
-    def begin(*args):
-        steps = begin_steps(*args)
-        steps.verify, steps.propose = timed("causal rows", steps.verify), timed("drafts", steps.propose)
+    def begin(its_model, *args):
+        steps = begin_steps(its_model, *args)
+        steps.verify = timed("causal rows", its_model, steps.verify)
+        steps.propose = timed("drafts", its_model, steps.propose)
         return steps
 
-    begin_steps = model.begin_steps
-    watched = {"encode": timed("encoder", model.encode), "begin_steps": begin}
-    vars(model).update(watched)
+    kind.encode = lambda its_model, *args, **kwargs: timed("encoder", its_model, encode)(its_model, *args, **kwargs)
+    kind.begin_steps = begin
     try:
         yield
     finally:
-        for name in watched:
-            del vars(model)[name]
+        kind.encode, kind.begin_steps = encode, begin_steps
 
 
 # Several settings of ours share one model.

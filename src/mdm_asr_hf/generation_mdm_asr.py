@@ -325,25 +325,33 @@ class GenerationMixin:
         ) -> VerifiedText:
             places = rows.tolist()
             text = VerifiedText.begin([prompts[row] for row in places], [prefixes[row] for row in places], max(limits))
-            decoder = VerifiedDecoder(
-                self,
-                text,
-                outputs,
-                settings,
-                limits=[limits[row] for row in places],
-                is_open=is_open,
-                prompt_length=batch.prompt_ids.shape[1],
-                hypotheses=self._hypotheses(places, batch.draft_ids, settings),
-                temperature=temperature,
-                seeds=seeds[rows],
-                hotwords=batch.hotwords and batch.hotwords.take_rows(places),
-                synced_gpus=batch.synced_gpus,
-                may_spend=may_spend or outputs is not batch.encoder_outputs,
-                stops_loops=may_stop,
-            )
             # What is decoded anew is not shown: it may be a part of the batch.
             is_shown = hasattr(streamer, "put_draft") and len(places) == len(prompts)
-            decoder.run(show if is_shown else None)
+            hypotheses = self._hypotheses(places, batch.draft_ids, settings)
+
+            def write_open(model: Any, is_open: np.ndarray) -> None:
+                decoder = VerifiedDecoder(
+                    model,
+                    text,
+                    outputs,
+                    settings,
+                    limits=[limits[row] for row in places],
+                    is_open=is_open,
+                    prompt_length=batch.prompt_ids.shape[1],
+                    hypotheses=hypotheses,
+                    temperature=temperature,
+                    seeds=seeds[rows],
+                    hotwords=batch.hotwords and batch.hotwords.take_rows(places),
+                    synced_gpus=batch.synced_gpus,
+                    may_spend=may_spend or outputs is not batch.encoder_outputs,
+                    stops_loops=may_stop,
+                )
+                decoder.run(show if is_shown else None)
+
+            if is_shown or batch.synced_gpus:
+                write_open(self, is_open)
+            else:
+                self.write_rows(write_open, is_open, outputs)
             if may_spend and outputs is batch.encoder_outputs:
                 self.spend(outputs)
             return text
@@ -660,6 +668,11 @@ class GenerationMixin:
                 f"`generator` has {len(generator)} entries for a batch of {batch_size}. Pass one per row."
             )
         return list(generator)
+
+    def write_rows(self, write: Callable[[Any, np.ndarray], None], is_open: np.ndarray, encoder_outputs: Any) -> None:
+        """Has open rows (B,) written by `write`, which takes the model to do it with and which rows: all, or several
+        calls have some each."""
+        write(self, is_open)
 
     def spend(self, encoder_outputs: Any) -> None:
         """Told of outputs that nobody reads any more."""

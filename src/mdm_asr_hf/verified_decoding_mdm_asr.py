@@ -178,9 +178,9 @@ class VerifiedDecoder:
         self.steps = model.begin_steps(encoder_outputs, kept, num_slots, may_spend)
         self.num_cached = np.zeros_like(self.limits)
         self.mask_drafts = self._nothing()
-        for row, hypothesis in enumerate(hypotheses):
-            if hypothesis is not None:
-                hypothesis.advance(text.text_ids(row))
+        for row in self.rows.tolist():
+            if hypotheses[row] is not None:
+                hypotheses[row].advance(text.text_ids(row))
         # Graphs that were exported before do not know of it.
         if self.uses_masks and getattr(config, "draft_start", False):
             begins = (text.lengths == text.starts)[self.rows] & (text.starts[self.rows] > 1)

@@ -27,7 +27,7 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
 from mdm_asr_hf.onnx import export
 from mdm_asr_hf.onnx.export import export_onnx
-from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, RowEncoders, _keys, session_options
+from mdm_asr_hf.onnx.model import OnnxEncoderOutput, OnnxMDMASR, _keys, session_options
 from mdm_asr_hf.transcribe.streaming import StreamingTranscriber
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 from mdm_asr_hf.transcribe.transcript import token_texts
@@ -216,7 +216,10 @@ def test_a_rows_int8_logits_do_not_depend_on_what_is_computed_with_them(exact, r
 # --- generate ---
 
 
-def test_generate_is_pytorchs(pair):
+# Of two threads, each writes some rows of a batch.
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_generate_is_pytorchs(pair, num_threads):
+    models = pair[0], OnnxMDMASR.from_pretrained(pair[2], num_threads=num_threads)
     for options in [
         {},
         {"gamma": 0.5},
@@ -224,27 +227,30 @@ def test_generate_is_pytorchs(pair):
         {"draft_length": 2},
         # The first text as it is, and of the last one a part.
         {"draft_ids": [slice(None), slice(0), slice(6)]},
+        {"draft_ids": [slice(None), slice(0), slice(None)], "prefix_ids": [[4, 5], [], [5, 6]]},
         {"suppress_tokens": [53, 31], "begin_suppress_tokens": [24]},
         {"prompt_template": TEMPLATE, "language": "auto"},
         {"prompt_template": TEMPLATE, "previous_ids": [[7, 8, 9], [], [5]], "prefix_ids": [[4], [], [5, 6]]},
         {"return_token_timestamps": True, "no_speech_token_id": 5},
+        {"hotword_ids": [[[7, 8], [9]], [], [[31, 4]]]},
     ]:
         if "draft_ids" in options:
-            texts = assert_same(*pair[:2]).sequences.tolist()
-            options = {"draft_ids": [text[part] for text, part in zip(texts, options["draft_ids"], strict=True)]}
-        output = assert_same(*pair[:2], **options)
+            parts = options.pop("draft_ids")
+            texts = assert_same(*models, **options).sequences.tolist()
+            options["draft_ids"] = [text[part] for text, part in zip(texts, parts, strict=True)]
+        output = assert_same(*models, **options)
         assert output.num_steps > 1 and output.sequences.unique().numel() > 5
         assert options.get("draft_branches") == [] or output.accepted_drafts.sum() > 0
         assert "draft_ids" not in options or output.accepted_drafts[:, 1].tolist()[::2] > [0, 0]
 
     # Every text is: by the silence of 30 s, and then twice by a temperature.
-    output = assert_same(*pair[:2], logprob_threshold=0.0, temperature=[0.0, 0.5], max_new_tokens=8)
-    assert output.nfe.min() > assert_same(*pair[:2], max_new_tokens=8).nfe.max()
+    output = assert_same(*models, logprob_threshold=0.0, temperature=[0.0, 0.5], max_new_tokens=8)
+    assert output.nfe.min() > assert_same(*models, max_new_tokens=8).nfe.max()
 
     for generator in [0, [1, 2, 3]]:
         features, mask = tiny_inputs()
         options = {"temperature": 1.0, "num_return_sequences": 2, "max_new_tokens": 20}
-        expected, output = (model.generate(features, mask, generator=generator, **options) for model in pair[:2])
+        expected, output = (model.generate(features, mask, generator=generator, **options) for model in models)
         assert len(output) == 6 and output.tolist() == expected.tolist()
 
 
@@ -265,15 +271,15 @@ def test_rows_and_threads_do_not_depend_on_others(pair):
         assert onnx.generate(features, mask, encoder_outputs=outputs).tolist() == expected
     assert all(map(np.array_equal, before, outputs.cross_attention_states.values()))
 
-    # Rows of a batch are encoded side by side, for which the first thread makes what it takes, once.
+    # Rows of a batch are done side by side, for which the first thread makes what it takes, once.
     onnx = OnnxMDMASR.from_pretrained(pair[2], num_threads=2)
-    made, make = [], onnx.encoders.load
+    made, make = [], onnx.workers.load
 
-    def make_slowly(options):
+    def make_slowly():
         made.append(time.sleep(0.1))
-        return make(options)
+        return make()
 
-    onnx.encoders.load = make_slowly
+    onnx.workers.load = make_slowly
     batches = [tiny_inputs(seconds=(1.0, 0.4 + 0.03 * i), seed=i) for i in range(20)]
     barrier = threading.Barrier(8)
 
@@ -288,6 +294,39 @@ def test_rows_and_threads_do_not_depend_on_others(pair):
     assert len(made) == 1
     barrier = threading.Barrier(1)
     assert found == [call(i) for i in range(len(batches))]
+
+
+def test_batches_of_recordings_side_by_side(pair, monkeypatch):
+    alone, several = (OnnxMDMASR.from_pretrained(pair[2], num_threads=number) for number in (1, 2))
+    random = np.random.default_rng(0)
+    clips = [random.standard_normal(n).astype(np.float32) / 10 for n in random.integers(3000, 16000, 11)]
+    expected = list(Transcriber(alone, tiny_processor(), batch_size=2, vad="none").transcribe_all(clips))
+    transcriber, seen, threads = Transcriber(several, tiny_processor(), batch_size=2, vad="none"), [], set()
+    generate = OnnxMDMASR.generate
+
+    def watched(model, **inputs):
+        threads.add(threading.current_thread())
+        if len(inputs["input_features"]) == 1 and len(seen) > len(clips):
+            raise ValueError("It is too long.")
+        return generate(model, **inputs)
+
+    monkeypatch.setattr(OnnxMDMASR, "generate", watched)
+    found = list(transcriber.transcribe_all(clips, on_window=lambda place, window: seen.append(place)))
+    assert [(i, one.text, one.nfe) for i, one in found] == [(i, one.text, one.nfe) for i, one in expected]
+    assert sorted(seen) == list(range(len(clips))) and threading.main_thread() not in threads
+
+    # The one that is alone in its batch fails, no other; and who goes away leaves nothing undone for the next.
+    seen.extend(seen)
+    results = [one for _, one in transcriber.transcribe_all(clips)]
+    assert [str(one) for one in results if isinstance(one, ValueError)] == ["It is too long."]
+    seen.clear()
+
+    def leave(place, window):
+        raise RuntimeError("It is enough.")
+
+    with pytest.raises(RuntimeError, match="It is enough"):
+        list(transcriber.transcribe_all(clips, on_window=leave))
+    assert transcriber.transcribe(clips[0]).text == expected[0][1].text
 
 
 def test_canary_like_models(tmp_path, monkeypatch):
@@ -331,9 +370,7 @@ def test_golden_transcript_and_stream(golden):
     torch.testing.assert_close(output.confidence, expected.confidence, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(output.token_timestamps, expected.token_timestamps, rtol=0, atol=0.021)
     assert processor.decode(output.sequences[0]).startswith("He had found where his treasure was")
-    # Rows of a batch are encoded side by side.
     batch = onnx.generate(**processor([str(RECORDING), load_audio(RECORDING)[:32_000]]))
-    assert isinstance(onnx.encoders, RowEncoders) and onnx.encoders.session is not None
     assert batch[0, : output.sequences.shape[1]].tolist() == output.sequences[0].tolist()
     assert processor.decode(batch[1]).startswith("He had found where his") and batch.shape[0] == 2
 
@@ -341,6 +378,11 @@ def test_golden_transcript_and_stream(golden):
     expected, output = (Transcriber(one, processor, timestamps=True).transcribe(RECORDING) for one in (model, onnx))
     assert output.text == expected.text
     assert [word.text for word in output.words] == [word.text for word in expected.words]
+    # Of windows, each thread decodes some.
+    expected, output = (
+        Transcriber(one, processor, max_window_s=1.5, batch_size=2).transcribe(RECORDING) for one in (model, onnx)
+    )
+    assert output.text == expected.text and output.nfe == expected.nfe
     samples = torch.from_numpy(load_audio(RECORDING))
     expected, output = (
         [

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -225,7 +225,7 @@ class OnnxMDMASR(GenerationMixin):
         generation_config: MDMASRGenerationConfig,
     ):
         self.config, self.generation_config = config, generation_config
-        self.encoder, self.encoders = sessions[ENCODER_FILE], None
+        self.encoder, self.workers = sessions[ENCODER_FILE], None
         self.decoder = OnnxDecoder(sessions[DECODER_FILE], sessions[DRAFTS_FILE], embeddings, config.decoder_config)
         self.name_or_path = ""
         # Memory of the last batch, for the next one.
@@ -258,14 +258,12 @@ class OnnxMDMASR(GenerationMixin):
             )
         options = session_options(num_threads)
         providers = list(providers or ["CPUExecutionProvider"])
-
-        def load(name: str, options: Any) -> Any:
-            return onnxruntime.InferenceSession(str(folder / name), options, providers=providers)
-
         try:
             # Of a text, a few rows are read.
             embeddings = np.load(folder / EMBEDDINGS_FILE, mmap_mode="r")
-            sessions = {name: load(name, options) for name in names}
+            sessions = {
+                name: onnxruntime.InferenceSession(str(folder / name), options, providers=providers) for name in names
+            }
             config = json.loads(
                 (folder / "config.json").read_text("utf-8"), object_hook=lambda one: SimpleNamespace(**one)
             )
@@ -277,7 +275,7 @@ class OnnxMDMASR(GenerationMixin):
         model = cls(sessions, embeddings, config, settings)
         model.name_or_path = str(folder)
         if num_threads > 1 and providers == ["CPUExecutionProvider"]:
-            model.encoders = RowEncoders(partial(load, ENCODER_FILE), num_threads)
+            model.workers = Workers(partial(cls.from_pretrained, folder, 1, providers), num_threads)
         return model
 
     def encode(
@@ -295,10 +293,10 @@ class OnnxMDMASR(GenerationMixin):
             feed | {"input_features": features[None, : length or None]}
             for features, length in zip(input_features, lengths, strict=True)
         ]
-        if len(feeds) == 1 or self.encoders is None:
+        if len(feeds) == 1 or self.workers is None:
             rows = [run(self.encoder, names, one) for one in feeds]
         else:
-            rows = self.encoders(names, feeds)
+            rows = list(self.workers.map(partial(run, self.workers.model.encoder, names), feeds))
         lengths = np.array([row["frames"].shape[1] for row in rows])
         num_frames = _multiple(int(lengths.max()))
         memory = self._take_memory(rows[0], len(rows), num_frames)
@@ -397,6 +395,22 @@ class OnnxMDMASR(GenerationMixin):
         """What [`VerifiedDecoder`] makes its steps by; `may_spend` says that nobody reads the outputs again."""
         return OnnxSteps(self.decoder, encoder_outputs, rows, num_slots, may_spend)
 
+    def write_rows(
+        self,
+        write: Callable[["OnnxMDMASR", np.ndarray], None],
+        is_open: np.ndarray,
+        encoder_outputs: OnnxEncoderOutput,
+    ) -> None:
+        """Has open rows (B,) written in as many groups as there are threads, the long ones spread among them."""
+        rows = is_open.nonzero()[0]
+        num_groups = 1 if self.workers is None else min(self.workers.num_threads, len(rows))
+        if num_groups < 2:
+            write(self, is_open)
+            return
+        ranked = rows[np.argsort(-encoder_outputs.attention_mask[rows].sum(axis=1), kind="stable")]
+        groups = [np.isin(np.arange(len(is_open)), ranked[first::num_groups]) for first in range(num_groups)]
+        list(self.workers.map(partial(write, self.workers.model), groups))
+
     def prompt_logits(self, prompt_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput) -> np.ndarray:
         """Logits (B, V) behind prompts (B, P)."""
         last = np.full((len(prompt_ids), 1), prompt_ids.shape[1] - 1)
@@ -416,24 +430,36 @@ class OnnxMDMASR(GenerationMixin):
         return values
 
 
-class RowEncoders:
+class Workers:
     """
-    Encodes rows side by side, a thread for each, which is a sixth to a third faster than all threads for each in turn.
+    Does parts of the work side by side, a thread for each. That is faster than all threads for each operation in turn:
+    nobody waits between operations, nor in those that are too small to share.
 
     Args:
-        load (`Callable`): makes the encoder's session, of options; called for the first batch, which may never come.
+        load (`Callable`): makes a model of one thread; called for the first batch, which may never come.
         num_threads (`int`)
     """
 
-    def __init__(self, load: Callable[[Any], Any], num_threads: int):
-        self.load, self.session, self.lock = load, None, threading.Lock()
-        self.pool = ThreadPoolExecutor(num_threads)
+    def __init__(self, load: Callable[[], OnnxMDMASR], num_threads: int):
+        self.load, self.num_threads = load, num_threads
+        self._model, self._lock, self._pool = None, threading.Lock(), ThreadPoolExecutor(num_threads)
 
-    def __call__(self, names: Sequence[str], feeds: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
-        """The outputs of all rows, in their order."""
-        with self.lock:
-            self.session = self.session or self.load(session_options(1))
-        return list(self.pool.map(partial(run, self.session, names), feeds))
+    @property
+    def model(self) -> OnnxMDMASR:
+        """The model of one thread, which all share."""
+        with self._lock:
+            self._model = self._model or self.load()
+        return self._model
+
+    def map(self, call: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
+        """What a function gives of each part, in their order. All are begun; those that nobody waits for are not."""
+        futures = [self._pool.submit(call, part) for part in parts]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def cross_feed(encoder_outputs: OnnxEncoderOutput) -> dict[str, np.ndarray]:

@@ -205,9 +205,21 @@ class Transcriber:
         # Longest first: what does not fit into memory shows at once. Times take a tenth of a batch: windows that are
         # joined by them share theirs.
         jobs.sort(key=lambda job: (not (self.timestamps or job.window.needs_times), -job.window.duration_s))
-        for batch in batches([job.window.duration_s for job in jobs], self.batch_size):
-            chosen = [jobs[k] for k in batch if jobs[k].recording.error is None]
-            yield from zip(chosen, self._decode([job.window for job in chosen]), strict=True)
+        # Where a model has several threads, each decodes batches of its own.
+        workers, batch_size = getattr(self.model, "workers", None), self.batch_size
+        if workers is not None:
+            batch_size = min(batch_size, math.ceil(len(jobs) / workers.num_threads))
+        chosen = [[jobs[k] for k in batch] for batch in batches([job.window.duration_s for job in jobs], batch_size)]
+        decode, side_by_side = self._decode, map
+        if workers is not None and len(chosen) > 1:
+            worker = copy.copy(self)
+            worker.model = workers.model
+            decode, side_by_side = worker._decode, workers.map
+        windows = [[job.window for job in batch] for batch in chosen]
+        for batch, results in zip(chosen, side_by_side(decode, windows), strict=True):
+            yield from (
+                (job, result) for job, result in zip(batch, results, strict=True) if job.recording.error is None
+            )
 
     def _decode(
         self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]] | None = None
