@@ -269,11 +269,13 @@ def run_rounds(peers: list[Any], clips: dict[float, list[Row]], args: argparse.N
         yield row
     if args.recording:
         recording, batch_size = make_recording(args.data[0], args.recording), max(args.batch_sizes)
-        tasks = [task for task in tasks if task[0] == "transcribe" and hasattr(task[3], "transcribe_recording")]
-        for number, (_, label, peer, system) in track(
-            [(i, t) for i in range(args.rounds) for t in tasks], "recording"
-        ):
-            call = partial(system.transcribe_recording, batch_size=batch_size)
+        calls = []
+        for task, label, peer, system in tasks:
+            if task == "transcribe" and hasattr(system, "transcribe_recording"):
+                calls.append((label, peer, partial(system.transcribe_recording, batch_size=batch_size)))
+            if task == "transcribe" and hasattr(system, "transcribe_in_turn"):
+                calls.append((f"{label}, one window after the other", peer, system.transcribe_in_turn))
+        for number, (label, peer, call) in track([(i, c) for i in range(args.rounds) for c in calls], "recording"):
             wall_s, (text,) = time_calls(call, [recording["samples"]], args.device)
             row = {"kind": "recording", "system": label, "is_ours": peer.is_ours, "batch_size": batch_size}
             row |= {"round": number + 1, "wall_s": round(wall_s, 5), "audio_s": recording["duration_s"]}
