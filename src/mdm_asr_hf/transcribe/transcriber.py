@@ -206,20 +206,19 @@ class Transcriber:
         # joined by them share theirs.
         jobs.sort(key=lambda job: (not (self.timestamps or job.window.needs_times), -job.window.duration_s))
         # Where a model has several threads, each decodes batches of its own.
-        workers, batch_size = getattr(self.model, "workers", None), self.batch_size
-        if workers is not None:
-            batch_size = min(batch_size, math.ceil(len(jobs) / workers.num_threads))
-        chosen = [[jobs[k] for k in batch] for batch in batches([job.window.duration_s for job in jobs], batch_size)]
-        decode, side_by_side = self._decode, map
+        workers, worker, side_by_side = getattr(self.model, "workers", None), self, map
+        durations_s, num_threads = (
+            [job.window.duration_s for job in jobs],
+            1 if workers is None else workers.num_threads,
+        )
+        chosen = [[jobs[k] for k in batch] for batch in batches(durations_s, self.batch_size, num_threads)]
         if workers is not None and len(chosen) > 1:
-            worker = copy.copy(self)
+            worker, side_by_side = copy.copy(self), workers.map
             worker.model = workers.model
-            decode, side_by_side = worker._decode, workers.map
         windows = [[job.window for job in batch] for batch in chosen]
-        for batch, results in zip(chosen, side_by_side(decode, windows), strict=True):
-            yield from (
-                (job, result) for job, result in zip(batch, results, strict=True) if job.recording.error is None
-            )
+        for batch, results in zip(chosen, side_by_side(worker._decode, windows), strict=True):
+            pairs = zip(batch, results, strict=True)
+            yield from ((job, result) for job, result in pairs if job.recording.error is None)
 
     def _decode(
         self, windows: Sequence[Window], arguments: Sequence[dict[str, Any]] | None = None
@@ -378,18 +377,22 @@ def window_lengths(
     return float(max_window_s), float(max_window_s)
 
 
-def batches(durations_s: Sequence[float], batch_size: int) -> Iterator[list[int]]:
-    """Places of windows, in their order, in batches of at most `batch_size` and `MAX_BATCH_S`, padding included."""
-    batch: list[int] = []
-    longest_s = 0.0
-    for place, duration_s in enumerate(durations_s):
-        longest_s = max(longest_s, duration_s)
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest_s > MAX_BATCH_S):
+def batches(durations_s: Sequence[float], batch_size: int, num_threads: int = 1) -> Iterator[list[int]]:
+    """Places of windows, in their order, in batches of at most `batch_size` and `MAX_BATCH_S`, padding included; of
+    about one size, and as many for each thread."""
+    num_parts = math.ceil(len(durations_s) / (batch_size * num_threads)) * num_threads
+    bounds = [part * len(durations_s) // num_parts for part in range(num_parts + 1)] if num_parts else []
+    for first, last in itertools.pairwise(bounds):
+        batch: list[int] = []
+        longest_s = 0.0
+        for place in range(first, last):
+            longest_s = max(longest_s, durations_s[place])
+            if batch and (len(batch) + 1) * longest_s > MAX_BATCH_S:
+                yield batch
+                batch, longest_s = [], durations_s[place]
+            batch.append(place)
+        if batch:
             yield batch
-            batch, longest_s = [], duration_s
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def read_output(output: Any, windows: Sequence[Any], tokenizer: Any, eos_token_id: int) -> list[DecodedWindow]:
