@@ -35,7 +35,7 @@ FALLBACK_WHOLE_S = 30.0
 MIN_WINDOW_S = 1.0
 # Speakers take two to five tokens for a second of speech. A text of fewer than this, of at least so many seconds, may
 # have ended too early; it did if others say more by this factor.
-TOKENS_PER_S, LEAST_HEARD_OUT_S, MORE_HEARD = 1.6, 6.0, 1.5
+TOKENS_PER_S, LEAST_HEARD_OUT_S, MORE_HEARD = 2.0, 6.0, 1.3
 
 
 class Transcriber:
