@@ -217,7 +217,7 @@ def test_a_rows_int8_logits_do_not_depend_on_what_is_computed_with_them(exact, r
 
 
 # Of two threads, each writes some rows of a batch.
-@pytest.mark.parametrize("num_threads", [1, 2])
+@each("num_threads", [1, 2])
 def test_generate_is_pytorchs(pair, num_threads):
     models = pair[0], OnnxMDMASR.from_pretrained(pair[2], num_threads=num_threads)
     for options in [
