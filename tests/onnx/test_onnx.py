@@ -370,7 +370,9 @@ def test_golden_transcript_and_stream(golden):
     torch.testing.assert_close(output.confidence, expected.confidence, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(output.token_timestamps, expected.token_timestamps, rtol=0, atol=0.021)
     assert processor.decode(output.sequences[0]).startswith("He had found where his treasure was")
+    # Rows of a batch are done side by side.
     batch = onnx.generate(**processor([str(RECORDING), load_audio(RECORDING)[:32_000]]))
+    assert onnx.workers._model is not None
     assert batch[0, : output.sequences.shape[1]].tolist() == output.sequences[0].tolist()
     assert processor.decode(batch[1]).startswith("He had found where his") and batch.shape[0] == 2
 

@@ -452,14 +452,8 @@ class Workers:
         return self._model
 
     def map(self, call: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
-        """What a function gives of each part, in their order. All are begun; those that nobody waits for are not."""
-        futures = [self._pool.submit(call, part) for part in parts]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        """What a function gives of each part, in their order. What is left when nobody waits any more is not begun."""
+        return self._pool.map(call, parts)
 
 
 def cross_feed(encoder_outputs: OnnxEncoderOutput) -> dict[str, np.ndarray]:
