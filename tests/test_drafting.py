@@ -51,16 +51,17 @@ def test_blocks_and_drafts_by_hand():
     drafts.head.forward = lambda states, before, before_that: 50.0 * before.roll(1, dims=-1) + 0.1 * before_that
     weight, states = torch.eye(6), torch.zeros(2, 4, 6)
     known = torch.eye(6)[torch.tensor([[0, 4], [1, 0]])]
-    ids, log_probs = drafts.draft(states, known, weight, None)
+    ids, log_probs = drafts.draft(states, known, weight, None, weight)
     assert ids.tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]] and entropy(log_probs).max() < 1e-6
     # Of a short list: 3 is not on it, and what follows is whatever the list has.
     drafts.head.token_ids = torch.tensor([1, 2, 5])
-    ids, _ = drafts.draft(states, known, weight[[1, 2, 5]], torch.tensor([0.0, 0.0, 0.5]))
+    few = weight[[1, 2, 5]]
+    ids, _ = drafts.draft(states, known, few, torch.tensor([0.0, 0.0, 0.5]), few)
     assert ids[0, :2].tolist() == [1, 2] and set(ids.flatten().tolist()) <= {1, 2, 5}
     # Six equally likely tokens.
     drafts.head.forward = lambda states, before, before_that: torch.zeros_like(states)
     drafts.head.token_ids = torch.arange(6)
-    entropies = entropy(drafts.draft(states, known, weight, None)[1])
+    entropies = entropy(drafts.draft(states, known, weight, None, weight)[1])
     torch.testing.assert_close(entropies, torch.full((2, 4), math.log(6)))
 
 

@@ -279,7 +279,7 @@ class MDMASRDrafts(nn.Module):
         known: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        embeddings: torch.Tensor | None = None,
+        embeddings: torch.Tensor,
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """
         Drafts of blocks, one after the other: the sequential head chooses among what the output layer, without knowing
@@ -291,7 +291,7 @@ class MDMASRDrafts(nn.Module):
                 that.
             weight (`torch.Tensor` of shape (N, D)), bias (`torch.Tensor` of shape (N,), *optional*): of the output
                 layer, for the N ids of the short list.
-            embeddings (`torch.Tensor` of shape (N, D), *optional*): theirs, where they are not tied to the weights.
+            embeddings (`torch.Tensor` of shape (N, D)): theirs.
 
         Returns:
             Ids (R, K), and the log-probabilities (R, K, C) of the candidates that they were chosen from.
@@ -299,18 +299,16 @@ class MDMASRDrafts(nn.Module):
         logits = nn.functional.linear(states, weight.to(states.dtype), bias)
         candidates = logits.topk(min(NUM_CANDIDATES, len(weight)), dim=-1).indices
         before, before_that = known.to(states.dtype).split(1, dim=1)
+        outputs = nn.functional.embedding(candidates, weight).to(states.dtype)
+        biases = None if bias is None else bias[candidates]
         places, scores = [], []
         for k in range(states.shape[1]):
-            embeds = nn.functional.embedding(candidates[:, k], weight).to(states.dtype)
-            logits = (self.head(states[:, k : k + 1], before, before_that) @ embeds.transpose(1, 2))[:, 0]
-            if bias is not None:
-                logits = logits + bias[candidates[:, k]]
-            best = logits.argmax(dim=-1, keepdim=True)
-            places.append(candidates[:, k].gather(1, best))
+            logits = (self.head(states[:, k : k + 1], before, before_that) @ outputs[:, k].transpose(1, 2))[:, 0]
+            if biases is not None:
+                logits = logits + biases[:, k]
+            places.append(candidates[:, k].gather(1, logits.argmax(dim=-1, keepdim=True)))
             scores.append(logits)
-            before_that, before = before, embeds.gather(1, best[..., None].expand(-1, -1, embeds.shape[-1]))
-            if embeddings is not None:
-                before = nn.functional.embedding(places[-1], embeddings).to(states.dtype)
+            before_that, before = before, nn.functional.embedding(places[-1], embeddings).to(states.dtype)
         return self.head.token_ids[torch.cat(places, dim=1)], torch.stack(scores, dim=1).float().log_softmax(dim=-1)
 
 

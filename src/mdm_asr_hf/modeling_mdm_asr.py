@@ -43,7 +43,7 @@ MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("mdm_asr", "MDMASRForConditi
 
 
 # The output layer's weights (N, D) and bias (N,) of the short list, and its embeddings (N, D) if they are not tied.
-ShortListOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+ShortListOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 @dataclass
@@ -245,21 +245,21 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         return super().train(mode)
 
     def short_list_output(self) -> ShortListOutput:
-        """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted, and their embeddings (N, D)
-        if they are not tied to the weights."""
+        """The output layer's weights (N, D) and bias (N,) of the ids that can be drafted, and their embeddings (N, D),
+        which are the weights where these are tied."""
         embeddings, ids = self.get_input_embeddings().weight, self.draft_token_ids
         # Tied weights are those of the embeddings, also where the output layer was quantised.
         weight = embeddings if self.config.tie_word_embeddings else self.proj_out.weight
         bias = getattr(self.proj_out, "bias", None)
         bias = bias[ids] if isinstance(bias, torch.Tensor) else None
 
-        def select() -> tuple[torch.Tensor, torch.Tensor | None]:
-            untied = None if weight is embeddings else embeddings.index_select(0, ids)
-            return weight.index_select(0, ids), untied
+        def select() -> tuple[torch.Tensor, torch.Tensor]:
+            selected = weight.index_select(0, ids)
+            return selected, selected if weight is embeddings else embeddings.index_select(0, ids)
 
         if self.training or torch.is_grad_enabled():
-            selected, untied = select()
-            return selected, bias, untied
+            selected, its_embeddings = select()
+            return selected, bias, its_embeddings
         # Kept as long as they are the same: 25 MB, copied for each text of one clip, would be a twentieth of its time.
         versions = [(one.data_ptr(), one.dtype, one.device, one._version) for one in (weight, embeddings)]
         key = (*versions, ids._version)

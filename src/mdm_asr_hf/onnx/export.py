@@ -130,10 +130,13 @@ class DraftsGraph(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.decoder = model.get_decoder()
-        self.weight, self.bias, self.embeddings = (
+        weight, bias, embeddings = (
             None if values is None else nn.Parameter(values.detach().clone(), requires_grad=False)
             for values in model.short_list_output()
         )
+        self.weight, self.bias = weight, bias
+        # Once in the file where they are tied.
+        self.embeddings = weight if model.config.tie_word_embeddings else embeddings
 
     def forward(
         self,
