@@ -30,6 +30,7 @@ import ray
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx_exports import exported_checkpoint
 from tiny_models import tiny_model, tiny_processor
 from tone_models import GAP_S, RATE, WORD_S, ToneModel, ToneProcessor, clip
 
@@ -300,11 +301,20 @@ def test_one_actor_at_least_has_room(monkeypatch):
 NUM_CLIPS, SHARD_MB = 60, 0.04
 
 
-def start(source, output, tiny):
-    command = [sys.executable, "-c", "from mdm_asr_cli import main; main()", "transcribe-dataset", source, "--model"]
-    command += [tiny, "--output", output, "--actors", "2", "--shard-mb", SHARD_MB, "--vad", "none"]
+@pytest.fixture
+def start(tmp_path, tmp_path_factory):
+    """Starts the command as `pip install ".[onnx,ray]"` has it: PyTorch would be loaded by every process of Ray."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules |= dict.fromkeys(['torch', 'transformers'])\n")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    environment["PYTHONPATH"] = str(tmp_path)
+    command = [sys.executable, "-c", "from mdm_asr_cli import main; main()", "transcribe-dataset"]
+    command += ["--model", exported_checkpoint(tmp_path_factory), "--actors", "2", "--shard-mb", SHARD_MB]
+
+    def run(source, output):
+        line = list(map(str, [*command, source, "--vad", "none", "--output", output]))
+        return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return run
 
 
 def shards_of(output):
@@ -323,14 +333,14 @@ def kill_an_actor(process):
     next(one for one in workers if one.name().startswith("ray::MapW")).kill()
 
 
-def test_kills(tmp_path, tiny):
+def test_kills(tmp_path, start):
     source, output = tmp_path / "clips", tmp_path / "out"
     source.mkdir()
     for i in range(NUM_CLIPS):
         (source / f"{i:02d}.wav").write_bytes(content(i))
     (source / "bad.wav").write_bytes(b"no audio")
 
-    process = start(source, output, tiny)
+    process = start(source, output)
     wait_for(process, lambda: len(shards_of(output)) >= 2)
     running = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
@@ -342,7 +352,7 @@ def test_kills(tmp_path, tiny):
     before = shards_of(output)
     assert 2 <= len(before) < NUM_CLIPS / 2
 
-    process = start(source, output, tiny)
+    process = start(source, output)
     wait_for(process, lambda: len(shards_of(output)) > len(before))
     kill_an_actor(process)
     _, err = process.communicate()
