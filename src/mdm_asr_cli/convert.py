@@ -1,20 +1,12 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """`mdm-asr convert`: a donor's weights as a model of this package."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .terminal import command
-
-
-class DonorKind(StrEnum):
-    """Families of donors."""
-
-    whisper = "whisper"
-    canary = "canary"
 
 
 @command(failure="cannot convert {donor}: ")
@@ -24,7 +16,8 @@ def convert(
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.")],
     kind: Annotated[
-        DonorKind | None, typer.Option(help="Of the donor. Default: what its config.json or suffix says.")
+        Literal["whisper", "canary"] | None,
+        typer.Option(help="Of the donor. Default: what its config.json or suffix says."),
     ] = None,
     draft_layers: Annotated[
         int | None,
@@ -54,10 +47,10 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`OUTPUT` {str(output)!r} exists and is not an empty folder. Remove it or choose another.")
     kind = kind or donor_kind(donor)
-    if kind not in DonorKind.__members__:
+    if kind not in ("whisper", "canary"):
         raise ValueError(f"its config.json says {kind!r}: it is a model of this package already, no donor.")
     options = {} if vocab_size is None else {"vocab_size": vocab_size}
-    if options and kind != DonorKind.whisper:
+    if options and kind != "whisper":
         raise ValueError("`--vocab-size` is for Whisper donors only. Leave it out.")
     with saving_code(with_code):
         model = getattr(MDMASRForConditionalGeneration, f"from_{kind}")(donor, draft_layers=draft_layers, **options)

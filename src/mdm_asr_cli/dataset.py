@@ -2,34 +2,24 @@
 """`mdm-asr transcribe-dataset`: archives of audio, on as many cores, GPUs and machines as there are."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .options import (
     BatchSize,
-    DType,
     Hotwords,
     Language,
     Model,
     OtherSettings,
     Precision,
     TrustRemoteCode,
-    Vad,
     VoiceActivity,
     split_words,
 )
 from .output import Timestamps
 from .terminal import command
-
-
-class ShardFormat(StrEnum):
-    """Of shards, by their suffixes."""
-
-    parquet = "parquet"
-    jsonl = "jsonl"
 
 
 @command("ray", "cannot transcribe {source}: ")
@@ -45,7 +35,7 @@ def transcribe_dataset(
         Path, typer.Option(metavar="FOLDER", help="For the shards. A second run writes what is missing.")
     ],
     model: Model = None,
-    format: Annotated[ShardFormat, typer.Option(help="Of the shards.")] = ShardFormat.parquet,
+    format: Annotated[Literal["parquet", "jsonl"], typer.Option(help="Of the shards.")] = "parquet",
     actors: Annotated[
         int | None, typer.Option(min=1, help="That transcribe at the same time. Default: all that there is room for.")
     ] = None,
@@ -57,10 +47,10 @@ def transcribe_dataset(
     timestamps: Annotated[Timestamps | None, typer.Option(help="word: words with their times.")] = None,
     hotwords: Hotwords = None,
     language: Language = None,
-    vad: VoiceActivity = Vad.auto,
+    vad: VoiceActivity = "auto",
     others: OtherSettings = None,
     batch_size: BatchSize = 8,
-    dtype: Precision = DType.float32,
+    dtype: Precision = "float32",
     split: Annotated[str | None, typer.Option(help="Of a data set of `datasets`. Default: train.")] = None,
     config: Annotated[str | None, typer.Option(help="Of a data set of `datasets`.")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -78,21 +68,21 @@ def transcribe_dataset(
         source,
         output,
         model=model,
-        format=format.value,
+        format=format,
         actors=actors,
         threads=threads,
         gpus=gpus,
         shard_mb=shard_mb,
         split=split,
         config=config,
-        dtype=dtype.value,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
         settings=others,
         report=lambda line: print(line, file=sys.stderr, flush=True),
-        timestamps=timestamps is Timestamps.word,
+        timestamps=timestamps == "word",
         hotwords=split_words(hotwords) or None,
         language=language,
-        vad=vad.value,
+        vad=vad,
         batch_size=batch_size,
     )
     news = f"{done['new_rows']} new ones, {done['errors']} of them errors"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, DType, Model, Precision, TrustRemoteCode
+from .options import Device, Model, Precision, TrustRemoteCode
 from .terminal import command, load_named_model, quiet_libraries
 
 
@@ -18,7 +18,7 @@ def demo(
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Also by a public link, through gradio's servers.")] = False,
     device: Device = None,
-    dtype: Precision = DType.float32,
+    dtype: Precision = "float32",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
@@ -30,7 +30,7 @@ def demo(
     from mdm_asr_hf.demo.page import launch
 
     with quiet_libraries():
-        loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value)
+        loaded, processor = load_named_model(model, device, trust_remote_code, dtype)
     try:
         launch(loaded, processor, host=host, port=port, share=share)
     except OSError as error:

@@ -16,7 +16,6 @@ from rich.table import Table
 from .options import (
     CanvasLength,
     Device,
-    DType,
     Gamma,
     Lambda,
     Model,
@@ -62,7 +61,7 @@ def evaluate(
     canvas_length: CanvasLength = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded together.")] = 8,
     device: Device = None,
-    dtype: Precision = DType.float32,
+    dtype: Precision = "float32",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each data set.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn: samplers, temperatures.")] = 0,
     batch_1_rows: Annotated[
@@ -103,7 +102,7 @@ def evaluate(
                 loaded.name = next(name for name in names if name not in sets)
                 sets[loaded.name] = loaded
             path = model or str(default_checkpoint())
-            loaded_model, processor = load_named_model(path, device, trust_remote_code, dtype.value)
+            loaded_model, processor = load_named_model(path, device, trust_remote_code, dtype)
             settings = generation_settings(
                 loaded_model,
                 others,

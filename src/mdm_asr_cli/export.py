@@ -1,9 +1,8 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """`mdm-asr export`: a checkpoint in a form that runs without PyTorch's weights."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,17 +10,11 @@ from .options import Model, TrustRemoteCode
 from .terminal import command, load_named_model
 
 
-class ExportFormat(StrEnum):
-    """Of graphs."""
-
-    onnx = "onnx"
-
-
 @command("export", "cannot export: ")
 def export(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.")],
     model: Model = None,
-    export_format: Annotated[ExportFormat, typer.Option("--format", help="Of the graphs.")] = ExportFormat.onnx,
+    export_format: Annotated[Literal["onnx"], typer.Option("--format", help="Of the graphs.")] = "onnx",
     int8: Annotated[bool, typer.Option("--int8", help="Quantise the matrix products to 8 bits.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -3,30 +3,10 @@
 
 import os
 import re
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-
-class DType(StrEnum):
-    """Precisions that a model can be loaded in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
-
-
-class Vad(StrEnum):
-    """Ways to find speech."""
-
-    auto = "auto"
-    silero = "silero"
-    energy = "energy"
-    none = "none"
-
 
 Model = Annotated[
     str | None, typer.Option(metavar="FOLDER_OR_ID", help="A checkpoint. Default: the one in the package.")
@@ -56,12 +36,14 @@ Hotwords = Annotated[
     typer.Option(metavar="WORDS", help="Words to expect, parted by commas, or @FILE of them. May be repeated."),
 ]
 VoiceActivity = Annotated[
-    Vad, typer.Option(help="How speech is found. Default: silero, if silero-vad is installed, else energy.")
+    Literal["auto", "silero", "energy", "none"],
+    typer.Option(help="How speech is found. Default: silero, if silero-vad is installed, else energy."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")]
 Precision = Annotated[
-    DType, typer.Option("--dtype", help="Of weights and activations. int8 is the fastest on a CPU, and for CPUs only.")
+    Literal["float32", "bfloat16", "float16", "int8"],
+    typer.Option("--dtype", help="Of weights and activations. int8 is the fastest on a CPU, and for CPUs only."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")

@@ -7,7 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .journal import Journal, append_line, whole_lines, write_atomically
 
@@ -18,22 +18,17 @@ if TYPE_CHECKING:
 JOURNAL_FOLDER = ".mdm-asr"
 # Of file systems in common use.
 MAX_NAME_BYTES = 255
+# What gets times.
+Timestamps = Literal["segment", "word"]
 
 
 class Format(StrEnum):
-    """Of files, by their suffixes."""
+    """Of files, by their suffixes; typer takes no list of literals."""
 
     txt = "txt"
     json = "json"
     srt = "srt"
     vtt = "vtt"
-
-
-class Timestamps(StrEnum):
-    """What gets times."""
-
-    segment = "segment"
-    word = "word"
 
 
 class Writer:
@@ -217,6 +212,6 @@ def json_row(path: Path, transcript: "Transcript", timestamps: Timestamps | None
         row["language"] = transcript.language
     if timestamps is not None:
         row["segments"] = values["segments"]
-        for segment in row["segments"] if timestamps is Timestamps.segment else ():
+        for segment in row["segments"] if timestamps == "segment" else ():
             del segment["words"]
     return row

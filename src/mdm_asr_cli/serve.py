@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, DType, Model, Precision, TrustRemoteCode, Vad, VoiceActivity
+from .options import BatchSize, Device, Model, Precision, TrustRemoteCode, VoiceActivity
 from .terminal import command, load_named_model, quiet_libraries
 
 
@@ -29,9 +29,9 @@ def serve(
     timeout_s: Annotated[
         int, typer.Option(min=1, help="Seconds from a request to its text, else 408; and to finish after SIGTERM.")
     ] = 600,
-    vad: VoiceActivity = Vad.auto,
+    vad: VoiceActivity = "auto",
     device: Device = None,
-    dtype: Precision = DType.float32,
+    dtype: Precision = "float32",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
@@ -52,8 +52,8 @@ def serve(
     limits = Limits(api_key, max_mb * 2**20, max_audio_s, max_requests, timeout_s)
     name = Path(model or default_checkpoint()).name or model
     with quiet_libraries():
-        loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value, threads)
-        service = Service(loaded, processor, name, limits, batch_size, vad.value)
+        loaded, processor = load_named_model(model, device, trust_remote_code, dtype, threads)
+        service = Service(loaded, processor, name, limits, batch_size, vad)
         service.warm_up()
     uvicorn.run(
         make_app(service),

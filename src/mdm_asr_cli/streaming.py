@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .options import Device, DType, Hotwords, Model, Precision, TrustRemoteCode, split_words
+from .options import Device, Hotwords, Model, Precision, TrustRemoteCode, split_words
 from .terminal import command, load_named_model
 
 # torch and transformers take seconds to import, and help and usage errors need neither.
@@ -57,7 +57,7 @@ def stream(
         str | None, typer.Option(metavar="NAME", help="The microphone, by number or a part of its name.")
     ] = None,
     device: Device = None,
-    dtype: Precision = DType.float32,
+    dtype: Precision = "float32",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
@@ -76,7 +76,7 @@ def stream(
         rate_hz, chunks = _record(input_device)
     elif source != PIPE:
         rate_hz, chunks = _read_file(source, realtime)
-    loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value)
+    loaded, processor = load_named_model(model, device, trust_remote_code, dtype)
     transcriber = StreamingTranscriber(
         loaded,
         processor,

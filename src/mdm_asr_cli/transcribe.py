@@ -16,7 +16,6 @@ from .options import (
     BatchSize,
     CanvasLength,
     Device,
-    DType,
     Gamma,
     Hotwords,
     Lambda,
@@ -27,7 +26,6 @@ from .options import (
     Sampler,
     Steps,
     TrustRemoteCode,
-    Vad,
     VoiceActivity,
     split_words,
 )
@@ -70,7 +68,7 @@ def transcribe(
     target_language: Annotated[
         str | None, typer.Option(help="Of the text, for checkpoints that translate, such as en.")
     ] = None,
-    vad: VoiceActivity = Vad.auto,
+    vad: VoiceActivity = "auto",
     max_window_s: Annotated[
         float | None, typer.Option("--window-s", help="Longest audio decoded at once. Default: the checkpoint's.")
     ] = None,
@@ -81,7 +79,7 @@ def transcribe(
     max_denoising_steps: Steps = None,
     canvas_length: CanvasLength = None,
     device: Device = None,
-    dtype: Precision = DType.float32,
+    dtype: Precision = "float32",
     batch_size: BatchSize = 8,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -107,8 +105,8 @@ def transcribe(
         resume=resume,
         timestamps=timestamps,
     )
-    with_times = timestamps is Timestamps.word or (timestamps is None and writer.wants_times)
-    loaded, processor = load_named_model(model, device, trust_remote_code, dtype.value)
+    with_times = timestamps == "word" or (timestamps is None and writer.wants_times)
+    loaded, processor = load_named_model(model, device, trust_remote_code, dtype)
     settings = generation_settings(
         loaded,
         others,
@@ -124,7 +122,7 @@ def transcribe(
         settings=settings,
         max_window_s=max_window_s,
         batch_size=batch_size,
-        vad=vad.value,
+        vad=vad,
         timestamps=with_times,
         hotwords=words or None,
         language=language,
@@ -133,7 +131,7 @@ def transcribe(
     # Whatever decides a result; the batch size does not.
     decisive = {
         "model": model_identity(model or str(default_checkpoint())),
-        "dtype": dtype.value,
+        "dtype": dtype,
         "settings": settings.to_dict(),
         "window_s": transcriber.max_window_s,
         "vad": getattr(transcriber.vad, "name", None),
