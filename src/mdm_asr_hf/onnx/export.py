@@ -199,7 +199,7 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
         ValueError: `output` is in use, the model has no processor, decodes on a canvas, or cannot be exported.
         ImportError: the extra `export` is not installed.
     """
-    require("onnx", "onnxscript", *(["onnxruntime"] if int8 else []), extra="export")
+    require("onnx", "onnxscript", extra="export")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output` {str(output)!r} exists and is not an empty folder. Remove it or choose another.")
@@ -240,15 +240,13 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
         _export_drafts(model, output / DRAFTS_FILE)
         if int8:
             for path in output.glob("*.onnx"):
-                # Of drafts nothing depends but how many of them are right.
-                _quantize(path, is_exact=path.name != DRAFTS_FILE)
-                _quantize_frames(path, is_exact=path.name != DRAFTS_FILE)
+                _quantize_file(path)
     return output
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks of exporter and quantiser, which are about what was chosen here on purpose."""
+    """Without the exporter's remarks, which are about what was chosen here on purpose."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -489,18 +487,51 @@ def _round(value: Any, ndigits: None = None) -> Any:
     return op.Cast(op.Round(value), to=ir.DataType.INT64)
 
 
-def _quantize(path: Path, is_exact: bool) -> None:
+def _quantize_file(path: Path) -> None:
+    """Puts a graph in int8 in the place of another, and of its weights; those of a large one stand in a file beside
+    it."""
+    import onnx
+
+    model = onnx.load(path)
+    # Of drafts nothing depends but how many of them are right.
+    is_exact = path.name != DRAFTS_FILE
+    _quantize(model, is_exact)
+    _quantize_frames(model, is_exact)
+    is_large = model.ByteSize() > MAX_EMBEDDED_BYTES
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+    onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
+
+
+class _Rewriting:
+    """The constants that a graph gets, and the nodes that it is to have, in their order."""
+
+    def __init__(self, graph: Any):
+        self.graph, self.nodes, self.constants = graph, [], set()
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        from onnx import numpy_helper
+
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        self.constants.add(name)
+        return name
+
+    def add(self, kind: str, inputs: list[str], outputs: list[str], **settings: Any) -> None:
+        from onnx.helper import make_node
+
+        self.nodes.append(make_node(kind, inputs, outputs, **settings))
+
+
+def _quantize(model: Any, is_exact: bool) -> None:
     """
     Quantises, in place, the matrix products of a graph with weights: a scale for each output, and `is_exact` one for
     each row of activations, so that what a row gives does not depend on the others of the call; else one for all of
     them, in fewer steps, the bias among them. Embeddings become fp16.
     """
-    import onnx
     from onnx import TensorProto, numpy_helper
-    from onnx.helper import make_node
 
-    model = onnx.load(path)
-    graph, is_large = model.graph, model.ByteSize() > MAX_EMBEDDED_BYTES
+    graph, rewriting = model.graph, _Rewriting(model.graph)
+    add, constant = rewriting.add, rewriting.constant
     tables = {one.name: one for one in graph.initializer if len(one.dims) == 2}
     # A product's weights, or where another node takes them the other way about, these transposed.
     weights = {name: (one, False) for name, one in tables.items()}
@@ -509,30 +540,28 @@ def _quantize(path: Path, is_exact: bool) -> None:
         for node in graph.node
         if node.op_type == "Transpose" and node.input[0] in tables
     }
-    nodes, constants, quantised, added = [], {}, set(), set()
+    quantised, added = set(), set()
     # Weights of the whole range have to be rewritten for some CPUs, which ONNX Runtime does for those of a single
     # product only.
     largest = INT8_MAX if is_exact else HALF_MAX
-
-    def constant(name: str, value: np.ndarray) -> str:
-        constants[name] = numpy_helper.from_array(np.asarray(value), name)
-        return name
 
     step, zero = constant("int8.step", np.float32(1 / INT8_MAX)), constant("int8.zero", np.uint8(128))
     last = constant("int8.last", np.array([-1]))
     for node in graph.node:
         if node.op_type == "Gather" and node.input[0] in tables:
             name, gathered = f"{node.input[0]}.fp16", f"{node.output[0]}.fp16"
-            constant(name, numpy_helper.to_array(tables[node.input[0]]).astype(np.float16))
-            nodes.append(make_node("Gather", [name, node.input[1]], [gathered], axis=0))
-            nodes.append(make_node("Cast", [gathered], [node.output[0]], to=TensorProto.FLOAT))
+            if name not in rewriting.constants:
+                constant(name, numpy_helper.to_array(tables[node.input[0]]).astype(np.float16))
+            add("Gather", [name, node.input[1]], [gathered], axis=0)
+            add("Cast", [gathered], [node.output[0]], to=TensorProto.FLOAT)
             continue
         if node.op_type != "MatMul" or node.input[1] not in weights:
-            nodes += [] if node.output[0] in added else [node]
+            if node.output[0] not in added:
+                rewriting.nodes.append(node)
             continue
         weight, is_transposed = weights[node.input[1]]
         name, output = node.input[1], node.output[0]
-        if f"{name}.int8" not in constants:
+        if f"{name}.int8" not in rewriting.constants:
             values = numpy_helper.to_array(weight)
             values = values.T if is_transposed else values
             scale = np.maximum(np.abs(values).max(axis=0), 1e-30) / largest
@@ -545,24 +574,20 @@ def _quantize(path: Path, is_exact: bool) -> None:
                 output, bias = bias
                 added.add(output)
                 inputs += ["", bias]
-            nodes.append(make_node("DynamicQuantizeMatMul", inputs, [output], domain="com.microsoft"))
+            add("DynamicQuantizeMatMul", inputs, [output], domain="com.microsoft")
             continue
         rows = f"{node.input[0]}.int8"
         if rows not in quantised:
             quantised.add(rows)
             # A row of zeros has no scale, but what it gives is nought times something.
-            nodes += [
-                make_node("Abs", [node.input[0]], [f"{rows}.abs"]),
-                make_node("ReduceMax", [f"{rows}.abs", last], [f"{rows}.scale"], keepdims=1),
-                make_node("Div", [node.input[0], f"{rows}.scale"], [f"{rows}.unit"]),
-                make_node("QuantizeLinear", [f"{rows}.unit", step, zero], [rows]),
-            ]
+            add("Abs", [node.input[0]], [f"{rows}.abs"])
+            add("ReduceMax", [f"{rows}.abs", last], [f"{rows}.scale"], keepdims=1)
+            add("Div", [node.input[0], f"{rows}.scale"], [f"{rows}.unit"])
+            add("QuantizeLinear", [f"{rows}.unit", step, zero], [rows])
         inputs = [rows, weight[0], step, weight[1], zero]
-        nodes.append(make_node("MatMulIntegerToFloat", inputs, [f"{output}.unit"], domain="com.microsoft"))
-        nodes.append(make_node("Mul", [f"{output}.unit", f"{rows}.scale"], [output]))
-    graph.initializer.extend(constants.values())
-    _replace_nodes(model, nodes)
-    _overwrite(path, model, is_large)
+        add("MatMulIntegerToFloat", inputs, [f"{output}.unit"], domain="com.microsoft")
+        add("Mul", [f"{output}.unit", f"{rows}.scale"], [output])
+    _replace_nodes(model, rewriting.nodes)
 
 
 def _bias_of(graph: Any, product: str) -> tuple[str, str] | None:
@@ -574,26 +599,20 @@ def _bias_of(graph: Any, product: str) -> tuple[str, str] | None:
     return None
 
 
-def _quantize_frames(path: Path, is_exact: bool) -> None:
+def _quantize_frames(model: Any, is_exact: bool) -> None:
     """
     Makes int8 of the frames' keys and values, in place: where audio is long they are as large as the weights, and read
     anew in each evaluation. Keys (1, heads, head_dim, T) have a scale for each head (1, heads, 1, 1), values (1,
     heads, T, head_dim) one for each channel (1, heads, 1, head_dim); the rows that they are multiplied with have their
     own, so that what a row gives depends on nothing else. Probabilities have 13 bits, or seven if not `is_exact`.
     """
-    import onnx
     from onnx import TensorProto, numpy_helper
-    from onnx.helper import make_node, make_tensor_value_info
+    from onnx.helper import make_tensor_value_info
 
-    model = onnx.load(path)
-    graph, is_large = model.graph, model.ByteSize() > MAX_EMBEDDED_BYTES
+    graph, rewriting = model.graph, _Rewriting(model.graph)
+    add, constant = rewriting.add, rewriting.constant
     used_by = {name: node for node in graph.node for name in node.input}
     numbers = {one.name: numpy_helper.to_array(one) for one in graph.initializer if not one.dims}
-    nodes = []
-
-    def constant(name: str, value: np.ndarray) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
 
     least, one = constant("frames.least", np.float32(1e-30)), constant("frames.one", np.float32(1))
     zero, middle = constant("frames.zero", np.int8(0)), constant("frames.middle", np.uint8(HALF_MAX + 1))
@@ -606,74 +625,54 @@ def _quantize_frames(path: Path, is_exact: bool) -> None:
         """Of an output of the encoder: its int8, and their scales."""
         axes = constant(f"{name}.axes", np.array([2, 3] if is_key else [2]))
         integers = f"{name}.int8" if is_key else name
-        nodes.extend(
-            [
-                make_node("ReduceMax", [f"{name}.exact", axes], [f"{name}.highest"]),
-                make_node("ReduceMin", [f"{name}.exact", axes], [f"{name}.lowest"]),
-                make_node("Neg", [f"{name}.lowest"], [f"{name}.lowest.neg"]),
-                make_node("Max", [f"{name}.highest", f"{name}.lowest.neg", least], [f"{name}.largest"]),
-                make_node("Div", [f"{name}.largest", full], [_scale_name(name)]),
-                make_node("Div", [f"{name}.exact", _scale_name(name)], [f"{name}.unit"]),
-                make_node("QuantizeLinear", [f"{name}.unit", one, zero], [integers]),
-            ]
-        )
+        add("ReduceMax", [f"{name}.exact", axes], [f"{name}.highest"])
+        add("ReduceMin", [f"{name}.exact", axes], [f"{name}.lowest"])
+        add("Neg", [f"{name}.lowest"], [f"{name}.lowest.neg"])
+        add("Max", [f"{name}.highest", f"{name}.lowest.neg", least], [f"{name}.largest"])
+        add("Div", [f"{name}.largest", full], [_scale_name(name)])
+        add("Div", [f"{name}.exact", _scale_name(name)], [f"{name}.unit"])
+        add("QuantizeLinear", [f"{name}.unit", one, zero], [integers])
         if is_key:
-            nodes.append(make_node("Transpose", [integers], [name], perm=[0, 1, 3, 2]))
+            add("Transpose", [integers], [name], perm=[0, 1, 3, 2])
 
     def multiply_keys(query: str, key: str, scores: str, factor: float) -> None:
         """Queries in int8 by keys."""
         # A division: of a product of two scales ONNX Runtime takes the first to be one number.
         divisor = constant(f"{scores}.divisor", np.float32(HALF_MAX / factor))
-        nodes.extend(
-            [
-                make_node("Abs", [query], [f"{scores}.abs"]),
-                make_node("ReduceMax", [f"{scores}.abs", last], [f"{scores}.largest"], keepdims=1),
-                make_node("Div", [query, f"{scores}.largest"], [f"{scores}.unit"]),
-                make_node("QuantizeLinear", [f"{scores}.unit", step, middle], [f"{scores}.query"]),
-                make_node("MatMulInteger", [f"{scores}.query", key, middle], [f"{scores}.sum"]),
-                make_node("Cast", [f"{scores}.sum"], [f"{scores}.float"], to=TensorProto.FLOAT),
-                make_node("Mul", [f"{scores}.largest", _scale_name(key)], [f"{scores}.wide"]),
-                make_node("Div", [f"{scores}.wide", divisor], [f"{scores}.scale"]),
-                make_node("Mul", [f"{scores}.float", f"{scores}.scale"], [scores]),
-            ]
-        )
+        add("Abs", [query], [f"{scores}.abs"])
+        add("ReduceMax", [f"{scores}.abs", last], [f"{scores}.largest"], keepdims=1)
+        add("Div", [query, f"{scores}.largest"], [f"{scores}.unit"])
+        add("QuantizeLinear", [f"{scores}.unit", step, middle], [f"{scores}.query"])
+        add("MatMulInteger", [f"{scores}.query", key, middle], [f"{scores}.sum"])
+        add("Cast", [f"{scores}.sum"], [f"{scores}.float"], to=TensorProto.FLOAT)
+        add("Mul", [f"{scores}.largest", _scale_name(key)], [f"{scores}.wide"])
+        add("Div", [f"{scores}.wide", divisor], [f"{scores}.scale"])
+        add("Mul", [f"{scores}.float", f"{scores}.scale"], [scores])
 
     def multiply_values(probabilities: str, value: str, output: str) -> None:
         """Probabilities by values: most of them are small, and of 13 bits therefore, in two rows of int8 each."""
-        nodes.extend(
-            [
-                make_node("ReduceMax", [probabilities, last], [f"{output}.largest"], keepdims=1),
-                make_node("Div", [probabilities, f"{output}.largest"], [f"{output}.shares"]),
-                make_node("Mul", [f"{output}.largest", _scale_name(value)], [f"{output}.scale"]),
-            ]
-        )
+        add("ReduceMax", [probabilities, last], [f"{output}.largest"], keepdims=1)
+        add("Div", [probabilities, f"{output}.largest"], [f"{output}.shares"])
+        add("Mul", [f"{output}.largest", _scale_name(value)], [f"{output}.scale"])
         if not is_exact:
-            nodes.extend(
-                [
-                    make_node("QuantizeLinear", [f"{output}.shares", share, none], [f"{output}.high"]),
-                    make_node("MatMulInteger", [f"{output}.high", value, none], [f"{output}.sum"]),
-                    make_node("Cast", [f"{output}.sum"], [f"{output}.float"], to=TensorProto.FLOAT),
-                    make_node("Mul", [f"{output}.float", share], [f"{output}.unit"]),
-                    make_node("Mul", [f"{output}.unit", f"{output}.scale"], [output]),
-                ]
-            )
+            add("QuantizeLinear", [f"{output}.shares", share, none], [f"{output}.high"])
+            add("MatMulInteger", [f"{output}.high", value, none], [f"{output}.sum"])
+            add("Cast", [f"{output}.sum"], [f"{output}.float"], to=TensorProto.FLOAT)
+            add("Mul", [f"{output}.float", share], [f"{output}.unit"])
+            add("Mul", [f"{output}.unit", f"{output}.scale"], [output])
             return
-        nodes.extend(
-            [
-                make_node("QuantizeLinear", [f"{output}.shares", step, middle], [f"{output}.high"]),
-                make_node("DequantizeLinear", [f"{output}.high", step, middle], [f"{output}.coarse"]),
-                make_node("Sub", [f"{output}.shares", f"{output}.coarse"], [f"{output}.rest"]),
-                make_node("QuantizeLinear", [f"{output}.rest", fine, middle], [f"{output}.low"]),
-                make_node("Concat", [f"{output}.high", f"{output}.low"], [f"{output}.both"], axis=2),
-                make_node("MatMulInteger", [f"{output}.both", value, middle], [f"{output}.sum"]),
-                make_node("Cast", [f"{output}.sum"], [f"{output}.float"], to=TensorProto.FLOAT),
-                make_node("Split", [f"{output}.float"], [f"{output}.0", f"{output}.1"], axis=2, num_outputs=2),
-                make_node("Mul", [f"{output}.0", step], [f"{output}.steps"]),
-                make_node("Mul", [f"{output}.1", fine], [f"{output}.fine"]),
-                make_node("Add", [f"{output}.steps", f"{output}.fine"], [f"{output}.unit"]),
-                make_node("Mul", [f"{output}.unit", f"{output}.scale"], [output]),
-            ]
-        )
+        add("QuantizeLinear", [f"{output}.shares", step, middle], [f"{output}.high"])
+        add("DequantizeLinear", [f"{output}.high", step, middle], [f"{output}.coarse"])
+        add("Sub", [f"{output}.shares", f"{output}.coarse"], [f"{output}.rest"])
+        add("QuantizeLinear", [f"{output}.rest", fine, middle], [f"{output}.low"])
+        add("Concat", [f"{output}.high", f"{output}.low"], [f"{output}.both"], axis=2)
+        add("MatMulInteger", [f"{output}.both", value, middle], [f"{output}.sum"])
+        add("Cast", [f"{output}.sum"], [f"{output}.float"], to=TensorProto.FLOAT)
+        add("Split", [f"{output}.float"], [f"{output}.0", f"{output}.1"], axis=2, num_outputs=2)
+        add("Mul", [f"{output}.0", step], [f"{output}.steps"])
+        add("Mul", [f"{output}.1", fine], [f"{output}.fine"])
+        add("Add", [f"{output}.steps", f"{output}.fine"], [f"{output}.unit"])
+        add("Mul", [f"{output}.unit", f"{output}.scale"], [output])
 
     turned, scaled = {}, set()
     for node in graph.node:
@@ -690,10 +689,10 @@ def _quantize_frames(path: Path, is_exact: bool) -> None:
         elif node.output[0] in frames:
             # The encoder's.
             name, node.output[0] = node.output[0], f"{node.output[0]}.exact"
-            nodes.append(node)
+            rewriting.nodes.append(node)
             quantise_output(name, is_key=name.startswith(CROSS_NAMES[0]))
         elif node.output[0] not in scaled:
-            nodes.append(node)
+            rewriting.nodes.append(node)
     for infos in (graph.input, graph.output):
         for info in [one for one in infos if one.name.startswith(CROSS_NAMES)]:
             is_key = info.name.startswith(CROSS_NAMES[0])
@@ -703,17 +702,7 @@ def _quantize_frames(path: Path, is_exact: bool) -> None:
             info.CopyFrom(make_tensor_value_info(info.name, TensorProto.INT8, shape))
             infos.append(make_tensor_value_info(_scale_name(info.name), TensorProto.FLOAT, scales))
     del graph.value_info[:]
-    _replace_nodes(model, nodes)
-    _overwrite(path, model, is_large)
-
-
-def _overwrite(path: Path, model: Any, is_large: bool) -> None:
-    """Puts a graph in the place of another, and of its weights; those of a large one stand in a file beside it."""
-    import onnx
-
-    for file in path.parent.glob(f"{path.name}*"):
-        file.unlink()
-    onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}.data")
+    _replace_nodes(model, rewriting.nodes)
 
 
 def _scale_name(name: str) -> str:
