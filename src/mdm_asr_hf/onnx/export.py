@@ -258,6 +258,7 @@ def _quiet() -> Iterator[None]:
 
 
 # In the examples that are traced no two sizes are alike, lest they be taken for one.
+NUM_ROWS, NUM_FRAMES, NUM_SLOTS = 2, 7, 9
 
 
 def _export_encoder(model: Any, path: Path) -> None:
@@ -280,66 +281,52 @@ def _export_encoder(model: Any, path: Path) -> None:
 
 
 def _export_decoder(model: Any, path: Path) -> None:
-    config = model.config.decoder_config
-    layers, heads, size = range(config.num_hidden_layers), config.num_key_value_heads, config.head_dim
-    num_rows, width, num_slots, num_frames, num_columns = 2, 4, 9, 7, 5
-    past, cross = (len(layers), num_rows, heads, num_slots, size), (num_rows, heads, num_frames, size)
-    places = torch.arange(width).repeat(num_rows, 1)
-    arguments = (
-        torch.randn(num_rows, width, config.hidden_size),
-        places,
-        places.clone(),
-        torch.ones(num_rows, width, num_slots, dtype=torch.bool),
-        torch.ones(num_rows, num_frames, dtype=torch.bool),
-        torch.zeros(num_rows, num_columns, dtype=torch.long),
-        torch.randn(past),
-        torch.randn(past),
-        *([torch.randn(cross) for _ in layers] for _ in range(2)),
-    )
-    inputs = ["embeds", "position_ids", "slots", "visible", "frame_mask", "columns", "keys", "values"]
-    of_rows, of_past = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC, 3: DYNAMIC}
-    _export(
-        DecoderGraph(model),
-        arguments,
-        path,
-        inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
-        outputs=["logits", "new_keys", "new_values", "cross_queries"],
-        dynamic_shapes=(
-            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC, 2: DYNAMIC}, of_rows, of_rows, of_past, of_past),
-            *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
-        ),
-        about="decoder",
-    )
+    config, width, num_columns = model.config.decoder_config, 4, 5
+    places = torch.arange(width).repeat(NUM_ROWS, 1)
+    inputs = {
+        "embeds": (torch.randn(NUM_ROWS, width, config.hidden_size), 2),
+        "position_ids": (places, 2),
+        "slots": (places.clone(), 2),
+        "visible": (torch.ones(NUM_ROWS, width, NUM_SLOTS, dtype=torch.bool), 3),
+        "frame_mask": (torch.ones(NUM_ROWS, NUM_FRAMES, dtype=torch.bool), 2),
+        "columns": (torch.zeros(NUM_ROWS, num_columns, dtype=torch.long), 2),
+    }
+    outputs = ["logits", "new_keys", "new_values", "cross_queries"]
+    _export_with_states(DecoderGraph(model), path, range(config.num_hidden_layers), inputs, outputs)
 
 
 def _export_drafts(model: Any, path: Path) -> None:
     config = model.config.decoder_config
+    inputs = {
+        "embeds": (torch.randn(NUM_ROWS, config.draft_length, config.hidden_size), 1),
+        "before": (torch.randn(NUM_ROWS, config.hidden_size), 1),
+        "frontiers": (torch.arange(NUM_ROWS)[:, None], 1),
+        "frame_mask": (torch.ones(NUM_ROWS, NUM_FRAMES, dtype=torch.bool), 2),
+    }
     layers = range(config.num_hidden_layers - config.draft_layers, config.num_hidden_layers)
-    heads, size = config.num_key_value_heads, config.head_dim
-    num_rows, num_slots, num_frames, length = 2, 5, 7, config.draft_length
-    past, cross = (len(layers), num_rows, heads, num_slots, size), (num_rows, heads, num_frames, size)
-    arguments = (
-        torch.randn(num_rows, length, config.hidden_size),
-        torch.randn(num_rows, config.hidden_size),
-        torch.arange(num_rows)[:, None],
-        torch.ones(num_rows, num_frames, dtype=torch.bool),
-        torch.randn(past),
-        torch.randn(past),
-        *([torch.randn(cross) for _ in layers] for _ in range(2)),
-    )
-    inputs = ["embeds", "before", "frontiers", "frame_mask", "keys", "values"]
-    of_rows, of_past = {0: DYNAMIC}, {1: DYNAMIC, 3: DYNAMIC}
+    _export_with_states(DraftsGraph(model), path, layers, inputs, ["ids", "entropies"])
+
+
+def _export_with_states(
+    graph: nn.Module, path: Path, layers: range, inputs: dict[str, tuple[torch.Tensor, int]], outputs: list[str]
+) -> None:
+    """Exports a graph that takes layers' keys and values, of all slots and of the frames, behind inputs of its own: of
+    each an example, and how many of its axes, from the first one on, have any size."""
+    heads, size = graph.decoder.config.num_key_value_heads, graph.decoder.config.head_dim
+    past, cross = (len(layers), NUM_ROWS, heads, NUM_SLOTS, size), (NUM_ROWS, heads, NUM_FRAMES, size)
+    examples = [example for example, _ in inputs.values()]
+    of_past, of_cross = {1: DYNAMIC, 3: DYNAMIC}, {0: DYNAMIC, 2: DYNAMIC}
     _export(
-        DraftsGraph(model),
-        arguments,
+        graph,
+        (*examples, torch.randn(past), torch.randn(past), *([torch.randn(cross) for _ in layers] for _ in range(2))),
         path,
-        inputs=[*inputs, *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
-        outputs=["ids", "entropies"],
+        inputs=[*inputs, "keys", "values", *layer_names("cross_key", layers), *layer_names("cross_value", layers)],
+        outputs=outputs,
         dynamic_shapes=(
-            *(of_rows, of_rows, of_rows, {0: DYNAMIC, 1: DYNAMIC}, of_past, of_past),
-            *[[{0: DYNAMIC, 2: DYNAMIC}] * len(layers)] * 2,
+            *(dict.fromkeys(range(num_axes), DYNAMIC) for _, num_axes in inputs.values()),
+            *(of_past, of_past, *[[of_cross] * len(layers)] * 2),
         ),
-        about="drafts",
+        about=path.stem,
     )
 
 
