@@ -163,7 +163,7 @@ def test_steps_and_graphs(pair):
     assert len(files) == 3 and not any(str(REPOSITORY).encode() in file.read_bytes() for file in files)
 
     _, onnx, _ = pair
-    for session in (onnx.encoder, onnx.decoder.session, onnx.decoder.drafts):
+    for session in (onnx.encoder, onnx.decoder, onnx.drafts):
         options = session.get_session_options()
         for name in ("session.force_spinning_stop", "session.use_env_allocators"):
             assert options.get_session_config_entry(name) == "1"

@@ -74,53 +74,6 @@ class OnnxEncoderOutput:
     cross_attention_states: dict[str, np.ndarray]
 
 
-class OnnxDecoder:
-    """
-    The decoder's graphs.
-
-    Args:
-        session, drafts (`onnxruntime.InferenceSession`): of the causal rows, and of the masks.
-        embeddings (`np.ndarray` of shape (V + E, D)): of all token ids.
-        config: of the decoder.
-    """
-
-    def __init__(self, session: Any, drafts: Any, embeddings: np.ndarray, config: Any):
-        self.session, self.drafts, self.embeddings, self.config = session, drafts, embeddings, config
-        # What the masks take of the encoder: of the layers beside which there are draft layers.
-        self.first_draft_layer = config.num_hidden_layers - config.draft_layers
-        names = [one.name for one in drafts.get_inputs()]
-        self.draft_cross = [name for name in names if name == "frame_mask" or name.startswith("cross_")]
-
-    def __call__(
-        self, input_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput, columns: np.ndarray, name: str
-    ) -> np.ndarray:
-        """
-        One output of the graph for whole texts.
-
-        Args:
-            input_ids (`np.ndarray` of shape (R, Q)), columns (R, N): those whose logits are computed.
-            name (`str`): `logits` (R, N, V), or `cross_queries` (layers, R, Q, heads * head_dim).
-        """
-        (num_rows, width), config = input_ids.shape, self.config
-        if width > config.max_position_embeddings:
-            raise ValueError(
-                f"`decoder_input_ids` have {width} tokens, but the decoder has {config.max_position_embeddings} "
-                "positions. Use a shorter text."
-            )
-        places = np.broadcast_to(np.arange(width), (num_rows, width))
-        keys = np.zeros(
-            (config.num_hidden_layers, num_rows, config.num_key_value_heads, width, config.head_dim), np.float32
-        )
-        feed = cross_feed(encoder_outputs)
-        feed |= {"embeds": self.embed(input_ids), "position_ids": places, "slots": places}
-        feed |= {"visible": np.broadcast_to(np.tri(width, dtype=bool), (num_rows, width, width))}
-        return run(self.session, [name], feed | {"columns": columns, "keys": keys, "values": keys})[name]
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        """Embeddings (..., D) of ids."""
-        return self.embeddings[ids].astype(np.float32, copy=False)
-
-
 class OnnxSteps:
     """
     What [`VerifiedDecoder`] asks of a model, by ONNX Runtime; see [`TorchSteps`]. What a row gives depends on its own
@@ -129,13 +82,13 @@ class OnnxSteps:
 
     def __init__(
         self,
-        decoder: OnnxDecoder,
+        model: "OnnxMDMASR",
         encoder_outputs: OnnxEncoderOutput,
         rows: np.ndarray,
         num_slots: int,
         may_spend: bool = False,
     ):
-        self.decoder, self.config, self.num_rows = decoder, decoder.config, len(rows)
+        self.model, self.config, self.num_rows = model, model.config.decoder_config, len(rows)
         self.cross = cross_feed(encoder_outputs)
         # Rows that end are overwritten by others, unless they may be read again: a copy of a batch's keys takes new
         # memory, which is slower than the copying.
@@ -158,10 +111,10 @@ class OnnxSteps:
         visible = pad(pad(tree.visible, num_slots, 2), width, 1)
         # Padding sees one slot, since a row without any would be NaN.
         visible[:, tree.ids.shape[1] :, 0] = True
-        feed = self.cross | {"embeds": self.decoder.embed(pad(tree.ids, width, 1)), "columns": columns}
+        feed = self.cross | {"embeds": self.model.embed(pad(tree.ids, width, 1)), "columns": columns}
         feed |= {"position_ids": pad(tree.positions, width, 1), "slots": slots, "visible": visible}
         feed |= {"keys": self.keys, "values": self.values}
-        outputs = run(self.decoder.session, ["logits", "new_keys", "new_values"], feed)
+        outputs = run(self.model.decoder, ["logits", "new_keys", "new_values"], feed)
         rows = np.arange(self.num_rows)[:, None]
         for states, name in ((self.keys, "new_keys"), (self.values, "new_values")):
             states[:, rows, :, slots] = outputs[name].transpose(1, 3, 0, 2, 4)
@@ -171,11 +124,11 @@ class OnnxSteps:
         self, blocks: np.ndarray, before: np.ndarray, frontiers: np.ndarray, num_drafts: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and entropies (R, M), see [`TorchSteps.propose`]."""
-        feed = {name: self.cross[name] for name in self.decoder.draft_cross}
-        feed |= {"embeds": self.decoder.embed(blocks), "before": self.decoder.embed(before)}
-        first = self.decoder.first_draft_layer
+        feed = {name: self.cross[name] for name in self.model.draft_cross}
+        feed |= {"embeds": self.model.embed(blocks), "before": self.model.embed(before)}
+        first = self.model.first_draft_layer
         feed |= {"frontiers": frontiers[:, None], "keys": self.keys[first:], "values": self.values[first:]}
-        outputs = run(self.decoder.drafts, ["ids", "entropies"], feed)
+        outputs = run(self.model.drafts, ["ids", "entropies"], feed)
         return outputs["ids"][:, :num_drafts], outputs["entropies"][:, :num_drafts]
 
     def keep_rows(self, rows: np.ndarray) -> None:
@@ -225,9 +178,14 @@ class OnnxMDMASR(GenerationMixin):
         generation_config: MDMASRGenerationConfig,
     ):
         self.config, self.generation_config = config, generation_config
-        self.encoder, self.workers = sessions[ENCODER_FILE], None
-        self.decoder = OnnxDecoder(sessions[DECODER_FILE], sessions[DRAFTS_FILE], embeddings, config.decoder_config)
-        self.name_or_path = ""
+        self.encoder, self.decoder, self.drafts = (
+            sessions[name] for name in (ENCODER_FILE, DECODER_FILE, DRAFTS_FILE)
+        )
+        self.embeddings, self.workers, self.name_or_path = embeddings, None, ""
+        # What the masks take of the encoder: of the layers beside which there are draft layers.
+        self.first_draft_layer = config.decoder_config.num_hidden_layers - config.decoder_config.draft_layers
+        names = [one.name for one in self.drafts.get_inputs()]
+        self.draft_cross = [name for name in names if name == "frame_mask" or name.startswith("cross_")]
         # Memory of the last batch, for the next one.
         self.spent: list[np.ndarray] = []
 
@@ -393,7 +351,7 @@ class OnnxMDMASR(GenerationMixin):
         self, encoder_outputs: OnnxEncoderOutput, rows: np.ndarray, num_slots: int, may_spend: bool = False
     ) -> OnnxSteps:
         """What [`VerifiedDecoder`] makes its steps by; `may_spend` says that nobody reads the outputs again."""
-        return OnnxSteps(self.decoder, encoder_outputs, rows, num_slots, may_spend)
+        return OnnxSteps(self, encoder_outputs, rows, num_slots, may_spend)
 
     def write_rows(
         self,
@@ -411,17 +369,46 @@ class OnnxMDMASR(GenerationMixin):
         groups = [np.isin(np.arange(len(is_open)), ranked[first::num_groups]) for first in range(num_groups)]
         list(self.workers.map(partial(write, self.workers.model), groups))
 
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Embeddings (..., D) of ids."""
+        return self.embeddings[ids].astype(np.float32, copy=False)
+
+    def _run_text(
+        self, input_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput, columns: np.ndarray, name: str
+    ) -> np.ndarray:
+        """
+        One output of the decoder's graph for whole texts.
+
+        Args:
+            input_ids (`np.ndarray` of shape (R, Q)), columns (R, N): those whose logits are computed.
+            name (`str`): `logits` (R, N, V), or `cross_queries` (layers, R, Q, heads * head_dim).
+        """
+        (num_rows, width), config = input_ids.shape, self.config.decoder_config
+        if width > config.max_position_embeddings:
+            raise ValueError(
+                f"`decoder_input_ids` have {width} tokens, but the decoder has {config.max_position_embeddings} "
+                "positions. Use a shorter text."
+            )
+        places = np.broadcast_to(np.arange(width), (num_rows, width))
+        keys = np.zeros(
+            (config.num_hidden_layers, num_rows, config.num_key_value_heads, width, config.head_dim), np.float32
+        )
+        feed = cross_feed(encoder_outputs)
+        feed |= {"embeds": self.embed(input_ids), "position_ids": places, "slots": places}
+        feed |= {"visible": np.broadcast_to(np.tri(width, dtype=bool), (num_rows, width, width))}
+        return run(self.decoder, [name], feed | {"columns": columns, "keys": keys, "values": keys})[name]
+
     def prompt_logits(self, prompt_ids: np.ndarray, encoder_outputs: OnnxEncoderOutput) -> np.ndarray:
         """Logits (B, V) behind prompts (B, P)."""
         last = np.full((len(prompt_ids), 1), prompt_ids.shape[1] - 1)
-        return self.decoder(prompt_ids, encoder_outputs, last, "logits")[:, 0]
+        return self._run_text(prompt_ids, encoder_outputs, last, "logits")[:, 0]
 
     def cross_attention(
         self, input_ids: np.ndarray, visible: None, encoder_outputs: OnnxEncoderOutput, layers: Iterable[int]
     ) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], np.ndarray]:
         """Queries and keys of texts (B, S) by layers, and which frames count, see [`MDMASRGenerationMixin`]."""
         none = np.zeros((len(input_ids), 0), dtype=np.int64)
-        queries = self.decoder(input_ids, encoder_outputs, none, "cross_queries")
+        queries = self._run_text(input_ids, encoder_outputs, none, "cross_queries")
         read = {layer: (queries[layer], _keys(encoder_outputs.cross_attention_states, layer)) for layer in layers}
         return read, encoder_outputs.attention_mask
 
