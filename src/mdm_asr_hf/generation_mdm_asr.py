@@ -140,7 +140,7 @@ class GenerationMixin:
     """
     The part of a model that turns audio into text. What a model gives:
     - `config`, `generation_config`,
-    - `encode`, `prepare_cross_attention`, `find_speech`, `audio_duration_s` and `take_rows` of its own arrays,
+    - `encode`, `prepare_cross_attention`, `audio_duration_s` and `take_rows` of its own arrays,
     - `begin_steps`, see [`TorchSteps`]; `prompt_logits` and `cross_attention`, which take and return NumPy's,
     - `to_output`, which makes arrays its own, and `draw_seeds`.
     """
@@ -681,37 +681,38 @@ class GenerationMixin:
         """Whether there are rows that are open."""
         return unfinished
 
+    def find_speech(self, input_features: Any, attention_mask: Any, min_duration_s: float) -> tuple[np.ndarray, Any]:
+        """
+        Which rows (B,) of features (B, T, mel bins) or waveforms (B, N) hold a signal at all, and are longer than so
+        many seconds; and the mask, if there is one. Digital silence gives features that do not change over time. Rows
+        without a signal have their mask opened, since an encoder returns NaN for a row of padding only.
 
-def find_speech(
-    features: np.ndarray, mask: np.ndarray | None, least_length: float
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """
-    Which rows (B,) of features (B, T, mel bins) or waveforms (B, N) hold a signal at all, and are longer than so many
-    frames. Digital silence gives features that do not change over time. Rows without one have their mask opened, since
-    an encoder returns NaN for a row of padding only.
-
-    Raises:
-        ValueError: features that are not finite, or of another shape; a mask of another shape.
-    """
-    if not np.isfinite(features).all():
-        raise ValueError(
-            "`input_features` hold NaN or infinity. Check the audio, and that it went through this model's processor."
-        )
-    frames = features if features.ndim == 3 else features[..., None]
-    if frames.ndim != 3 or frames.shape[1] == 0:
-        raise ValueError(
-            f"`input_features` of shape {features.shape} must be (B, T, mel bins) or waveforms (B, N), T or N at "
-            "least 1. Hand the audio to this model's processor, which pads short clips."
-        )
-    inside = np.ones(frames.shape[:2], dtype=bool) if mask is None else mask.astype(bool)
-    if inside.shape != frames.shape[:2]:
-        raise ValueError(
-            f"`attention_mask` of shape {inside.shape} must be {frames.shape[:2]}, as `input_features` have it."
-        )
-    highest = np.where(inside[..., None], frames, -np.inf).max(axis=1)
-    lowest = np.where(inside[..., None], frames, np.inf).min(axis=1)
-    has_speech = (highest > lowest).any(axis=-1) & (inside.sum(axis=-1) > least_length)
-    return has_speech, None if mask is None else inside | ~has_speech[:, None]
+        Raises:
+            ValueError: features that are not finite, or of another shape; a mask of another shape.
+        """
+        features = to_numpy(input_features)
+        if not np.isfinite(features).all():
+            raise ValueError(
+                "`input_features` hold NaN or infinity. Check the audio, and that it went through this model's "
+                "processor."
+            )
+        frames = features if features.ndim == 3 else features[..., None]
+        if frames.ndim != 3 or frames.shape[1] == 0:
+            raise ValueError(
+                f"`input_features` of shape {features.shape} must be (B, T, mel bins) or waveforms (B, N), T or N at "
+                "least 1. Hand the audio to this model's processor, which pads short clips."
+            )
+        has_mask = attention_mask is not None
+        inside = to_numpy(attention_mask).astype(bool) if has_mask else np.ones(frames.shape[:2], dtype=bool)
+        if inside.shape != frames.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` of shape {inside.shape} must be {frames.shape[:2]}, as `input_features` have it."
+            )
+        highest = np.where(inside[..., None], frames, -np.inf).max(axis=1)
+        lowest = np.where(inside[..., None], frames, np.inf).min(axis=1)
+        is_long = inside.sum(axis=-1) > min_duration_s * self.config.input_frames_per_s
+        has_speech = (highest > lowest).any(axis=-1) & is_long
+        return has_speech, inside | ~has_speech[:, None] if has_mask else None
 
 
-__all__ = ["Batch", "GenerateOutput", "GenerationMixin", "Read", "find_speech"]
+__all__ = ["Batch", "GenerateOutput", "GenerationMixin", "Read"]

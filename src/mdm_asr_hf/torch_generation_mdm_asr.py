@@ -15,7 +15,7 @@ from .decoder_mdm_asr import DraftingCache, entropy
 from .drafting_mdm_asr import DraftTree, to_numpy
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
-from .generation_mdm_asr import Batch, GenerateOutput, GenerationMixin, Read, find_speech
+from .generation_mdm_asr import Batch, GenerateOutput, GenerationMixin, Read
 
 
 class TorchSteps:
@@ -196,12 +196,9 @@ class MDMASRGenerationMixin(GenerationMixin):
 
     def find_speech(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None, min_duration_s: float
-    ) -> tuple[torch.BoolTensor, torch.Tensor | None]:
-        """Which rows (B,) hold a signal at all, and the mask with those opened that don't; see [`find_speech`]."""
-        mask = None if attention_mask is None else to_numpy(attention_mask)
-        least_length = min_duration_s * self.config.input_frames_per_s
-        has_speech, mask = find_speech(to_numpy(input_features), mask, least_length)
-        has_speech = torch.from_numpy(has_speech).to(input_features.device)
+    ) -> tuple[np.ndarray, torch.Tensor | None]:
+        """See [`GenerationMixin`]; the mask is a tensor."""
+        has_speech, mask = super().find_speech(input_features, attention_mask, min_duration_s)
         return has_speech, None if mask is None else torch.from_numpy(mask).to(attention_mask.device)
 
     def _decode_canvas(self, batch: Batch, settings: MDMASRGenerationConfig) -> tuple[GenerateOutput, Read]:

@@ -18,7 +18,7 @@ import numpy as np
 from ..cores import free_cores
 from ..drafting_mdm_asr import DraftTree, to_numpy
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
-from ..generation_mdm_asr import GenerationMixin, find_speech
+from ..generation_mdm_asr import GenerationMixin
 
 # What is in a folder.
 ENCODER_FILE, DECODER_FILE, DRAFTS_FILE, EMBEDDINGS_FILE = (
@@ -332,13 +332,6 @@ class OnnxMDMASR(GenerationMixin):
             encoder_outputs.attention_mask[rows],
             {name: values[rows] for name, values in encoder_outputs.cross_attention_states.items()},
         )
-
-    def find_speech(
-        self, input_features: Any, attention_mask: Any, min_duration_s: float
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Which rows (B,) hold a signal at all, and the mask with those opened that don't; see [`find_speech`]."""
-        mask = None if attention_mask is None else to_numpy(attention_mask)
-        return find_speech(to_numpy(input_features), mask, min_duration_s * self.config.input_frames_per_s)
 
     def audio_duration_s(self, input_features: Any, attention_mask: Any) -> np.ndarray | None:
         """Seconds of audio in each row (B,), or None if nothing tells."""
