@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -422,7 +422,9 @@ class Workers:
 
     def __init__(self, load: Callable[[], OnnxMDMASR], num_threads: int):
         self.load, self.num_threads = load, num_threads
-        self._model, self._lock, self._pool = None, threading.Lock(), ThreadPoolExecutor(num_threads)
+        self._model, self._lock = None, threading.Lock()
+        # What a function gives of each part, in their order. What is left when nobody waits any more is not begun.
+        self.map = ThreadPoolExecutor(num_threads).map
 
     @property
     def model(self) -> OnnxMDMASR:
@@ -430,10 +432,6 @@ class Workers:
         with self._lock:
             self._model = self._model or self.load()
         return self._model
-
-    def map(self, call: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
-        """What a function gives of each part, in their order. What is left when nobody waits any more is not begun."""
-        return self._pool.map(call, parts)
 
 
 def cross_feed(encoder_outputs: OnnxEncoderOutput) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_WAITING = 32
 END = "end"
 # RFC 6455.
-POLICY, TOO_BIG, FAILED = 1008, 1009, 1011
+POLICY, TOO_BIG = 1008, 1009
 
 
 def add_live(app: FastAPI, service: "Service") -> None:
