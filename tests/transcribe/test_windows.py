@@ -55,7 +55,6 @@ def check_windows(windows, samples, max_window_s):
     for window, (start, end) in zip(windows, spans(windows), strict=True):
         assert 0 < window.duration_s <= max_window_s + 1e-9
         np.testing.assert_array_equal(window.samples, samples[start:end])
-    assert [w.is_last for w in windows] == [False] * (len(windows) - 1) + [True] * bool(windows)
     for left, right in zip(windows, windows[1:], strict=False):
         shared_s = left.end_s - right.start_s
         assert right.start_s > left.start_s and right.end_s > left.end_s
@@ -331,7 +330,7 @@ def test_short_and_empty_recordings_are_not_cut():
 
     for samples in (noise(4.9, 0.1), np.zeros(5 * RATE, np.float32), bursts([0.5, 0.5], [1.0, 2.0])[0]):
         (window,) = cut_windows([samples], RATE, EnergyVAD(RATE), 5.0)
-        assert window.start_s == 0 and window.is_last and not window.needs_times
+        assert window.start_s == 0 and not window.needs_times
         np.testing.assert_array_equal(window.samples, samples)
 
     assert list(cut_windows([], RATE, EnergyVAD(RATE), 5.0)) == []

@@ -52,7 +52,6 @@ class Window:
         start_s, end_s (`float`): seconds from the start of the recording.
         samples (`np.ndarray` of shape (N,)): mono float32.
         overlap_before_s, overlap_after_s (`float`): seconds shared with the window before and after; 0 at pauses.
-        is_last (`bool`): of its recording.
     """
 
     start_s: float
@@ -60,7 +59,6 @@ class Window:
     samples: np.ndarray
     overlap_before_s: float = 0.0
     overlap_after_s: float = 0.0
-    is_last: bool = False
 
     @property
     def duration_s(self) -> float:
@@ -90,15 +88,7 @@ def cut_windows(
         max_window_s (`float`): the longest window.
         whole_s (`float`, *optional*): the longest recording that is not cut. By default `max_window_s`.
     """
-    windows = _Cutter(rate_hz, vad, max_window_s, whole_s or max_window_s).cut(blocks)
-    previous = next(windows, None)
-    if previous is None:
-        return
-    for window in windows:
-        yield previous
-        previous = window
-    previous.is_last = True
-    yield previous
+    yield from _Cutter(rate_hz, vad, max_window_s, whole_s or max_window_s).cut(blocks)
 
 
 def spoken_s(window: Window, rate_hz: float, vad: Any) -> float:
@@ -138,40 +128,41 @@ class _Cutter:
         self.continues, self.overlap = False, 0
 
     def cut(self, blocks: Iterable[np.ndarray]) -> Iterator[Window]:
-        blocks = _with_last(_regroup(blocks, self._frames(VAD_BLOCK_S) * self.frame_size))
+        blocks = _regroup(blocks, self._frames(VAD_BLOCK_S) * self.frame_size)
         first, num_samples = [], 0
-        for block, is_last in blocks:
-            first.append((block, is_last))
+        for block in blocks:
+            first.append(block)
             num_samples += len(block)
             if num_samples > self.whole_samples:
                 break
-            if is_last:
+        else:
+            if first:
                 # It is not asked where there is speech.
-                self.samples = np.concatenate([block for block, _ in first])
+                self.samples = np.concatenate(first)
                 yield self._window(0, math.ceil(num_samples / self.frame_size))
-                return
+            return
         with closing(self._score(itertools.chain(first, blocks))) as scored:
-            for block, scores, is_last in scored:
-                self.is_complete = is_last
+            for block, scores in scored:
                 self.samples = np.concatenate([self.samples, block])
                 self.scores = np.concatenate([self.scores, scores])
                 if self.origin == 0 and not self.continues and len(self.samples) <= self.whole_samples:
                     continue
-                while (window := self._next_window()) is not None:
-                    yield window
+                yield from iter(self._next_window, None)
+        self.is_complete = True
+        yield from iter(self._next_window, None)
 
-    def _score(self, blocks: Iterable[tuple[np.ndarray, bool]]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-        """Blocks with the scores of their frames, and whether they are the last, in order."""
+    def _score(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Blocks with the scores of their frames, in order."""
         num_threads = min(num_cores(), MAX_VAD_THREADS)
         with ThreadPoolExecutor(num_threads) as pool:
-            waiting: deque[tuple[np.ndarray, Future, bool]] = deque()
-            for block, is_last in blocks:
-                waiting.append((block, pool.submit(self._prepare(block)), is_last))
+            waiting: deque[tuple[np.ndarray, Future]] = deque()
+            for block in blocks:
+                waiting.append((block, pool.submit(self._prepare(block))))
                 if len(waiting) > num_threads:
-                    block, scores, is_last = waiting.popleft()
-                    yield block, scores.result(), is_last
-            for block, scores, is_last in waiting:
-                yield block, scores.result(), is_last
+                    block, scores = waiting.popleft()
+                    yield block, scores.result()
+            for block, scores in waiting:
+                yield block, scores.result()
 
     def _prepare(self, block: np.ndarray) -> Callable[[], np.ndarray]:
         if self.vad is None:
@@ -310,17 +301,6 @@ def _regroup(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
                 waiting, num_waiting = [], 0
     if waiting:
         yield np.concatenate(waiting)
-
-
-def _with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each item, and whether it is the last."""
-    previous, is_first = None, True
-    for item in items:
-        if not is_first:
-            yield previous, False
-        previous, is_first = item, False
-    if not is_first:
-        yield previous, True
 
 
 __all__ = ["Window", "cut_in_half", "cut_windows", "spoken_s"]
