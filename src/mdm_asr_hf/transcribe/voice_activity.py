@@ -32,7 +32,7 @@ BAND_HZ = (150.0, 6000.0)
 # is given what is above these, brought up to this level by what is the loudest within `LEVELLED_FRAMES` either way.
 HIGH_PASS_HZ, HIGH_PASS_SIZE, FILTERED_AT_ONCE = 100.0, 801, 8192
 LEVELLED_DB, LEVELLED_FRAMES, MAX_GAIN_DB = -25.0, 31, 60.0
-# There is one model of silero-vad, whose torch form keeps its state in itself; and loading it sets torch's threads.
+# There is one model of silero-vad, and loading it sets torch's threads.
 _SILERO_LOCK = threading.Lock()
 
 
@@ -100,8 +100,8 @@ def _floors_near_db(levels_db: np.ndarray) -> np.ndarray:
 
 class SileroVAD:
     """
-    silero-vad, on the CPU: by onnxruntime, which is seven times as fast, or by torch. Scores are its probabilities of
-    speech; the thresholds are lower than its own, since speech that is cut off is worse than noise that is decoded.
+    silero-vad, on the CPU. Scores are its probabilities of speech; the thresholds are lower than its own, since speech
+    that is cut off is worse than noise that is decoded.
     """
 
     name = "silero"
@@ -130,16 +130,8 @@ class SileroVAD:
 
     def _score(self, heard: np.ndarray, num_before: int) -> np.ndarray:
         """Scores of the frames behind the first ones of some samples."""
-        import torch
-
         heard = _levelled(heard) if len(heard) else heard
-        if isinstance(self._model, torch.jit.ScriptModule):
-            padded = np.pad(heard, (0, -len(heard) % SILERO_FRAME))
-            with _SILERO_LOCK, torch.no_grad(), torch.autocast("cpu", enabled=False):
-                scores = self._model.audio_forward(torch.from_numpy(padded), SILERO_RATE_HZ)[0].numpy()
-        else:
-            scores = self._model.audio_forward(heard, SILERO_RATE_HZ)
-        return scores[num_before:]
+        return self._model.audio_forward(heard, SILERO_RATE_HZ)[num_before:]
 
 
 def _levelled(samples: np.ndarray) -> np.ndarray:
@@ -185,12 +177,13 @@ def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:
         raise ValueError(f"`vad` must be one of {', '.join(VAD_NAMES)}, got {name!r}.")
     if name == "none":
         return None
-    takes_rate, is_installed = rate_hz == SILERO_RATE_HZ, find_spec("silero_vad") is not None
+    takes_rate, is_installed = rate_hz == SILERO_RATE_HZ, all(map(find_spec, ("silero_vad", "onnxruntime")))
     if name == "silero" and not takes_rate:
         raise ValueError(f"`vad='silero'` needs {SILERO_RATE_HZ} Hz, but the model has {rate_hz}. Take 'energy'.")
     if name == "silero" and not is_installed:
         raise ValueError(
-            "`vad='silero'` needs silero-vad: `pip install \".[vad]\"` in a clone of this project. Or take 'energy'."
+            "`vad='silero'` needs silero-vad and onnxruntime: `pip install \".[vad]\"` in a clone of this project. Or "
+            "take 'energy'."
         )
     if name == "energy" or not (takes_rate and is_installed):
         return EnergyVAD(rate_hz)
@@ -206,13 +199,7 @@ def _load_silero() -> Any:
     try:
         from silero_vad import load_silero_vad
 
-        if find_spec("onnxruntime") is not None:
-            try:
-                return load_silero_vad(sequence=True)
-            except TypeError:
-                # Releases before 6.2.3 have no such model.
-                pass
-        return load_silero_vad()
+        return load_silero_vad(sequence=True)
     finally:
         # Importing silero_vad sets torch to one thread, for the recogniser too.
         torch.set_num_threads(num_threads)
