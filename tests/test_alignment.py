@@ -16,7 +16,6 @@ import mdm_asr_hf
 from mdm_asr_hf.alignment_mdm_asr import (
     align_row,
     check_alignment_heads,
-    cross_attention_weights,
     extend_ends,
     frame_duration_s,
     smooth,
@@ -157,10 +156,12 @@ def test_weights_and_frames_are_those_of_the_encoder():
         outputs = model.prepare_cross_attention(model.encode(features, mask))
         ids = torch.randint(2, VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
         heads = [(1, 1), (0, 0), (1, 0)]
-        arguments = (heads, ids.numpy(), np.ones(ids.shape, dtype=bool), outputs)
-        weights = cross_attention_weights(model, *arguments)
+        # On a canvas each token's own row is read.
+        every = np.ones(ids.shape, dtype=bool)
+        arguments = (every, ids.numpy(), every, np.zeros(2, dtype=int), outputs, heads)
+        weights = token_attention(model, *arguments)
         model.set_attn_implementation("eager")
-        of_eager = cross_attention_weights(model, *arguments)
+        of_eager = token_attention(model, *arguments)
         with torch.no_grad():
             seen = model(decoder_input_ids=ids, encoder_outputs=outputs, output_attentions=True).cross_attentions
         expected = torch.stack([seen[layer][:, head] for layer, head in heads], dim=1).numpy()
@@ -185,9 +186,10 @@ def test_attention_is_read_where_the_token_is_said(make):
     is_token = np.array([[True] * 4, [True, True, True, False]])
     visible = None if model.config.has_drafts else np.ones_like(ids, dtype=bool)
     weights = token_attention(model, is_token, ids, visible, starts, outputs, heads)
-    rows = cross_attention_weights(model, heads, ids, visible, outputs)
     # A causal decoder says a token in the row before it; on a canvas a token has its own row.
     before = 1 if model.config.has_drafts else 0
+    every = np.ones_like(ids, dtype=bool)
+    rows = token_attention(model, every, ids, visible, np.full(2, before), outputs, heads)
     assert weights.shape == (2, 2, 4, outputs.last_hidden_state.shape[1])
     assert np.array_equal(weights[0], rows[0, :, 2 - before : 6 - before])
     assert np.array_equal(weights[1, :, :3], rows[1, :, 1 - before : 4 - before])

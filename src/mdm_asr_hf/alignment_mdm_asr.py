@@ -71,39 +71,6 @@ def frame_duration_s(encoder_config: Any, input_frames_per_s: float) -> float | 
     return None if stride is None else stride / input_frames_per_s
 
 
-def cross_attention_weights(
-    model: Any,
-    heads: Sequence[tuple[int, int]],
-    input_ids: np.ndarray,
-    visible: np.ndarray | None,
-    encoder_outputs: Any,
-) -> np.ndarray:
-    """
-    Cross-attention of some heads in one evaluation of the decoder, under any attention implementation.
-
-    Args:
-        model: what has `cross_attention`, see [`GenerationMixin`].
-        heads (`list` of `(layer, head)`): A of them.
-        input_ids (`np.ndarray` of shape (B, P + L)), visible (B, P + L) or None: prompt and text.
-        encoder_outputs ([`MDMASREncoderOutput`]): with `cross_attention_states`.
-
-    Returns:
-        `np.ndarray` of shape (B, A, P + L, T): probabilities over each row's own frames, in fp32.
-    """
-    read, mask = model.cross_attention(input_ids, visible, encoder_outputs, {layer for layer, _ in heads})
-    config, scores = model.config.decoder_config, []
-    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    for layer, head in heads:
-        queries, keys = read[layer]
-        query = queries[..., head * size : (head + 1) * size]
-        scores.append(one_thread_product(query, keys[:, head // group].transpose(0, 2, 1)) * size**-0.5)
-    scores = np.stack(scores, axis=1)
-    if mask is not None:
-        scores = np.where(mask.astype(bool)[:, None, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over `width` (odd) neighbours in the last dimension; at the ends over those there are."""
     length = values.shape[-1]
@@ -255,13 +222,25 @@ def token_attention(
     heads: Sequence[tuple[int, int]],
 ) -> np.ndarray:
     """
-    What each token of a finished text attends to: probabilities (B, A, W, T) over frames, of A heads. A causal
-    decoder's are read in the row that says the token, the one before its own, as Whisper reads them (arXiv
-    2212.04356's release); on a canvas, where all tokens are visible, in the token's own row. The other arguments are
-    those of `token_timestamps`.
+    What each token of a finished text attends to, by one evaluation of the decoder under any attention implementation:
+    probabilities (B, A, W, T) over each row's own frames, in fp32, of A heads `(layer, head)`. A causal decoder's are
+    read in the row that says the token, the one before its own, as Whisper reads them (arXiv 2212.04356's release); on
+    a canvas, where all tokens are visible, in the token's own row. The other arguments are those of
+    `token_timestamps`.
     """
-    weights = cross_attention_weights(model, heads, input_ids, visible, encoder_outputs)
-    first = starts - 1 if model.config.decoder_config.is_causal else starts
+    read, mask = model.cross_attention(input_ids, visible, encoder_outputs, {layer for layer, _ in heads})
+    config, scores = model.config.decoder_config, []
+    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    for layer, head in heads:
+        queries, keys = read[layer]
+        query = queries[..., head * size : (head + 1) * size]
+        scores.append(one_thread_product(query, keys[:, head // group].transpose(0, 2, 1)) * size**-0.5)
+    scores = np.stack(scores, axis=1)
+    if mask is not None:
+        scores = np.where(mask.astype(bool)[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    first = starts - 1 if config.is_causal else starts
     places = np.minimum(first[:, None] + np.arange(is_token.shape[1]), input_ids.shape[1] - 1)
     return np.take_along_axis(weights, places[:, None, :, None], axis=2)
 
@@ -283,6 +262,7 @@ def token_timestamps(
     When each committed token was spoken, from one more evaluation of the decoder.
 
     Args:
+        model: what has `cross_attention`, see [`GenerationMixin`].
         sequences (`np.ndarray` of shape (B, W)): the text and its end.
         is_token (`np.ndarray` of shape (B, W)): False for padding.
         input_ids (`np.ndarray` of shape (B, S)): prompt and text, or canvas, as the decoder reads them.
@@ -334,7 +314,6 @@ def token_timestamps(
 __all__ = [
     "align_row",
     "check_alignment_heads",
-    "cross_attention_weights",
     "frame_duration_s",
     "token_attention",
     "token_timestamps",
