@@ -1,5 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""The paper's decoding: a canvas that is filled in a few steps, its record, and what the decoder reads beside it."""
+"""The paper's decoding: a canvas that is filled in a few steps, and its record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,34 +108,11 @@ def draw_noise(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
-class OpenRows:
-    """
-    What the decoder reads of the rows that are not finished: prompts and encoder outputs, made narrower as rows
-    finish, so that a batch costs little more than its rows do.
-
-    Attributes:
-        rows (`torch.LongTensor` of shape (R,)): places in the batch of the open rows, and of a few finished ones.
-        prompt_ids (`torch.LongTensor` of shape (R, P)).
-        encoder_outputs ([`MDMASREncoderOutput`]): of R rows.
-    """
-
-    def __init__(self, prompt_ids: torch.LongTensor, encoder_outputs: MDMASREncoderOutput):
-        self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
-        self.prompt_ids, self.encoder_outputs = prompt_ids, encoder_outputs
-
-    def narrow(self, is_open: torch.BoolTensor) -> None:
-        """Drops the rows that are not open (B,) any more, if they are enough."""
-        kept = is_open[self.rows].nonzero().squeeze(-1)
-        if len(self.rows) - len(kept) < DROPPED_SHARE * len(self.rows):
-            return
-        self.rows, self.prompt_ids = self.rows[kept], self.prompt_ids[kept]
-        self.encoder_outputs = take_rows(self.encoder_outputs, kept)
-
-
 def denoise(
     model: Any,
     canvas: Canvas,
-    open_rows: OpenRows,
+    prompt_ids: torch.LongTensor,
+    encoder_outputs: MDMASREncoderOutput,
     settings: MDMASRGenerationConfig,
     lengths: list[int],
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -144,22 +121,27 @@ def denoise(
 ) -> None:
     """
     Steps, in place, until every row of the canvas is finished (arXiv 2602.18952); a row's last step, by
-    `max_denoising_steps`, commits all it has open. `lengths` (B,) are the canvases'.
+    `max_denoising_steps`, commits all it has open. `prompt_ids` (B, P) and `encoder_outputs`, of B rows, are what the
+    decoder reads beside the canvases, and `lengths` (B,) are theirs.
     """
     sampler, temperature = settings.sampler, settings.temperatures[0]
     noisy = temperature > 0 or sampler.needs_noise
     candidates = canvas.open_positions()
+    # The rows that the decoder reads: open ones and few others, so that a batch costs little more than they do.
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
     while model._any_unfinished(candidates.any(), synced_gpus):
         if not synced_gpus:
-            open_rows.narrow(candidates.any(dim=-1))
-        rows, prompt_ids = open_rows.rows, open_rows.prompt_ids
+            kept = candidates.any(dim=-1)[rows].nonzero().squeeze(-1)
+            if len(rows) - len(kept) >= DROPPED_SHARE * len(rows):
+                rows, prompt_ids = rows[kept], prompt_ids[kept]
+                encoder_outputs = take_rows(encoder_outputs, kept)
         # The output layer is as wide as the vocabulary: it is spared for all positions but the open ones.
         outputs = model(
             decoder_input_ids=torch.cat([prompt_ids, canvas.tokens[rows]], dim=-1),
             decoder_attention_mask=torch.cat(
                 [torch.ones_like(prompt_ids, dtype=torch.bool), canvas.mask[rows]], dim=-1
             ),
-            encoder_outputs=open_rows.encoder_outputs,
+            encoder_outputs=encoder_outputs,
             logits_to_keep=candidates[rows],
         )
         logits = outputs.logits.float()
@@ -180,4 +162,4 @@ def denoise(
             streamer.put_draft(value=canvas.tokens.cpu())
 
 
-__all__ = ["Canvas", "OpenRows", "denoise", "draw_noise"]
+__all__ = ["Canvas", "denoise", "draw_noise"]

@@ -10,7 +10,7 @@ import torch
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .canvas_mdm_asr import Canvas, OpenRows, denoise
+from .canvas_mdm_asr import Canvas, denoise
 from .decoder_mdm_asr import DraftingCache, entropy
 from .drafting_mdm_asr import DraftTree, to_numpy
 from .encoder_mdm_asr import MDMASREncoderOutput, take_rows
@@ -220,8 +220,8 @@ class MDMASRGenerationMixin(GenerationMixin):
             eos_token_id=self.config.eos_token_id,
             has_speech=torch.from_numpy(batch.has_speech).to(device),
         )
-        open_rows = OpenRows(prompt_ids, batch.encoder_outputs)
-        denoise(self, canvas, open_rows, settings, lengths, generator, batch.streamer, batch.synced_gpus)
+        inputs = prompt_ids, batch.encoder_outputs
+        denoise(self, canvas, *inputs, settings, lengths, generator, batch.streamer, batch.synced_gpus)
         if num_full := canvas.num_full():
             logger.warning(
                 f"{num_full} of {len(canvas.tokens)} canvases of up to {canvas.tokens.shape[1]} tokens filled up "
