@@ -13,7 +13,6 @@ from mdm_asr_hf.drafting_mdm_asr import (
     DraftAllowance,
     DraftTree,
     Hypothesis,
-    Remainder,
     choose_tokens,
     cut_drafts,
     entropy_bounded_length,
@@ -195,13 +194,11 @@ def test_a_hypothesis_proposes_what_is_left_and_its_end():
         ([4, 5, 6], [4, 5, 6], []),
         ([], [4, 5, 6], []),
     ]:
-        remainder = Remainder(draft)
+        one_by_one, at_once = Hypothesis(draft, eos_token_id=0), Hypothesis(draft, eos_token_id=0)
         for token_id in committed:
-            remainder.advance([token_id])
-        assert remainder.rest() == rest
-        at_once = Remainder(draft)
+            one_by_one.advance([token_id])
         at_once.advance(committed)
-        assert at_once.rest() == rest
+        assert one_by_one.propose(9) == at_once.propose(9) == [*rest, 0]
 
     draft = Hypothesis([4, 5, 6, 7], eos_token_id=0)
     assert draft.propose(3) == [4, 5, 6]

@@ -275,61 +275,40 @@ def one_thread_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.concatenate(blocks, axis=-2)
 
 
-class Remainder:
+class Hypothesis:
     """
-    What of a draft is left behind the committed text: the prefix of the draft that is nearest to that text, in edit
-    distance, is cut off.
+    What one row's text may turn out to be. Behind the committed text, what is left of it is proposed: the prefix that
+    is nearest to that text, in edit distance, is cut off.
 
     Args:
-        draft (`list[int]`): N token ids.
+        ids (`list[int]`): its N tokens, without an end of text.
+        eos_token_id (`int`): the end of text, which is proposed behind the last of them.
     """
 
-    def __init__(self, draft: Sequence[int]):
-        self.draft = draft
-        self._ids = np.array(draft, dtype=np.int64)
-        self._places = np.arange(len(draft) + 1)
-        # Edit distances (N + 1,) of the committed text to every prefix of the draft.
+    def __init__(self, ids: Sequence[int], eos_token_id: int):
+        self._ids, self._eos_token_id = np.array(ids, dtype=np.int64), eos_token_id
+        self._places = np.arange(len(ids) + 1)
+        # Edit distances (N + 1,) of the committed text to every prefix of the hypothesis.
         self._distances = self._places.copy()
         self._last: int | None = None
 
-    def advance(self, committed: Sequence[int]) -> None:
+    def advance(self, token_ids: Sequence[int]) -> None:
         """Takes note of the tokens that were committed since."""
-        for token_id in committed:
+        for token_id in token_ids:
             self._last = token_id
             changed = self._distances[:-1] + (self._ids != token_id)
             row = np.concatenate([self._distances[:1] + 1, np.minimum(changed, self._distances[1:] + 1)])
             # Insertions: the least of what stands to the left, a step for each place.
             self._distances = np.minimum.accumulate(row - self._places) + self._places
 
-    def rest(self) -> Sequence[int]:
-        """The draft behind its prefix. Of several, the longest one if it ends as the text does, else the shortest."""
-        if self._last is None:
-            return self.draft
+    def propose(self, limit: int) -> list[int]:
+        """The next tokens, `limit` of them at most, behind the nearest prefix: of several, the longest one if it ends
+        as the text does, else the shortest. Behind the last of all comes the end of text."""
         nearest = np.flatnonzero(self._distances == self._distances.min())
         longest = int(nearest[-1])
         ends_alike = longest > 0 and self._ids[longest - 1] == self._last
-        return self.draft[longest if ends_alike else int(nearest[0]) :]
-
-
-class Hypothesis:
-    """
-    What one row's text may turn out to be.
-
-    Args:
-        ids (`list[int]`): its tokens, without an end of text.
-        eos_token_id (`int`): the end of text, which is proposed behind the last of them.
-    """
-
-    def __init__(self, ids: Sequence[int], eos_token_id: int):
-        self._remainder, self._eos_token_id = Remainder(ids), eos_token_id
-
-    def advance(self, token_ids: Sequence[int]) -> None:
-        """Takes note of committed tokens."""
-        self._remainder.advance(token_ids)
-
-    def propose(self, limit: int) -> list[int]:
-        """The next tokens, `limit` of them at most; behind the last of all comes the end of text."""
-        return [*self._remainder.rest()[:limit], self._eos_token_id][:limit]
+        rest = self._ids[longest if ends_alike else int(nearest[0]) :]
+        return [*rest[:limit].tolist(), self._eos_token_id][:limit]
 
 
 __all__ = [
@@ -338,7 +317,6 @@ __all__ = [
     "DraftTree",
     "Drafts",
     "Hypothesis",
-    "Remainder",
     "choose_tokens",
     "cut_drafts",
     "entropy_bounded_length",
