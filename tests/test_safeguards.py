@@ -14,13 +14,12 @@ from mdm_asr_hf.encoder_mdm_asr import MDMASREncoderOutput
 from mdm_asr_hf.safeguards_mdm_asr import (
     compression_ratio,
     is_loop,
-    is_refused,
     is_suspicious,
-    longest_repetition,
     loop_length,
     mean_log_prob,
     no_speech_probability,
     repeats_itself,
+    repetitions,
 )
 
 EOS, PAD, NO_SPEECH = 1, 2, 59
@@ -44,25 +43,22 @@ def test_compression_is_measured_as_transformers_does_and_probabilities_by_hand(
     assert mean_log_prob([-1.0, -2.0, -0.5]) == pytest.approx(-3.5 / 3) and mean_log_prob([]) == 0
     logits = torch.tensor([[0.0, math.log(3), -torch.inf], [0.0, 0.0, 0.0]], dtype=torch.float16)
     assert no_speech_probability(logits.numpy(), 1) == pytest.approx([3 / 4, 1 / 3], abs=1e-3)
-    # Refused: it repeats itself, or is improbable.
-    assert is_refused(True, -0.1, -1.0) and is_refused(False, -1.1, -1.0) and is_refused(True, 0.0, None)
-    assert not is_refused(False, -1.0, -1.0) and not is_refused(False, -9.0, None)
 
 
 @each(
-    "ids, length, times",
+    "ids, phrases",
     [
-        ([], 0, 1),
-        ([5, 6, 7], 0, 1),
-        ([5, 5], 1, 2),
-        ([9, 5, 6, 5, 6, 5, 6, 8], 2, 3),
-        # Of two, the one that covers more; a part of a phrase does not count.
-        ([1, 1, 1, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6], 4, 2),
-        ([5, 6, 9, 5, 6], 0, 1),
+        ([], []),
+        ([5, 6, 7], []),
+        ([5, 5], [(1, 2)]),
+        ([9, 5, 6, 5, 6, 5, 6, 8], [(2, 3)]),
+        # A part of a phrase does not count.
+        ([1, 1, 1, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6], [(1, 3), (4, 2)]),
+        ([5, 6, 9, 5, 6], []),
     ],
 )
-def test_phrases_that_follow_themselves(ids, length, times):
-    assert longest_repetition(ids) == (length, times)
+def test_phrases_that_follow_themselves(ids, phrases):
+    assert list(repetitions(ids)) == phrases
 
 
 @each(

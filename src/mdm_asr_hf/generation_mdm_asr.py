@@ -19,7 +19,7 @@ from .drafting_mdm_asr import Hypothesis, to_numpy
 from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
 from .prompt_mdm_asr import build_prompt_ids, settle_languages
-from .safeguards_mdm_asr import is_refused, is_suspicious, loop_length, mean_log_prob, repeats_itself
+from .safeguards_mdm_asr import is_suspicious, loop_length, mean_log_prob, repeats_itself
 from .sampling_mdm_asr import make_sampler
 from .verified_decoding_mdm_asr import VerifiedDecoder, VerifiedText
 
@@ -460,7 +460,8 @@ class GenerationMixin:
         for row in range(len(decoded)):
             repeats = self._repeats(text, row, settings)
             repeats = repeats or (is_own and bound is not None and is_suspicious(text.decoded_ids(row)))
-            refused.append(is_refused(repeats, mean_log_prob(text.row_log_probs(row)), log_prob_bound))
+            is_improbable = log_prob_bound is not None and mean_log_prob(text.row_log_probs(row)) < log_prob_bound
+            refused.append(repeats or is_improbable)
         return np.array(refused) & decoded & ~self._silent(text, settings)
 
     def _silent(self, text: VerifiedText, settings: MDMASRGenerationConfig) -> np.ndarray:

@@ -42,16 +42,10 @@ def repetitions(token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
             yield length, times
 
 
-def longest_repetition(token_ids: Sequence[int]) -> tuple[int, int]:
-    """Of the phrases that follow themselves in a text, the one that covers the most tokens: its length, and how often
-    it comes in a row. (0, 1) if none does."""
-    return max(repetitions(token_ids), key=math.prod, default=(0, 1))
-
-
 def is_suspicious(token_ids: Sequence[int]) -> bool:
-    """Whether a phrase comes three times in a row, or one of four tokens or more twice: people do speak so, but a
-    decoder whose encoder lacks silence does it oftener."""
-    length, times = longest_repetition(token_ids)
+    """Whether of the phrases that follow themselves the one that covers the most tokens comes three times in a row, or
+    is of four tokens or more: people do speak so, but a decoder whose encoder lacks silence does it oftener."""
+    length, times = max(repetitions(token_ids), key=math.prod, default=(0, 1))
     return times >= 3 or (times == 2 and length >= 4)
 
 
@@ -79,11 +73,6 @@ def repeats_itself(token_ids: Sequence[int], vocab_size: int, compression_ratio_
     return compression_ratio(token_ids, vocab_size) > compression_ratio_threshold or is_loop(token_ids)
 
 
-def is_refused(repeats: bool, log_prob: float, logprob_threshold: float | None) -> bool:
-    """Whether a text should be decoded anew: it repeats itself, or the donor is unsure of it."""
-    return repeats or (logprob_threshold is not None and log_prob < logprob_threshold)
-
-
 def no_speech_probability(logits: Any, no_speech_token_id: int) -> np.ndarray:
     """
     The donor's probability (R,) of <|nospeech|> by its logits (R, V) behind the start of the prompt. Above
@@ -99,9 +88,7 @@ __all__ = [
     "NO_SAFEGUARDS",
     "compression_ratio",
     "is_loop",
-    "is_refused",
     "is_suspicious",
-    "longest_repetition",
     "loop_length",
     "mean_log_prob",
     "no_speech_probability",
