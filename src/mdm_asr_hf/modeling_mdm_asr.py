@@ -365,17 +365,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
                 torch.ones(len(targets), device=logits.device) if timesteps is None else timesteps.to(logits.device)
             )
             loss = masked_diffusion_loss(logits, targets, masked, loss_weight(times), canvas_mask)
-        return MDMASROutput(
-            loss=loss,
-            logits=logits,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            draft_hidden_states=outputs.draft_hidden_states,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return MDMASROutput(loss=loss, logits=logits, **others)
 
     def _read_logits(self, hidden_states: torch.Tensor, logits_to_keep: int | torch.BoolTensor) -> torch.Tensor:
         """
@@ -457,14 +448,8 @@ class MDMASRForConditionalGeneration(MDMASRPreTrainedModel, MDMASRGenerationMixi
         if is_sound is not None:
             # Labels with holes, which a GPU reports no other way: the trainer stops at the NaN.
             loss = torch.where(is_sound, loss, torch.nan)
-        return MDMASROutput(
-            loss=loss,
-            logits=result.logits,
-            step_losses=result.step_losses,
-            step_accuracies=result.step_accuracies,
-            canvases=result.canvases,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-        )
+        frames = encoder_outputs.last_hidden_state
+        return MDMASROutput(**{**vars(result), "loss": loss}, encoder_last_hidden_state=frames)
 
     def _drafting_forward(
         self, labels, prompt_ids, encoder_outputs, decoder_input_ids, teacher, objective, generator, kwargs
