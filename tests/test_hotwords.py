@@ -26,7 +26,7 @@ V = 12
 
 
 def state_of(automaton, text, row=0):
-    state = automaton.start(row)
+    state = automaton.roots[row]
     for token in text:
         state = automaton.advance(state, token)
     return state
@@ -48,7 +48,7 @@ def build(*words, batch_size=1):
 
 def test_states_and_failure_links():
     automaton = build([3, 4, 5], [4, 6, 7])
-    root = automaton.start(0)
+    root = automaton.roots[0]
     states = [state_of(automaton, text) for text in ([], [3], [3, 4], [3, 4, 5], [4], [4, 6], [4, 6, 7])]
     assert len(set(states)) == len(states)
     assert state_of(automaton, [9]) == state_of(automaton, [6]) == state_of(automaton, [3, 5]) == root
@@ -127,16 +127,16 @@ def test_overlapping_words_and_rows_with_words_of_their_own():
 
     lists = [[[3, 4]], [], [[5]]]
     automaton = HotwordAutomaton.build(lists, 3, V)
-    assert len({automaton.start(row) for row in range(3)}) == 3
+    assert len(set(automaton.roots)) == 3
     assert [raised(automaton, [3], row) for row in range(3)] == [{3: 0.5, 4: 2.0}, {}, {5: 1.0}]
     taken = automaton.take_rows([2, 0, 0])
-    assert [taken.start(row) for row in range(3)] == [automaton.start(row) for row in (2, 0, 0)]
+    assert taken.roots == [automaton.roots[row] for row in (2, 0, 0)]
     # States stay what they are.
-    assert taken.advance(taken.start(1), 3) == automaton.advance(automaton.start(0), 3)
+    assert taken.advance(taken.roots[1], 3) == automaton.advance(automaton.roots[0], 3)
     shared = HotwordAutomaton.build([[3, 4]], 3, V)
-    assert shared.start(0) == shared.start(2)
+    assert shared.roots[0] == shared.roots[2]
     same = HotwordAutomaton.build([lists[0]] * 3, 3, V)
-    assert same.start(0) == same.start(2) and raised(same, [3], 2) == {3: 0.5, 4: 2.0}
+    assert same.roots[0] == same.roots[2] and raised(same, [3], 2) == {3: 0.5, 4: 2.0}
 
 
 def slow_definition(words, letters, text):

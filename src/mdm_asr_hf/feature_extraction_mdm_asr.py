@@ -87,10 +87,6 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
         """Whether the features are the samples themselves, as wav2vec 2.0 takes them."""
         return self.frontend.model_input_names[0] == "input_values"
 
-    @property
-    def _is_whisper(self) -> bool:
-        return isinstance(self.frontend, WhisperFeatureExtractor)
-
     def __call__(
         self,
         raw_speech: Any,
@@ -129,7 +125,8 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
         clips = self._check_clips(raw_speech)
         num_samples = self._padded_num_samples([len(c) for c in clips], padding, max_length, pad_to_multiple_of)
         # Each clip goes alone: what the stock extractors do at the end of a clip depends on the batch around it.
-        extract = self._extract_whisper if self._is_whisper else self._extract_other
+        is_whisper = isinstance(self.frontend, WhisperFeatureExtractor)
+        extract = self._extract_whisper if is_whisper else self._extract_other
         # Under autocast, a log-mel would have the three digits of its half precision.
         with torch.autocast(torch.device(kwargs.get("device") or "cpu").type, enabled=False):
             features, num_valid_frames, silences = zip(*(extract(clip, kwargs) for clip in clips), strict=True)
@@ -139,7 +136,8 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
                     f"Clip {i} gives features that are not finite with {type(self.frontend).__name__}. Is it audio?"
                 )
 
-        num_frames = max(self._num_frames(num_samples), *(len(f) for f in features))
+        least = math.ceil(num_samples * self.frames_per_s / self.sampling_rate)
+        num_frames = max(least, *map(len, features))
         batch = np.stack(
             [_pad_frames(one, num_frames, silence) for one, silence in zip(features, silences, strict=True)]
         )
@@ -217,9 +215,6 @@ class MDMASRFeatureExtractor(SequenceFeatureExtractor):
         if pad_to_multiple_of:
             num_samples = math.ceil(num_samples / pad_to_multiple_of) * pad_to_multiple_of
         return num_samples
-
-    def _num_frames(self, num_samples: int) -> int:
-        return math.ceil(num_samples * self.frames_per_s / self.sampling_rate)
 
     def _extract_whisper(self, clip: np.ndarray, kwargs: dict[str, Any]) -> tuple[np.ndarray, int, float]:
         """One clip's features (T, mel bins), how many of these frames are the clip's, and the value of silence."""

@@ -107,7 +107,7 @@ class HotwordAutomaton:
     The Aho-Corasick automata of a batch in one; states are numbered through.
 
     Attributes:
-        roots (`list[int]` of length B): the state of each row in which no word has begun.
+        roots (`list[int]` of length B): the state of each row's empty text, in which no word has begun.
     """
 
     roots: list[int]
@@ -157,10 +157,6 @@ class HotwordAutomaton:
                 states[child].failure = self.advance(states[state].failure, token)
                 queue.append(child)
         return root
-
-    def start(self, row: int) -> int:
-        """The state of a row's empty text."""
-        return self.roots[row]
 
     def advance(self, state: int, token: int) -> int:
         """The state of a text with one more token."""

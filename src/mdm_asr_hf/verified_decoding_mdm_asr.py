@@ -188,7 +188,7 @@ class VerifiedDecoder:
         self.states = [0] * len(limits)
         if hotwords is not None:
             for row in range(len(limits)):
-                self.states[row] = hotwords.start(row)
+                self.states[row] = hotwords.roots[row]
                 self._advance_hotwords(row, text.text_ids(row))
 
     def run(self, show: Callable[[list[list[int]], list[int]], None] | None = None) -> None:
