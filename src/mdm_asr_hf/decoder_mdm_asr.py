@@ -51,10 +51,6 @@ class DraftingCache:
         self.num_keys = 0
         self._rows = torch.arange(num_rows, device=device)[:, None]
 
-    @property
-    def padding_slot(self) -> int:
-        return self.keys.shape[2] - 1
-
     def place(self, slots: torch.LongTensor, num_keys: int) -> None:
         """The next evaluation's causal rows stand at `slots` (R, Q), and the first `num_keys` slots are looked at."""
         self.slots, self.num_keys = slots, num_keys

@@ -35,6 +35,8 @@ class TorchSteps:
         self.encoder_outputs = encoder_outputs
         if not np.array_equal(rows, np.arange(len(frames))):
             self.encoder_outputs = take_rows(encoder_outputs, self._tensor(rows))
+        # The cache has one more slot, which takes what is padding.
+        self.padding_slot = num_slots
         self.cache = DraftingCache(
             config.num_hidden_layers,
             (len(rows), config.num_key_value_heads, num_slots, config.head_dim),
@@ -46,11 +48,6 @@ class TorchSteps:
     @property
     def num_rows(self) -> int:
         return self.cache.keys.shape[1]
-
-    @property
-    def padding_slot(self) -> int:
-        """The slot that takes what is padding."""
-        return self.cache.padding_slot
 
     def verify(self, tree: DraftTree, columns: np.ndarray) -> Any:
         """
