@@ -1,11 +1,12 @@
 """What a caller can give beside the audio: earlier text, a beginning, a hypothesis; and several samples."""
 
+import numpy as np
 import pytest
 import torch
 from tables import each
 from tiny_models import PAD, START, generate, tiny_drafts_model, tiny_inputs, tiny_model
 
-from mdm_asr_hf.confidence_mdm_asr import utterance_confidence
+from mdm_asr_hf.generation_mdm_asr import utterance_confidence
 
 SECONDS = (1.0, 0.6, 0.35)
 
@@ -81,6 +82,11 @@ def test_previous_text_stands_before_the_prompt():
 
 
 # --- several samples ---
+
+
+def test_an_utterance_has_the_geometric_mean_of_its_tokens_confidences():
+    confidence = np.array([[0.5, 0.25, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert utterance_confidence(confidence) == [pytest.approx(0.0625 ** (1 / 3)), None]
 
 
 @each("make", [tiny_model, tiny_drafts_model])

@@ -6,6 +6,7 @@ done in NumPy, by what PyTorch's models and ONNX Runtime's share.
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from .alignment_mdm_asr import check_alignment_heads, token_timestamps
-from .confidence_mdm_asr import utterance_confidence
 from .drafting_mdm_asr import Hypothesis, to_numpy
 from .generation_configuration_mdm_asr import CANVAS_SETTINGS, DRAFT_SETTINGS, MDMASRGenerationConfig
 from .hotwords_mdm_asr import HotwordAutomaton
@@ -87,6 +87,17 @@ class GenerateOutput:
     languages: list[str] | None = None
     token_timestamps: Any = None
     no_speech: Any = None
+
+
+def utterance_confidence(confidence: Any) -> list[float | None]:
+    """
+    Confidence of each utterance: the geometric mean of its tokens' confidences (B, W), its end of text included. None
+    for one that nothing was decoded of.
+    """
+    # Every committed token has a probability above 0. Padding, and the end of text a row without speech is given, have
+    # 0.
+    rows = [[one for one in row if one > 0] for row in confidence.tolist()]
+    return [math.exp(sum(map(math.log, row)) / len(row)) if row else None for row in rows]
 
 
 def _best_first(output: GenerateOutput, num_samples: int) -> GenerateOutput:
@@ -716,4 +727,4 @@ class GenerationMixin:
         return has_speech, inside | ~has_speech[:, None] if has_mask else None
 
 
-__all__ = ["Batch", "GenerateOutput", "GenerationMixin", "Read"]
+__all__ = ["Batch", "GenerateOutput", "GenerationMixin", "Read", "utterance_confidence"]

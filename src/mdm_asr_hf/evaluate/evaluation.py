@@ -18,11 +18,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audio_mdm_asr import DURATION_TOLERANCE_S, load_audio
-from ..confidence_mdm_asr import utterance_confidence
 from ..cores import num_cores
 from ..data.sources import Source
 from ..encoding_mdm_asr import json_text
 from ..generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
+from ..generation_mdm_asr import utterance_confidence
 from ..int8 import is_int8
 from ..prompt_mdm_asr import AUTO, prompt_values
 from ..transcribe.joining import DecodedWindow, join_windows, keep_once

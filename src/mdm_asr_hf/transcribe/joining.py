@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..confidence_mdm_asr import utterance_confidence
+from ..generation_mdm_asr import utterance_confidence
 from .transcript import UNSPACED, Segment, Transcript, group_words, round_seconds, round_share, word_runs
 from .windows import Window
 

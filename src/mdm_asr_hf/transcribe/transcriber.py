@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..audio_mdm_asr import AudioStream
-from ..confidence_mdm_asr import utterance_confidence
 from ..encoding_mdm_asr import check_unicode
 from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
+from ..generation_mdm_asr import utterance_confidence
 from ..prompt_mdm_asr import prompt_values
 from .joining import DecodedWindow, join_parts, join_windows
 from .transcript import Transcript, text_length, token_texts
