@@ -168,16 +168,14 @@ class MDMASRGenerationConfig(GenerationConfig):
         unset = {name for name in optional if getattr(self, name) is None}
         counts = {"canvas_length", "max_new_tokens", "draft_length", "max_denoising_steps", "max_length"}
         for name in sorted((counts | {"num_return_sequences"}) - unset):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+            check_number(name, getattr(self, name), lowest=1, is_integer=True)
         numbers = {"canvas_tokens_per_s", "canvas_extra_tokens", "min_duration_s", "hotword_boost", "max_window_s"}
         for name in sorted(numbers - unset):
-            _check_finite(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         if not self.temperatures:
             raise ValueError("`temperature` is an empty list. Set it to 0 for the most probable text.")
         for value in self.temperatures:
-            _check_finite("temperature", value)
+            check_number("temperature", value)
         for name in ("no_speech_threshold", "logprob_threshold", "compression_ratio_threshold"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
@@ -201,9 +199,12 @@ class MDMASRGenerationConfig(GenerationConfig):
         raise NotImplementedError("MDM-ASR has a `generate` of its own, and no generation mode of transformers'.")
 
 
-def _check_finite(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
+def check_number(name: str, value: Any, lowest: float = 0, is_integer: bool = False) -> float:
+    """Returns the value of a setting, or raises ValueError: no finite number, or integer, of at least `lowest`."""
+    kind, types = ("an integer", int) if is_integer else ("a finite number", (int, float))
+    if not isinstance(value, types) or isinstance(value, bool) or not lowest <= value < math.inf:
+        raise ValueError(f"`{name}` must be {kind} of at least {lowest:g}, got {value!r}.")
+    return value
 
 
-__all__ = ["MDMASRGenerationConfig"]
+__all__ = ["MDMASRGenerationConfig", "check_number"]

@@ -21,7 +21,7 @@ from ..audio_mdm_asr import DURATION_TOLERANCE_S, load_audio
 from ..cores import num_cores
 from ..data.sources import Source
 from ..encoding_mdm_asr import json_text
-from ..generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig
+from ..generation_configuration_mdm_asr import BRANCHES, MDMASRGenerationConfig, check_number
 from ..generation_mdm_asr import utterance_confidence
 from ..int8 import is_int8
 from ..prompt_mdm_asr import AUTO, prompt_values
@@ -120,8 +120,7 @@ def measure_batch_1(
 
 
 def _batches(data: EvaluationData, batch_size: int) -> list[list[int]]:
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    check_number("batch_size", batch_size, lowest=1, is_integer=True)
     # Longest first: what does not fit into memory shows at once.
     order = sorted(range(len(data)), key=lambda i: (-data.rows[i]["duration_s"], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

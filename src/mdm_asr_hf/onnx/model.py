@@ -17,7 +17,7 @@ import numpy as np
 
 from ..cores import free_cores
 from ..drafting_mdm_asr import DraftTree, to_numpy
-from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
+from ..generation_configuration_mdm_asr import MDMASRGenerationConfig, check_number
 from ..generation_mdm_asr import GenerationMixin
 
 # What is in a folder.
@@ -478,8 +478,7 @@ def session_options(num_threads: int) -> Any:
     """The `onnxruntime.SessionOptions` that a model's graphs run with."""
     import onnxruntime
 
-    if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
-        raise ValueError(f"`num_threads` must be an integer of at least 1, got {num_threads!r}.")
+    check_number("num_threads", num_threads, lowest=1, is_integer=True)
     options = onnxruntime.SessionOptions()
     # Each graph has threads of its own, which by default go on spinning for a while after a run and keep the other
     # graph's and PyTorch's from the cores: a tenth to a third of the time of a clip.

@@ -15,7 +15,7 @@ import numpy as np
 import soxr
 
 from ..audio_mdm_asr import Downmix, check_rate, to_mono_float32
-from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
+from ..generation_configuration_mdm_asr import MDMASRGenerationConfig, check_number
 from ..prompt_mdm_asr import prompt_values
 from ..safeguards_mdm_asr import repeats_itself
 from .transcript import UNSPACED, Word, group_words, round_seconds, token_texts, word_runs
@@ -64,11 +64,10 @@ class StreamingPolicy:
     context_s: float = 2.0
 
     def __post_init__(self):
-        if type(self.agreement) is not int or self.agreement < 1:
-            raise ValueError(f"`agreement` must be an integer of at least 1, got {self.agreement!r}.")
-        _check_seconds("first_step_s", self.first_step_s, FRAME_S)
+        check_number("agreement", self.agreement, lowest=1, is_integer=True)
+        check_number("first_step_s", self.first_step_s, lowest=FRAME_S)
         for name in ("margin_s", "min_confidence", "max_wait_s", "pause_s", "pre_roll_s", "context_s"):
-            _check_seconds(name, getattr(self, name), 0)
+            check_number(name, getattr(self, name))
 
 
 @dataclass
@@ -255,12 +254,12 @@ class StreamingTranscriber:
         self._partial_settings.logprob_threshold = None
         self.rate_hz = int(processor.feature_extractor.sampling_rate)
         self.frame_size = round(self.rate_hz * FRAME_S)
-        self.step_frames = round(_check_seconds("step_s", step_s, FRAME_S) / FRAME_S)
+        self.step_frames = round(check_number("step_s", step_s, lowest=FRAME_S) / FRAME_S)
         self.first_step_frames = min(round(self.policy.first_step_s / FRAME_S), self.step_frames)
         if max_window_s is None:
             max_window_s = min(MAX_WINDOW_S, getattr(self.settings, "max_window_s", None) or MAX_WINDOW_S)
         shortest = max(2.0, self.policy.context_s + self.policy.margin_s + 2 * step_s)
-        self.max_window_s = _check_seconds("max_window_s", max_window_s, shortest)
+        self.max_window_s = check_number("max_window_s", max_window_s, lowest=shortest)
         longest = getattr(processor.feature_extractor, "max_duration_s", None)
         if longest is not None and self.max_window_s + step_s > longest:
             raise ValueError(
@@ -524,12 +523,6 @@ class StreamingTranscriber:
         merged.latency_s = round(sum(update.latency_s for update in updates), 6)
         merged.nfe = sum(update.nfe for update in updates)
         return merged
-
-
-def _check_seconds(name: str, value: Any, lowest: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not lowest <= value < math.inf:
-        raise ValueError(f"`{name}` must be a number of seconds of at least {lowest:g}, got {value!r}.")
-    return float(value)
 
 
 __all__ = ["EnergyGate", "StreamUpdate", "StreamingPolicy", "StreamingTranscriber"]

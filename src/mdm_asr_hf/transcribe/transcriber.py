@@ -15,7 +15,7 @@ import numpy as np
 
 from ..audio_mdm_asr import AudioStream
 from ..encoding_mdm_asr import check_unicode
-from ..generation_configuration_mdm_asr import MDMASRGenerationConfig
+from ..generation_configuration_mdm_asr import MDMASRGenerationConfig, check_number
 from ..generation_mdm_asr import utterance_confidence
 from ..prompt_mdm_asr import prompt_values
 from .joining import DecodedWindow, join_parts, join_windows
@@ -84,8 +84,7 @@ class Transcriber:
         self.settings = copy.deepcopy(settings if settings is not None else model.generation_config)
         self.settings.return_dict_in_generate = True
         self.settings.validate()
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        check_number("batch_size", batch_size, lowest=1, is_integer=True)
         self.batch_size, self.timestamps = batch_size, timestamps
         extractor = processor.feature_extractor
         self.rate_hz = extractor.sampling_rate
