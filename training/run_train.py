@@ -28,7 +28,7 @@ from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor, __versio
 from mdm_asr_hf.data.augmentation import Augmenter
 from mdm_asr_hf.data.sources import MAX_BAD_SHARE, describe_skipped
 from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
-from mdm_asr_hf.train.collator import DataCollatorForMDMASR, load_sources, max_label_tokens
+from mdm_asr_hf.train.collator import DataCollatorForMDMASR, load_sources
 from mdm_asr_hf.train.distillation import train_drafts
 from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments, setting
 
@@ -229,7 +229,8 @@ def main(argv: list[str]) -> dict:
             processor,
             language_column=language_column,
             augment=augment,
-            max_label_tokens=max_label_tokens(config, len(template["tokens"])),
+            # What a canvas holds behind the prompt.
+            max_label_tokens=config.decoder_config.max_position_embeddings - len(template["tokens"]),
             seed=arguments.seed,
             **bad_rows,
             **slots,

@@ -353,11 +353,6 @@ class DataCollatorForMDMASR:
         return int(counts[COUNTED.index(what)])
 
 
-def max_label_tokens(config: Any, prompt_length: int) -> int:
-    """Longest label, its end of text included, that a canvas behind a prompt of `prompt_length` tokens can hold."""
-    return config.decoder_config.max_position_embeddings - prompt_length
-
-
 def row_name(row: dict[str, Any], index: int) -> str:
     """What to call a row in a message: where it stands, and the file it is about, as far as known."""
     if "parts" in row:
@@ -372,4 +367,4 @@ def row_name(row: dict[str, Any], index: int) -> str:
     return name
 
 
-__all__ = ["DataCollatorForMDMASR", "SecondsBatchSampler", "SecondsBatches", "load_sources", "max_label_tokens"]
+__all__ = ["DataCollatorForMDMASR", "SecondsBatchSampler", "SecondsBatches", "load_sources"]
