@@ -31,14 +31,19 @@ def compression_ratio(token_ids: Sequence[int], vocab_size: int) -> float:
     return len(raw) / len(zlib.compress(raw)) if raw else 0.0
 
 
+def same_runs(items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
+    """For each n, how many tokens or words in a row are the same as the one n before them: the lengths of such
+    stretches."""
+    items = np.asarray(items)
+    for n in range(1, len(items) // 2 + 1):
+        ends = np.concatenate([[True], items[n:] != items[:-n], [True]])
+        yield n, np.diff(np.flatnonzero(ends)) - 1
+
+
 def repetitions(token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The lengths of the phrases that follow themselves in a text, and how often each comes in a row, at most."""
-    ids = np.asarray(token_ids)
-    for length in range(1, len(ids) // 2 + 1):
-        is_same = ids[length:] == ids[:-length]
-        # The longest stretch of tokens that are as those a phrase before.
-        ends = np.flatnonzero(np.concatenate([[True], ~is_same, [True]]))
-        if (times := int(np.diff(ends).max() - 1) // length + 1) > 1:
+    for length, runs in same_runs(token_ids):
+        if (times := int(runs.max()) // length + 1) > 1:
             yield length, times
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from ..data.manifests import parse_line
+from ..safeguards_mdm_asr import same_runs
 from ..transcribe.transcript import group_words
 
 HYPOTHESES_NAME, METRICS_NAME = "hypotheses.jsonl", "metrics.json"
@@ -104,20 +105,12 @@ def _align_words(reference: str, hypothesis: str) -> Iterator[tuple[str, slice, 
 
 def count_repetitions(text: str) -> Counter:
     """How often a run of n words is followed by itself at once, for each n: "the the the" has two of n = 1."""
-    return Counter({n: int((runs - n + 1).clip(min=0).sum()) for n, runs in _same_runs(text)})
+    return Counter({n: int((runs - n + 1).clip(min=0).sum()) for n, runs in same_runs(text.split())})
 
 
 def most_in_a_row(text: str) -> int:
     """How many times in a row a run of words is said, at most: 3 in "so a b a b a b", 1 in "a b", 0 in ""."""
-    return max((int(runs.max()) // n + 1 for n, runs in _same_runs(text)), default=min(len(text), 1))
-
-
-def _same_runs(text: str) -> Iterator[tuple[int, np.ndarray]]:
-    """For each n, how many words in a row are the same as the word n before them: the lengths of such stretches."""
-    words = np.array(text.split())
-    for n in range(1, len(words) // 2 + 1):
-        ends = np.concatenate([[True], words[n:] != words[:-n], [True]])
-        yield n, np.diff(np.flatnonzero(ends)) - 1
+    return max((int(runs.max()) // n + 1 for n, runs in same_runs(text.split())), default=min(len(text), 1))
 
 
 def word_confidences(row: dict[str, Any], language: str | None = "en") -> list[tuple[str, float, bool]]:
