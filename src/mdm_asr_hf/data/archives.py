@@ -5,12 +5,13 @@ import glob
 import itertools
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .manifests import AUDIO_COLUMNS, MANIFESTS, audio_suffixes, read_manifest
+from .manifests import AUDIO_COLUMNS, MANIFESTS, audio_suffixes, read_manifest, unique_id
 
 TAR, PARQUET, DATASETS, FILES = "tar", "parquet", "datasets", "files"
 ID_COLUMN = "id"
@@ -154,16 +155,10 @@ def _size(path: str | Path) -> int:
 
 
 def _told_apart(rows: Iterable[AudioRow]) -> Iterator[AudioRow]:
-    """Rows whose ids are Unicode, and differ: the second of one id has #2 behind it."""
-    taken: set[str] = set()
-    numbers: dict[str, int] = {}
+    """Rows whose ids are Unicode, and differ."""
+    taken: Counter[str] = Counter()
     for row in rows:
-        wanted = unique = row.id.encode("utf-8", "backslashreplace").decode()
-        while unique in taken:
-            numbers[wanted] = numbers.get(wanted, 1) + 1
-            unique = f"{wanted}#{numbers[wanted]}"
-        taken.add(unique)
-        yield row._replace(id=unique)
+        yield row._replace(id=unique_id(row.id.encode("utf-8", "backslashreplace").decode(), taken))
 
 
 def _list_manifest(path: Path) -> Iterator[AudioRow]:

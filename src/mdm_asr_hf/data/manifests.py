@@ -3,6 +3,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,4 +83,22 @@ def parse_line(line: str | bytes, name: str) -> dict[str, Any]:
     return values
 
 
-__all__ = ["AUDIO_COLUMNS", "MANIFESTS", "audio_suffixes", "find_audio_files", "parse_line", "read_manifest"]
+def unique_id(wanted: str, taken: Counter[str]) -> str:
+    """The id, which is then taken, too; the second of one id has #2 behind it."""
+    unique = wanted
+    while unique in taken:
+        taken[wanted] += 1
+        unique = f"{wanted}#{taken[wanted]}"
+    taken[unique] += 1
+    return unique
+
+
+__all__ = [
+    "AUDIO_COLUMNS",
+    "MANIFESTS",
+    "audio_suffixes",
+    "find_audio_files",
+    "parse_line",
+    "read_manifest",
+    "unique_id",
+]

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..data.manifests import unique_id
 from ..data.sources import BadRowError, BadRows, Source, complete_row, find_manifests, make_row, open_rows
 
 logger = logging.get_logger(__name__)
@@ -128,7 +129,7 @@ def load_data(
         if folder is not None and isinstance(path, str) and path:
             audio_path = _relative(folder / path, Path(source.path))
         ids = (str(values[name]) for name in ID_COLUMNS if values.get(name) not in (None, ""))
-        one_id = _unique(audio_path or next(ids, row_name.removeprefix(f"{source.path} ")), taken)
+        one_id = unique_id(audio_path or next(ids, row_name.removeprefix(f"{source.path} ")), taken)
         try:
             row = make_row(source, columns, row_name, values, folder)
             complete_row(row, columns, audio, allow_empty=True)
@@ -147,16 +148,6 @@ def load_data(
         content = "".join(f"{row['id']}\t{row['text']}\n" for row in result.rows).encode()
     result.sha256 = hashlib.sha256(content).hexdigest()
     return result
-
-
-def _unique(one_id: str, taken: Counter) -> str:
-    """The id, with a number behind it where it was taken before."""
-    unique = one_id
-    while unique in taken:
-        taken[one_id] += 1
-        unique = f"{one_id}#{taken[one_id]}"
-    taken[unique] += 1
-    return unique
 
 
 def _with_test_split(source: Source) -> Source:
