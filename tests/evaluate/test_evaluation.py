@@ -345,7 +345,7 @@ def test_processes_lose_and_double_nothing(folder, model, processor, monkeypatch
 
     def merge(pairs):
         results = iter([pairs, []])
-        monkeypatch.setattr(evaluation, "_gather", lambda values: next(results))
+        monkeypatch.setattr(evaluation, "gather_object", lambda values: next(results))
         return evaluation._merge(data, {}, [])
 
     pairs = [*rows.items()]

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..audio_mdm_asr import DURATION_TOLERANCE_S, load_audio
@@ -305,8 +307,6 @@ def process_index_and_number(device: torch.device | str | None = None) -> tuple[
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
     if num_launched <= 1:
         return 0, 1
-    from accelerate import PartialState
-
     on_cpu = not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
     state = PartialState(cpu=on_cpu)
     if state.num_processes != num_launched:
@@ -317,20 +317,11 @@ def process_index_and_number(device: torch.device | str | None = None) -> tuple[
     return state.process_index, state.num_processes
 
 
-def _gather(values: list[Any]) -> list[Any]:
-    """The lists of all processes as one, on each of them."""
-    if process_index_and_number()[1] == 1:
-        return values
-    from accelerate.utils import gather_object
-
-    return gather_object(values)
-
-
 def _merge(
     data: EvaluationData, rows: dict[int, dict[str, Any]], skipped: list[tuple[str, ValueError]]
 ) -> list[dict[str, Any]]:
     """All processes' rows in the order of the data set, each once."""
-    gathered, all_skipped = _gather(list(rows.items())), _gather(skipped)
+    gathered, all_skipped = gather_object(list(rows.items())), gather_object(skipped)
     merged = dict(gathered)
     missing = {row["id"] for i, row in enumerate(data.rows) if i not in merged} - {one_id for one_id, _ in all_skipped}
     if len(merged) != len(gathered) or missing:
