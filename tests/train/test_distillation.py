@@ -4,6 +4,7 @@
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,7 +120,9 @@ def test_a_cache_goes_on_where_it_stopped_and_grows_with_its_source(speech, tmp_
     # The work of two processes is that of one.
     other = tmp_path / "other"
     for index in (1, 0):
-        write_cache(model, tiny_processor(), SpeechClips(speech), other, process_index=index, num_processes=2)
+        state = SimpleNamespace(process_index=index, num_processes=2)
+        monkeypatch.setattr(donor_cache, "PartialState", lambda state=state: state)
+        write_cache(model, tiny_processor(), SpeechClips(speech), other)
     assert {path.name: path.read_bytes() for path in other.glob("block-*")} == blocks
 
 

@@ -276,7 +276,6 @@ def train_drafts(
     steps = _plan_steps(model.config.encoder_config.model_type, encoder_steps, draft_steps)
     arguments = {"bf16": computes_bf16(), "use_cpu": not torch.cuda.is_available(), **arguments}
     slots = {} if language is None else {"language": language}
-    shares = {"process_index": state.process_index, "num_processes": state.num_processes, "report": report}
 
     def caches(name: str, fill: Callable[[int, Path], None]) -> list[CachedSpeech]:
         folders = [cache / name / str(index) for index in range(len(audio))]
@@ -289,7 +288,7 @@ def train_drafts(
         how = {"held_out": held_out, "passes": 1 if held_out else passes[index]}
         clips = SpeechClips(audio[index], max_duration_s=processor.feature_extractor.max_duration_s, **how)
         teacher = model.to(state.device, torch.bfloat16 if arguments["bf16"] else torch.float32)
-        write_cache(teacher, processor, clips, folder, **shares, **slots)
+        write_cache(teacher, processor, clips, folder, report=report, **slots)
 
     donor_caches = caches("donor", transcribe)
     held_out = [
@@ -322,7 +321,7 @@ def train_drafts(
             add_silence(model, silence_s)
         elif steps["encoder"] and learnt is donor_caches:
             model.to(state.device)
-            learnt = caches("frames", lambda i, folder: recode_cache(model, donor_caches[i], folder, **shares))
+            learnt = caches("frames", lambda i, folder: recode_cache(model, donor_caches[i], folder, report=report))
         folder, done = work / name, work / name / "results.json"
         if done.exists():
             model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
@@ -45,20 +46,17 @@ def write_cache(
     clips: SpeechClips,
     folder: str | Path,
     *,
-    process_index: int = 0,
-    num_processes: int = 1,
     report: Callable[[str], None] = logger.info,
     **prompt_slots: Any,
 ) -> None:
     """
-    Lets the donor transcribe all blocks of clips that are not in the folder yet. A block that was begun when the work
-    stopped is done anew.
+    Lets the donor transcribe all blocks of clips that are not in the folder yet, every process its share of them. A
+    block that was begun when the work stopped is done anew.
 
     Args:
         model ([`MDMASRForConditionalGeneration`]): of which the donor decodes alone, with the silence behind the audio
             that its configuration says.
         folder (`str` or `Path`): is made.
-        process_index, num_processes (`int`): does this share of the blocks.
         report (`Callable`): is told about each block, in one line.
         prompt_slots: of the prompt, such as `language`.
 
@@ -93,7 +91,7 @@ def write_cache(
     # Not the number of recordings, since a source may grow.
     source = {"seed": clips.seed, "held_out": clips.held_out, "max_s": clips.max_s}
     names = [f"block-{block:05d}.safetensors" for block in range(len(clips))]
-    _write_blocks(folder, model, source, names, transcribe, process_index, num_processes, report, bad)
+    _write_blocks(folder, model, source, names, transcribe, report, bad)
 
 
 @torch.no_grad()
@@ -102,8 +100,6 @@ def recode_cache(
     cache: "CachedSpeech",
     folder: str | Path,
     *,
-    process_index: int = 0,
-    num_processes: int = 1,
     report: Callable[[str], None] = logger.info,
 ) -> None:
     """
@@ -128,7 +124,7 @@ def recode_cache(
         return rows
 
     source, names = str(cache.folder), cache.block_names
-    _write_blocks(folder, model, source, names, recode, process_index, num_processes, report, BadRows())
+    _write_blocks(folder, model, source, names, recode, report, BadRows())
 
 
 def _write_blocks(
@@ -137,8 +133,6 @@ def _write_blocks(
     source: Any,
     names: Sequence[str],
     make_rows: Callable[[int, Counter], list[dict[str, Any]]],
-    process_index: int,
-    num_processes: int,
     report: Callable[[str], None],
     bad: BadRows,
 ) -> None:
@@ -159,7 +153,8 @@ def _write_blocks(
             f"The cache {str(folder)!r} was made otherwise ({different[0]}: {there.get(different[0])}, now "
             f"{description[different[0]]}). Name another folder, or remove it."
         )
-    for block in range(process_index, len(names), num_processes):
+    state = PartialState()
+    for block in range(state.process_index, len(names), state.num_processes):
         if (folder / names[block]).exists():
             continue
         left_out: Counter = Counter()
