@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,14 @@ def run(
         if not args.rescore:
             # Before NumPy and torch are imported.
             os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(args.threads)))
-            _write_raw(args, measure)
+            args.output.mkdir(parents=True, exist_ok=True)
+            with (args.output / "raw.jsonl").open("w", encoding="utf-8") as file:
+                for row in chain([describe_run(args)], measure(args)):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
         return write_results(args.rescore or args.output, summarise, to_markdown)
     except ValueError as error:
         sys.exit(f"error: {error}")
-
-
-def _write_raw(args: argparse.Namespace, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> None:
-    args.output.mkdir(parents=True, exist_ok=True)
-    with (args.output / "raw.jsonl").open("w", encoding="utf-8") as file:
-        for row in _with_run(args, measure):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-
-
-def _with_run(args: argparse.Namespace, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> Iterator[Row]:
-    yield describe_run(args)
-    yield from measure(args)
 
 
 def write_results(folder: Path, summarise: Callable[[list[Row]], Row], to_markdown: Callable[[Row], str]) -> Row:
