@@ -24,20 +24,23 @@ from typing import Any
 
 RATE_HZ = 16_000
 PACKAGES = ("mdm_asr_hf", "transformers", "torch", "tokenizers", "faster-whisper", "ctranslate2", "onnxruntime")
-PACKAGES += ("pywhispercpp", "pocketsphinx", "numpy", "jiwer")
+PACKAGES += ("pywhispercpp", "pocketsphinx", "numpy", "jiwer", "ray", "pyarrow", "fastapi", "uvicorn")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 Row = dict[str, Any]
 
 
-def make_parser(doc: str, data: str | None = "+", threads: int = 1) -> argparse.ArgumentParser:
-    """With the options that all benchmarks have; `data` is how many folders --data takes, None leaves it out."""
+def make_parser(doc: str, data: int | str | None = "+", threads: int | None = 1) -> argparse.ArgumentParser:
+    """With the options that all benchmarks have; `data` is how many folders --data takes, `threads` the default of
+    --threads; None leaves either out."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if data:
         parser.add_argument("--data", nargs=data, type=Path, default=[], help="folders with metadata.jsonl")
     parser.add_argument("--output", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--rescore", type=Path, metavar="OUT", help="only make the results of OUT/raw.jsonl again")
     parser.add_argument("--model", help="a checkpoint, folder or id; default: the one in the package")
-    parser.add_argument("--threads", type=int, default=threads)
+    parser.set_defaults(threads=threads)
+    if threads:
+        parser.add_argument("--threads", type=int)
     return parser
 
 
@@ -54,8 +57,9 @@ def run(
         parser.error("--data and --output are needed, or --rescore")
     try:
         if not args.rescore:
-            # Before NumPy and torch are imported.
-            os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(args.threads)))
+            if args.threads:
+                # Before NumPy and torch are imported.
+                os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(args.threads)))
             args.output.mkdir(parents=True, exist_ok=True)
             with (args.output / "raw.jsonl").open("w", encoding="utf-8") as file:
                 for row in chain([describe_run(args)], measure(args)):

@@ -23,20 +23,19 @@ import contextlib
 import json
 import os
 import pickle
-import platform
 import random
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mdm_asr_hf", "ray", "pyarrow", "numpy", "onnxruntime")
+from common import Row, make_parser, run, table
+
 LOOP, ONE, TWO, EMPTY = "plain loop", "1 actor", "2 actors", "2 actors, nothing to decode"
 NUM_ACTORS = {ONE: 1, TWO: 2, EMPTY: 2}
 WHAT = {"actor": "an actor", "run": "the whole run"}
@@ -44,6 +43,8 @@ START_CLIPS = 2
 ARCHIVE_H, MACHINES = 10_000, (1, 10, 100)
 # The default of the command, which the loads of an archive are counted by.
 SHARD_MB = 16
+COSTS = ["machines", "hours", "machine hours", "listing, min", "shards", "reading, MB/s", "share of the driver"]
+COSTS += ["references in the object store, MB"]
 PLAIN_LOOP = """
 import json, sys
 from mdm_asr_hf.loading import default_checkpoint, load_model
@@ -79,7 +80,7 @@ def command(system: str, source: Path, output: Path, args: argparse.Namespace) -
     return line + (["--model", args.model] if args.model else [])
 
 
-def read_rows(output: Path) -> list[dict[str, Any]]:
+def read_rows(output: Path) -> list[Row]:
     import pyarrow.parquet as pq
 
     if output.is_file():
@@ -87,13 +88,13 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(output.glob("shard-*")) for row in pq.read_table(path).to_pylist()]
 
 
-def time_run(system: str, source: Path, args: argparse.Namespace, **known: Any) -> dict[str, Any]:
+def time_run(system: str, source: Path, args: argparse.Namespace, **known: Any) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         started, load = time.perf_counter(), os.getloadavg()[0]
         done = subprocess.run(command(system, source, output, args), capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"error: the {system} ended: {done.stderr[-2000:]}")
+            raise ValueError(f"the {system} ended: {done.stderr[-2000:]}")
         seconds = time.perf_counter() - started
         rows = read_rows(output)
         num_shards = len(list(output.glob("shard-*")))
@@ -101,7 +102,7 @@ def time_run(system: str, source: Path, args: argparse.Namespace, **known: Any) 
     return {"system": system, "seconds": seconds, "load": load, "shards": num_shards, "texts": texts, **known}
 
 
-def time_listing(manifest: Path, number: int) -> dict[str, Any]:
+def time_listing(manifest: Path, number: int) -> Row:
     """What the head node does before anything starts."""
     from mdm_asr_hf.data.archives import Archive
 
@@ -119,12 +120,12 @@ def time_listing(manifest: Path, number: int) -> dict[str, Any]:
     }
 
 
-def kill_runs(manifest: Path, args: argparse.Namespace, most: int, seed: int) -> dict[str, Any]:
+def kill_runs(manifest: Path, args: argparse.Namespace, most: int, seed: int) -> Row:
     """Kills, in turn, an actor and the whole run, until it is over; says what was left at the end."""
     import psutil
 
     generator = random.Random(seed)
-    output, made, runs = Path(args.output) / "killed", collections.Counter(), 0
+    output, made, runs = args.output / "killed", collections.Counter(), 0
     shutil.rmtree(output, ignore_errors=True)
     is_over = False
     while not is_over:
@@ -153,7 +154,7 @@ def kill_runs(manifest: Path, args: argparse.Namespace, most: int, seed: int) ->
                         one.kill()
         is_over = process.wait() == 0
         if not is_over and process.returncode != -signal.SIGKILL:
-            raise SystemExit(f"error: a run ended by itself with exit code {process.returncode}")
+            raise ValueError(f"a run ended by itself with exit code {process.returncode}")
     counts = collections.Counter(row["id"] for row in read_rows(output))
     return {
         "kills": dict(made),
@@ -165,42 +166,36 @@ def kill_runs(manifest: Path, args: argparse.Namespace, most: int, seed: int) ->
     }
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = [
-        {
-            "run": {
-                "command": shlex.join(["python", *sys.argv]),
-                "versions": {name: version(name) for name in PACKAGES},
-                "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
-            }
-        }
-    ]
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        audio_s = write_manifest(Path(args.data), args.clips, folder / "clips.jsonl")
+        audio_s = write_manifest(args.data[0], args.clips, folder / "clips.jsonl")
+        left, seed = args.kills, args.seed
+        # A run may be over before so many.
+        while left > 0:
+            seed += 1
+            row = kill_runs(folder / "clips.jsonl", args, left, seed)
+            yield row
+            if not row["kills"]:
+                raise ValueError("a run was over before anything was killed. Take more `--clips`.")
+            left -= sum(row["kills"].values())
         if args.kills:
-            # A run may be over before so many.
-            while (left := args.kills - sum(sum(row["kills"].values()) for row in rows[1:])) > 0:
-                rows.append(kill_runs(folder / "clips.jsonl", args, left, args.seed + len(rows)))
-                if not rows[-1]["kills"]:
-                    raise SystemExit("error: a run was over before anything was killed. Take more `--clips`.")
-            return rows
-        write_manifest(Path(args.data), START_CLIPS, folder / "start.jsonl")
-        rows.append(time_listing(folder / "clips.jsonl", args.clips))
+            return
+        write_manifest(args.data[0], START_CLIPS, folder / "start.jsonl")
+        yield time_listing(folder / "clips.jsonl", args.clips)
         (folder / "empty").mkdir()
         for i in range(args.empty_shards):
             (folder / "empty" / f"{i}.wav").write_bytes(b"no audio" * 125)
-        rows.append(time_run(EMPTY, folder / "empty", args, clips=args.empty_shards, audio_s=0.0))
+        yield time_run(EMPTY, folder / "empty", args, clips=args.empty_shards, audio_s=0.0)
         for _ in range(args.rounds):
             for system in (LOOP, ONE, TWO):
-                rows.append(time_run(system, folder / "start.jsonl", args, clips=START_CLIPS, audio_s=0.0))
-                rows.append(time_run(system, folder / "clips.jsonl", args, clips=args.clips, audio_s=audio_s))
-    return rows
+                yield time_run(system, folder / "start.jsonl", args, clips=START_CLIPS, audio_s=0.0)
+                yield time_run(system, folder / "clips.jsonl", args, clips=args.clips, audio_s=audio_s)
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(rows: list[Row]) -> Row:
     """Ratios of the fastest runs of each, and what an archive takes."""
-    summary: dict[str, Any] = rows[0] | {"kills": [row for row in rows if "kills" in row]}
+    summary: Row = {"kills": [row for row in rows if "kills" in row]}
     timed = [row for row in rows if "system" in row]
     if not timed:
         return summary
@@ -212,7 +207,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     clips, audio_s = next((row["clips"], row["audio_s"]) for row in timed if row["audio_s"])
     work_s = {system: full_s[system] - start_s[system] for system in (LOOP, ONE, TWO)}
     if min(work_s.values()) <= 0:
-        raise SystemExit("error: the clips take no longer than the start. Take more `--clips`, on a quiet machine.")
+        raise ValueError("the clips take no longer than the start. Take more `--clips`, on a quiet machine.")
     empty_shards = next(row["shards"] for row in timed if row["system"] == EMPTY)
     summary |= {
         "clips": clips,
@@ -235,7 +230,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def archive_costs(summary: dict[str, Any], listing: dict[str, Any]) -> list[dict[str, Any]]:
+def archive_costs(summary: Row, listing: Row) -> list[Row]:
     """What an archive takes on machines like this one, each with two actors, if nothing limits them."""
     rtfx, bytes_per_s = summary["systems"][TWO]["rtfx"], listing["audio_bytes"] / summary["audio_s"]
     num_rows = ARCHIVE_H * 3600 / summary["audio_s"] * summary["clips"]
@@ -256,7 +251,7 @@ def archive_costs(summary: dict[str, Any], listing: dict[str, Any]) -> list[dict
     ]
 
 
-def to_markdown(summary: dict[str, Any]) -> str:
+def to_markdown(summary: Row) -> str:
     lines = [f"```bash\n{summary['run']['command']}\n```", ""]
     for one in summary["kills"]:
         kills = " and ".join(f"{number} of {WHAT[kind]}" for kind, number in one["kills"].items())
@@ -264,15 +259,18 @@ def to_markdown(summary: dict[str, Any]) -> str:
         lines += [f"{one['clips']} clips, kills: {kills}; {one['runs']} runs. {found}", ""]
     if "systems" not in summary:
         return "\n".join(lines)
-    lines += [
-        "| | seconds | of these, to start | times real time, started | other texts |",
-        "|---|---:|---:|---:|---:|",
+    systems = [
+        [system, *(f"{one[name]:.1f}" for name in ("seconds", "start_s", "rtfx")), one["other_texts"]]
+        for system, one in summary["systems"].items()
     ]
-    for system, one in summary["systems"].items():
-        lines.append(
-            f"| {system} | {one['seconds']:.1f} | {one['start_s']:.1f} | {one['rtfx']:.1f} | {one['other_texts']} |"
-        )
+    costs = [
+        [one["machines"], f"{one['hours']:.1f}", f"{one['hours'] * one['machines']:.0f}", f"{one['list_min']:.1f}"]
+        + [f"{one['shards']:.0f}", f"{one['read_mb_per_s']:.1f}", f"{100 * one['head_share']:.1f} %"]
+        + [f"{one['object_store_mb']:.0f}"]
+        for one in summary["archive"]
+    ]
     lines += [
+        table(["", "seconds", "of these, to start", "times real time, started", "other texts"], systems),
         "",
         f"{summary['clips']} clips, {summary['audio_s'] / 3600:.2f} hours. Overhead of one actor over the loop: "
         f"{100 * summary['overhead']:.1f} % once started, {100 * summary['overhead_with_start']:.1f} % in all. Two "
@@ -281,26 +279,13 @@ def to_markdown(summary: dict[str, Any]) -> str:
         "",
         f"{ARCHIVE_H:,} hours on machines like this one, two actors each:",
         "",
-        "| machines | hours | machine hours | listing, min | shards | reading, MB/s | share of the driver | "
-        "references in the object store, MB |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        table(COSTS, costs),
     ]
-    for one in summary["archive"]:
-        lines.append(
-            f"| {one['machines']} | {one['hours']:.1f} | {one['hours'] * one['machines']:.0f} | "
-            f"{one['list_min']:.1f} | {one['shards']:.0f} | {one['read_mb_per_s']:.1f} | "
-            f"{100 * one['head_share']:.1f} % | "
-            f"{one['object_store_mb']:.0f} |"
-        )
     return "\n".join([*lines, ""])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a folder of recordings with a metadata.jsonl")
-    parser.add_argument("--output", help="the folder to write")
-    parser.add_argument("--rescore", metavar="OUT", help="compute results.json again")
-    parser.add_argument("--model", help="folder or id; default: the checkpoint in the package")
+def main(argv: list[str] | None = None) -> Row:
+    parser = make_parser(__doc__, data=1, threads=None)
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--shard-mb", type=float, default=4.0, help="MB of stored audio in a shard")
     parser.add_argument("--rounds", type=int, default=1)
@@ -308,19 +293,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0, help="how many")
     parser.add_argument("--kill-within-s", type=float, default=10.0, help="seconds after a shard, at most")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if not args.rescore and not (args.data and args.output):
-        parser.error("pass --data and --output, or --rescore")
-    output = Path(args.rescore or args.output)
-    raw = output / "raw.jsonl"
-    if not args.rescore:
-        output.mkdir(parents=True, exist_ok=True)
-        raw.write_text("".join(json.dumps(row) + "\n" for row in run(args)), "utf-8")
-    summary = summarise([json.loads(line) for line in raw.read_text("utf-8").splitlines()])
-    table = to_markdown(summary)
-    for name, content in (("results.json", json.dumps(summary, indent=2) + "\n"), ("results.md", table)):
-        (output / name).write_text(content, "utf-8")
-    print(table)
+    return run(parser, parser.parse_args(argv), measure, summarise, to_markdown)
 
 
 if __name__ == "__main__":

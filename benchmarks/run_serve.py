@@ -23,25 +23,23 @@ import asyncio
 import io
 import json
 import os
-import platform
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mdm_asr_hf", "numpy", "onnxruntime", "fastapi", "uvicorn")
+from common import Row, make_parser, run, table
+
 BATCHES, ALONE, PEER = "batches", "one at a time", "peer"
 ROUTE = "/v1/audio/transcriptions"
 
 
-def read_clips(folder: Path, number: int) -> list[dict[str, Any]]:
+def read_clips(folder: Path, number: int) -> list[Row]:
     """The first clips of a folder: name, seconds, and content."""
     import soundfile
 
@@ -53,7 +51,7 @@ def read_clips(folder: Path, number: int) -> list[dict[str, Any]]:
     ]
 
 
-def join_clips(clips: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def join_clips(clips: list[Row], seconds: float) -> Row:
     """A long recording of clips with pauses between them, at least so long."""
     import numpy as np
     import soundfile
@@ -84,7 +82,7 @@ def serving(options: list[str]) -> Iterator[tuple[str, int]]:
                 said = log.read()
                 found = re.search(r"running on (http://\S+)", said)
                 if process.poll() is not None:
-                    raise SystemExit(f"error: `mdm-asr serve` ended: {said}")
+                    raise ValueError(f"`mdm-asr serve` ended: {said}")
             yield found[1], process.pid
         finally:
             process.terminate()
@@ -116,7 +114,7 @@ class Load:
         self.client = httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
         self.texts: dict[str, str] = {}
 
-    async def ask(self, clip: dict[str, Any]) -> tuple[float, str | None]:
+    async def ask(self, clip: Row) -> tuple[float, str | None]:
         """Seconds, and the text; None if there is none."""
         import httpx
 
@@ -129,18 +127,16 @@ class Load:
             text = None
         return time.perf_counter() - started, text
 
-    async def learn(self, clips: list[dict[str, Any]]) -> None:
+    async def learn(self, clips: list[Row]) -> None:
         for clip in clips:
             _, text = await self.ask(clip)
             if text is None:
-                raise SystemExit(
-                    f"error: {self.url} does not transcribe {clip['name']}. Is it a server like OpenAI's?"
-                )
+                raise ValueError(f"{self.url} does not transcribe {clip['name']}. Is it a server like OpenAI's?")
             self.texts[clip["name"]] = text
 
     async def run(
-        self, scene: str, num_clients: int, clips: list[dict[str, Any]], num_requests: int, beside: Any = None
-    ) -> list[dict[str, Any]]:
+        self, scene: str, num_clients: int, clips: list[Row], num_requests: int, beside: Any = None
+    ) -> list[Row]:
         """Rows of requests by so many clients, which take turns at the clips; `beside`, one more sends a long one."""
         todo = iter(range(num_requests))
         rows, is_over = [], False
@@ -174,7 +170,7 @@ class Load:
         return [head | {"requests": rows}]
 
 
-async def measure(load: Load, clips: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+async def load_up(load: Load, clips: list[Row], args: argparse.Namespace) -> list[Row]:
     await load.learn(clips)
     rows = []
     for num_clients in args.clients:
@@ -187,11 +183,11 @@ async def measure(load: Load, clips: list[dict[str, Any]], args: argparse.Namesp
         rows += await load.run("growth", 8, clips, args.growth)
     await load.client.aclose()
     for row in rows:
-        print(one_line(summarise_row(row)), file=sys.stderr, flush=True)
+        print(*cells(summarise_row(row)), sep=" | ", file=sys.stderr, flush=True)
     return rows
 
 
-def fuzz(url: str, seconds: int, clip: dict[str, Any], folder: Path) -> dict[str, Any]:
+def fuzz(url: str, seconds: int, clip: Row, folder: Path) -> Row:
     """What schemathesis finds; its report is in the folder."""
     sample = folder.resolve() / "sample.flac"
     sample.write_bytes(clip["content"])
@@ -214,14 +210,10 @@ def fuzz(url: str, seconds: int, clip: dict[str, Any], folder: Path) -> dict[str
     return {"fuzz_s": seconds, "exit_code": done.returncode, "statuses": counts, "healthy": healthy}
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The least value that so large a share of them does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(-(-len(ordered) * share // 100), 1).__int__() - 1]
-
-
-def summarise_row(row: dict[str, Any]) -> dict[str, Any]:
+def summarise_row(row: Row) -> Row:
     """Of the requests of a scene: throughput, latencies, and what went wrong."""
+    import numpy as np
+
     requests = row["requests"]
     answered = [one for one in requests if one["right"] is not None]
     seconds = [one["seconds"] for one in answered]
@@ -237,12 +229,14 @@ def summarise_row(row: dict[str, Any]) -> dict[str, Any]:
     # Beside a long file, most of it is that one's.
     if row["cpu_s"] is not None and duration_s and row["scene"] == "clips":
         summary["cpu_s_per_minute"] = 60 * row["cpu_s"] / duration_s
-    return summary | {f"p{share}_s": percentile(seconds, share) if seconds else None for share in (50, 95, 99)}
+    for share in (50, 95, 99):
+        # The least that so large a share of them does not exceed.
+        summary[f"p{share}_s"] = float(np.percentile(seconds, share, method="inverted_cdf")) if seconds else None
+    return summary
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(rows: list[Row]) -> Row:
     return {
-        "run": next(row["run"] for row in rows if "run" in row),
         "scenes": [summarise_row(row) for row in rows if "requests" in row],
         "fuzz": next((row for row in rows if "fuzz_s" in row), None),
     }
@@ -252,21 +246,21 @@ HEAD = ["system", "scene", "clients", "requests", "wrong", "lost", "RTFx", "requ
 HEAD += ["CPU s a minute of audio", "MB before, at half, after"]
 
 
-def one_line(scene: dict[str, Any]) -> str:
+def cells(scene: Row) -> list[Any]:
+    """Of a scene's line, as `HEAD` has them."""
+
     def shown(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    cells = [scene[name] for name in ("system", "scene", "clients", "requests", "wrong", "lost")]
-    cells += [shown(scene["rtfx"], 1), shown(scene["requests_per_s"], 2)]
-    cells += [shown(scene[f"p{share}_s"], 3) for share in (50, 95, 99)]
-    cells += [shown(scene.get("cpu_s_per_minute"), 2)]
-    cells += [", ".join(shown(mb, 0) for mb in scene["mb"])]
-    return f"| {' | '.join(map(str, cells))} |"
+    line = [scene[name] for name in ("system", "scene", "clients", "requests", "wrong", "lost")]
+    line += [shown(scene["rtfx"], 1), shown(scene["requests_per_s"], 2)]
+    line += [shown(scene[f"p{share}_s"], 3) for share in (50, 95, 99)]
+    line += [shown(scene.get("cpu_s_per_minute"), 2)]
+    return [*line, ", ".join(shown(mb, 0) for mb in scene["mb"])]
 
 
-def to_markdown(summary: dict[str, Any]) -> str:
-    lines = [f"```bash\n{summary['run']['command']}\n```", "", f"| {' | '.join(HEAD)} |"]
-    lines += ["|" + " --- |" * 2 + " ---: |" * (len(HEAD) - 2), *map(one_line, summary["scenes"])]
+def to_markdown(summary: Row) -> str:
+    lines = [f"```bash\n{summary['run']['command']}\n```", "", table(HEAD, map(cells, summary["scenes"]))]
     if found := summary["fuzz"]:
         bad = sum(number for name, number in found["statuses"].items() if name >= "500")
         lines += ["", f"schemathesis, {found['fuzz_s']} s: {sum(found['statuses'].values()):.0f} requests, "]
@@ -275,34 +269,22 @@ def to_markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(args: argparse.Namespace, output: Path) -> Iterator[dict[str, Any]]:
-    clips = read_clips(Path(args.data), args.clips)
-    yield {
-        "run": {
-            "command": shlex.join(["python", *sys.argv]),
-            "versions": {name: version(name) for name in PACKAGES},
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
-            "clips": len(clips),
-        }
-    }
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    clips = read_clips(args.data[0], args.clips)
     options = ["--max-requests", str(max([*args.clients, 8]) + 2)]
     options += ["--model", args.model] if args.model else []
     options += ["--threads", str(args.threads)] if args.threads else []
     for system, batch_size in ((BATCHES, args.batch_size), (ALONE, 1)):
         with serving([*options, "--batch-size", str(batch_size)]) as (url, pid):
-            yield from asyncio.run(measure(Load(system, url, pid), clips, args))
+            yield from asyncio.run(load_up(Load(system, url, pid), clips, args))
             if system == BATCHES and args.fuzz_s:
-                yield fuzz(url, args.fuzz_s, clips[0], output)
+                yield fuzz(url, args.fuzz_s, clips[0], args.output)
     if args.peer:
-        yield from asyncio.run(measure(Load(PEER, args.peer.rstrip("/"), args.peer_pid), clips, args))
+        yield from asyncio.run(load_up(Load(PEER, args.peer.rstrip("/"), args.peer_pid), clips, args))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a folder of recordings with a metadata.jsonl")
-    parser.add_argument("--output", help="the folder to write")
-    parser.add_argument("--rescore", metavar="OUT", help="compute results.json again")
-    parser.add_argument("--model", help="folder or id; default: the checkpoint in the package")
+def main(argv: list[str] | None = None) -> Row:
+    parser = make_parser(__doc__, data=1, threads=None)
     parser.add_argument("--threads", type=int, help="of the server; default: its own")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
@@ -315,23 +297,7 @@ def main() -> None:
     parser.add_argument("--fuzz-s", type=int, default=0, help="seconds of schemathesis")
     parser.add_argument("--peer", metavar="URL", help="another server with OpenAI's API")
     parser.add_argument("--peer-pid", type=int, help="its process, for its memory")
-    args = parser.parse_args()
-    output = Path(args.rescore or args.output or "")
-    if args.rescore:
-        rows = [json.loads(line) for line in (output / "raw.jsonl").read_text("utf-8").splitlines()]
-    elif args.data and args.output:
-        output.mkdir(parents=True, exist_ok=True)
-        rows = []
-        with open(output / "raw.jsonl", "w", encoding="utf-8") as raw:
-            for row in run(args, output):
-                rows.append(row)
-                print(json.dumps(row), file=raw, flush=True)
-    else:
-        parser.error("pass --data and --output, or --rescore")
-    summary = summarise(rows)
-    (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-    (output / "results.md").write_text(to_markdown(summary), "utf-8")
-    print(to_markdown(summary))
+    return run(parser, parser.parse_args(argv), measure, summarise, to_markdown)
 
 
 if __name__ == "__main__":

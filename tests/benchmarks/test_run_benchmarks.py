@@ -10,6 +10,8 @@ import run_drafts
 import run_hotwords
 import run_lossless
 import run_safeguards
+import run_scale
+import run_serve
 import run_streaming
 import run_timestamps
 import soundfile
@@ -120,8 +122,9 @@ def test_published_tables_are_of_their_results():
     # Not one id differs.
     assert all(line["same_ids"] == line["ids_of_the_loop"] == line["utterances"] for line in summary["sets"])
 
-    for name in ["lossless", "lossless-base", "drafts", "silence", "safeguards"]:
-        script = {"lossless": run_lossless, "lossless-base": run_lossless, "safeguards": run_safeguards}
+    script = {"lossless": run_lossless, "lossless-base": run_lossless, "safeguards": run_safeguards}
+    script |= {"scale": run_scale, "scale-kills": run_scale, "serve": run_serve, "serve-memory": run_serve}
+    for name in [*script, "drafts", "silence"]:
         folder = ROOT / "benchmarks" / "results" / name
         summary = json.loads((folder / "results.json").read_text())
         assert script.get(name, run_drafts).to_markdown(summary) == (folder / "results.md").read_text()

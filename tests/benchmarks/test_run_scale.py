@@ -4,11 +4,12 @@
 import pytest
 from run_scale import EMPTY, LOOP, ONE, TWO, summarise, to_markdown
 
+RUN = {"run": {"command": "python x"}}
+
 
 def made_up():
     """An hour of audio in 500 clips of 100 kB; started, the loop takes 100 s, an actor 105 s, two 60 s."""
-    rows = [{"run": {"command": "python x"}}]
-    rows.append({"listing": {"rows": 500, "seconds": 0.5, "bytes_a_row": 100.0, "audio_bytes": 50_000_000}})
+    rows = [{"listing": {"rows": 500, "seconds": 0.5, "bytes_a_row": 100.0, "audio_bytes": 50_000_000}}]
     for system, start_s, full_s in ((LOOP, 10.0, 110.0), (ONE, 20.0, 125.0), (TWO, 25.0, 85.0)):
         common = {"system": system, "load": 0.0, "shards": 13}
         rows.append(common | {"seconds": start_s, "clips": 2, "audio_s": 0.0, "texts": {"a": "x"}})
@@ -36,15 +37,15 @@ def test_archives_by_hand():
     # 100 machines read 6,000 seconds of 13.9 kB a second, and take 5.2 shards of the 10 that one driver hands out.
     assert hundred["read_mb_per_s"] == pytest.approx(100 * 60 * 50_000_000 / 3600 / 1e6)
     assert hundred["head_share"] == pytest.approx(hundred["read_mb_per_s"] / 16 / 10)
-    assert "Two actors: 1.75 times one." in to_markdown(summary)
+    assert "Two actors: 1.75 times one." in to_markdown(RUN | summary)
 
     rows = made_up()
     for row in rows:
         if row.get("system") == TWO and row["audio_s"]:
             row["seconds"] = 24.0
-    with pytest.raises(SystemExit, match="no longer than the start"):
+    with pytest.raises(ValueError, match="no longer than the start"):
         summarise(rows)
 
     row = {"kills": {"actor": 5, "run": 5}, "runs": 6, "clips": 1000, "ids": 999, "missing": 1, "twice": 0}
-    text = to_markdown(summarise([{"run": {"command": "python x"}}, row]))
+    text = to_markdown(RUN | summarise([row]))
     assert "5 of an actor and 5 of the whole run; 6 runs. Ids at the end: 999, missing 1, twice 0." in text

@@ -2,17 +2,13 @@
 """The benchmark of the server: its counts and percentiles, on made-up requests."""
 
 import pytest
-from run_serve import percentile, summarise_row, to_markdown
+from run_serve import summarise_row, to_markdown
 
 HEAD = {"system": "batches", "scene": "clips", "clients": 8, "wall_s": 10.0, "mb": [100.4, 105.2, 110.4]}
 HEAD |= {"cpu_s": 2.0}
 
 
 def test_requests_by_hand():
-    values = [float(value) for value in range(1, 11)]
-    assert [percentile(values[::-1], share) for share in (50, 95, 99, 1)] == [5.0, 10.0, 10.0, 1.0]
-    assert percentile([3.0], 50) == 3.0
-
     rights = [True] * 7 + [False] + [None] * 2
     rows = [{"clip": "a", "duration_s": 5.0, "seconds": 1.0 + k, "right": right} for k, right in enumerate(rights)]
     scene = summarise_row(HEAD | {"requests": rows})
