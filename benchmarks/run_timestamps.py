@@ -39,7 +39,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         for i, one in enumerate(batch):
             yield row(*one, "mdm-asr", words_of(processor, output, i))
     if args.whisper:
-        recognise = whisper(args.whisper)
+        from transformers import pipeline
+
+        recognise = pipeline("automatic-speech-recognition", model=args.whisper, dtype="float32")
         for one in speeches:
             found = recognise({"raw": one[2].samples, "sampling_rate": RATE_HZ}, return_timestamps="word")["chunks"]
             words = [(chunk["text"].strip(), *chunk["timestamp"]) for chunk in found]
@@ -78,16 +80,6 @@ def words_of(processor: Any, output: Any, i: int) -> list[tuple[str, float, floa
     pieces = token_texts(processor.tokenizer, output.sequences[i].tolist())
     words = group_words(pieces, output.confidence[i].tolist(), output.token_timestamps[i].tolist())
     return [(word.text, word.start_s, word.end_s) for word in words]
-
-
-def whisper(name: str) -> Any:
-    """The pipeline of transformers."""
-    from transformers import AutoProcessor, WhisperForConditionalGeneration, pipeline
-
-    model = WhisperForConditionalGeneration.from_pretrained(name, dtype="float32")
-    donor = AutoProcessor.from_pretrained(name)
-    parts = {"tokenizer": donor.tokenizer, "feature_extractor": donor.feature_extractor}
-    return pipeline("automatic-speech-recognition", model=model.eval(), **parts)
 
 
 def row(data: str, kind: str, speech: Any, system: str, words: Sequence[tuple[str, float, float]]) -> Row:
