@@ -148,9 +148,6 @@ def batches(clips: list[Any], length: Callable[[Any], float], batch_size: int) -
 
 def load_ours(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model of `--model` and its processor, with the threads of `--threads`."""
-    import torch
-
     from mdm_asr_hf.loading import default_checkpoint, load_model
 
-    torch.set_num_threads(args.threads)
-    return load_model(args.model or str(default_checkpoint()), "cpu")
+    return load_model(args.model or str(default_checkpoint()), "cpu", num_threads=args.threads)

@@ -224,12 +224,12 @@ class OurModel:
     def __init__(self, peer: Peer, device: str, threads: int):
         from mdm_asr_hf.loading import generation_settings
 
-        settings, self.no_grad, self.device = parse_settings(peer.settings), nullcontext, device
-        if settings.pop("onnx", None):
-            self.model, self.processor = _load_onnx(peer.source, threads)
-        else:
-            self.no_grad = _torch(threads).no_grad
-            self.model, self.processor = _load_ours(peer.source, device, peer.dtype)
+        settings, self.device = parse_settings(peer.settings), device
+        is_exported = settings.pop("onnx", None) is not None
+        self.no_grad = nullcontext if is_exported else _torch(threads).no_grad
+        # An export has a device and a precision of its own.
+        where = (None, "float32") if is_exported else (device, peer.dtype)
+        self.model, self.processor = _load_ours(peer.source, *where, threads)
         settings.pop("dtype", None)
         self.window_s = settings.pop("window_s", None)
         self.settings = generation_settings(self.model, **settings)
@@ -300,18 +300,10 @@ def watch_stages(model: Any, seconds: dict[str, float]) -> Iterator[None]:
 
 # Several settings of ours share one model.
 @cache
-def _load_ours(source: str, device: str, dtype: str) -> tuple[Any, Any]:
+def _load_ours(source: str, device: str | None, dtype: str, threads: int | None) -> tuple[Any, Any]:
     from mdm_asr_hf.loading import load_model
 
-    return load_model(source, device, dtype=dtype)
-
-
-@cache
-def _load_onnx(folder: str, threads: int) -> tuple[Any, Any]:
-    from mdm_asr_hf.onnx.model import OnnxMDMASR
-    from mdm_asr_hf.onnx.processing import OnnxProcessor
-
-    return OnnxMDMASR.from_pretrained(folder, num_threads=threads), OnnxProcessor.from_pretrained(folder)
+    return load_model(source, device, dtype=dtype, num_threads=threads)
 
 
 def _torch(threads: int) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RATE_HZ, Row, make_parser, run, table
+from common import RATE_HZ, Row, load_ours, make_parser, run, table
 
 FRAMES_PER_S, ROUNDS = 50, 5
 STAGES = ("encoder", "causal rows", "drafts")
@@ -94,11 +94,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     from peers import watch_stages
     from run_peers import make_clips
 
-    import mdm_asr_hf
-
     folder = Path(args.model)
-    model = mdm_asr_hf.OnnxMDMASR.from_pretrained(folder, num_threads=args.threads)
-    processor = mdm_asr_hf.OnnxProcessor.from_pretrained(folder)
+    model, processor = load_ours(args)
     peaks = {
         "GB/s": bytes_per_s(args.threads) / 1e9,
         "linear GOP/s": operations_per_s(args.threads, is_int8(folder)) / 1e9,

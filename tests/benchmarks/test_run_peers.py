@@ -2,7 +2,9 @@
 """benchmarks/run_peers.py: which clips are compared, tables from raw rows by hand, and whole runs of tiny models."""
 
 import json
+from argparse import Namespace
 
+import common
 import numpy as np
 import peers
 import pytest
@@ -81,6 +83,16 @@ def test_settings_of_ours(tmp_path, monkeypatch, setting, capsys):
     before = dict(seconds)
     model.generate(*tiny_inputs(), max_new_tokens=20)
     assert seconds == before
+
+    # Beside other work, where the package by itself takes fewer threads, it has those it is given.
+    numbers = []
+    monkeypatch.setattr("mdm_asr_hf.cores.free_cores", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    ours = str(setting / "tiny-ours")
+    peers.load_peer(peers.Peer("ours", ours, "ours", "float32"), "cpu", 2)
+    assert numbers.pop() == 2
+    common.load_ours(Namespace(model=ours, threads=2))
+    assert numbers.pop() == 2
 
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="`ctranslate2` is not installed.*--skip faster-whisper"):
