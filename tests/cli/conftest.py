@@ -3,6 +3,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -10,15 +11,19 @@ from mdm_asr_hf import loading
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loads_the_checkpoint_once():
-    """The package's own checkpoint is read once, and each command has generation settings of its own."""
-    load, own = loading.load_model, str(loading.default_checkpoint())
-    read = functools.cache(load)
+def loads_a_checkpoint_once():
+    """A checkpoint is read once, until its weights change, and each command has generation settings of its own."""
+    load = loading.load_model
+
+    @functools.cache
+    def read(changed_ns, *arguments):
+        return load(*arguments)
 
     def load_model(model, *arguments):
-        if model != own:
+        weights = Path(model) / "model.safetensors"
+        if not weights.is_file():
             return load(model, *arguments)
-        loaded, processor = read(model, *arguments)
+        loaded, processor = read(weights.stat().st_mtime_ns, model, *arguments)
         loaded = copy.copy(loaded)
         loaded.generation_config = copy.deepcopy(loaded.generation_config)
         return loaded, processor
