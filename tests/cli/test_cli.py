@@ -3,7 +3,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -22,7 +21,8 @@ from canary_donors import (
 from demo_recording import RECORDING, TEXT
 from safetensors.torch import load_file, save_file
 from tables import each
-from tiny_models import tiny_drafts_model
+from tiny_data import save_model
+from tiny_models import tiny_drafts_model, tiny_processor
 from tiny_sentencepiece import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -159,8 +159,7 @@ def test_bad_checkpoints_give_one_line(run, tmp_path):
     WhisperConfig(d_model=8).save_pretrained(other)
     fails(other, "mdm-asr convert")
 
-    folder = tmp_path / "copy"
-    shutil.copytree(default_checkpoint(), folder)
+    folder = save_model(tmp_path / "copy", tiny_drafts_model(dtype=torch.float32), tiny_processor())
     weights = load_file(folder / "model.safetensors")
     name = "model.decoder.layer_norm.bias"
     save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
