@@ -1,3 +1,4 @@
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -216,10 +217,11 @@ def test_whatever_the_padding(model, seconds, seed, extra):
     features, mask = tiny_inputs("whisper", seconds=tuple(seconds), seed=seed)
     padded = torch.nn.functional.pad(features, (0, 0, 0, extra), value=3.0)
     padded_mask = torch.nn.functional.pad(mask, (0, extra))
-    expected = model.generate(features, attention_mask=mask)
-    assert torch.equal(model.generate(padded, attention_mask=padded_mask), expected)
+    generate = functools.partial(model.generate, max_denoising_steps=8)
+    expected = generate(features, attention_mask=mask)
+    assert torch.equal(generate(padded, attention_mask=padded_mask), expected)
     order = torch.arange(len(seconds)).flip(0)
-    assert torch.equal(model.generate(features[order], attention_mask=mask[order]), expected[order])
+    assert torch.equal(generate(features[order], attention_mask=mask[order]), expected[order])
 
 
 @each("name", sorted(SAMPLERS))

@@ -92,7 +92,7 @@ def test_the_plain_loop_is_a_text_worth_drafting(encoder):
     assert int(output.nfe.sum()) < sum(lengths)
 
 
-@settings(max_examples=80)
+@settings(max_examples=48)
 @given(encoder=ENCODER, options=SETTINGS, rows=ROWS, drafts=st.none() | st.lists(DRAFTS, min_size=4, max_size=4))
 def test_any_drafts_of_masks_and_hypotheses_give_the_donors_text(encoder, options, rows, drafts):
     output = decode(encoder, rows, draft_ids=drafts and drafts[: len(rows)], **options)
@@ -105,7 +105,7 @@ def test_any_drafts_of_masks_and_hypotheses_give_the_donors_text(encoder, option
         assert int(output.nfe[i]) - 1 <= int((kinds == 0).sum()) <= int(output.nfe[i])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(encoder=ENCODER, options=SETTINGS, seed=st.integers(0, 2**16), always_eos=st.booleans())
 def test_adversarial_drafts_change_nothing(encoder, options, seed, always_eos):
     model = model_of(encoder)
@@ -129,7 +129,7 @@ def test_adversarial_drafts_change_nothing(encoder, options, seed, always_eos):
         verified_decoding_mdm_asr.cut_drafts = cut
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(encoder=ENCODER, options=SETTINGS, rows=ROWS, temperature=st.floats(0.2, 2.0), seed=st.integers(0, 2**16))
 def test_a_drawn_text_is_that_of_its_seed_however_it_is_cut(encoder, options, rows, temperature, seed):
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
