@@ -75,7 +75,7 @@ def test_golden_transcript(model, processor, clip, transcript):
 def test_the_text_is_that_of_the_whisper_in_it(model, processor):
     files = [RECORDING]
     if LIBRISPEECH.exists():
-        files += [LIBRISPEECH / row["file_name"] for row in librispeech() if row["duration_s"] < 10][:5]
+        files += [LIBRISPEECH / row["file_name"] for row in librispeech() if row["duration_s"] < 10][:2]
     eos, donor = model.config.eos_token_id, model.to_whisper()
     inputs = processor(files)
     output = model.generate(**inputs, temperature=0.0, compression_ratio_threshold=None, logprob_threshold=None)
@@ -145,8 +145,8 @@ def librispeech():
 
 @pytest.mark.skipif(not LIBRISPEECH.exists(), reason="the LibriSpeech recordings are not beside the repository")
 def test_word_error_rate_on_librispeech_clips(model, processor):
-    """Every twelfth clip in order of length; these have 8.1 %, in more than 3.2 tokens an evaluation."""
-    rows = sorted(librispeech(), key=lambda row: row["duration_s"])[::12]
+    """Every twenty-fourth clip in order of length; these have 7.7 %, in 4 tokens an evaluation."""
+    rows = sorted(librispeech(), key=lambda row: row["duration_s"])[::24]
     references, texts, num_tokens, num_evaluations = [], [], 0, 0
     for start in range(0, len(rows), 7):
         batch = rows[start : start + 7]
@@ -157,7 +157,7 @@ def test_word_error_rate_on_librispeech_clips(model, processor):
         num_tokens += int((output.confidence > 0).sum())
         num_evaluations += int(output.nfe.sum())
     wer = jiwer.wer([normalize(r) for r in references], [normalize(t) for t in texts])
-    assert wer < 0.085 and num_tokens / num_evaluations > 3.2
+    assert wer < 0.082 and num_tokens / num_evaluations > 3.9
 
 
 @pytest.mark.skipif(not LIBRISPEECH.exists(), reason="the LibriSpeech recordings are not beside the repository")

@@ -315,16 +315,14 @@ def test_models_that_cannot_detect(whisper, tmp_path):
 
 SAID = {
     "de": "Die Katze sitzt auf dem Tisch und schläft den ganzen Tag.",
-    "fr": "Bonjour, je voudrais une tasse de café, s'il vous plaît.",
     "es": "El perro corre por la playa con los niños.",
-    "ja": "おはようございます。きょうはとてもいいてんきですね。",
 }
 
 
 @needs_released_whisper
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_texts_of_a_released_donor_equal_transformers(tmp_path):
-    """Speech in four languages: language given, detected, and translated."""
+    """Speech in two languages: language given, detected, and translated."""
     save_released("base", tmp_path / "donor")
     for code, text in SAID.items():
         subprocess.run(["espeak-ng", "-v", code, "-s", "140", "-w", tmp_path / f"{code}.wav", text], check=True)
@@ -350,7 +348,7 @@ def test_texts_of_a_released_donor_equal_transformers(tmp_path):
         return processor.batch_decode(output.sequences), output.languages
 
     given, codes = texts(list(SAID), "transcribe")
-    assert codes == list(SAID) and "sitzt auf dem Tisch" in given[0] and "por la playa" in given[2]
+    assert codes == list(SAID) and "sitzt auf dem Tisch" in given[0] and "por la playa" in given[1]
     # Both detect, and lay the same prompts: the texts are those of before.
     assert texts(None, "transcribe") == (given, list(SAID))
     translated, _ = texts(list(SAID), "translate")
