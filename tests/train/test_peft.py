@@ -28,7 +28,7 @@ def canvas_logits(model):
 
 def test_lora_trains_generates_and_merges_back(tmp_path):
     for is_ours in [False, True]:
-        model, data, settings = wrapped(trainable_model()), Clips(), {"learning_rate": 2e-2, "max_steps": 25}
+        model, data, settings = wrapped(trainable_model()), Clips(), {"learning_rate": 2e-2, "max_steps": 15}
         if is_ours:
             trainer = make_trainer(tmp_path, model, **settings)
         else:
