@@ -269,7 +269,6 @@ def test_settings_of_the_file_and_of_the_call(model, tmp_path):
     assert out.num_steps <= 3
     assert torch.equal(out.sequences, model.generate(features, attention_mask=mask))
 
-    features, mask = tiny_inputs()
     before = model.generation_config.to_dict()
     model.generate(
         features, attention_mask=mask, gamma=1.0, lambda_=0.5, max_denoising_steps=2, canvas_length=9, language=None
@@ -282,7 +281,6 @@ def test_settings_of_the_file_and_of_the_call(model, tmp_path):
     assert settings.sampler == EBConfSampler(gamma=0.4) and settings.max_denoising_steps == 7
     assert mine.sampler.gamma == 0.05
 
-    features, mask = tiny_inputs()
     expected = model.generate(features, attention_mask=mask)
     stock = dict(labels=torch.tensor([[1]]), synced_gpus=False, max_new_tokens=256, num_beams=5, pad_token_id=PAD)
     assert torch.equal(model.generate(input_features=features, attention_mask=mask, **stock), expected)
@@ -386,7 +384,6 @@ def test_prompts_and_encoder_outputs_can_be_given(model):
     with pytest.raises(ValueError, match="both set the prompt"):
         model.generate(features, attention_mask=mask, decoder_input_ids=ids, language="de")
 
-    features, mask = tiny_inputs()
     frames = model.encode(features, mask)
     expected = model.generate(features, attention_mask=mask)
     assert torch.equal(model.generate(encoder_outputs=frames, attention_mask=mask), expected)
@@ -413,12 +410,8 @@ def test_silence_and_too_short_clips_give_an_empty_text_beside_speech(model):
 
     features, mask = tiny_inputs()
     mask[1] = 0
-    out = generate_from(model, features, mask)
+    out = model.generate(features, attention_mask=mask, return_dict_in_generate=True)
     assert out.sequences[1, 0] == EOS and out.nfe[1] == 0 and out.confidence.isfinite().all()
-
-
-def generate_from(model, features, mask):
-    return model.generate(features, attention_mask=mask, return_dict_in_generate=True)
 
 
 def test_features_that_are_missing_misshapen_or_not_finite_raise(model):

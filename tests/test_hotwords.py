@@ -266,7 +266,6 @@ def test_hotwords_of_the_real_tokenizer(real):
     plain = model.generate(**inputs)
     assert torch.equal(model.generate(**inputs, hotword_ids=processor.hotword_ids(words)), plain)
 
-    _, processor = real
     ids = processor.hotword_ids(["Quilter"])
     assert processor.tokenizer.convert_ids_to_tokens(ids[0]) == ["ĠQu", "il", "ter"]
     assert [processor.tokenizer.decode(one) for one in ids] == [" Quilter", " quilter", " QUILTER"]

@@ -225,7 +225,6 @@ def test_given_and_detected_languages_in_one_batch(converted):
         length = int((output.confidence[i] > 0).sum())
         assert torch.equal(output.sequences[i, :length], single.sequences[0, :length])
 
-    model, processor = converted
     inputs = processor(clips(3), sampling_rate=RATE_HZ)
     options = {**GREEDY, "temperature": 1.0, "num_return_sequences": 2, "return_dict_in_generate": True}
     output = model.generate(**inputs, language=["de", "fr", "auto"], **options)

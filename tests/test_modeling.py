@@ -44,8 +44,6 @@ def test_padding_and_the_outside_of_a_canvas_have_no_influence(encoder):
                 rtol=1e-4,
             )
 
-    model = tiny_model(encoder)
-    features, mask = tiny_inputs(encoder)
     ids = canvas_inputs(3)
     with torch.no_grad():
         frames = model.encode(features, mask)
@@ -58,9 +56,6 @@ def test_padding_and_the_outside_of_a_canvas_have_no_influence(encoder):
         unmasked = model(decoder_input_ids=ids, encoder_outputs=frames).logits
         assert not torch.allclose(unmasked[1:], expected[1:], atol=1e-2)
 
-    model = tiny_model(encoder)
-    features, mask = tiny_inputs(encoder)
-    ids = canvas_inputs(3)
     canvas_mask = torch.ones_like(ids)
     canvas_mask[1, 8:] = 0
     with torch.no_grad():
@@ -308,7 +303,6 @@ def test_bad_calls_name_the_remedy():
     with pytest.raises(ValueError, match="301 tokens.*300 positions"):
         model(features, mask, decoder_input_ids=torch.ones(3, 301, dtype=torch.long))
 
-    features, mask = tiny_inputs()
     with pytest.raises(ValueError, match="`objective` is a DiffusionObjective, which trains a canvas"):
         tiny_drafts_model()(features, mask, labels=DRAFT_LABELS, objective=DiffusionObjective())
 
@@ -569,7 +563,6 @@ def test_evaluation_is_seeded_and_padded_labels_change_nothing():
     assert model(features, mask, labels=DRAFT_LABELS).loss != model(features, mask, labels=DRAFT_LABELS).loss
 
     model = tiny_model()
-    features, mask = tiny_inputs()
 
     def loss(seed=None):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -627,7 +620,6 @@ def test_the_canvas_of_training():
 
     model = tiny_model()
     model.generation_config.canvas_tokens_per_s = model.generation_config.canvas_extra_tokens = 0
-    features, mask = tiny_inputs()
     assert model(features, mask, labels=LABELS).logits.shape[1] == 5  # four tokens and an end of text
 
 

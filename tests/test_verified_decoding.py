@@ -180,7 +180,6 @@ def test_a_prefix_a_hypothesis_and_limits():
     assert output.commit_steps[0, :4].tolist() == [0] * 4 and output.confidence[0, :4].tolist() == [1.0] * 4
     assert bool((output.commit_steps[0, 4 : len(whole[0])] > 0).all())
 
-    whole = [loop_text("whisper", row) for row in range(3)]
     output = decode("whisper", draft_ids=whole, draft_branches=["hypothesis"], draft_length=3)
     assert texts(output) == whole and int(output.rejected_drafts.sum()) == 0
     # Three drafts and the donor's own token in each.
@@ -193,7 +192,6 @@ def test_a_prefix_a_hypothesis_and_limits():
     for limit in (1, 2, 5):
         assert texts(decode("whisper", [0], max_new_tokens=limit, gamma=math.inf)) == [whole[:limit]]
 
-    whole = loop_text("whisper", 0)
     wrong = [token + 1 if token + 1 < VOCAB_SIZE else 2 for token in whole[:6]]
     output = decode(
         "whisper", [0], draft_ids=[[*whole[:2], *wrong[2:6]]], draft_branches=["hypothesis"], draft_length=3

@@ -148,7 +148,6 @@ def test_sounds_texts_and_loops(folder, tmp_path):
     sounds, crops = run_safeguards.summarise(rows)["groups"]
     assert sounds == {"group": "sounds", "clips": 2, "texts": 1, "text_loops": 0, "bares": 2, "bare_loops": 1}
     assert crops == {"group": "crops", "clips": 1, "texts": 1, "text_loops": 1, "bares": None, "bare_loops": None}
-    pytest.importorskip("scipy")
     groups = run(run_safeguards, folder, tmp_path / "out", "--crops", 3, "--sounds", 2)["groups"]
     assert [(one["group"], one["clips"]) for one in sorted(groups, key=str)] == [
         ("crops: data", 3),

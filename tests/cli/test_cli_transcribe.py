@@ -518,8 +518,6 @@ def test_progress_counts_seconds_of_audio(recordings, monkeypatch, tiny):
     bar.advance(bar.task_ids[0], 14.0)
     assert bar.finished
 
-    from mdm_asr_hf.transcribe.transcriber import Transcriber
-
     seconds = []
     transcriber = Transcriber(tiny_model(), tiny_processor(), max_window_s=3.0, vad="energy")
     assert len(list(transcriber.transcribe_all(recordings, on_progress=seconds.append))) == 3
