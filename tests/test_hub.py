@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard, constants
 from remote_code import noise, save_with_code, transcribe_as_remote_code
 from safetensors.torch import load_file, save_file
 from tables import each
+from tiny_data import save_model
 from tiny_models import tiny_drafts_model, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-import mdm_asr_cli.app as cli
 from mdm_asr_hf import default_checkpoint
 from mdm_asr_hf.hub import push
 
@@ -33,8 +33,7 @@ pipeline_tag: automatic-speech-recognition
 def folder(tmp_path):
     """What a training run leaves: a checkpoint in bf16, a card, and files that are nobody's business."""
     folder = tmp_path / "run"
-    tiny_drafts_model(dtype=torch.bfloat16).save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_model(folder, tiny_drafts_model(dtype=torch.bfloat16), tiny_processor())
     (folder / "README.md").write_text(CARD)
     (folder / "LICENSE").write_text("Apache")
     (folder / "optimizer.pt").write_bytes(b"0")
@@ -191,29 +190,19 @@ def test_no_temporary_folder_is_left(folder, hub, tmp_path, monkeypatch):
     assert not list(Path(tmp_path).glob("mdm-asr-push-*"))
 
 
-def call(*arguments):
-    """What `mdm-asr push` exits with; the command line without a process of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["mdm-asr", "push", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return end.value.code
-
-
-def test_the_command_lists_uploads_or_says_why_not_on_one_line(folder, hub, capsys):
-    assert call(folder, "user/tiny", "--no-code", "--dry-run") == 0
-    *files, last = capsys.readouterr().out.splitlines()
+def test_the_command_lists_uploads_or_says_why_not_on_one_line(folder, hub, run_command):
+    code, out, _ = run_command("push", folder, "user/tiny", "--no-code", "--dry-run")
+    *files, last = out.splitlines()
     staged = Path(last.split(" in ")[1])
     try:
         assert sorted(path.name for path in staged.iterdir()) == files
-        assert "README.md" in files and "modeling_mdm_asr.py" not in files
+        assert code == 0 and "README.md" in files and "modeling_mdm_asr.py" not in files
     finally:
         shutil.rmtree(staged)
 
-    assert call(folder, "user/tiny", "--private") == 0
-    assert f"{hub.endpoint}/user/tiny/commit/1" in capsys.readouterr().out
-    assert call(folder, "user/too/many/slashes") == 1
+    code, out, _ = run_command("push", folder, "user/tiny", "--private")
+    assert code == 0 and f"{hub.endpoint}/user/tiny/commit/1" in out
     (folder / "README.md").unlink()
-    assert call(folder, "user/tiny") == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith("error: ") for line in lines] == [True, True] and "no model card" in lines[1]
+    for name, message in (("user/too/many/slashes", ""), ("user/tiny", "no model card")):
+        code, _, err = run_command("push", folder, name)
+        assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err

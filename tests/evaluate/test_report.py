@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from mdm_asr_cli.app import main
 from mdm_asr_hf.encoding_mdm_asr import json_text
 from mdm_asr_hf.evaluate import report
 from mdm_asr_hf.evaluate.report import make_report
@@ -361,32 +360,24 @@ def test_names_that_are_not_utf8(tmp_path):
     assert 'src="caf%E9.wav"' in page.read_text() and "caf\\udce9.wav" in page.read_text()
 
 
-def run(capsys, *arguments):
-    """Exit code, stdout and stderr of `mdm-asr report`."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as done:
-        patch.setattr("sys.argv", ["mdm-asr", "report", *map(str, arguments)])
-        main()
-    captured = capsys.readouterr()
-    return done.value.code, captured.out, captured.err
-
-
-def test_command_and_errors(tmp_path, capsys):
+def test_command_and_errors(tmp_path, run_command):
     clip = silence(tmp_path / "data" / "a.wav")
     rows = [row("1", "a", "b", audio="a.wav")]
     folder, output = write(tmp_path / "all" / "one", rows), tmp_path / "one.html"
-    assert run(capsys, folder, "--audio-root", clip.parent, "--output", output) == (0, f"wrote {output}\n", "")
+    done = run_command("report", folder, "--audio-root", clip.parent, "--output", output)
+    assert done == (0, f"wrote {output}\n", "")
     assert players(output) == {"1": clip.resolve()}
-    run(capsys, folder, "--audio-root", clip.parent, "--embed-audio")
+    run_command("report", folder, "--audio-root", clip.parent, "--embed-audio")
     assert parse(folder / "report.html").all("audio")[0]["src"].startswith("data:audio/wav;base64,")
 
     write(tmp_path / "all" / "two", rows)
     written = [tmp_path / "all" / name / "report.html" for name in ("one", "two")]
-    assert run(capsys, tmp_path / "all") == (0, "".join(f"wrote {path}\n" for path in written), "")
-    code, out, err = run(capsys, tmp_path / "all", "--output", output)
+    assert run_command("report", tmp_path / "all") == (0, "".join(f"wrote {path}\n" for path in written), "")
+    code, out, err = run_command("report", tmp_path / "all", "--output", output)
     assert (code, out) == (1, "") and err.startswith("error: `--output` is one file, but") and err.count("\n") == 1
-    code, out, err = run(capsys, folder, "--audio-root", tmp_path / "all")
+    code, out, err = run_command("report", folder, "--audio-root", tmp_path / "all")
     assert code == 0 and err.startswith("warning: None of the rows' audio files is in `audio_root`")
-    code, out, err = run(capsys, tmp_path / "nothing")
+    code, out, err = run_command("report", tmp_path / "nothing")
     assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("error: ")
 
     folder = write(tmp_path / "f", ROWS)

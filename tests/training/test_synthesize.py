@@ -13,12 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import synthesize
 from tables import each
 
 SCRIPT = Path(__file__).parents[2] / "training" / "synthesize.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import synthesize  # noqa: E402
 
 VOICE = """
 import os
