@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from remote_code import noise
+from tiny_data import save_model
 from tiny_models import tiny_inputs, tiny_model, tiny_processor
 from transformers import (
     AutoConfig,
@@ -26,9 +27,7 @@ from mdm_asr_hf import (
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    tiny_processor().save_pretrained(tmp_path)
-    return tmp_path
+    return save_model(tmp_path, tiny_model(), tiny_processor())
 
 
 def test_auto_classes_find_ours(folder):

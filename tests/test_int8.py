@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from tables import each
+from tiny_data import save_model
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq
@@ -14,10 +15,7 @@ from mdm_asr_hf.int8 import Int8Linear
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    tiny_model("whisper").save_pretrained(path)
-    tiny_processor().save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("tiny"), tiny_model("whisper"), tiny_processor())
 
 
 def test_int8_layers_by_hand_and_under_autocast():

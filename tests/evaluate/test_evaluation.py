@@ -16,7 +16,7 @@ import torch
 from tables import each
 from tiny_data import RATE_HZ, ROOT, save_model, write_data, write_metadata
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_model, tiny_processor
-from tiny_training import LAUNCHERS, launch
+from tiny_training import LAUNCHER, launch
 
 from mdm_asr_hf.evaluate import evaluation
 from mdm_asr_hf.evaluate.data import PRESETS, load_data
@@ -365,7 +365,7 @@ def test_two_processes_write_what_one_does(folder, checkpoint, tmp_path, run_com
     arguments = ["--data", folder, "--model", drawing, "--batch-size", 2, "--device", "cpu", "--batch-1-rows", 0]
     # As the installed `mdm-asr` is.
     (tmp_path / "mdm-asr").write_text("from mdm_asr_cli import main\nmain()\n")
-    command = [*LAUNCHERS["accelerate"].split(), tmp_path / "mdm-asr", "evaluate", *arguments]
+    command = [*LAUNCHER, tmp_path / "mdm-asr", "evaluate", *arguments]
     launch(*command, "--output", tmp_path / "two")
     run_command("evaluate", *arguments, "--output", tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))

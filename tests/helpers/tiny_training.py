@@ -12,12 +12,11 @@ from tiny_models import tiny_inputs, tiny_model
 from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments
 
 EOS = 1
-LAUNCHERS = {
-    # --multi_gpu stands for torchrun; the arguments' `use_cpu` keeps to the CPU and gloo.
-    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0",
-    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
-}
+# --multi_gpu stands for torchrun; the arguments' `use_cpu` keeps to the CPU and gloo.
+LAUNCHER = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0"
+).split()
 
 
 class Clips(torch.utils.data.Dataset):
@@ -37,6 +36,12 @@ class Clips(torch.utils.data.Dataset):
 
     def batch(self, rows=range(4)):
         return torch.utils.data.default_collate([self[i] for i in rows])
+
+
+def collate(rows):
+    """Of rows or of one batch of them, as a stream gives it; their durations decided what is in it."""
+    rows = rows[0] if isinstance(rows[0], list) else rows
+    return torch.utils.data.default_collate([{k: v for k, v in row.items() if k != "duration_s"} for row in rows])
 
 
 def trainable_model(**settings):

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from tables import each
+from tiny_data import save_model
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq
 
@@ -318,10 +319,7 @@ def test_what_is_measured_is_what_decoding_gives(tmp_path):
 @pytest.fixture
 def donor(tmp_path, monkeypatch):
     monkeypatch.setattr(donor_cache, "_why_not", lambda *text: None)
-    model = short_model()
-    model.save_pretrained(tmp_path / "donor")
-    tiny_processor().save_pretrained(tmp_path / "donor")
-    return tmp_path / "donor"
+    return save_model(tmp_path / "donor", short_model(), tiny_processor())
 
 
 def run_training(run_command, donor, speech, output, *more, steps=2):
@@ -363,8 +361,7 @@ def test_train_drafts_makes_a_model_of_audio_alone(run_command, donor, speech, t
 
 
 def test_what_cannot_be_trained_is_one_line(run_command, donor, speech, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "canvas")
-    tiny_processor().save_pretrained(tmp_path / "canvas")
+    save_model(tmp_path / "canvas", tiny_model(), tiny_processor())
     for model, audio, steps, said in (
         (donor, speech, 0, "are both 0. Nothing would be trained"),
         (donor, tmp_path / "nowhere", 2, "nowhere"),

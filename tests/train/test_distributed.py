@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tiny_data import save_model
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
-from tiny_training import EOS, LAUNCHERS, arguments, launch
+from tiny_training import EOS, LAUNCHER, arguments, collate, launch
 
 from mdm_asr_hf import MDMASRForConditionalGeneration, decoder_mdm_asr, diffusion_mdm_asr
 from mdm_asr_hf.diffusion_mdm_asr import DiffusionObjective, DraftObjective
@@ -35,9 +36,8 @@ def two(tmp_path_factory):
         soundfile.write(folder / "speech" / f"{i:02d}.wav", 0.1 * rng.standard_normal(16_000 + 400 * i), 16_000)
     model = tiny_drafts_model(dtype=torch.float32)
     model.generation_config.max_new_tokens = 30
-    model.save_pretrained(folder / "donor")
-    tiny_processor().save_pretrained(folder / "donor")
-    launch(*LAUNCHERS["accelerate"].split(), __file__, folder)
+    save_model(folder / "donor", model, tiny_processor())
+    launch(*LAUNCHER, __file__, folder)
     return folder
 
 
@@ -65,11 +65,6 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         rows = Rows()
         yield from ({**rows[i], "duration_s": float(rows.durations_s[i])} for i in range(len(rows)))
-
-
-def collate(batches):
-    (rows,) = batches
-    return torch.utils.data.default_collate([{k: v for k, v in row.items() if k != "duration_s"} for row in rows])
 
 
 class MaskByRow:

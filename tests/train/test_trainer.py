@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tables import each
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
-from tiny_training import EOS, Clips, arguments, logged, make_trainer, trainable_model, weights
+from tiny_training import EOS, Clips, arguments, collate, logged, make_trainer, trainable_model, weights
 from transformers import (
     EvalPrediction,
     Seq2SeqTrainer,
@@ -449,11 +449,6 @@ class TimedStream(torch.utils.data.IterableDataset):
         rows = Timed()
         for i in range(10):
             yield {**rows[i], "duration_s": float(rows.durations_s[i])}
-
-
-def collate(rows):
-    rows = rows[0] if isinstance(rows[0], list) else rows
-    return torch.utils.data.default_collate([{k: v for k, v in row.items() if k != "duration_s"} for row in rows])
 
 
 def seconds_trainer(folder, data, **settings):
