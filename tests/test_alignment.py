@@ -2,11 +2,11 @@
 """Token times from cross-attention: the warping, what surrounds it, and `return_token_timestamps`."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from demo_recording import RECORDING, STARTS_S
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import each
@@ -25,9 +25,6 @@ from mdm_asr_hf.alignment_mdm_asr import (
     warp,
 )
 from mdm_asr_hf.transcribe.transcript import group_words, token_texts
-
-ROOT = Path(__file__).parents[1]
-RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
 
 # --- warping ---
 
@@ -285,10 +282,6 @@ def test_words_of_scripts_without_blanks_are_parted_at_tokens():
     # Words written with blanks stay whole, and without times nothing is parted.
     assert [w.text for w in group_words([" I", "'m", " fi", "ne", "."], [1.0] * 5, times_s[:5])] == ["I'm", "fine."]
     assert [w.text for w in group_words(pieces, [0.5] * len(pieces))] == ["你好世界。OK（ラー）"]
-
-
-# By the forced aligner of pocketsphinx, in seconds.
-STARTS_S = [0.68, 0.82, 0.93, 1.25, 1.37, 1.64, 1.93, 2.61, 2.7, 2.91, 3.4, 3.5, 3.69, 3.87]
 
 
 def test_golden_times_of_a_recording():

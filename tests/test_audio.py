@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -37,12 +38,6 @@ def sine(frequency_hz, duration_s, rate, amplitude=0.5):
     return (amplitude * np.sin(2 * np.pi * frequency_hz * np.arange(round(duration_s * rate)) / rate)).astype(
         np.float32
     )
-
-
-def encode(samples, rate=RATE, format="WAV", subtype=None):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format=format, subtype=subtype)
-    return file.getvalue()
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """The checkpoint that comes with the package, on real speech."""
 
 import json
-from pathlib import Path
 
 import jiwer
 import numpy as np
 import pytest
 import soundfile
 import torch
+from demo_recording import LIBRISPEECH, RECORDING, TEXT, needs_librispeech
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperForConditionalGeneration, pipeline
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
@@ -15,11 +15,6 @@ from whisper_donors import needs_released_whisper, save_released
 
 from mdm_asr_hf import MDMASRPipeline, default_checkpoint
 
-REPOSITORY = Path(__file__).parents[1]
-RECORDING = next((REPOSITORY / "demo").glob("*.flac"))
-GOLDEN = "He had found where his treasure was, and was frightened of what might happen."
-# Recordings with transcripts that may lie beside the repository.
-LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
 MAX_BYTES = 96 * 2**20
 
 normalize = EnglishTextNormalizer({})
@@ -56,9 +51,9 @@ def test_it_is_complete_small_and_offline(model):
 
 
 def test_golden_transcript(model, processor, clip, transcript):
-    assert transcript == GOLDEN
+    assert transcript == TEXT
     pipe = pipeline("automatic-speech-recognition", model=str(default_checkpoint()))
-    assert pipe(clip.copy())["text"].strip() == GOLDEN
+    assert pipe(clip.copy())["text"].strip() == TEXT
     output = model.generate(**processor(clip, sampling_rate=16000), return_dict_in_generate=True)
     # 16 tokens and an end.
     assert output.nfe[0] <= 7 and output.accepted_drafts[0, 0] >= 9 and output.accepted_drafts[0, 1] == 0
@@ -123,7 +118,7 @@ def test_every_form_and_rate_of_the_audio_gives_the_transcript(model, processor,
 def test_what_is_too_long_or_no_speech(clip, model, processor):
     pipe = pipeline("automatic-speech-recognition", model=str(default_checkpoint()), pipeline_class=MDMASRPipeline)
     speech = pipe(str(RECORDING))
-    assert speech["text"].strip() == GOLDEN and speech["nfe"] == 4
+    assert speech["text"].strip() == TEXT and speech["nfe"] == 4
     noise = np.random.default_rng(0).standard_normal(len(clip)).astype(np.float32) * 0.1
     unheard = pipe(noise)
     assert unheard["text"] == "" and unheard["confidence"] is None and unheard["nfe"] <= 1
@@ -143,7 +138,7 @@ def librispeech():
     return [json.loads(line) for line in (LIBRISPEECH / "metadata.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.skipif(not LIBRISPEECH.exists(), reason="the LibriSpeech recordings are not beside the repository")
+@needs_librispeech
 def test_word_error_rate_on_librispeech_clips(model, processor):
     """Every twenty-fourth clip in order of length; these have 7.7 %, in 4 tokens an evaluation."""
     rows = sorted(librispeech(), key=lambda row: row["duration_s"])[::24]
@@ -158,15 +153,3 @@ def test_word_error_rate_on_librispeech_clips(model, processor):
         num_evaluations += int(output.nfe.sum())
     wer = jiwer.wer([normalize(r) for r in references], [normalize(t) for t in texts])
     assert wer < 0.082 and num_tokens / num_evaluations > 3.9
-
-
-@pytest.mark.skipif(not LIBRISPEECH.exists(), reason="the LibriSpeech recordings are not beside the repository")
-def test_a_batch_and_its_clips_read_the_same_on_real_speech(model, processor):
-    rows = [row for row in librispeech() if row["duration_s"] < 9][:4]
-    files = [LIBRISPEECH / row["file_name"] for row in rows]
-    batch = model.generate(**processor(files), return_dict_in_generate=True)
-    for row, file in enumerate(files):
-        alone = model.generate(**processor(file), return_dict_in_generate=True)
-        width = alone.sequences.shape[1]
-        assert alone.sequences[0].tolist() == batch.sequences[row, :width].tolist()
-        assert alone.nfe[0] == batch.nfe[row]

@@ -1,10 +1,10 @@
 """Hotwords: states of texts and raised logits by hand, and against a slow definition; the processor's token ids."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
+from demo_recording import LIBRISPEECH, RECORDING, needs_librispeech
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_processor, tiny_tokenizer
@@ -20,8 +20,6 @@ from mdm_asr_hf.hotwords_mdm_asr import (
     spellings,
 )
 
-REPOSITORY = Path(__file__).parents[1]
-LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
 V = 12
 
 
@@ -261,7 +259,7 @@ def real():
 
 def test_hotwords_of_the_real_tokenizer(real):
     model, processor = real
-    inputs = processor(next((REPOSITORY / "demo").glob("*.flac")))
+    inputs = processor(RECORDING)
     words = ["Kubernetes", "Olbinett", "Mulrady", "Firefox", "spectacular", "automaton", "treaty", "mansion"]
     plain = model.generate(**inputs)
     assert torch.equal(model.generate(**inputs, hotword_ids=processor.hotword_ids(words)), plain)
@@ -271,12 +269,10 @@ def test_hotwords_of_the_real_tokenizer(real):
     assert [processor.tokenizer.decode(one) for one in ids] == [" Quilter", " quilter", " QUILTER"]
 
 
+@needs_librispeech
 def test_a_name_that_was_said_is_written(real):
-    recording = LIBRISPEECH / "audio" / "1272-128104-0014.flac"
-    if not recording.is_file():
-        pytest.skip("LibriSpeech does not lie beside the repository.")
     model, processor = real
-    inputs = processor(recording)
+    inputs = processor(LIBRISPEECH / "audio" / "1272-128104-0014.flac")
     plain = processor.decode(model.generate(**inputs))[0]
     hotword_ids = processor.hotword_ids(["Quilter", "mulrady", "olbinett", "firefox", "cosette", "sherman"])
     text = processor.decode(model.generate(**inputs, hotword_ids=hotword_ids))[0]

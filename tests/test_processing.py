@@ -1,7 +1,6 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """MDMASRProcessor: audio to features, text to labels, ids to text, and all of it through a folder."""
 
-import io
 import json
 from types import SimpleNamespace
 
@@ -99,37 +98,16 @@ def test_every_rate_and_layout_in_any_batch_gives_the_same_features(processor, t
         assert torch.equal(alone["input_features"][0, :num_frames], batch["input_features"][row, :num_frames])
 
 
-def wav(samples, rate=RATE, **kwargs):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, **kwargs)
-    return file.getvalue()
-
-
 def test_bad_audio_raises_one_line_that_says_what_to_do(processor, tmp_path):
-    nan, inf = speech(), speech()
-    nan[7], inf[7] = np.nan, np.inf
-    (tmp_path / "text.wav").write_text("not audio")
-    flac = wav(speech(5), format="FLAC")
-    (tmp_path / "cut.flac").write_bytes(flac[: len(flac) // 2])
-    soundfile.write(tmp_path / "3h.flac", np.zeros(3 * 3600 * 1_000, np.int16), 1_000)
-    cases = [
-        (nan, "NaN or infinity"),
-        (inf, "NaN or infinity"),
-        ([speech(), nan], "Clip 1 of 2"),
-        (tmp_path / "text.wav", "text.wav.*not audio"),
-        (tmp_path / "cut.flac", "cut.flac.*truncated"),
+    nan = speech()
+    nan[7] = np.nan
+    for audio, message in (
+        ([speech(), nan], "Clip 1 of 2: .*NaN or infinity"),
         (tmp_path / "gone.wav", "gone.wav.*does not exist"),
-        (tmp_path, "is a directory"),
-        (str(tmp_path / "3h.flac"), "lasts 10800.00 s.*Split"),
         (speech(31), "lasts 31.00 s.*Split"),
-        (np.zeros((16, 99)), "as a list"),
-        ({"array": speech()}, "sampling_rate"),
-        ([], "empty list"),
-    ]
-    for audio, message in cases:
-        sampling_rate = None if isinstance(audio, dict) else RATE
+    ):
         with pytest.raises(ValueError, match=message) as error:
-            processor(audio, sampling_rate=sampling_rate)
+            processor(audio, sampling_rate=RATE)
         assert "\n" not in str(error.value)
 
 

@@ -2,7 +2,6 @@
 """open_asr_leaderboard/run_eval.py on data sets of the leaderboard's shape: with its package at hand, and without."""
 
 import importlib.util
-import io
 import json
 import sys
 from pathlib import Path
@@ -12,17 +11,16 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+from audio_files import encode
 from datasets import Audio, Dataset, DatasetDict
+from demo_recording import RECORDING, ROOT, TEXT
 from tables import each
+from tiny_data import save_model
 from tiny_models import tiny_model, tiny_processor
 
 from mdm_asr_hf import default_checkpoint
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "open_asr_leaderboard"
-RECORDING = ROOT / "demo" / "common_voice_en_48.flac"
-# As Whisper tiny.en writes it.
-TRANSCRIPT = "He had found where his treasure was, and was frightened of what might happen."
 RATE = 16_000
 
 
@@ -52,12 +50,6 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def wav(samples, rate=RATE):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV")
-    return file.getvalue()
-
-
 def noise(seconds, seed=0):
     return np.random.default_rng(seed).standard_normal(int(seconds * RATE)).astype(np.float32) * 0.1
 
@@ -77,15 +69,13 @@ def read(path):
 @pytest.fixture
 def tiny(tmp_path):
     """A canvas, which has options of its own; the default checkpoint has drafts."""
-    tiny_model().save_pretrained(tmp_path / "owner" / "tiny")
-    tiny_processor().save_pretrained(tmp_path / "owner" / "tiny")
-    return tmp_path / "owner" / "tiny"
+    return save_model(tmp_path / "owner" / "tiny", tiny_model(), tiny_processor())
 
 
 def test_the_default_checkpoint_on_two_clips(script, tmp_path, capsys):
-    silence = wav(np.zeros(44_100 * 2), 44_100)
+    silence = encode(np.zeros(44_100 * 2), 44_100)
     data = rows(
-        ("spoken", RECORDING.read_bytes(), TRANSCRIPT + " Indeed."),
+        ("spoken", RECORDING.read_bytes(), TEXT + " Indeed."),
         ("unscored", silence, "uh"),  # nothing is left of it after the normaliser
         ("silent", silence, "two words"),
     )
@@ -96,8 +86,8 @@ def test_the_default_checkpoint_on_two_clips(script, tmp_path, capsys):
     assert path == Path("results") / f"MODEL_{model_id}_DATASET_data_radio_test.jsonl"
     spoken, silent = read(path)
     assert list(spoken) == ["audio_filepath", "duration", "time", "text", "pred_text"]
-    assert (spoken["audio_filepath"], spoken["text"]) == ("spoken", TRANSCRIPT + " Indeed.")
-    assert spoken["pred_text"] == TRANSCRIPT and spoken["time"] == silent["time"] > 0
+    assert (spoken["audio_filepath"], spoken["text"]) == ("spoken", TEXT + " Indeed.")
+    assert spoken["pred_text"] == TEXT and spoken["time"] == silent["time"] > 0
     assert spoken["duration"] == pytest.approx(soundfile.info(RECORDING).duration, abs=1e-3)
     assert (silent["audio_filepath"], silent["pred_text"], silent["duration"]) == ("silent", "", 2.0)
     # Three words of the 17, the one and the two that were not found.
@@ -111,7 +101,7 @@ def test_the_default_checkpoint_on_two_clips(script, tmp_path, capsys):
 
 @each("streaming", [False, True])
 def test_a_folder_of_parquet_files(script, tmp_path, tiny, streaming):
-    clips = [(f"{i}", wav(noise(0.4 + 0.2 * i, seed=i)), f"number {i}") for i in range(5)]
+    clips = [(f"{i}", encode(noise(0.4 + 0.2 * i, seed=i)), f"number {i}") for i in range(5)]
     for name in ("phone", "radio"):
         (tmp_path / "data" / name).mkdir(parents=True)
         some = clips if name == "radio" else clips[:1]
@@ -138,12 +128,12 @@ def test_long_clips_are_cut_where_it_is_quiet_and_nothing_is_lost(script, tmp_pa
     pieces = script.split_clip(clip, 30 * RATE, RATE)
     assert len(pieces) == 2 and 18.0 <= len(pieces[0]) / RATE <= 18.5
     assert np.array_equal(np.concatenate(pieces), clip)
-    DatasetDict(test=rows(("long", wav(clip), "text"), ("short", wav(clip[:RATE]), "text"))).save_to_disk("data")
+    DatasetDict(test=rows(("long", encode(clip), "text"), ("short", encode(clip[:RATE]), "text"))).save_to_disk("data")
     arguments = ["--model_id", str(tiny), "--dataset_path", "data", "--dataset", "any", "--steps", "2"]
     long, short = read(script.main([*arguments, "--batch_size", "2"]))
     assert long["duration"] == 37.0 and short["duration"] == 1.0
     # As if the pieces had been clips.
-    parts = [(f"{i}", wav(piece), "text") for i, piece in enumerate([*pieces, clip[:RATE]])]
+    parts = [(f"{i}", encode(piece), "text") for i, piece in enumerate([*pieces, clip[:RATE]])]
     DatasetDict(test=rows(*parts)).save_to_disk("parts")
     arguments[3] = "parts"
     first, second, alone = (row["pred_text"] for row in read(script.main([*arguments, "--batch_size", "1"])))
@@ -161,7 +151,7 @@ def test_the_leaderboards_package_is_used_where_it_is(monkeypatch, tiny, tmp_pat
     written = {}
     theirs = ModuleType("normalizer.data_utils")
     theirs.load_data = lambda args: (
-        rows(("a", wav(noise(0.5)), "x y"), ("b", wav(noise(0.7, 1)), "x y"))
+        rows(("a", encode(noise(0.5)), "x y"), ("b", encode(noise(0.7, 1)), "x y"))
         .add_column("parent_id", ["call", "call"])
         .add_column("chunk_index", [0, 1])
     )
@@ -191,7 +181,7 @@ def test_the_leaderboards_package_is_used_where_it_is(monkeypatch, tiny, tmp_pat
 
 
 def test_what_cannot_be_measured_is_said(script, tiny):
-    DatasetDict(test=rows(("a", wav(noise(0.5)), " "))).save_to_disk("data")
+    DatasetDict(test=rows(("a", encode(noise(0.5)), " "))).save_to_disk("data")
     arguments = ["--model_id", str(tiny), "--dataset", "any", "--dataset_path"]
     with pytest.raises(ValueError, match="no utterance with a reference"):
         script.main([*arguments, "data"])

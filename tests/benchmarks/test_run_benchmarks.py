@@ -17,6 +17,7 @@ import run_timestamps
 import soundfile
 import timing
 import torch
+from demo_recording import RECORDING, STARTS_S
 from tables import each
 from tiny_data import RATE_HZ, ROOT, save_model, write_data
 from tiny_models import tiny_drafts_model, tiny_processor
@@ -24,7 +25,6 @@ from tiny_models import tiny_drafts_model, tiny_processor
 from mdm_asr_hf.sampling_mdm_asr import make_sampler
 
 # By the forced aligner of pocketsphinx, in seconds.
-STARTS_S = [0.68, 0.82, 0.93, 1.25, 1.37, 1.64, 1.93, 2.61, 2.7, 2.91, 3.4, 3.5, 3.69, 3.87]
 
 
 @pytest.fixture(autouse=True)
@@ -272,7 +272,7 @@ def test_times_by_hand():
 
 def test_forced_aligner_on_a_recording():
     pytest.importorskip("pocketsphinx")
-    samples, _ = soundfile.read(ROOT / "demo" / "common_voice_en_48.flac", dtype="float32")
+    samples, _ = soundfile.read(RECORDING, dtype="float32")
     aligner, words = timing.ForcedAligner(), (ROOT / "demo" / "transcript.txt").read_text().split()
     times_s = aligner.align(samples, words)
     assert [start for start, _ in times_s] == pytest.approx(STARTS_S, abs=0.03)

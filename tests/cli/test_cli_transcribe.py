@@ -21,6 +21,7 @@ from demo_recording import RECORDING, TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import each
+from tiny_data import save_model
 from tiny_models import tiny_model, tiny_processor
 
 import mdm_asr_cli.app as cli
@@ -54,10 +55,7 @@ def run(run_command):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder with a tiny random checkpoint, whose text is letters without sense."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny"), tiny_model(), tiny_processor())
 
 
 @pytest.fixture(scope="module")
@@ -586,8 +584,7 @@ TAIL = re.compile(r"\d\.\d{5,}")
 
 
 def test_no_number_has_a_tail(run, recordings, tmp_path):
-    demo = Path("demo/common_voice_en_48.flac")
-    speech = load_audio(demo)
+    speech = load_audio(RECORDING)
     # Windows whose starts are no round numbers.
     soundfile.write(tmp_path / "long.flac", np.tile(speech, 3)[:-1234], RATE_HZ)
     command = ("transcribe", tmp_path / "long.flac", "--window-s", 5.7, "--vad", "energy")
@@ -597,5 +594,5 @@ def test_no_number_has_a_tail(run, recordings, tmp_path):
     assert run(*command, "--output-dir", tmp_path, *formats)[0] == 0
     written = [(tmp_path / f"long.{suffix}").read_text() for suffix in ("json", "srt", "vtt")]
     assert '"start_s": ' in written[0] and '"no_speech": ' in written[0] and not any(map(TAIL.search, written))
-    code, out, _ = run("stream", demo, "--no-realtime", "--json")
+    code, out, _ = run("stream", RECORDING, "--no-realtime", "--json")
     assert code == 0 and not TAIL.search("\n".join(out))

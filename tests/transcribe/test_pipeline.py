@@ -1,11 +1,10 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """MDMASRPipeline: any length, batched over all recordings as stock pipelines batch, with times in their form."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from datasets import Audio, Dataset
+from demo_recording import RECORDING
 from tiny_models import tiny_drafts_model, tiny_processor
 from transformers import GenerationConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -15,7 +14,6 @@ from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 
 RATE = 16_000
-RECORDING = next((Path(__file__).parents[2] / "demo").glob("*.flac"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import encode
+from demo_recording import RECORDING
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -31,7 +33,6 @@ from mdm_asr_hf.transcribe.streaming import EnergyGate, StreamingPolicy, Streami
 from mdm_asr_hf.transcribe.transcript import Word
 
 RATE = 16_000
-DEMO = "demo/common_voice_en_48.flac"
 EOS = 1
 # Each spoken word is a stretch of one amplitude, which says which word it is; two tokens write it.
 NUM_WORDS = 20
@@ -531,7 +532,7 @@ def test_offset_hum_and_digital_silence_are_no_speech_for_the_gate(rate):
 @each("gain_db", [-20, -35, -50])
 @each("beside", ["nothing", "offset", "negative offset", "drift", "hum", "loud speech", "room"])
 def test_the_gate_hears_a_faint_speaker(gain_db, beside):
-    speech = load_audio(DEMO)[: 3 * RATE + RATE // 2]
+    speech = load_audio(RECORDING)[: 3 * RATE + RATE // 2]
     speech = speech / np.sqrt(np.mean(speech**2))
     faint = np.concatenate([np.zeros(20 * RATE), speech * 10 ** (gain_db / 20), np.zeros(2 * RATE)])
     times = np.arange(len(faint)) / RATE
@@ -580,7 +581,7 @@ def checkpoint():
 
 def test_a_real_recording_streams_early_and_ends_near_the_offline_text(checkpoint):
     model, processor = checkpoint
-    samples = load_audio(DEMO)
+    samples = load_audio(RECORDING)
     updates = list(StreamingTranscriber(model, processor).stream(cut(samples, [1600])))
     check_updates(updates)
     first = next(update for update in updates if update.committed or update.partial)
@@ -634,12 +635,6 @@ def test_stream_prints_committed_words_line_by_line_or_json_updates(run_command,
     assert fake_models.calls[0]["hotword_ids"] == [[13, 100], [14, 100], [15, 100]]
 
 
-def as_file(samples, format, rate_hz=RATE, **options):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate_hz, format=format, **options)
-    return file.getvalue()
-
-
 class Pipe(io.BytesIO):
     """Gives a few bytes at once, and cannot be sought in."""
 
@@ -663,7 +658,7 @@ def test_wav_is_read_as_it_comes(subtype, at_once, num_channels, size, extensibl
     generator = np.random.default_rng(size)
     # Channels of one voice, which no mixture leaves out.
     samples = generator.uniform(-0.5, 0.5, (size, 1)) * generator.uniform(0.5, 1.0, num_channels)
-    content = as_file(samples, "WAVEX" if extensible else "WAV", subtype=subtype)
+    content = encode(samples, format="WAVEX" if extensible else "WAV", subtype=subtype)
     expected = to_mono_float32(soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)[0], channel_axis=1)
     at = content.index(b"data")
     # Chunks behind the samples, and of an odd size before them; a size that is not known, as ffmpeg has it in a pipe.
@@ -683,16 +678,16 @@ def content_size(content, at):
 
 def test_formats_that_are_not_read_as_they_come(caplog):
     noise = 0.1 * np.random.default_rng(0).standard_normal(RATE)
-    contents = {name: as_file(noise, name) for name in ("FLAC", "OGG", "MP3", "AIFF", "AU", "CAF")}
+    contents = {name: encode(noise, format=name) for name in ("FLAC", "OGG", "MP3", "AIFF", "AU", "CAF")}
     contents |= {"MP4": b"\0\0\0\x20ftypM4A " + bytes(99), "WebM": b"\x1aE\xdf\xa3" + bytes(99)}
     contents["MP3 "] = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + contents["MP3"]
     for name, content in contents.items():
         with pytest.raises(ValueError, match=f"^`-` is {name.strip()}, .*`ffmpeg [^\\n]*FILE.$"):
             read_pipe(Pipe(content, 7))
-    whole = as_file(noise, "WAV")
+    whole = encode(noise)
     for content, message in (
         (whole[:30], "ends before its samples"),
-        (as_file(noise, "WAV", subtype="IMA_ADPCM"), "1 channels of IMA_ADPCM"),
+        (encode(noise, subtype="IMA_ADPCM"), "1 channels of IMA_ADPCM"),
         (whole[:12] + whole[whole.index(b"data") :], "does not say what"),
         (whole[:12] + b"LIST\xff\xff\xff\x7f", "damaged"),
     ):
@@ -720,8 +715,8 @@ def test_stream_reads_raw_samples_and_wav_of_a_pipe(run_command, fake_models, mo
         # In pieces of any size, the last of which is half a sample.
         "raw": (samples * 32767).astype("<i2").tobytes() + b"\0",
         # Played as raw samples of 16 kHz, it would be four times as long.
-        "WAV": as_file(np.repeat(samples, 2)[:, None].repeat(2, axis=1), "WAV", 2 * RATE),
-        "OGG": as_file(samples, "OGG"),
+        "WAV": encode(np.repeat(samples, 2)[:, None].repeat(2, axis=1), 2 * RATE),
+        "OGG": encode(samples, format="OGG"),
     }[kind]
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Pipe(content)))
     code, out, err = run_command("stream", "-")

@@ -4,12 +4,12 @@
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from demo_recording import LIBRISPEECH, RECORDING, needs_librispeech
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import each
@@ -35,11 +35,6 @@ from mdm_asr_hf.evaluate.scoring import count_errors, normaliser
 from mdm_asr_hf.transcribe import transcriber
 from mdm_asr_hf.transcribe.joining import DecodedWindow, join_texts, join_windows, keep_once
 from mdm_asr_hf.transcribe.transcriber import Transcriber, batches, read_output, window_lengths
-
-REPOSITORY = Path(__file__).parents[2]
-RECORDING = next((REPOSITORY / "demo").glob("*.flac"))
-LIBRISPEECH = REPOSITORY.parent / "shared" / "speech" / "eval" / "librispeech"
-
 
 # --- joining, by hand ---
 
@@ -425,7 +420,7 @@ def test_the_demo_several_times_over(real, pause_s):
     assert starts == sorted(starts) and starts[-1] < len(samples) / RATE
 
 
-@pytest.mark.skipif(not LIBRISPEECH.exists(), reason="needs recordings with transcripts beside the repository")
+@needs_librispeech
 def test_joined_clips_read_as_the_clips_do(real):
     rows = [json.loads(line) for line in (LIBRISPEECH / "metadata.jsonl").read_text().splitlines()]
     rows = [row for row in rows if 3 < row["duration_s"] < 5][:4]

@@ -2,13 +2,13 @@
 """Reading in blocks, finding speech and cutting: nothing said is lost, and pauses are cut before words are."""
 
 import importlib.util
-import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import encode
+from demo_recording import RECORDING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import each
@@ -19,7 +19,6 @@ from mdm_asr_hf.transcribe.voice_activity import EnergyVAD, make_vad, speech_run
 from mdm_asr_hf.transcribe.windows import cut_windows
 
 RATE = 16_000
-RECORDING = next((Path(__file__).parents[2] / "demo").glob("*.flac"))
 HAS_SILERO = all(map(importlib.util.find_spec, ("silero_vad", "onnxruntime")))
 needs_silero = pytest.mark.skipif(not HAS_SILERO, reason="silero-vad is an extra")
 DETECTORS = ["energy", "silero"] if HAS_SILERO else ["energy"]
@@ -70,12 +69,6 @@ def covered(windows, length):
 
 
 # --- reading in blocks ---
-
-
-def encode(samples, rate, **kwargs):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, **kwargs)
-    return file.getvalue()
 
 
 @each("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
