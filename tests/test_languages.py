@@ -1,20 +1,20 @@
 """Languages of donors, tiny and random: prompts against transformers' and NeMo's own, detection, labels, training."""
 
 import copy
-import importlib.util
 import json
 import shutil
 import subprocess
-from pathlib import Path
 
 import canary_donors
 import numpy as np
 import pytest
+import run_train
 import soundfile
 import torch
 import whisper_donors
 from canary_donors import needs_parakeet_features, nemo_settings, nemo_vocab_size, nemo_weights, write_nemo
 from tables import each
+from tiny_data import save_model
 from tiny_sentencepiece import ENGLISH, GERMAN, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -435,7 +435,10 @@ def test_the_task_of_the_first_format_follows_from_the_languages(tmp_path):
         return [token[2:-2] for i in ids for token in vocab if vocab[token] == i]
 
     assert tokens(language="de") == ["startoftranscript", "de", "transcribe", "de", "pnc"]
-    assert tokens(language="de", target_language="en") == ["startoftranscript", "de", "translate", "en", "pnc"]
+    translation = ["startoftranscript", "de", "translate", "en", "pnc"]
+    assert tokens(language="de", target_language="en") == translation
+    assert tokens(language="de", target_language="en", task="translate") == translation
+    assert model.config.decoder_start_token_id == vocab["<|startoftranscript|>"]
     with pytest.raises(ValueError, match="`task='translate'` contradicts `language='de'`"):
         tokens(language="de", task="translate")
 
@@ -535,14 +538,9 @@ def write_data(folder, languages):
 
 def test_fine_tuning_keeps_the_language(whisper, tmp_path, monkeypatch):
     """The prompts of training, of its evaluation and of the saved model are the same, by one code path."""
-    path = Path(__file__).parents[1] / "training" / "run_train.py"
-    spec = importlib.util.spec_from_file_location("run_train", path)
-    run_train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run_train)
     model = mdm_asr_hf.MDMASRForConditionalGeneration.from_whisper(whisper[0], encoder_trailing_silence_s=0.5)
     processor = mdm_asr_hf.MDMASRProcessor.from_whisper(whisper[0])
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model", model, processor)
     trained, generated = set(), set()
     forward, generate = type(model).forward, type(model).generate
 

@@ -62,15 +62,13 @@ def donors(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def english(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whisper") / "english"
-    return folder, save_donor(folder, False)[0]
+def english(donors):
+    return donors["english"]["folder"], donors["english"]["model"]
 
 
 @pytest.fixture(scope="module")
-def multilingual(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whisper") / "multilingual"
-    return folder, save_donor(folder, True)[0]
+def multilingual(donors):
+    return donors["multilingual"]["folder"], donors["multilingual"]["model"]
 
 
 def from_whisper(folder, **kwargs):
