@@ -26,9 +26,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mdm_asr_hf import MDMASRForConditionalGeneration, MDMASRProcessor, __version__, default_checkpoint
 from mdm_asr_hf.data.augmentation import Augmenter
+from mdm_asr_hf.data.mixing import load_sources
 from mdm_asr_hf.data.sources import MAX_BAD_SHARE, describe_skipped
 from mdm_asr_hf.prompt_mdm_asr import with_prompt_defaults
-from mdm_asr_hf.train.collator import DataCollatorForMDMASR, load_sources
+from mdm_asr_hf.train.collator import DataCollatorForMDMASR
 from mdm_asr_hf.train.distillation import train_drafts
 from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments, setting
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
 """MDM-ASR (arXiv 2602.18952): masked-diffusion speech recognition as a transformers model. Importing registers it."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 from .generation_configuration_mdm_asr import MDMASRGenerationConfig
@@ -42,20 +43,19 @@ if find_spec("torch") is not None:
 
 __version__ = "0.1.0"
 
-# Imported on first use: the trainer brings in much that transcribing does not need.
-_TRAINING = ("ISCTTrainer", "MDMASRTrainingArguments", "make_wer_metric")
-_DATA = ("DataCollatorForMDMASR", "load_sources")
+# Imported on first use: training brings in much that transcribing does not need.
+_ON_FIRST_USE = {
+    "DataCollatorForMDMASR": ".train.collator",
+    "ISCTTrainer": ".train.trainer",
+    "MDMASRTrainingArguments": ".train.trainer",
+    "load_sources": ".data.mixing",
+    "make_wer_metric": ".train.trainer",
+}
 
 
 def __getattr__(name: str):
-    if name in _TRAINING:
-        from .train import trainer
-
-        return getattr(trainer, name)
-    if name in _DATA:
-        from .train import collator
-
-        return getattr(collator, name)
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name], __name__), name)
     if name in __all__:
         raise ImportError(f'`{name}` needs PyTorch: `pip install ".[torch]"` in a clone of this project.')
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -309,13 +309,3 @@ def token_timestamps(
         )
         times[row, :num_tokens] = aligned
     return times
-
-
-__all__ = [
-    "align_row",
-    "check_alignment_heads",
-    "frame_duration_s",
-    "token_attention",
-    "token_timestamps",
-    "warp",
-]

@@ -806,17 +806,3 @@ def _is_collection(value: Any) -> bool:
 
 def _one_line(error: Any) -> str:
     return " ".join(str(error).split())
-
-
-__all__ = [
-    "AudioStream",
-    "Downmix",
-    "check_duration",
-    "check_rate",
-    "is_audio_batch",
-    "is_audio_stream",
-    "load_audio",
-    "load_audio_batch",
-    "name_format",
-    "to_mono_float32",
-]

@@ -160,6 +160,3 @@ def denoise(
         candidates = canvas.open_positions()
         if streamer is not None and hasattr(streamer, "put_draft"):
             streamer.put_draft(value=canvas.tokens.cpu())
-
-
-__all__ = ["Canvas", "denoise", "draw_noise"]

@@ -278,6 +278,3 @@ class MDMASRConfig(PreTrainedConfig):
             raise ValueError(f"`input_frames_per_s` must be positive, got {self.input_frames_per_s}.")
         if not self.is_encoder_decoder:
             raise ValueError("`is_encoder_decoder=False` contradicts MDM-ASR, an encoder-decoder. Leave it True.")
-
-
-__all__ = ["MDMASRConfig", "MDMASRDecoderConfig", "converter"]

@@ -35,6 +35,3 @@ def num_cores(quota: str = "/sys/fs/cgroup/cpu.max") -> int:
     except (OSError, ValueError):
         # There is none, or it is "max".
         return number
-
-
-__all__ = ["free_cores", "num_cores"]

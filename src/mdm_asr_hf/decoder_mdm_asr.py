@@ -561,12 +561,3 @@ class MDMASRDecoder(MDMASRPreTrainedModel):
         if masks is not None:
             masks = self.drafts.layer_norm(masks).unflatten(1, block_ids.shape[1:])
         return MDMASRDecoderOutput(last_hidden_state=self.layer_norm(hidden_states), draft_hidden_states=masks)
-
-
-__all__ = [
-    "DraftingCache",
-    "KeyValue",
-    "MDMASRDecoder",
-    "MDMASRPreTrainedModel",
-    "entropy",
-]

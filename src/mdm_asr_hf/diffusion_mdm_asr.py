@@ -381,28 +381,3 @@ def draft_loss(
     weights = PLACE_DECAY ** torch.arange(targets.shape[-1], device=targets.device).float() * is_known
     loss = (losses * weights.flatten()).sum() / weights.sum().clamp(min=1e-9)
     return loss, _share(logits.detach().argmax(dim=-1) == short, is_known)
-
-
-__all__ = [
-    "T_MIN",
-    "DiffusionObjective",
-    "DraftObjective",
-    "ObjectiveOutput",
-    "TeacherOutput",
-    "block_targets",
-    "diffusion_objective",
-    "draft_loss",
-    "draw_frontiers",
-    "draw_uniform",
-    "frame_loss",
-    "lay_blocks",
-    "lay_hints",
-    "logit_loss",
-    "loss_weight",
-    "mask_tokens",
-    "masked_diffusion_loss",
-    "position_biased_masking",
-    "put_start",
-    "sample_timesteps",
-    "uniform_masking",
-]

@@ -309,19 +309,3 @@ class Hypothesis:
         ends_alike = longest > 0 and self._ids[longest - 1] == self._last
         rest = self._ids[longest if ends_alike else int(nearest[0]) :]
         return [*rest[:limit].tolist(), self._eos_token_id][:limit]
-
-
-__all__ = [
-    "Acceptance",
-    "DraftAllowance",
-    "DraftTree",
-    "Drafts",
-    "Hypothesis",
-    "choose_tokens",
-    "cut_drafts",
-    "entropy_bounded_length",
-    "gumbel_noise",
-    "log_probs_of",
-    "one_thread_product",
-    "to_numpy",
-]

@@ -267,14 +267,3 @@ def _frame_mask(
         "Use an encoder "
         "that does, or call without `attention_mask`, one utterance at a time."
     )
-
-
-__all__ = [
-    "MDMASREncoderOutput",
-    "OwnLengthWhisperEncoder",
-    "build_encoder",
-    "encoder_width",
-    "key_mask",
-    "run_encoder",
-    "take_rows",
-]

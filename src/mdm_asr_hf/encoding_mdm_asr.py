@@ -35,6 +35,3 @@ def json_text(values: Any, encoding: str | None = "utf-8", **options: Any) -> st
         return text
     except UnicodeEncodeError:
         return json.dumps(values, **options)
-
-
-__all__ = ["check_unicode", "json_text", "text_prefix_of"]

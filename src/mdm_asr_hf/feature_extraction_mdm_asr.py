@@ -289,6 +289,3 @@ def _build_frontend(frontend: dict[str, Any] | SequenceFeatureExtractor) -> Sequ
             f"`frontend` must be a stock speech feature extractor or its dict, got {type(frontend).__name__}."
         )
     return frontend
-
-
-__all__ = ["MDMASRFeatureExtractor"]

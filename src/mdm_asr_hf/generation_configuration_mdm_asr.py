@@ -205,6 +205,3 @@ def check_number(name: str, value: Any, lowest: float = 0, is_integer: bool = Fa
     if not isinstance(value, types) or isinstance(value, bool) or not lowest <= value < math.inf:
         raise ValueError(f"`{name}` must be {kind} of at least {lowest:g}, got {value!r}.")
     return value
-
-
-__all__ = ["MDMASRGenerationConfig", "check_number"]

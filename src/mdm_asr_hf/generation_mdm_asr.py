@@ -725,6 +725,3 @@ class GenerationMixin:
         is_long = inside.sum(axis=-1) > min_duration_s * self.config.input_frames_per_s
         has_speech = (highest > lowest).any(axis=-1) & is_long
         return has_speech, inside | ~has_speech[:, None] if has_mask else None
-
-
-__all__ = ["Batch", "GenerateOutput", "GenerationMixin", "Read", "utterance_confidence"]

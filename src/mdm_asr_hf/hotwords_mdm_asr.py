@@ -249,6 +249,3 @@ def _checked(sequence: Any, vocab_size: int) -> list[int]:
                 "be predicted. Get them from this model's processor."
             )
     return list(sequence)
-
-
-__all__ = ["HotwordAutomaton", "HotwordIds", "encode_hotwords", "spellings"]

@@ -153,6 +153,3 @@ def saving_code(enabled: bool) -> Iterator[None]:
     finally:
         for one_class, name in before.items():
             one_class._auto_class = name
-
-
-__all__ = ["PushResult", "push", "saving_code"]

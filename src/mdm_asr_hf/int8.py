@@ -199,6 +199,3 @@ class MDMASRInt8Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-__all__ = ["Int8Linear", "MDMASRInt8Config", "MDMASRInt8Quantizer", "is_int8", "quantize_int8"]

@@ -134,6 +134,3 @@ def generation_settings(
     settings, _ = model._settle_generation_config(settings, given, set())
     settings.return_dict_in_generate = True
     return settings
-
-
-__all__ = ["DEFAULT_CHECKPOINT_NAME", "default_checkpoint", "generation_settings", "load_model", "model_identity"]

@@ -627,6 +627,3 @@ def check_short_list(token_ids: torch.LongTensor, config: MDMASRConfig) -> None:
         )
     if bool(((token_ids < 0) | (token_ids >= config.vocab_size)).any()):
         raise ValueError(f"The checkpoint's short list holds ids beyond the vocabulary ({config.vocab_size}).")
-
-
-__all__ = ["MDMASRForConditionalGeneration", "MDMASRModel"]

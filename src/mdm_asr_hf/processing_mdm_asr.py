@@ -266,6 +266,3 @@ def _to_list(token_ids: Any) -> Any:
     if isinstance(token_ids, (list, tuple)):
         return [_to_list(item) for item in token_ids]
     return token_ids
-
-
-__all__ = ["MDMASRProcessor"]

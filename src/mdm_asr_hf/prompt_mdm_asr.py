@@ -371,20 +371,3 @@ def settle_languages(
         for row, language in zip(rows, detected.languages, strict=True):
             languages[row] = language
     return {**slots, "language": languages}, languages
-
-
-__all__ = [
-    "AUTO",
-    "DetectedLanguages",
-    "PromptTemplate",
-    "build_prompt_ids",
-    "can_detect_language",
-    "detect_languages",
-    "detection_prefix",
-    "map_prompt_ids",
-    "prompt_values",
-    "settle_languages",
-    "slot_value",
-    "validate_prompt_template",
-    "with_prompt_defaults",
-]

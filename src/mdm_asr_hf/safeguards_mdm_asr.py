@@ -87,15 +87,3 @@ def no_speech_probability(logits: Any, no_speech_token_id: int) -> np.ndarray:
     """
     rows, columns = np.arange(len(logits)), np.zeros(len(logits), dtype=np.int64)
     return np.exp(log_probs_of(logits[:, None], rows, columns, columns + no_speech_token_id))
-
-
-__all__ = [
-    "NO_SAFEGUARDS",
-    "compression_ratio",
-    "is_loop",
-    "is_suspicious",
-    "loop_length",
-    "mean_log_prob",
-    "no_speech_probability",
-    "repeats_itself",
-]

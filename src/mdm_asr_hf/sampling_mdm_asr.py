@@ -336,18 +336,3 @@ def _arg_max(values: torch.Tensor) -> torch.LongTensor:
 
 def _on_grid(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.round(log_probs / RANK_RESOLUTION) * RANK_RESOLUTION
-
-
-__all__ = [
-    "SAMPLERS",
-    "Choice",
-    "ConfTopKSampler",
-    "DFMSampler",
-    "EBConfSampler",
-    "PBEBConfSampler",
-    "RandomSampler",
-    "Sampler",
-    "SamplerOutput",
-    "make_sampler",
-    "propose_tokens",
-]

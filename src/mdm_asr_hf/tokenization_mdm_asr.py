@@ -205,5 +205,3 @@ class MDMASRAggregateTokenizer(PreTrainedTokenizer):
 
 # By its name alone, `AutoTokenizer` finds only classes that are registered, and falls back to another without a word.
 AutoTokenizer.register(MDMASRConfig, tokenizer_class=MDMASRAggregateTokenizer, exist_ok=True)
-
-__all__ = ["MDMASRAggregateTokenizer"]

@@ -324,10 +324,3 @@ class MDMASRGenerationMixin(GenerationMixin):
 def _as_generator(generator: Any) -> Any:
     """A generator, or that of a seed."""
     return torch.Generator().manual_seed(generator) if isinstance(generator, int) else generator
-
-
-__all__ = [
-    "MDMASRGenerateOutput",
-    "MDMASRGenerationMixin",
-    "TorchSteps",
-]

@@ -425,6 +425,3 @@ def _moved_up(left: np.ndarray) -> np.ndarray:
     order = np.arange(number)
     order[np.setdiff1d(order, left)] = left[left >= number]
     return order
-
-
-__all__ = ["VerifiedDecoder", "VerifiedText"]

@@ -22,14 +22,13 @@ from tiny_models import tiny_model, tiny_processor
 from torch.utils.data import DataLoader
 
 from mdm_asr_hf.data.augmentation import Augmenter
-from mdm_asr_hf.data.mixing import JoinSettings, Mixture, SpeechStream
+from mdm_asr_hf.data.mixing import JoinSettings, Mixture, SpeechStream, load_sources
 from mdm_asr_hf.data.sources import BadRowError, BadRows, GrowingFolder, Source, Utterances, read_manifest
 from mdm_asr_hf.train import collator as collating
 from mdm_asr_hf.train.collator import (
     DataCollatorForMDMASR,
     SecondsBatches,
     SecondsBatchSampler,
-    load_sources,
 )
 
 RATE = 16_000

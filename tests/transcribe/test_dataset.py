@@ -306,7 +306,7 @@ def start(tmp_path, tmp_path_factory):
     """Starts the command as `pip install ".[onnx,ray]"` has it: PyTorch would be loaded by every process of Ray."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules |= dict.fromkeys(['torch', 'transformers'])\n")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = str(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", "from mdm_asr_cli import main; main()", "transcribe-dataset"]
     command += ["--model", exported_checkpoint(tmp_path_factory), "--actors", "2", "--shard-mb", SHARD_MB]
 

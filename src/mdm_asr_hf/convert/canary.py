@@ -271,6 +271,3 @@ def _read_native(path_or_id: str, hub_kwargs: dict[str, Any], with_weights: bool
         weights=read_safetensors(path_or_id, hub_kwargs) if with_weights else None,
         names=NATIVE_NAMES,
     )
-
-
-__all__ = ["canary_processor", "from_canary"]

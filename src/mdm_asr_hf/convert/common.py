@@ -270,23 +270,3 @@ def _add_drafts(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     scale = weights["model.decoder.layer_norm.weight"].float().square().mean().sqrt()
     config.draft_state_scale = round(float(scale), 4)
     config.draft_embedding_scale = round(float(1 / weights[EMBEDDING].float().square().mean().sqrt()), 4)
-
-
-__all__ = [
-    "DRAFTS",
-    "DRAFT_SAMPLER",
-    "EMBEDDING",
-    "INPUT_ONLY_EMBEDDINGS",
-    "MASK_TOKEN",
-    "donor_kind",
-    "draft_settings",
-    "encoder_settings",
-    "find_file",
-    "first_line",
-    "load_frontend",
-    "load_part",
-    "make_model",
-    "read_json",
-    "read_safetensors",
-    "rename",
-]

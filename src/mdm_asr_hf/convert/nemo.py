@@ -287,6 +287,3 @@ def permute_decoder_width(weights: dict[str, torch.Tensor], positions: torch.Ten
             weights[name] = tensor[:, order].contiguous()
         elif writes_stream.search(name):
             weights[name] = tensor[order]
-
-
-__all__ = ["NEMO_BUFFERS", "NEMO_NAMES", "NEMO_POSITIONS", "permute_decoder_width", "read_nemo"]

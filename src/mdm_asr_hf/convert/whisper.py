@@ -418,13 +418,3 @@ def whisper_prompt_template(ids: dict[str, int], multilingual: bool, can_detect:
         **previous,
         **({"translation": {"task": translate, "targets": ["en"]}} if "en" in languages else {}),
     }
-
-
-__all__ = [
-    "MASK_TOKEN",
-    "from_whisper",
-    "to_whisper",
-    "whisper_processor",
-    "whisper_prompt_template",
-    "whisper_tokenizer",
-]

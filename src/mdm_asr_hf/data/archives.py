@@ -266,6 +266,3 @@ def _audio_column(names: Iterable[str], path: Any) -> str:
             f"{str(path)!r} has no column {' or '.join(AUDIO_COLUMNS)}, but {names}. Rename the right one."
         )
     return found
-
-
-__all__ = ["Archive", "AudioRow"]

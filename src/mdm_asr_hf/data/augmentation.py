@@ -180,6 +180,3 @@ def _bands(
     starts = (draws[1] * (lengths[:, None] - widths + 1)).floor()
     inside = (positions[..., None] >= starts[:, None]) & (positions[..., None] < (starts + widths)[:, None])
     return inside.any(dim=-1)
-
-
-__all__ = ["Augmenter", "add_noise", "add_room", "change_speed", "make_noise", "spec_augment"]

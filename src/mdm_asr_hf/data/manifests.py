@@ -91,14 +91,3 @@ def unique_id(wanted: str, taken: Counter[str]) -> str:
         unique = f"{wanted}#{taken[wanted]}"
     taken[unique] += 1
     return unique
-
-
-__all__ = [
-    "AUDIO_COLUMNS",
-    "MANIFESTS",
-    "audio_suffixes",
-    "find_audio_files",
-    "parse_line",
-    "read_manifest",
-    "unique_id",
-]

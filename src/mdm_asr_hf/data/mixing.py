@@ -283,6 +283,3 @@ def stream_generator(seed: int, epoch: int) -> np.random.Generator:
     """Random numbers of one DataLoader worker in one epoch of a stream."""
     worker = get_worker_info()
     return np.random.default_rng([seed, epoch, worker.id if worker else 0])
-
-
-__all__ = ["JoinSettings", "Mixture", "SpeechStream", "load_sources"]

@@ -130,6 +130,7 @@ def check_bad_share(
 
 
 def check_on_bad_row(on_bad_row: str, max_bad_share: float = MAX_BAD_SHARE) -> None:
+    """Raises ValueError if what is to be done with bad rows, and how many there may be, cannot be."""
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"`on_bad_row` must be 'raise' or 'skip', got {on_bad_row!r}.")
     if not isinstance(max_bad_share, (int, float)) or not 0 <= max_bad_share <= 1:
@@ -137,6 +138,7 @@ def check_on_bad_row(on_bad_row: str, max_bad_share: float = MAX_BAD_SHARE) -> N
 
 
 def describe_skipped(skipped: dict[str, int]) -> str:
+    """How many rows were skipped, and why, on one line."""
     return ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "none"
 
 
@@ -515,22 +517,3 @@ def _unchecked_row(source: Source, columns: Columns, *entry: Any) -> dict[str, A
     except BadRowError:
         row["duration_s"] = 0.0
     return row
-
-
-__all__ = [
-    "BAD_ROW_REASONS",
-    "BadRowError",
-    "BadRows",
-    "Columns",
-    "GrowingFolder",
-    "HubStream",
-    "Source",
-    "Utterances",
-    "complete_row",
-    "find_manifests",
-    "load_undecoded",
-    "load_utterances",
-    "make_row",
-    "open_rows",
-    "read_sentences",
-]

@@ -101,6 +101,3 @@ def _downloads(transcript: Transcript, path: Path) -> Markup:
         content = base64.b64encode(text.encode()).decode("ascii")
         links.append(_DOWNLOAD.format(f"{path.stem}.{suffix}", kind, content, suffix.upper()))
     return Markup("<p>Download {}</p>").format(Markup(" ").join(links))
-
-
-__all__ = ["draw_drafts", "draw_error", "draw_figures", "draw_result"]

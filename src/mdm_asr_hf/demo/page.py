@@ -125,6 +125,3 @@ def launch(
         ssr_mode=False,
         **options,
     )
-
-
-__all__ = ["launch", "make_page"]

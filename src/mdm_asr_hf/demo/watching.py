@@ -161,6 +161,3 @@ def watch(model: Any, processor: Any, path: str, settings: Any) -> Iterator[Draf
             yield followers[start_s].follow(ids, num_committed)
     finally:
         streamer.is_stopped = True
-
-
-__all__ = ["Draft", "Watched", "watch"]

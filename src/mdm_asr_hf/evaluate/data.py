@@ -171,6 +171,3 @@ def _name(source: Source) -> str:
 def _relative(path: Path, root: Path) -> str:
     root = root if root.is_dir() else root.parent
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-
-
-__all__ = ["PRESETS", "EvaluationData", "load_data"]

@@ -31,7 +31,7 @@ from ..transcribe.joining import DecodedWindow, join_windows, keep_once
 from ..transcribe.transcriber import window_lengths
 from ..transcribe.voice_activity import make_vad
 from ..transcribe.windows import Window, cut_windows
-from .data import PRESETS, EvaluationData, load_data
+from .data import EvaluationData, load_data
 from .scoring import HYPOTHESES_NAME, METRICS_NAME, describe_normaliser, score
 from .steps import read_steps
 
@@ -466,16 +466,3 @@ def write_evaluation(
     }
     (folder / METRICS_NAME).write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
     return content
-
-
-__all__ = [
-    "PRESETS",
-    "EvaluationData",
-    "evaluate_model",
-    "load_data",
-    "measure_batch_1",
-    "model_sha256",
-    "peak_memory_mib",
-    "process_index_and_number",
-    "write_evaluation",
-]

@@ -281,6 +281,3 @@ def _script_json(value: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
-
-
-__all__ = ["make_report"]

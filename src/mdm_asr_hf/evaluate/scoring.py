@@ -425,20 +425,3 @@ def find_results(path: str | Path) -> dict[str, Path]:
     if not found:
         raise ValueError(f"{str(path)!r} holds no {HYPOTHESES_NAME}. Check the path.")
     return found
-
-
-__all__ = [
-    "align",
-    "bootstrap_draws",
-    "compare",
-    "count_errors",
-    "count_repetitions",
-    "describe_normaliser",
-    "find_results",
-    "most_in_a_row",
-    "normaliser",
-    "read_rows",
-    "score",
-    "word_confidences",
-    "word_error_rate",
-]

@@ -82,6 +82,3 @@ def lay_out(row: dict[str, Any]) -> dict[str, Any] | None:
             token = tokens[place]
             items.append([written(token["text"]), step, token["branch"], token["confidence"]])
     return {"steps": steps, "items": items}
-
-
-__all__ = ["SCRIPT", "STYLE", "lay_out", "read_steps"]

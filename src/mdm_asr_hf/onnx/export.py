@@ -696,11 +696,3 @@ def _scale_name(name: str) -> str:
     """The name of the scales of a layer's keys or values, such as `cross_key_scale.0`."""
     kind, layer = name.split(".")
     return f"{kind}_scale.{layer}"
-
-
-__all__ = [
-    "DecoderGraph",
-    "DraftsGraph",
-    "EncoderGraph",
-    "export_onnx",
-]

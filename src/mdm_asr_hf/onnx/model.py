@@ -520,6 +520,3 @@ def run(session: Any, names: Sequence[str], feed: dict[str, Any]) -> dict[str, n
     """Runs a graph on arrays. No data is copied but what does not lie in one piece."""
     arrays = {name: np.asarray(values, order="C") for name, values in feed.items()}
     return dict(zip(names, session.run(names, arrays), strict=True))
-
-
-__all__ = ["OnnxEncoderOutput", "OnnxMDMASR", "OnnxSteps", "is_onnx_folder", "layer_names", "require"]

@@ -234,6 +234,3 @@ class OnnxProcessor:
     def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
         """Texts of token ids (B, L)."""
         return [self.decode(row, skip_special_tokens) for row in rows]
-
-
-__all__ = ["OnnxProcessor"]

@@ -254,6 +254,3 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return error_response(500, _INTERNAL)
-
-
-__all__ = ["Service", "make_app"]

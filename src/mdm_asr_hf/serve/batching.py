@@ -159,6 +159,3 @@ class BatchedTranscriber(Transcriber):
         for job, future in zip(jobs, futures, strict=True):
             if job.recording.error is None:
                 yield job, future.result()
-
-
-__all__ = ["BatchedTranscriber", "Batcher"]

@@ -156,6 +156,3 @@ async def _drain(receive: Any, max_bytes: int, is_complete: bool = False) -> Non
                 is_complete = not message.get("more_body", False)
     except TimeoutError:
         pass
-
-
-__all__ = ["Guard", "Limits", "error_body", "error_response"]

@@ -119,6 +119,3 @@ def _row(update: StreamUpdate, written: int) -> dict[str, Any]:
     """An update as JSON: `committed` is what it adds to the text; the last one has all of it, too."""
     values = dataclasses.asdict(update) | {"committed": update.committed[written:]}
     return values | {"text": update.committed} if update.is_final else values
-
-
-__all__ = ["add_live"]

@@ -58,6 +58,3 @@ class Metrics:
 
 def _value(counter: Counter) -> float:
     return next(sample.value for metric in counter.collect() for sample in metric.samples)
-
-
-__all__ = ["Metrics"]

@@ -89,6 +89,3 @@ def _segment(place: int, segment: Segment, temperature: float, tokenizer: Any) -
         "compression_ratio": len(text) / len(zlib.compress(text)),
         "no_speech_prob": segment.no_speech or 0.0,
     }
-
-
-__all__ = ["TranscriptionRequest", "answer", "split_words"]

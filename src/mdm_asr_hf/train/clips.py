@@ -206,6 +206,3 @@ class SpeechClips:
             self._last = (span.row, sampling_rate, load_audio(audio, target_sampling_rate=sampling_rate))
         samples = self._last[2]
         return samples[round(span.start_s * sampling_rate) : round(span.stop_s * sampling_rate)]
-
-
-__all__ = ["Clip", "Span", "SpeechClips"]

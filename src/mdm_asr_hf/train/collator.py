@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from transformers.utils import logging
 
 from ..audio_mdm_asr import load_audio
-from ..data.mixing import Epoch, load_sources, stream_generator
+from ..data.mixing import Epoch, stream_generator
 from ..data.sources import (
     BAD_ROW_REASONS,
     LONG_AUDIO,
@@ -365,6 +365,3 @@ def row_name(row: dict[str, Any], index: int) -> str:
     if isinstance(path, (str, os.PathLike)) and os.fspath(path) not in name:
         name += f" ({os.fspath(path)})"
     return name
-
-
-__all__ = ["DataCollatorForMDMASR", "SecondsBatchSampler", "SecondsBatches", "load_sources"]

@@ -373,6 +373,3 @@ def computes_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-__all__ = ["STAGES", "Stage", "measure", "train_drafts", "train_stage"]

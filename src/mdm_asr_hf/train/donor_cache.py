@@ -403,6 +403,3 @@ def _pad_and_mask(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
     """(B, T, ...) of parts (T, ...), and a mask (B, T) of 1 where they are."""
     lengths = torch.tensor([len(part) for part in parts])
     return _pad(parts, 0.0), (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-
-
-__all__ = ["CachedSpeech", "DistillationCollator", "recode_cache", "without_remarks", "write_block", "write_cache"]

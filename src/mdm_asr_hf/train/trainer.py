@@ -575,6 +575,3 @@ def _to_host(flag: torch.Tensor) -> tuple[torch.Tensor, Any]:
     event = torch.cuda.Event()
     event.record()
     return copied, event
-
-
-__all__ = ["ISCTTrainer", "MDMASRTrainingArguments", "make_wer_metric"]

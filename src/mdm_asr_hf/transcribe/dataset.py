@@ -332,6 +332,3 @@ def _run_actors(
     finally:
         if is_ours:
             ray.shutdown()
-
-
-__all__ = ["ShardWorker", "cut_shards", "to_row", "transcribe_dataset"]

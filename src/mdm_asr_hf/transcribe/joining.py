@@ -247,6 +247,3 @@ def _units(window: DecodedWindow) -> list[_Unit]:
 
 def _plain(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-
-
-__all__ = ["DecodedWindow", "join_texts", "join_windows", "keep_once"]

@@ -111,6 +111,3 @@ def _wav_samples(pipe: _Pipe, kind: str, num_channels: int, num_bytes: int | Non
                 return
     if left:
         logger.warning(f"`-` is WAV that was cut off: {left} of {num_bytes} bytes of samples are missing.")
-
-
-__all__ = ["RAW_RATE_HZ", "read_pipe"]

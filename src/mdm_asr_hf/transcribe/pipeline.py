@@ -168,6 +168,3 @@ def _result(
     if return_language:
         result["language"] = transcript.language
     return result
-
-
-__all__ = ["MDMASRPipeline"]

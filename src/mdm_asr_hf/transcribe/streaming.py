@@ -523,6 +523,3 @@ class StreamingTranscriber:
         merged.latency_s = round(sum(update.latency_s for update in updates), 6)
         merged.nfe = sum(update.nfe for update in updates)
         return merged
-
-
-__all__ = ["EnergyGate", "StreamUpdate", "StreamingPolicy", "StreamingTranscriber"]

@@ -228,6 +228,3 @@ def _break_cost(units: list[_Unit], end: int) -> float:
         return 0.3
     # The longer a pause, the better a break.
     return 1.0 - 0.7 * max(pause_s, 0.0) / SENTENCE_PAUSE_S
-
-
-__all__ = ["WRITERS", "Cue", "make_cues", "to_json", "to_srt", "to_txt", "to_vtt"]

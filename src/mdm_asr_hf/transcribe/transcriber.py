@@ -429,6 +429,3 @@ def read_output(output: Any, windows: Sequence[Any], tokenizer: Any, eos_token_i
             one.language = languages[row]
         decoded.append(one)
     return decoded
-
-
-__all__ = ["Transcriber", "batches", "read_output", "window_lengths"]

@@ -191,17 +191,3 @@ def group_words(
                 word.end_s = round_seconds(max(times_s[k][1] for k in its_tokens))
             words.append(word)
     return words
-
-
-__all__ = [
-    "UNSPACED",
-    "Segment",
-    "Transcript",
-    "Word",
-    "group_words",
-    "round_seconds",
-    "round_share",
-    "text_length",
-    "token_texts",
-    "word_runs",
-]

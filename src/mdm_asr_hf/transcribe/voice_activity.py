@@ -238,6 +238,3 @@ def weakest_frame(samples: np.ndarray, frame_size: int) -> int:
     if len(power) < 3:
         return int(power.argmin())
     return int(np.convolve(power, np.ones(3), mode="valid").argmin()) + 1
-
-
-__all__ = ["EnergyVAD", "SileroVAD", "VAD_NAMES", "band_levels_db", "make_vad", "speech_runs", "weakest_frame"]

@@ -301,6 +301,3 @@ def _regroup(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
                 waiting, num_waiting = [], 0
     if waiting:
         yield np.concatenate(waiting)
-
-
-__all__ = ["Window", "cut_in_half", "cut_windows", "spoken_s"]
