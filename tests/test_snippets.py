@@ -148,7 +148,24 @@ def hub():
 @pytest.fixture(scope="module")
 def commands(clone, hub, tmp_path_factory):
     """Gives the folder of programs, for the path, that see what these extras install; without any, all there is."""
-    processes, folders = [], {}
+    processes, folders, sockets = [], {}, {}
+
+    def socket_of(base):
+        """Of the server that has imported what these extras bring, and nothing else."""
+        if base in sockets:
+            return sockets[base]
+        folder = tmp_path_factory.mktemp("server")
+        path = sockets[base] = str(folder / "socket")
+        server = ROOT / "tests" / "helpers" / "snippet_server.py"
+        source = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+        source["HF_DATASETS_CACHE"] = str(folder / "datasets")
+        command = [sys.executable, server, path, json.dumps(hidden(allowed(base)))]
+        processes.append(subprocess.Popen(command, env=source, cwd=clone))
+        for _ in range(600):
+            if os.path.exists(path) or processes[-1].poll() is not None:
+                break
+            time.sleep(0.1)
+        return path
 
     def start(extras, is_tiny):
         if (extras, is_tiny) in folders:
@@ -157,18 +174,14 @@ def commands(clone, hub, tmp_path_factory):
         if extras and distributions is None:
             return None
         folder = folders[extras, is_tiny] = tmp_path_factory.mktemp("bin")
-        path = str(folder / "socket")
-        command = [
-            sys.executable,
-            ROOT / "tests" / "helpers" / "snippet_server.py",
-            path,
-            json.dumps(hidden(distributions) if extras else []),
-        ]
-        source = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-        source["HF_DATASETS_CACHE"] = str(folder / "datasets")
-        processes.append(subprocess.Popen([*command, *([clone / "tiny"] if is_tiny else [])], env=source, cwd=clone))
+        client = CLIENT.format(
+            python=sys.executable,
+            path=socket_of("torch" if not extras or allowed("torch") <= distributions else ""),
+            hidden=hidden(distributions) if extras else [],
+            checkpoint=str(clone / "tiny") if is_tiny else None,
+        )
         for name in ("mdm-asr", "python"):
-            (folder / name).write_text(CLIENT.format(python=sys.executable, path=path))
+            (folder / name).write_text(client)
         (folder / "pip").write_text("#!/bin/sh\nexit 0\n")
         (folder / "curl").write_text("#!/bin/sh\ncat talk.mp3\n")
         settings = f"HF_ENDPOINT={hub.endpoint} HF_TOKEN=hf_test HF_HUB_OFFLINE=0 HF_HUB_DISABLE_UPDATE_CHECK=1"
@@ -179,10 +192,6 @@ def commands(clone, hub, tmp_path_factory):
         (folder / "arecord").write_text(f"#!/bin/sh\ncat {folder}/raw\n")
         for program in folder.iterdir():
             program.chmod(0o755)
-        for _ in range(600):
-            if os.path.exists(path) or processes[-1].poll() is not None:
-                break
-            time.sleep(0.1)
         return folder
 
     yield start

@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Runs the commands of documentation in forks of one process that has imported what takes seconds, without what is
-hidden from it, or only reads their options: `python snippet_server.py SOCKET '["hidden", "modules"]' [CHECKPOINT]`."""
+"""Runs the commands of documentation in forks of one process that has imported what takes seconds, without
+what is hidden from them, or only reads their options: `python snippet_server.py SOCKET '["hidden", "modules"]'`, of
+which a fork may see some."""
 
 import argparse
 import json
@@ -18,7 +19,8 @@ CLIENT = """#!{python} -SE
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-socket.send_fds(server, [json.dumps([sys.argv, os.getcwd(), "ONLY_READ" in os.environ]).encode()], [0, 1, 2])
+request = [sys.argv, os.getcwd(), "ONLY_READ" in os.environ, {hidden!r}, {checkpoint!r}]
+socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
 sys.exit(int(server.recv(16) or 70))
 """
 
@@ -44,6 +46,18 @@ def read_arguments(parser, args=None, namespace=None):
     sys.exit()
 
 
+def settle(hidden, checkpoint):
+    """What a fork sees, and the checkpoint that it takes for the package's; None: that one."""
+    # What has been imported cannot be hidden any more.
+    assert Shown.hidden.issuperset(hidden)
+    Shown.hidden = set(hidden)
+    if checkpoint is not None:
+        import mdm_asr_hf
+        from mdm_asr_hf import loading
+
+        loading.default_checkpoint = mdm_asr_hf.default_checkpoint = lambda: checkpoint
+
+
 def run(program, arguments, only_read):
     if program == "python":
         if only_read:
@@ -63,11 +77,10 @@ def run(program, arguments, only_read):
     main()
 
 
-def serve(path, hidden, checkpoint=None):
+def serve(path, hidden):
     Shown.hidden = set(hidden)
     sys.meta_path[sys.meta_path.index(PathFinder)] = Shown
-    import mdm_asr_hf
-    from mdm_asr_hf import loading
+    import mdm_asr_hf  # noqa: F401
 
     if "torch" not in hidden:
         import torch
@@ -79,8 +92,6 @@ def serve(path, hidden, checkpoint=None):
         import mdm_asr_hf.transcribe.pipeline  # noqa: F401
 
         torch.set_num_threads(1)
-    if checkpoint is not None:
-        loading.default_checkpoint = mdm_asr_hf.default_checkpoint = lambda: checkpoint
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
@@ -99,10 +110,11 @@ def serve(path, hidden, checkpoint=None):
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, encoding="utf-8", closefd=False) for number, mode in ((0, "r"), (1, "w"), (2, "w"))
         )
-        (program, *arguments), folder, only_read = json.loads(message)
+        (program, *arguments), folder, only_read, hidden, checkpoint = json.loads(message)
         os.chdir(folder)
         code = 0
         try:
+            settle(hidden, checkpoint)
             run(os.path.basename(program), arguments, only_read)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -118,4 +130,4 @@ def serve(path, hidden, checkpoint=None):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:])
+    serve(sys.argv[1], json.loads(sys.argv[2]))
