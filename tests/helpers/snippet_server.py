@@ -1,9 +1,10 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Runs the commands of documentation in forks of one process that has imported what takes seconds, without
+"""Runs the commands of documentation in forks of one process that has imported and loaded what takes seconds, without
 what is hidden from them, or only reads their options: `python snippet_server.py SOCKET '["hidden", "modules"]'`, of
 which a fork may see some."""
 
 import argparse
+import functools
 import json
 import os
 import runpy
@@ -80,7 +81,8 @@ def run(program, arguments, only_read):
 def serve(path, hidden):
     Shown.hidden = set(hidden)
     sys.meta_path[sys.meta_path.index(PathFinder)] = Shown
-    import mdm_asr_hf  # noqa: F401
+    import mdm_asr_cli.app  # noqa: F401
+    from mdm_asr_hf import loading
 
     if "torch" not in hidden:
         import torch
@@ -89,8 +91,12 @@ def serve(path, hidden):
         import mdm_asr_hf.convert.whisper  # noqa: F401
         import mdm_asr_hf.evaluate.evaluation  # noqa: F401
         import mdm_asr_hf.evaluate.report  # noqa: F401
+        import mdm_asr_hf.train.trainer  # noqa: F401
         import mdm_asr_hf.transcribe.pipeline  # noqa: F401
 
+        # Each fork gets it as if it had loaded it: with the arguments of the commands.
+        loading.load_model = functools.cache(loading.load_model)
+        loading.load_model(str(loading.default_checkpoint()), None, False, "float32")
         torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     server = socket.socket(socket.AF_UNIX)
