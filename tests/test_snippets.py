@@ -161,7 +161,8 @@ def commands(clone, hub, tmp_path_factory):
         source["HF_DATASETS_CACHE"] = str(folder / "datasets")
         command = [sys.executable, server, path, json.dumps(hidden(allowed(base)))]
         processes.append(subprocess.Popen(command, env=source, cwd=clone))
-        for _ in range(600):
+        # Beside other work its imports take a minute and more.
+        for _ in range(3000):
             if os.path.exists(path) or processes[-1].poll() is not None:
                 break
             time.sleep(0.1)
