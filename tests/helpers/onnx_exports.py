@@ -5,8 +5,8 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
-import pytest
 from filelock import FileLock
 
 import mdm_asr_hf
@@ -29,7 +29,8 @@ def exported_checkpoint(tmp_path_factory):
 @contextmanager
 def graphs_of(exported):
     """Inside, exports take the graphs of this one, and only quantise them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("encoder", "decoder", "drafts"):
-            patch.setattr(export, f"_export_{name}", lambda model, path: shutil.copyfile(exported / path.name, path))
+    names = ("_export_encoder", "_export_decoder", "_export_drafts")
+    with mock.patch.multiple(
+        export, **dict.fromkeys(names, lambda model, path: shutil.copyfile(exported / path.name, path))
+    ):
         yield

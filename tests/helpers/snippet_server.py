@@ -4,6 +4,7 @@ what is hidden from them, or only reads their options: `python snippet_server.py
 which a fork may see some."""
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 # What takes too long, does not end, or writes to the Hub: its options are only read.
 ONLY_READ = ("demo", "push", "serve", "train-drafts")
@@ -75,7 +77,13 @@ def run(program, arguments, only_read):
         typer.main.get_command(app).commands[arguments[0]].make_context(arguments[0], arguments[1:])
         return
     sys.argv = [program, *arguments]
-    main()
+    with contextlib.ExitStack() as stack:
+        if arguments[0] == "export" and os.path.exists("OUT/drafts.onnx"):
+            from onnx_exports import graphs_of
+
+            # Of the same checkpoint: what is quantised are the graphs that it wrote there.
+            stack.enter_context(graphs_of(Path("OUT")))
+        main()
 
 
 def serve(path, hidden):

@@ -81,7 +81,7 @@ def tiny_config(encoder="whisper", **settings):
     decoder |= WHISPER_DECODER if encoder == "whisper" else CANARY_DECODER
     decoder |= settings.pop("decoder_config", {})
     return MDMASRConfig(
-        encoder_config=ENCODERS[encoder],
+        encoder_config=ENCODERS[encoder] | settings.pop("encoder_config", {}),
         decoder_config=decoder,
         eos_token_id=1,
         pad_token_id=2,
