@@ -13,7 +13,7 @@ from tone_models import RATE, ToneModel, ToneProcessor, recording, text_of
 from mdm_asr_hf import MDMASRPipeline
 from mdm_asr_hf.transcribe.transcriber import Transcriber
 
-NUM_THREADS, NUM_FILES = 8, 20
+NUM_THREADS, NUM_FILES = 8, 12
 
 
 @pytest.fixture
