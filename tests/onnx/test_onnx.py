@@ -340,6 +340,16 @@ def test_canary_like_models(tmp_path, monkeypatch):
     output = assert_same(model, onnx, encoder="parakeet", return_token_timestamps=True)
     assert output.accepted_drafts[:, 0].sum() > 0
     assert_same(model, onnx, encoder="parakeet", seconds=(1.7,))
+    # In int8, which the keys of groups of heads are not.
+    with graphs_of(tmp_path / "out"):
+        export_onnx(model, tmp_path / "int8", int8=True, processor=tiny_processor())
+    quantised = OnnxMDMASR.from_pretrained(tmp_path / "int8", num_threads=1)
+    features, mask = tiny_inputs("parakeet", (1.0, 0.6))
+    drafted, plain = (
+        quantised.generate(features, attention_mask=mask, max_new_tokens=20, **settings)
+        for settings in ({}, {"draft_branches": []})
+    )
+    assert np.array_equal(drafted, plain)
 
 
 # --- the checkpoint of the package ---

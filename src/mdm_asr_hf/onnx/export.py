@@ -239,8 +239,11 @@ def export_onnx(model: Any, output: str | Path, int8: bool = False, processor: A
         _export_decoder(model, output / DECODER_FILE)
         _export_drafts(model, output / DRAFTS_FILE)
         if int8:
+            config = model.config.decoder_config
+            # Keys that heads share are repeated before they are multiplied, which int8 ones cannot be.
+            has_groups = config.num_key_value_heads < config.num_attention_heads
             for path in output.glob("*.onnx"):
-                _quantize_file(path)
+                _quantize_file(path, frames=not has_groups)
     return output
 
 
@@ -474,16 +477,17 @@ def _round(value: Any, ndigits: None = None) -> Any:
     return op.Cast(op.Round(value), to=ir.DataType.INT64)
 
 
-def _quantize_file(path: Path) -> None:
+def _quantize_file(path: Path, frames: bool) -> None:
     """Puts a graph in int8 in the place of another, and of its weights; those of a large one stand in a file beside
-    it."""
+    it. With `frames`, their keys and values become int8, too."""
     import onnx
 
     model = onnx.load(path)
     # Of drafts nothing depends but how many of them are right.
     is_exact = path.name != DRAFTS_FILE
     _quantize(model, is_exact)
-    _quantize_frames(model, is_exact)
+    if frames:
+        _quantize_frames(model, is_exact)
     is_large = model.ByteSize() > MAX_EMBEDDED_BYTES
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
