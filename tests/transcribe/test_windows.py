@@ -2,6 +2,8 @@
 """Reading in blocks, finding speech and cutting: nothing said is lost, and pauses are cut before words are."""
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,6 +211,12 @@ def test_names_of_detectors(monkeypatch):
         assert make_vad("auto", RATE).name == "energy"
         with pytest.raises(ValueError, match=r'pip install "\.\[vad\]"'):
             make_vad("silero", RATE)
+    # Before 6.2.3 there was no model of sequences.
+    monkeypatch.setattr(voice_activity, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "silero_vad", SimpleNamespace(load_silero_vad=lambda: None))
+    voice_activity._load_silero.cache_clear()
+    with pytest.raises(ValueError, match="older than 6.2.3"):
+        make_vad("auto", RATE)
 
 
 @each("name", DETECTORS)

@@ -200,6 +200,10 @@ def _load_silero() -> Any:
         from silero_vad import load_silero_vad
 
         return load_silero_vad(sequence=True)
+    except TypeError as error:
+        raise ValueError(
+            "silero-vad is older than 6.2.3: `pip install \".[vad]\"` in a clone of this project, or take 'energy'."
+        ) from error
     finally:
         # Importing silero_vad sets torch to one thread, for the recogniser too.
         torch.set_num_threads(num_threads)
