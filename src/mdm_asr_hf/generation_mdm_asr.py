@@ -274,7 +274,7 @@ class GenerationMixin:
             is_encoded_here=is_encoded_here,
             prompt_ids=self._prepare_prompt(decoder_input_ids, batch_size, settings, prompt_slots),
             languages=languages,
-            has_speech=np.ones(batch_size, dtype=bool) if has_speech is None else to_numpy(has_speech),
+            has_speech=np.ones(batch_size, dtype=bool) if has_speech is None else has_speech,
             hotwords=None,
             generator=self._check_generator(generator, batch_size),
             **{name: self._check_rows(name, ids, batch_size) for name, ids in known.items()},

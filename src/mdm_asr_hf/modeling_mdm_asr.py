@@ -42,7 +42,7 @@ from .torch_generation_mdm_asr import MDMASRGenerationMixin
 MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.setdefault("mdm_asr", "MDMASRForConditionalGeneration")
 
 
-# The output layer's weights (N, D) and bias (N,) of the short list, and its embeddings (N, D) if they are not tied.
+# The output layer's weights (N, D) and bias (N,) of the short list, and its embeddings (N, D).
 ShortListOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 

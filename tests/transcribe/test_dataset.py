@@ -302,17 +302,17 @@ NUM_CLIPS, SHARD_MB = 60, 0.04
 
 
 @pytest.fixture
-def start(tmp_path, tmp_path_factory):
+def start(tmp_path, tmp_path_factory, monkeypatch):
     """Starts the command as `pip install ".[onnx,ray]"` has it: PyTorch would be loaded by every process of Ray."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules |= dict.fromkeys(['torch', 'transformers'])\n")
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     command = [sys.executable, "-c", "from mdm_asr_cli import main; main()", "transcribe-dataset"]
     command += ["--model", exported_checkpoint(tmp_path_factory), "--actors", "2", "--shard-mb", SHARD_MB]
 
     def run(source, output):
         line = list(map(str, [*command, source, "--vad", "none", "--output", output]))
-        return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
 
     return run
 
