@@ -37,7 +37,7 @@ Hotwords = Annotated[
 ]
 VoiceActivity = Annotated[
     Literal["auto", "silero", "energy", "none"],
-    typer.Option(help="How speech is found. Default: silero, if silero-vad is installed, else energy."),
+    typer.Option(help="How speech is found. Default: silero, if ONNX Runtime is installed, else energy."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows decoded together. Does not change the text.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is one.")]

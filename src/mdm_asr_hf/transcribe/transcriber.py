@@ -53,7 +53,7 @@ class Transcriber:
         max_window_s (`float`, *optional*): the longest window in seconds. By default what the settings say
             (`max_window_s`), else 20, and what fits into the model at once is not cut.
         batch_size (`int`): windows decoded together, at most.
-        vad (`str`): how speech is found: "silero" (needs the extra `vad`), "energy", "auto" for the first of these
+        vad (`str`): how speech is found: "silero" (needs ONNX Runtime), "energy", "auto" for the first of these
             that there is, or "none": everything is decoded, in windows that overlap.
         timestamps (`bool`): give words their times. Costs one more decoder evaluation per batch.
         hotwords (`list[str]`, *optional*): words to expect.

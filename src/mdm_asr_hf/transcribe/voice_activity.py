@@ -1,17 +1,18 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Voice activity: where somebody speaks, by silero-vad where it is installed, else by energy above the noise."""
+"""Voice activity: where somebody speaks, by silero-vad where there is ONNX Runtime, else by energy above the noise."""
 
-import threading
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 VAD_NAMES = ("auto", "silero", "energy", "none")
 FRAME_S = 0.032
-# What silero-vad takes: 512 samples at 16 kHz.
+# silero-vad as a graph, made by training/voice_activity.py, and what it takes: 512 samples at 16 kHz.
+SILERO_FILE = Path(__file__).with_name("silero_vad.onnx")
 SILERO_RATE_HZ, SILERO_FRAME = 16_000, 512
 # Its state is not handed from block to block, so each starts this much earlier.
 SILERO_WARM_UP_FRAMES = 128
@@ -32,8 +33,6 @@ BAND_HZ = (150.0, 6000.0)
 # is given what is above these, brought up to this level by what is the loudest within `LEVELLED_FRAMES` either way.
 HIGH_PASS_HZ, HIGH_PASS_SIZE, FILTERED_AT_ONCE = 100.0, 801, 8192
 LEVELLED_DB, LEVELLED_FRAMES, MAX_GAIN_DB = -25.0, 31, 60.0
-# There is one model of silero-vad, and loading it sets torch's threads.
-_SILERO_LOCK = threading.Lock()
 
 
 def band_levels_db(frames: np.ndarray, rate_hz: float) -> np.ndarray:
@@ -109,8 +108,6 @@ class SileroVAD:
     frame_size = SILERO_FRAME
 
     def __init__(self):
-        with _SILERO_LOCK:
-            self._model = _load_silero()
         self.reset()
 
     def reset(self) -> None:
@@ -130,12 +127,17 @@ class SileroVAD:
 
     def _score(self, heard: np.ndarray, num_before: int) -> np.ndarray:
         """Scores of the frames behind the first ones of some samples."""
-        heard = _levelled(heard) if len(heard) else heard
-        return self._model.audio_forward(heard, SILERO_RATE_HZ)[num_before:]
+        if not len(heard):
+            return np.zeros(0, dtype=np.float32)
+        (scores,) = _silero().run(None, {"frames": _levelled(heard)})
+        return scores[num_before:]
 
 
 def _levelled(samples: np.ndarray) -> np.ndarray:
-    """Samples (N,) at silero-vad's rate without what is below speech, and its faint parts raised."""
+    """
+    Frames (number of them, SILERO_FRAME) of samples (N,) at silero-vad's rate without what is below speech, and their
+    faint parts raised; behind the samples there are zeros.
+    """
     high = samples - _low_pass(samples)
     frames = np.pad(high, (0, -len(high) % SILERO_FRAME)).reshape(-1, SILERO_FRAME)
     levels = np.pad(np.sqrt(np.square(frames).mean(axis=1)), LEVELLED_FRAMES)
@@ -145,7 +147,7 @@ def _levelled(samples: np.ndarray) -> np.ndarray:
     gains = np.pad(gains.astype(np.float32), 1, mode="edge")
     rise = ((np.arange(SILERO_FRAME, dtype=np.float32) + 0.5) / SILERO_FRAME - 0.5)[None]
     change = np.where(rise < 0, gains[1:-1, None] - gains[:-2, None], gains[2:, None] - gains[1:-1, None])
-    return (frames * (gains[1:-1, None] + rise * change)).reshape(-1)[: len(samples)]
+    return frames * (gains[1:-1, None] + rise * change)
 
 
 def _low_pass(samples: np.ndarray) -> np.ndarray:
@@ -167,46 +169,36 @@ def _low_pass(samples: np.ndarray) -> np.ndarray:
 
 def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:
     """
-    The detector of a name: "auto" (silero if it is installed and takes this rate, else energy), "silero", "energy", or
-    "none", which gives None.
+    The detector of a name: "auto" (silero if there is ONNX Runtime and it takes this rate, else energy), "silero",
+    "energy", or "none", which gives None.
 
     Raises:
-        ValueError: another name, silero-vad is missing, or does not take the rate.
+        ValueError: another name, ONNX Runtime is missing, or silero-vad does not take the rate.
     """
     if name not in VAD_NAMES:
         raise ValueError(f"`vad` must be one of {', '.join(VAD_NAMES)}, got {name!r}.")
     if name == "none":
         return None
-    takes_rate, is_installed = rate_hz == SILERO_RATE_HZ, all(map(find_spec, ("silero_vad", "onnxruntime")))
+    takes_rate, is_installed = rate_hz == SILERO_RATE_HZ, find_spec("onnxruntime") is not None
     if name == "silero" and not takes_rate:
         raise ValueError(f"`vad='silero'` needs {SILERO_RATE_HZ} Hz, but the model has {rate_hz}. Take 'energy'.")
     if name == "silero" and not is_installed:
         raise ValueError(
-            "`vad='silero'` needs silero-vad and onnxruntime: `pip install \".[vad]\"` in a clone of this project. Or "
-            "take 'energy'."
+            "`vad='silero'` needs onnxruntime: `pip install \".[vad]\"` in a clone of this project. Or take 'energy'."
         )
     if name == "energy" or not (takes_rate and is_installed):
         return EnergyVAD(rate_hz)
     return SileroVAD()
 
 
-@lru_cache(maxsize=1)
-def _load_silero() -> Any:
-    # Which silero-vad brings along.
-    import torch
+@cache
+def _silero() -> Any:
+    import onnxruntime
 
-    num_threads = torch.get_num_threads()
-    try:
-        from silero_vad import load_silero_vad
-
-        return load_silero_vad(sequence=True)
-    except TypeError as error:
-        raise ValueError(
-            "silero-vad is older than 6.2.3: `pip install \".[vad]\"` in a clone of this project, or take 'energy'."
-        ) from error
-    finally:
-        # Importing silero_vad sets torch to one thread, for the recogniser too.
-        torch.set_num_threads(num_threads)
+    options = onnxruntime.SessionOptions()
+    # Blocks are scored side by side.
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(SILERO_FILE, options, providers=["CPUExecutionProvider"])
 
 
 def speech_runs(

@@ -37,7 +37,7 @@ OVERLAP_SHARE, MAX_OVERLAP_S = 0.25, 2.0
 WEAK_SHARE = 0.15
 # The detector gets blocks of about this length, on whose frames it judges what is noise.
 VAD_BLOCK_S = 30.0
-# So many of them at the same time, at most: each takes some ten MB meanwhile.
+# So many of them at the same time, at most: each takes some 25 MB meanwhile.
 MAX_VAD_THREADS = 4
 # Pauses are chosen with this many windows in view.
 NUM_WINDOWS_IN_VIEW = 3
