@@ -333,7 +333,8 @@ def test_canary_like_models(tmp_path, monkeypatch):
     # Grouped heads, fixed positions, a bias on the logits, fewer draft layers; and weights in a file of their own.
     monkeypatch.setattr(export, "MAX_EMBEDDED_BYTES", 0)
     settings = {"num_key_value_heads": 1, "draft_layers": 1}
-    model = tiny_drafts_model("parakeet", dtype=torch.float32, decoder_config=settings)
+    encoder = {"num_hidden_layers": 1}
+    model = tiny_drafts_model("parakeet", dtype=torch.float32, encoder_config=encoder, decoder_config=settings)
     export_onnx(model, tmp_path / "out", processor=tiny_processor())
     assert (tmp_path / "out" / "decoder.onnx.data").is_file()
     onnx = OnnxMDMASR.from_pretrained(tmp_path / "out", num_threads=1)

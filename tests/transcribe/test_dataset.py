@@ -298,7 +298,7 @@ def test_one_actor_at_least_has_room(monkeypatch):
 
 # --- kills ---
 
-NUM_CLIPS, SHARD_MB = 60, 0.04
+NUM_CLIPS, SHARD_MB = 30, 0.04
 
 
 @pytest.fixture
