@@ -126,6 +126,9 @@ def serve(path, hidden):
         )
         (program, *arguments), folder, only_read, hidden, checkpoint = json.loads(message)
         os.chdir(folder)
+        if "torch" in sys.modules:
+            # PyTorch makes its pool anew in a fork, which must not be asked of it by several threads at once.
+            sys.modules["torch"].set_num_threads(1)
         code = 0
         try:
             settle(hidden, checkpoint)
