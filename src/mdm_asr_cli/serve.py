@@ -10,7 +10,7 @@ from .options import BatchSize, Device, Model, Precision, TrustRemoteCode, Voice
 from .terminal import command, load_named_model, quiet_libraries
 
 
-@command("serve", quiet=False)
+@command("serve", quiet=False, runs_exports=True)
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",

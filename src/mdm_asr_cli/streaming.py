@@ -29,7 +29,7 @@ BLOCK_S = 0.1
 PIPE = "-"
 
 
-@command("stream")
+@command("stream", runs_exports=True)
 def stream(
     source: Annotated[
         str | None,

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 _option_names: dict[str, str] = {}
 
 
-def command(extra: str = "torch", failure: str = "", quiet: bool = True) -> Callable[[Callable], Callable]:
+def command(
+    extra: str = "torch", failure: str = "", quiet: bool = True, runs_exports: bool = False
+) -> Callable[[Callable], Callable]:
     """
     Makes a command of a function: what is wrong with its input, or not installed, ends it with one line on stderr and
     exit code 1.
@@ -35,6 +38,7 @@ def command(extra: str = "torch", failure: str = "", quiet: bool = True) -> Call
         extra (`str`): of the package, which it needs.
         failure (`str`): what stands before an error, with the function's arguments in braces.
         quiet (`bool`): libraries say nothing, and warnings are told at its end.
+        runs_exports (`bool`): an exported `model` is all that it loads.
     """
 
     def wrap(function: Callable) -> Callable:
@@ -42,6 +46,8 @@ def command(extra: str = "torch", failure: str = "", quiet: bool = True) -> Call
         def run(**arguments: Any) -> None:
             _option_names.clear()
             _option_names.update(_declared_names(function))
+            if runs_exports and arguments["model"] is not None:
+                _leave_out_pytorch(Path(arguments["model"]))
             with quiet_libraries() if quiet else nullcontext(_Collector()) as collector:
                 try:
                     function(**arguments)
@@ -58,6 +64,17 @@ def command(extra: str = "torch", failure: str = "", quiet: bool = True) -> Call
         return run
 
     return wrap
+
+
+def _leave_out_pytorch(model: Path) -> None:
+    """Lets this process do without PyTorch and transformers where the model does: their imports take six times as long
+    as a clip. Of languages they know the names."""
+    # Those of an export of Whisper, which cannot be asked of the package without importing them.
+    filters, settings = model / "mel_filters.npy", model / "generation_config.json"
+    if "torch" in sys.modules or not (filters.is_file() and settings.is_file()):
+        return
+    if '"language"' not in settings.read_text("utf-8", "replace"):
+        sys.modules |= dict.fromkeys(("torch", "transformers"))
 
 
 def _declared_names(function: Callable) -> dict[str, str]:

@@ -37,7 +37,7 @@ MAX_WARNINGS = 3
 PIPE = Path("-")
 
 
-@command()
+@command(runs_exports=True)
 def transcribe(
     files: Annotated[
         list[Path],

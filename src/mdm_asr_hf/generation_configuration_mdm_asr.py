@@ -104,11 +104,11 @@ class MDMASRGenerationConfig(GenerationConfig):
         self.canvas_extra_tokens: int = kwargs.pop("canvas_extra_tokens", 10)
         self.min_duration_s: float = kwargs.pop("min_duration_s", 0.05)
         self.max_new_tokens: int | None = kwargs.pop("max_new_tokens", None)
-        self.max_length: int = kwargs.pop("max_length", None) or 1024
+        self.max_length: int = 1024 if (value := kwargs.pop("max_length", None)) is None else value
         self.prompt_template: dict | None = kwargs.pop("prompt_template", None)
         self.return_dict_in_generate: bool = kwargs.pop("return_dict_in_generate", False)
         self.num_beams: int = kwargs.pop("num_beams", 1)
-        self.num_return_sequences: int = kwargs.pop("num_return_sequences", None) or 1
+        self.num_return_sequences: int = 1 if (value := kwargs.pop("num_return_sequences", None)) is None else value
         self.return_token_timestamps: bool = kwargs.pop("return_token_timestamps", False)
         self.alignment_heads: list[list[int]] | None = kwargs.pop("alignment_heads", None)
         self.hotword_boost: float = kwargs.pop("hotword_boost", 4.0)

@@ -22,6 +22,7 @@ from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_inputs, tiny_model, 
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import mdm_asr_hf
+from mdm_asr_cli.terminal import _leave_out_pytorch
 from mdm_asr_hf import MDMASRGenerateOutput, OnnxProcessor
 from mdm_asr_hf.audio_mdm_asr import load_audio
 from mdm_asr_hf.drafting_mdm_asr import DraftTree
@@ -600,6 +601,25 @@ finally:
     assert done.stderr.strip().endswith(
         'error: this command needs torch: `pip install ".[torch]"` in a clone of this project'
     )
+
+
+def test_commands_load_no_pytorch_for_an_export(golden, tmp_path, monkeypatch):
+    program = "import sys, mdm_asr_cli\ntry: mdm_asr_cli.main()\nfinally: print(sys.modules['torch'])"
+    command = [sys.executable, "-c", program, "transcribe", "--model", golden[3], RECORDING]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("He had found") and done.stdout.endswith("None\n") and not done.stderr
+    # Where the languages of a request have names, whose list is transformers', it is loaded.
+    for name in ("mel_filters.npy", "generation_config.json"):
+        shutil.copy(golden[3] / name, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"prompt_template": TEMPLATE}))
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        patch.setitem(sys.modules, "transformers", sys.modules["transformers"])
+        for folder in (tmp_path, tmp_path / "missing", mdm_asr_hf.default_checkpoint()):
+            _leave_out_pytorch(folder)
+            assert "torch" not in sys.modules
+        _leave_out_pytorch(golden[3])
+        assert sys.modules["torch"] is None
 
 
 # --- errors ---
