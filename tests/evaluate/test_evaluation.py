@@ -16,7 +16,6 @@ import torch
 from tables import each
 from tiny_data import RATE_HZ, ROOT, save_model, write_data, write_metadata
 from tiny_models import VOCAB_SIZE, tiny_drafts_model, tiny_model, tiny_processor
-from tiny_training import LAUNCHER, launch
 
 from mdm_asr_hf.evaluate import evaluation
 from mdm_asr_hf.evaluate.data import PRESETS, load_data
@@ -354,26 +353,6 @@ def test_processes_lose_and_double_nothing(folder, model, processor, monkeypatch
         merge(pairs[1:])
     with pytest.raises(RuntimeError, match="8 rows of 7 utterances"):
         merge([*pairs, pairs[0]])
-
-
-def test_two_processes_write_what_one_does(folder, checkpoint, tmp_path, run_command):
-    (folder / "audio" / "6.wav").write_bytes((folder / "audio" / "6.wav").read_bytes()[:2000])
-    # Drawn, so that rows that got another generator would show.
-    settings = json.loads((checkpoint / "generation_config.json").read_text())
-    drawing = shutil.copytree(checkpoint, tmp_path / "drawing")
-    (drawing / "generation_config.json").write_text(json.dumps(settings | {"temperature": 1.0}))
-    arguments = ["--data", folder, "--model", drawing, "--batch-size", 2, "--device", "cpu", "--batch-1-rows", 0]
-    # As the installed `mdm-asr` is.
-    (tmp_path / "mdm-asr").write_text("from mdm_asr_cli import main\nmain()\n")
-    command = [*LAUNCHER, tmp_path / "mdm-asr", "evaluate", *arguments]
-    launch(*command, "--output", tmp_path / "two")
-    run_command("evaluate", *arguments, "--output", tmp_path / "one")
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
-    assert (one["settings"]["num_processes"], two["settings"]["num_processes"]) == (1, 2)
-    assert timeless(read_rows(tmp_path / "one")) == timeless(read_rows(tmp_path / "two"))
-    assert [s["id"] for s in two["data"][0]["skipped"]] == ["audio/bad.wav", "audio/6.wav"]
-    assert one["data"] == two["data"]
-    assert {k: v for k, v in one["metrics"].items() if k[:4] not in ("rtfx", "peak")}.items() <= two["metrics"].items()
 
 
 # The commands.

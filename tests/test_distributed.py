@@ -1,6 +1,7 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Two processes train as one does; FSDP takes the model."""
+"""Two processes evaluate and train as one does; FSDP takes the model."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,37 +9,65 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from tiny_data import save_model
+from accelerate import PartialState
+from tiny_data import save_model, write_data
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
 from tiny_training import EOS, LAUNCHER, arguments, collate, launch
 
+from mdm_asr_cli import main
 from mdm_asr_hf import MDMASRForConditionalGeneration, decoder_mdm_asr, diffusion_mdm_asr
 from mdm_asr_hf.diffusion_mdm_asr import DiffusionObjective, DraftObjective
+from mdm_asr_hf.evaluate.evaluation import TIMES
+from mdm_asr_hf.evaluate.scoring import read_rows
 from mdm_asr_hf.train import clips, distillation, donor_cache
 from mdm_asr_hf.train import trainer as training
 from mdm_asr_hf.train.trainer import ISCTTrainer
 
-FSDP_CONFIG = Path(__file__).parents[2] / "training" / "configs" / "fsdp.yaml"
+FSDP_CONFIG = Path(__file__).parents[1] / "training" / "configs" / "fsdp.yaml"
 NUM_STEPS = 6
+# Of what is evaluated, and two more that cannot be.
+SECONDS = (0.5, 1.2, 0.3, 0.9, 0.9, 0.7, 1.0, 0.4)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder of what two processes did, all in one launch."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "speech").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(16):
-        soundfile.write(folder / "speech" / f"{i:02d}.wav", 0.1 * rng.standard_normal(16_000 + 400 * i), 16_000)
+    write_data(folder / "speech", [1 + 0.025 * i for i in range(16)])
     model = tiny_drafts_model(dtype=torch.float32)
     model.generation_config.max_new_tokens = 30
     save_model(folder / "donor", model, tiny_processor())
+    # Drawn, so that rows that got another generator would show.
+    model.generation_config.temperature = 1.0
+    save_model(folder / "drawing", model, tiny_processor())
+    data = write_data(folder / "clips", SECONDS, prefix="audio/")
+    (data / "audio" / "3.wav").write_text("These are notes.\n" * 100)
+    # Cut off: that it cannot be read shows while it is.
+    (data / "audio" / "6.wav").write_bytes((data / "audio" / "6.wav").read_bytes()[:2000])
     launch(*LAUNCHER, __file__, folder)
     return folder
+
+
+# The evaluation of a folder, half of its batches each
+
+
+def evaluation_of(folder, output):
+    arguments = ["--model", folder / "drawing", "--batch-size", 2, "--device", "cpu", "--batch-1-rows", 0]
+    return ["evaluate", "--data", folder / "clips", *arguments, "--output", folder / output]
+
+
+def test_two_processes_write_what_one_does(two, run_command):
+    assert run_command(*evaluation_of(two, "one"))[0] == 0
+    one, both = (json.loads((two / name / "metrics.json").read_text()) for name in ("one", "both"))
+    assert (one["settings"]["num_processes"], both["settings"]["num_processes"]) == (1, 2)
+    assert [s["id"] for s in both["data"][0]["skipped"]] == ["audio/3.wav", "audio/6.wav"]
+    assert one["data"] == both["data"]
+    metrics = {name: value for name, value in one["metrics"].items() if name[:4] not in ("rtfx", "peak")}
+    assert metrics.items() <= both["metrics"].items()
+    rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(two / n)] for n in ("one", "both")]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
 
 
 # Data parallel
@@ -275,6 +304,11 @@ def test_two_processes_train_drafts_as_one(two, monkeypatch):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    # First, since the command that is launched joins the processes itself. It would part them, once and for all.
+    sys.argv = ["mdm-asr", *map(str, evaluation_of(folder, "both"))]
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(PartialState, "destroy_process_group", lambda state: None)
+        main()
     with pytest.MonkeyPatch.context() as patch:
         train(folder, 2, patch)
     shard(folder)
