@@ -13,19 +13,19 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 import warnings
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import soundfile
 from canary_donors import save_native_donor
+from extras import brought_by, hidden
 from hub import hub_on_this_machine, uploaded
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from onnx_exports import exported_checkpoint
 from packaging.version import Version
 from snippet_server import CLIENT
+from tiny_data import save_model
 from tiny_models import tiny_drafts_model, tiny_processor
 from whisper_donors import save_donor
 
@@ -71,44 +71,6 @@ def blocks(page):
     return found
 
 
-def allowed(extras):
-    """The distributions that `pip install ".[extras]"` brings; None if this environment lacks one of them."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    known = project["optional-dependencies"]
-    waiting, seen = [*project["dependencies"], *(f"mdm_asr_hf[{extra}]" for extra in extras.split(","))], set()
-    while waiting:
-        requirement = Requirement(waiting.pop())
-        name = canonicalize_name(requirement.name)
-        its_extras = requirement.extras or {""}
-        if name == "mdm-asr-hf":
-            waiting += [line for extra in requirement.extras for line in known[extra]]
-        elif (name, *sorted(its_extras)) not in seen:
-            seen.add((name, *sorted(its_extras)))
-            try:
-                lines = map(Requirement, requires(name) or ())
-            except PackageNotFoundError:
-                return None
-            waiting += [
-                str(one)
-                for one in lines
-                if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in its_extras)
-            ]
-    return {name for name, *_ in seen}
-
-
-def hidden(distributions):
-    """The modules of this environment that none of these distributions has."""
-    own = {"mdm-asr-hf", "pip", "setuptools"}
-    if "ray" in distributions:
-        # It brings them in a folder that it puts on the path itself.
-        own |= {"colorama", "psutil"}
-    return sorted(
-        module
-        for module, owners in packages_distributions().items()
-        if module.isidentifier() and not {canonicalize_name(owner) for owner in owners} & (distributions | own)
-    )
-
-
 @pytest.fixture
 def place(clone, tmp_path):
     yield shutil.copytree(clone, tmp_path / "clone", symlinks=True)
@@ -133,13 +95,7 @@ def clone(tmp_path_factory):
     save_donor(folder / "openai" / "whisper-small", multilingual=True)
     if not CANARY_NEEDS_LIBROSA:
         save_native_donor(folder / "nvidia" / "canary-1b-v2")
-    # Of one layer each: exports take as long as there are layers.
-    layers = {"num_hidden_layers": 1}
-    tiny_drafts_model(encoder_config=layers, decoder_config=layers | {"draft_layers": 1}).save_pretrained(
-        folder / "tiny"
-    )
-    tiny_processor().save_pretrained(folder / "tiny")
-    shutil.copytree(folder / "tiny", folder / "MODEL")
+    save_model(folder / "MODEL", tiny_drafts_model(), tiny_processor())
     return folder
 
 
@@ -163,7 +119,7 @@ def commands(clone, hub, tmp_path_factory):
         server = ROOT / "tests" / "helpers" / "snippet_server.py"
         source = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
         source["HF_DATASETS_CACHE"] = str(folder / "datasets")
-        command = [sys.executable, server, path, json.dumps(hidden(allowed(base)))]
+        command = [sys.executable, server, path, json.dumps(hidden(brought_by(base)))]
         processes.append(subprocess.Popen(command, env=source, cwd=clone))
         # Beside other work its imports take a minute and more.
         for _ in range(3000):
@@ -172,18 +128,18 @@ def commands(clone, hub, tmp_path_factory):
             time.sleep(0.1)
         return path
 
-    def start(extras, is_tiny):
-        if (extras, is_tiny) in folders:
-            return folders[extras, is_tiny]
-        distributions = extras and allowed(extras)
+    def start(extras):
+        if extras in folders:
+            return folders[extras]
+        distributions = extras and brought_by(extras)
         if extras and distributions is None:
             return None
-        folder = folders[extras, is_tiny] = tmp_path_factory.mktemp("bin")
+        folder = folders[extras] = tmp_path_factory.mktemp("bin")
         client = CLIENT.format(
             python=sys.executable,
-            path=socket_of("torch" if not extras or allowed("torch") <= distributions else ""),
+            path=socket_of("torch" if not extras or brought_by("torch") <= distributions else ""),
             hidden=hidden(distributions) if extras else [],
-            checkpoint=str(clone / "tiny") if is_tiny else None,
+            exported=str(exported_checkpoint(tmp_path_factory)) if extras and "onnxscript" in distributions else None,
         )
         for name in ("mdm-asr", "python"):
             (folder / name).write_text(client)
@@ -210,8 +166,6 @@ def test_snippets_run_as_printed(page, place, commands, hub):
     cells = blocks(page)
     assert all(reason is None or reason in REASONS for _, reason, _, _ in cells)
     assert not cells or all(extras for *_, extras in cells), "The page does not say what to install."
-    # Exporting the checkpoint of the package takes half a minute each time.
-    is_tiny = page.name == "deployment.md"
     python = []
     for language, reason, code, extras in cells:
         if "from_canary(" in code and CANARY_NEEDS_LIBROSA:
@@ -222,7 +176,7 @@ def test_snippets_run_as_printed(page, place, commands, hub):
             continue
         if reason is not None and reason not in ONLY_READ:
             continue
-        if (folder := commands(None if reason else extras, is_tiny)) is None:
+        if (folder := commands(None if reason else extras)) is None:
             warnings.warn(f"{page.name}: without {extras}, not run: {code}", stacklevel=1)
             continue
         expected = None
@@ -244,7 +198,7 @@ def test_snippets_run_as_printed(page, place, commands, hub):
             assert {"config.json", "handler.py", "mdm_asr_hf/loading.py"} <= files
             assert not [path for path in files if "checkpoints" in path]
     # In one process, so that the names of one block are there in the next.
-    if python and (folder := commands(python[0][0], is_tiny)) is not None:
+    if python and (folder := commands(python[0][0])) is not None:
         assert len({extras for extras, _ in python}) == 1
         (place / "blocks.py").write_text("\n".join(code for _, code in python))
         done = subprocess.run([folder / "python", "blocks.py"], cwd=place, capture_output=True, text=True)
@@ -257,5 +211,5 @@ def test_a_page_that_lacks_an_extra_is_found():
         ("torch", {"torch", "transformers", "jinja2"}, {"onnx", "pytest", "hypothesis"}),
         ("export", {"torch", "onnxscript"}, {"peft", "pytest"}),
     ):
-        modules = hidden(allowed(extras))
+        modules = hidden(brought_by(extras))
         assert not there & set(modules) and missing <= set(modules)

@@ -22,7 +22,7 @@ CLIENT = """#!{python} -SE
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-request = [sys.argv, os.getcwd(), "ONLY_READ" in os.environ, {hidden!r}, {checkpoint!r}]
+request = [sys.argv, os.getcwd(), "ONLY_READ" in os.environ, {hidden!r}, {exported!r}]
 socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
 sys.exit(int(server.recv(16) or 70))
 """
@@ -49,19 +49,14 @@ def read_arguments(parser, args=None, namespace=None):
     sys.exit()
 
 
-def settle(hidden, checkpoint):
-    """What a fork sees, and the checkpoint that it takes for the package's; None: that one."""
+def hide(modules):
+    """What a fork does not see, besides what its server did not."""
     # What has been imported cannot be hidden any more.
-    assert Shown.hidden.issuperset(hidden)
-    Shown.hidden = set(hidden)
-    if checkpoint is not None:
-        import mdm_asr_hf
-        from mdm_asr_hf import loading
-
-        loading.default_checkpoint = mdm_asr_hf.default_checkpoint = lambda: checkpoint
+    assert Shown.hidden.issuperset(modules)
+    Shown.hidden = set(modules)
 
 
-def run(program, arguments, only_read):
+def run(program, arguments, only_read, exported):
     if program == "python":
         if only_read:
             argparse.ArgumentParser.parse_known_args = read_arguments
@@ -78,11 +73,10 @@ def run(program, arguments, only_read):
         return
     sys.argv = [program, *arguments]
     with contextlib.ExitStack() as stack:
-        if arguments[0] == "export" and os.path.exists("OUT/drafts.onnx"):
+        if arguments[0] == "export":
             from onnx_exports import graphs_of
 
-            # Of the same checkpoint: what is quantised are the graphs that it wrote there.
-            stack.enter_context(graphs_of(Path("OUT")))
+            stack.enter_context(graphs_of(Path(exported)))
         main()
 
 
@@ -124,15 +118,15 @@ def serve(path, hidden):
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, encoding="utf-8", closefd=False) for number, mode in ((0, "r"), (1, "w"), (2, "w"))
         )
-        (program, *arguments), folder, only_read, hidden, checkpoint = json.loads(message)
+        (program, *arguments), folder, only_read, hidden, exported = json.loads(message)
         os.chdir(folder)
         if "torch" in sys.modules:
             # PyTorch makes its pool anew in a fork, which must not be asked of it by several threads at once.
             sys.modules["torch"].set_num_threads(1)
         code = 0
         try:
-            settle(hidden, checkpoint)
-            run(os.path.basename(program), arguments, only_read)
+            hide(hidden)
+            run(os.path.basename(program), arguments, only_read, exported)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:
