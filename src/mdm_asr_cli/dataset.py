@@ -22,7 +22,7 @@ from .output import Timestamps
 from .terminal import command
 
 
-@command("ray", "cannot transcribe {source}: ")
+@command("ray", "cannot transcribe {source}: ", runs_exports=True)
 def transcribe_dataset(
     source: Annotated[
         str,

@@ -3,6 +3,7 @@
 
 import gzip
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -15,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
 from ..audio_mdm_asr import audio_duration_s
 from .manifests import AUDIO_COLUMNS, MANIFESTS, find_audio_files, parse_line, read_manifest
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_text")
 LANGUAGE_COLUMNS = ("language", "lang")
@@ -474,7 +474,7 @@ class GrowingFolder:
     def read(self, seed: int, epoch: int, worker: int, num_workers: int) -> Iterator[dict[str, Any]]:
         """Rows without an end: each new one as soon as it is there; in between the old ones again."""
         rng, offsets, num_lines = np.random.default_rng([seed, epoch, worker]), Counter(), Counter()
-        rows, fresh, replay, looked_at = [], [], [], -math.inf
+        rows, fresh, replay, looked_at, is_told = [], [], [], -math.inf, False
         while True:
             if time.monotonic() - looked_at >= POLL_S:
                 lines = [line for line in self._new_lines(offsets, num_lines) if line[1] % num_workers == worker]
@@ -483,7 +483,9 @@ class GrowingFolder:
                 fresh += [new[i] for i in rng.permutation(len(new))]
                 looked_at = time.monotonic()
             if not rows:
-                logger.warning_once(f"{self.source.path!r} has no speech yet. Waiting for it.")
+                if not is_told:
+                    logger.warning(f"{self.source.path!r} has no speech yet. Waiting for it.")
+                    is_told = True
                 time.sleep(0.1)
                 continue
             if not fresh and not replay:

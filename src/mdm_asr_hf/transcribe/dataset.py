@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -286,9 +287,12 @@ def _run_actors(
         os.environ.setdefault("RAY_enable_autoscaler_v2", "1")
     import ray
 
+    # The command of an exported model does without PyTorch, which each of Ray's processes would load for itself.
+    left_out = [name for name in ("torch", "transformers") if sys.modules.get(name, sys) is None]
+    hook = {"worker_process_setup_hook": lambda: sys.modules.update(dict.fromkeys(left_out))} if left_out else {}
     is_ours = not ray.is_initialized()
     if is_ours:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": hook}
         if not os.environ.get("RAY_ADDRESS"):
             cores = (actors or max(num_cores() // threads, 1)) * threads
             quiet |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
