@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..onnx.model import session_options
+
 VAD_NAMES = ("auto", "silero", "energy", "none")
 FRAME_S = 0.032
 # silero-vad as a graph, made by training/voice_activity.py, and what it takes: 512 samples at 16 kHz.
@@ -195,10 +197,8 @@ def make_vad(name: str, rate_hz: float) -> EnergyVAD | SileroVAD | None:
 def _silero() -> Any:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
     # Blocks are scored side by side.
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(SILERO_FILE, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(SILERO_FILE, session_options(1), providers=["CPUExecutionProvider"])
 
 
 def speech_runs(
