@@ -16,10 +16,10 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -317,7 +317,6 @@ def run_cases(first, stop, folder):
     from mdm_asr_hf.transcribe.transcriber import Transcriber
 
     torch.set_num_threads(1)
-    before_mib = peak_memory_mib("cpu")
     model, processor = tiny_drafts_model(dtype=torch.float32), tiny_processor()
     model.generation_config.max_new_tokens = 6
     transcriber = Transcriber(model, processor, max_window_s=1.0, vad="energy")
@@ -379,7 +378,7 @@ def run_cases(first, stop, folder):
                 assert result is None or (len(loaded) == len(result) and np.allclose(loaded, result, atol=1e-3)), audio
             slowest_s = max(slowest_s, (time.monotonic() - before_s, seed))
     report = {"outcomes": outcomes, "slowest_s": slowest_s, "said": said.most_common(5)}
-    report["grown_mib"] = peak_memory_mib("cpu") - before_mib
+    report["peak_mib"] = peak_memory_mib("cpu")
     report |= {"left_open": sorted(open_files() - handles), "left_lying": os.listdir(tempfile.tempdir)}
     print(json.dumps(report))
 
@@ -411,33 +410,15 @@ def keep_case(seed, folder, target):
     return path
 
 
-def in_a_fork(folder, *arguments):
-    """Runs cases in a fork of this process, which has imported all they need; gives its exit status, negative that of
-    a signal. What it prints is in `folder`."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            for name, descriptor in (("stdout", 1), ("stderr", 2)):
-                os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
-                setattr(sys, name, os.fdopen(descriptor, "w", buffering=1))
-            faulthandler.enable()
-            run_cases(*arguments, folder)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_hostile_inputs_give_results_or_value_errors(tmp_path):
-    if status := in_a_fork(tmp_path, 0, NUM_CASES):
+    command = [sys.executable, __file__, "0", str(NUM_CASES), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
         case = json.loads((tmp_path / "case.json").read_text())
         path = keep_case(case["seed"], tmp_path, tmp_path / "kept")
-        said = (tmp_path / "stderr").read_text()[-3000:]
-        raise AssertionError(f"{case} ended with {status}; its input is {path}\n{said}")
-    report = json.loads((tmp_path / "stdout").read_text().splitlines()[-1])
+        raise AssertionError(f"{case} ended with {done.returncode}; its input is {path}\n{done.stderr[-3000:]}")
+    report = json.loads(done.stdout.splitlines()[-1])
     outcomes = Counter(report["outcomes"])
     assert sum(n for name, n in outcomes.items() if name.startswith("load ")) == NUM_CASES
     assert sum(outcomes.values()) == 2 * NUM_CASES
@@ -448,7 +429,7 @@ def test_hostile_inputs_give_results_or_value_errors(tmp_path):
     assert not report["left_open"] and not report["left_lying"], report
     # Who sends a thousand bad recordings reads no thousand lines of the same.
     assert all(number < NUM_CASES / 10 for _, number in report["said"]), report["said"]
-    assert report["grown_mib"] < 2000 and report["slowest_s"][0] < TIMEOUT_S
+    assert report["peak_mib"] < 3000 and report["slowest_s"][0] < TIMEOUT_S
 
 
 def test_to_the_pipeline_numbers_are_one_recording():
@@ -468,10 +449,21 @@ def test_to_the_pipeline_numbers_are_one_recording():
         pipe([])
 
 
-def test_a_crash_is_seen_and_its_input_is_kept(tmp_path, monkeypatch):
+def test_a_crash_is_seen_and_its_input_is_kept(tmp_path):
     """The net itself: a process that dies by a signal has left the seed, from which the input is made again."""
-    monkeypatch.setattr(audio_mdm_asr, "load_audio", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGSEGV))
-    assert in_a_fork(tmp_path, 7, 8) == -signal.SIGSEGV
+    child = os.fork()
+    if not child:
+        try:
+            # Garbage sessions of ONNX Runtime have threads that are not here: to collect one is to wait for ever.
+            gc.freeze()
+            signal.alarm(TIMEOUT_S)
+            # The crash is meant: no traceback of it.
+            faulthandler.disable()
+            audio_mdm_asr.load_audio = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGSEGV)
+            run_cases(7, 8, tmp_path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
     case = json.loads((tmp_path / "case.json").read_text())
     assert case["seed"] == 7 and case["taker"] == "load"
     assert keep_case(7, tmp_path, tmp_path / "kept").exists()
