@@ -352,8 +352,9 @@ def test_kills(tmp_path, start):
     process = start(source, output)
     wait_for(process, lambda: len(shards_of(output)) > len(before))
     # An exported model needs no PyTorch, with which each would have to start.
-    assert not [one.path for actor in actors_of(process) for one in actor.memory_maps() if "libtorch" in one.path]
-    actors_of(process)[0].kill()
+    actors = actors_of(process)
+    assert not [one.path for actor in actors for one in actor.memory_maps() if "libtorch" in one.path]
+    actors[0].kill()
     _, err = process.communicate()
     assert process.returncode == 0, err
     # What was there was not done again.

@@ -665,13 +665,12 @@ def _quantize_frames(model: Any, is_exact: bool) -> None:
         add("Add", [f"{output}.steps", f"{output}.fine"], [f"{output}.unit"])
         add("Mul", [f"{output}.unit", f"{output}.scale"], [output])
 
-    turned, scaled, made = {}, set(), {name for node in graph.node for name in node.output}
+    turned, scaled = {}, set()
     for node in graph.node:
         frames = [name for name in [*node.input, *node.output] if name.startswith(CROSS_NAMES)]
         if node.op_type == "Shape" and node.input[0] in frames:
-            # The exporter reads a size of any tensor that has it. Of these two only values keep their layout.
-            name = node.input[0]
-            node.input[0] = f"{name}.exact" if name in made else name.replace(*CROSS_NAMES)
+            # The exporter reads a size of any input that has it. Of these two only values keep their layout.
+            node.input[0] = node.input[0].replace(*CROSS_NAMES)
             rewriting.nodes.append(node)
         elif node.op_type == "Transpose" and node.input[0] in frames:
             turned[node.output[0]] = node.input[0]
