@@ -44,7 +44,7 @@ ARCHIVE_H, MACHINES = 10_000, (1, 10, 100)
 # The default of the command, which the loads of an archive are counted by.
 SHARD_MB = 16
 COSTS = ["machines", "hours", "machine hours", "listing, min", "shards", "reading, MB/s", "share of the driver"]
-COSTS += ["references in the object store, MB"]
+COSTS += ["references at the driver, MB"]
 PLAIN_LOOP = """
 import json, sys
 from mdm_asr_hf.loading import default_checkpoint, load_model
@@ -139,7 +139,7 @@ def kill_runs(manifest: Path, args: argparse.Namespace, most: int, seed: int) ->
             time.sleep(generator.uniform(0, args.kill_within_s))
             try:
                 children = psutil.Process(process.pid).children(recursive=True)
-                actors = [one for one in children if one.name().startswith("ray::MapW")]
+                actors = [one for one in children if one.name().startswith("ray::ShardWorker")]
             except psutil.NoSuchProcess:
                 continue
             if made.total() % 2 == 0 and actors:
@@ -245,7 +245,7 @@ def archive_costs(summary: Row, listing: Row) -> list[Row]:
             "read_mb_per_s": machines * rtfx * bytes_per_s / 1e6,
             # Of what the driver was seen to hand out and take back.
             "head_share": machines * rtfx * bytes_per_s / (SHARD_MB * 1e6) / summary["shards_per_s"],
-            "object_store_mb": num_rows * listing["bytes_a_row"] / 1e6,
+            "references_mb": num_rows * listing["bytes_a_row"] / 1e6,
         }
         for machines in MACHINES
     ]
@@ -266,7 +266,7 @@ def to_markdown(summary: Row) -> str:
     costs = [
         [one["machines"], f"{one['hours']:.1f}", f"{one['hours'] * one['machines']:.0f}", f"{one['list_min']:.1f}"]
         + [f"{one['shards']:.0f}", f"{one['read_mb_per_s']:.1f}", f"{100 * one['head_share']:.1f} %"]
-        + [f"{one['object_store_mb']:.0f}"]
+        + [f"{one['references_mb']:.0f}"]
         for one in summary["archive"]
     ]
     lines += [

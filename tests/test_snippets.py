@@ -72,8 +72,11 @@ def blocks(page):
 
 
 @pytest.fixture
-def place(clone, tmp_path):
-    yield shutil.copytree(clone, tmp_path / "clone", symlinks=True)
+def place(clone, page, tmp_path, tmp_path_factory):
+    shutil.copytree(clone, tmp_path / "clone", symlinks=True)
+    if page.name == "scale.md":
+        (tmp_path / "clone" / "OUT8").symlink_to(exported_checkpoint(tmp_path_factory))
+    yield tmp_path / "clone"
     # The checkpoint of the package is copied there.
     shutil.rmtree(tmp_path / "clone" / "MODEL")
 

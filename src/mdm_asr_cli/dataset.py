@@ -56,7 +56,7 @@ def transcribe_dataset(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
-    Transcribe an archive of audio, on Ray Data.
+    Transcribe an archive of audio, by actors of Ray.
 
     Runs on the cores of this machine, or on the cluster that RAY_ADDRESS names. Writes shards with a row for each
     recording: id, text, words, confidence, nfe, duration_s, language, warnings, error. A recording that cannot be

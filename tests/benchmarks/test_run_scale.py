@@ -33,7 +33,7 @@ def test_archives_by_hand():
     one, _, hundred = summary["archive"]
     assert one["hours"] == pytest.approx(10_000 / 60 + (5000 + 25) / 3600)
     assert (one["list_min"], one["shards"]) == (pytest.approx(5000 / 60), pytest.approx(31_250))
-    assert one["object_store_mb"] == pytest.approx(500)
+    assert one["references_mb"] == pytest.approx(500)
     # 100 machines read 6,000 seconds of 13.9 kB a second, and take 5.2 shards of the 10 that one driver hands out.
     assert hundred["read_mb_per_s"] == pytest.approx(100 * 60 * 50_000_000 / 3600 / 1e6)
     assert hundred["head_share"] == pytest.approx(hundred["read_mb_per_s"] / 16 / 10)

@@ -6,13 +6,14 @@ import collections
 import contextlib
 import io
 import json
-import pickle
+import random
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from unittest import mock
 from unittest.mock import ANY
 
 import pytest
@@ -120,11 +121,6 @@ def worker(monkeypatch):
     return make
 
 
-def write(worker, path, rows):
-    (result,) = zip(*worker({"path": [str(path)], "rows": [pickle.dumps(rows)]}).values(), strict=True)
-    return dict(zip(("new_rows", "errors", "duration_s", "failure"), result, strict=True))
-
-
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -138,7 +134,7 @@ def test_kinds_of_archives(tmp_path, worker, make):
     assert all(2_000 < row.num_bytes < 23_000 for row in rows)
     # Rows amid an archive, too, over the borders of its files.
     for first, last in ((0, 4), (1, 3)):
-        result = write(its_worker, tmp_path / "shard.jsonl", rows[first:last])
+        result = its_worker.write(tmp_path / "shard.jsonl", rows[first:last])
         assert result == {"new_rows": last - first, "errors": 0, "duration_s": ANY, "failure": ""}
         assert result["duration_s"] == pytest.approx((last - first) * DURATION_S)
         found = lines_of(tmp_path / "shard.jsonl")
@@ -151,7 +147,7 @@ def test_formats_hold_the_same(tmp_path, worker):
     (source / "b.wav").write_bytes(b"no audio")
     its_worker, rows = worker(source, timestamps=True)
     for name in ("shard.jsonl", "shard.parquet"):
-        assert write(its_worker, tmp_path / name, rows)["errors"] == 1
+        assert its_worker.write(tmp_path / name, rows)["errors"] == 1
     found = pq.read_table(tmp_path / "shard.parquet").to_pylist()
     assert found == lines_of(tmp_path / "shard.jsonl")
     # As the tones are, in frames of 10 ms.
@@ -169,7 +165,7 @@ def test_bad_rows_are_rows(tmp_path, worker):
     names = ("torn.wav", "gone.wav", "good.wav", "empty.wav", "", "\ud800.wav", "nul\0.wav")
     (tmp_path / "m.jsonl").write_text("".join(json.dumps({"path": name}) + "\n" for name in names))
     its_worker, rows = worker(tmp_path / "m.jsonl")
-    result = write(its_worker, tmp_path / "shard.parquet", rows)
+    result = its_worker.write(tmp_path / "shard.parquet", rows)
     assert (result["new_rows"], result["errors"], result["failure"]) == (7, 6, "")
     found = pq.read_table(tmp_path / "shard.parquet").to_pylist()
     reasons = ["truncated", "does not exist", None, "no samples", "not a path", "surrogates", "null"]
@@ -197,7 +193,7 @@ def test_a_row_that_breaks_the_decoder_breaks_no_other(tmp_path, worker, monkeyp
         yield from plain(audio)
 
     monkeypatch.setattr(its_worker.transcriber, "transcribe_all", lambda audio: fragile(audio, {rows[1].path}))
-    assert write(its_worker, tmp_path / "shard.jsonl", rows)["errors"] == 1
+    assert its_worker.write(tmp_path / "shard.jsonl", rows)["errors"] == 1
     assert [row["error"] for row in lines_of(tmp_path / "shard.jsonl")] == [
         None,
         "RuntimeError: out of order",
@@ -207,23 +203,25 @@ def test_a_row_that_breaks_the_decoder_breaks_no_other(tmp_path, worker, monkeyp
     # Where none can be done it is not the rows, and they are left for another run.
     everything = {row.path for row in rows}
     monkeypatch.setattr(its_worker.transcriber, "transcribe_all", lambda audio: fragile(audio, everything))
-    result = write(its_worker, tmp_path / "other.jsonl", rows)
+    result = its_worker.write(tmp_path / "other.jsonl", rows)
     assert "out of order" in result["failure"] and not (tmp_path / "other.jsonl").exists()
 
 
-def test_a_shard_that_workers_die_of_is_given_up(tmp_path, worker):
-    source, _ = files(tmp_path)
-    its_worker, rows = worker(source)
-    (tmp_path / ".shard.tries").write_bytes(b"." * dataset.MAX_TRIES)
-    assert "died" in write(its_worker, tmp_path / "shard.jsonl", rows)["failure"]
-
-
-def test_a_model_that_cannot_be_loaded_leaves_shards_for_another_run(tmp_path):
+def test_shards_of_a_checkpoint_or_why_there_are_none(tmp_path, tiny):
     source, _ = files(tmp_path)
     kind, rows = Archive(str(source)).list_rows()
-    its_worker = ShardWorker(Archive(str(source)), kind, str(tmp_path / "nowhere"), 1, DECODING)
-    assert "nowhere" in write(its_worker, tmp_path / "shard.jsonl", rows)["failure"]
-    assert not (tmp_path / "shard.jsonl").exists()
+
+    def worker(model):
+        return ShardWorker(Archive(str(source)), kind, model, 1, DECODING)
+
+    assert worker(tiny).write(tmp_path / "shard.jsonl", rows)["errors"] == 0
+    assert all(row["nfe"] > 0 for row in lines_of(tmp_path / "shard.jsonl"))
+    # Left for another run.
+    assert "nowhere" in worker(str(tmp_path / "nowhere")).write(tmp_path / "other.jsonl", rows)["failure"]
+    # Given up.
+    (tmp_path / ".other.tries").write_bytes(b"." * dataset.MAX_TRIES)
+    assert "died" in worker(tiny).write(tmp_path / "other.jsonl", rows)["failure"]
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 @given(st.lists(st.sampled_from(["a", "a#2", "a#2#2", "b", "\ud800"]), max_size=12))
@@ -295,6 +293,68 @@ def test_one_actor_at_least_has_room(monkeypatch):
         assert seen["num_cpus"] == cores, (actors, threads)
 
 
+class Actor:
+    """Of a Ray whose results come in any order. What is called gives a reference, which is a call of no result yet."""
+
+    def __init__(self, **worker):
+        self.most = 0
+        self.calls = []
+        self.__ray_ready__ = self.write = self
+
+    def remote(self, **unit):
+        self.calls.append(mock.Mock(actor=self, unit=unit))
+        self.most = max(self.most, len(self.calls))
+        return self.calls[-1]
+
+
+@contextlib.contextmanager
+def ray_of(make, num_cores, wait, get):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: True)
+        patch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": num_cores}}])
+        patch.setattr(ray, "remote", lambda kind: mock.Mock(**{"options.return_value.remote": make}))
+        patch.setattr(ray, "wait", wait)
+        patch.setattr(ray, "get", get)
+        yield
+
+
+@given(seed=st.integers(0, 2**32), num_actors=st.integers(1, 6), num_units=st.integers(1, 40))
+def test_shards_go_to_actors_that_are_there(seed, num_actors, num_units):
+    made, draw = [], random.Random(seed)
+    # These never start.
+    late = set(draw.sample(range(min(num_actors, num_units)), min(num_actors, num_units) // 3))
+
+    def make(**worker):
+        made.append(Actor())
+        return made[-1]
+
+    def get(call):
+        call.actor.calls.remove(call)
+        return call.unit
+
+    def wait(calls):
+        return [draw.choice([call for call in calls if made.index(call.actor) not in late])], []
+
+    with ray_of(make, num_actors, wait, get):
+        units = [{"path": number} for number in range(num_units)]
+        done = list(dataset._run_actors(units, {}, None, 1, 0.0))
+    assert sorted(unit["path"] for unit in done) == list(range(num_units))
+    assert len(made) == min(num_actors, num_units)
+    for number, actor in enumerate(made):
+        # One more at most than it works on, and none where it is not known to run.
+        assert actor.most <= (2 if num_units >= 4 * len(made) else 1)
+        assert [call.unit for call in actor.calls] in ([[{}]] if number in late else [[], [{}]])
+
+
+def test_actors_that_cannot_start_end_the_run():
+    def fail(call):
+        raise ray.exceptions.RaySystemError("Traceback\nno such module\n")
+
+    with ray_of(Actor, 2, lambda calls: (calls[:1], []), fail):
+        (result,) = dataset._run_actors([{"path": 0}, {"path": 1}], {}, None, 1, 0.0)
+    assert result["failure"] == "no actor starts: no such module."
+
+
 # --- kills ---
 
 NUM_CLIPS, SHARD_MB = 30, 0.04
@@ -327,7 +387,7 @@ def wait_for(process, condition):
 
 def actors_of(process):
     workers = psutil.Process(process.pid).children(recursive=True)
-    return [one for one in workers if one.name().startswith("ray::MapW")]
+    return [one for one in workers if one.name().startswith("ray::ShardWorker")]
 
 
 def test_kills(tmp_path, start):

@@ -1,5 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""transcribe_dataset: archives of audio to shards of transcripts, on Ray Data, on one machine or many."""
+"""transcribe_dataset: archives of audio to shards of transcripts, by actors of Ray, on one machine or many."""
 
 import dataclasses
 import hashlib
@@ -7,13 +7,11 @@ import json
 import logging
 import math
 import os
-import pickle
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +101,12 @@ def transcribe_dataset(
     _open_output(output, run)
     paths = [output / f"shard-{i:05d}.{format}" for i in range(len(shards))]
     todo = [i for i, path in enumerate(paths) if not path.is_file()]
-    for leftover in output.glob(".shard-*"):
-        leftover.unlink(missing_ok=True)
+    _remove_leftovers(output)
     totals = {"new_rows": 0, "errors": 0, "duration_s": 0.0}
     failures: list[str] = []
     started = reported = time.monotonic()
     report(f"{len(rows)} rows in {len(shards)} shards, of which {len(shards) - len(todo)} are there")
-    units = [{"path": str(paths[i]), "rows": pickle.dumps(shards[i])} for i in todo]
+    units = [{"path": paths[i], "rows": shards[i]} for i in todo]
     worker = {"archive": archive, "kind": kind, "trust_remote_code": trust_remote_code, "model": model}
     worker |= {"threads": threads, "decoding": decoding}
     for number, result in enumerate(_run_actors(units, worker, actors, threads, gpus) if todo else (), start=1):
@@ -132,6 +129,7 @@ def transcribe_dataset(
             f"{len(missing)} of {len(shards)} shards, from {missing[0]} on, could not be written: {why} The others "
             "are there; the same call tries again."
         )
+    _remove_leftovers(output)
     counts = {"rows": len(rows), "shards": len(shards), "shards_before": len(shards) - len(todo)}
     return {**counts, **totals, "seconds": time.monotonic() - started}
 
@@ -151,12 +149,7 @@ def cut_shards(rows: list[AudioRow], shard_mb: float) -> list[list[AudioRow]]:
 
 
 class ShardWorker:
-    """
-    What an actor does: loads a model once, and writes shards.
-
-    Called with a batch of columns, "path" of a shard and its "rows", pickled, it gives like columns: `new_rows`,
-    `errors`, `duration_s` in seconds, and `failure`, the reason why nothing was written, or "".
-    """
+    """What an actor does: loads a model once, and writes shards."""
 
     def __init__(
         self,
@@ -178,12 +171,9 @@ class ShardWorker:
         settings = generation_settings(loaded, self.decoding["settings"])
         return Transcriber(loaded, processor, settings=settings, **options)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        shards = zip(batch["path"], batch["rows"], strict=True)
-        done = [self._write(Path(path), pickle.loads(rows)) for path, rows in shards]
-        return {name: [one[name] for one in done] for name in done[0]}
-
-    def _write(self, path: Path, rows: list[AudioRow]) -> dict[str, Any]:
+    def write(self, path: Path, rows: list[AudioRow]) -> dict[str, Any]:
+        """Gives `new_rows`, `errors`, `duration_s` in seconds, and `failure`, the reason why nothing was written, or
+        ""."""
         tries = path.with_name(f".{path.stem}.tries")
         try:
             with open(tries, "ab") as file:
@@ -276,6 +266,12 @@ def _open_output(output: Path, run: dict[str, Any]) -> None:
             )
 
 
+def _remove_leftovers(output: Path) -> None:
+    """Of workers that died: counts of tries, and shards half written."""
+    for leftover in output.glob(".shard-*"):
+        leftover.unlink(missing_ok=True)
+
+
 def _run_actors(
     units: list[dict[str, Any]], worker: dict[str, Any], actors: int | None, threads: int, gpus: float
 ) -> Iterator[dict[str, Any]]:
@@ -285,6 +281,8 @@ def _run_actors(
     if not os.environ.get("RAY_ADDRESS"):
         # Nothing is scaled there, and the first autoscaler's process is waited for at the end, a second in vain.
         os.environ.setdefault("RAY_enable_autoscaler_v2", "1")
+        # They run tasks, and there are actors alone.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 
     # The command of an exported model does without PyTorch, which each of Ray's processes would load for itself.
@@ -297,15 +295,8 @@ def _run_actors(
             cores = (actors or max(num_cores() // threads, 1)) * threads
             quiet |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
             quiet |= {"object_store_memory": OBJECT_STORE_BYTES}
-        with ThreadPoolExecutor(1) as beside:
-            # Ray's start is waiting, most of the time.
-            imported = beside.submit(import_module, "ray.data")
-            ray.init(**quiet)
-            imported.result()
-    import ray.data
-
+        ray.init(**quiet)
     try:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(
             int(min(one.get("CPU", 0) // threads, one.get("GPU", 0) / gpus + 1e-6 if gpus else math.inf))
@@ -315,24 +306,29 @@ def _run_actors(
             raise ValueError(
                 f"`threads={threads}`, `gpus={gpus:g}`: no machine that Ray has is so large. Ask for less."
             )
-        data = ray.data.from_items(units, override_num_blocks=len(units))
-        data.context.enable_progress_bars = data.context.print_on_execution_start = False
-        data.context.max_errored_blocks = -1
         size = min(actors or room, room, len(units))
-        data = data.map_batches(
-            ShardWorker,
-            fn_constructor_kwargs=worker,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                size=size,
-                # The next shard lies ready at an actor, which would wait for the driver, but where there are few: the
-                # first actor would take those of one that still starts.
-                max_tasks_in_flight_per_actor=2 if len(units) >= 4 * size else 1,
-            ),
-            num_cpus=threads,
-            num_gpus=gpus,
-        )
-        yield from data.iter_rows()
+        one = ray.remote(ShardWorker).options(num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+        starting = {actor.__ray_ready__.remote(): actor for actor in (one.remote(**worker) for _ in range(size))}
+        # The next shard lies ready at an actor, which would wait for the driver, but where there are few: the first
+        # actor would take those of one that still starts.
+        num_ahead = 2 if len(units) >= 4 * size else 1
+        waiting, working = deque(units), {}
+        while working or (waiting and starting):
+            (done,), _ = ray.wait([*starting, *working])
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayError as error:
+                # Ray starts those that die again: this one cannot start.
+                reason = str(error).strip().splitlines()[-1]
+                yield {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": f"no actor starts: {reason}."}
+                return
+            if done in starting:
+                actor, num_free = starting.pop(done), num_ahead
+            else:
+                actor, num_free = working.pop(done), 1
+                yield result
+            for _ in range(min(num_free, len(waiting))):
+                working[actor.write.remote(**waiting.popleft())] = actor
     finally:
         if is_ours:
             ray.shutdown()
