@@ -118,8 +118,9 @@ def demo() -> int:
 
 def test(arguments: list[str]) -> int:
     set_up("test")
-    # Two processes with one thread each: small models gain nothing from more threads, and would fight for cores.
-    command = [str(BIN / "python"), "-m", "pytest", "-n", "2", *arguments]
+    # Two processes with one thread each: small models gain nothing from more threads, and would fight for cores. Each
+    # takes whole files, whose tests share what is slow to make.
+    command = [str(BIN / "python"), "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments]
     return subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}).returncode
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from accelerate import PartialState
 from tiny_data import save_model, write_data
 from tiny_models import tiny_drafts_model, tiny_inputs, tiny_model, tiny_processor
-from tiny_training import EOS, LAUNCHER, arguments, collate, launch
+from tiny_training import EOS, arguments, collate
 
 from mdm_asr_cli import main
 from mdm_asr_hf import MDMASRForConditionalGeneration, decoder_mdm_asr, diffusion_mdm_asr
@@ -33,7 +35,7 @@ SECONDS = (0.5, 1.2, 0.3, 0.9, 0.9, 0.7, 1.0, 0.4)
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder of what two processes did, all in one launch."""
+    """The folder of what two processes did, all in one run."""
     folder = tmp_path_factory.mktemp("two")
     write_data(folder / "speech", [1 + 0.025 * i for i in range(16)])
     model = tiny_drafts_model(dtype=torch.float32)
@@ -46,7 +48,11 @@ def two(tmp_path_factory):
     (data / "audio" / "3.wav").write_text("These are notes.\n" * 100)
     # Cut off: that it cannot be read shows while it is.
     (data / "audio" / "6.wav").write_bytes((data / "audio" / "6.wav").read_bytes()[:2000])
-    launch(*LAUNCHER, __file__, folder)
+    paths = [str(Path(__file__).parent / "helpers"), *filter(None, sys.path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, __file__, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
@@ -304,6 +310,14 @@ def test_two_processes_train_drafts_as_one(two, monkeypatch):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What torchrun tells each process. They are forks, since what they import takes as long as what they do.
+    other = os.fork()
+    names = {"RANK": int(not other), "LOCAL_RANK": int(not other), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
     # First, since the command that is launched joins the processes itself. It would part them, once and for all.
     sys.argv = ["mdm-asr", *map(str, evaluation_of(folder, "both"))]
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
@@ -316,5 +330,5 @@ if __name__ == "__main__":
         torch.save(distil(folder, folder / "together", patch), folder / f"distilled{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
     # All is written: threads of the group that are left may abort an interpreter that ends in the ordinary way.
-    sys.stdout.flush()
-    os._exit(0)
+    sys.stderr.flush()
+    os._exit(other and os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))

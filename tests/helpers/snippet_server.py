@@ -6,6 +6,7 @@ which a fork may see some."""
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
@@ -100,6 +101,8 @@ def serve(path, hidden):
         loading.load_model = functools.cache(loading.load_model)
         loading.load_model(str(loading.default_checkpoint()), None, False, "float32")
         torch.set_num_threads(1)
+    # A collection in a fork would copy all of it.
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)

@@ -1,10 +1,5 @@
 # Copyright 2026 The mdm_asr_hf authors. Licensed under the Apache License, Version 2.0.
-"""Data, arguments and launchers that the tests of training share."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Data and arguments that the tests of training share."""
 
 import torch
 from tiny_models import tiny_inputs, tiny_model
@@ -12,11 +7,6 @@ from tiny_models import tiny_inputs, tiny_model
 from mdm_asr_hf.train.trainer import ISCTTrainer, MDMASRTrainingArguments
 
 EOS = 1
-# --multi_gpu stands for torchrun; the arguments' `use_cpu` keeps to the CPU and gloo.
-LAUNCHER = (
-    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0"
-).split()
 
 
 class Clips(torch.utils.data.Dataset):
@@ -80,14 +70,3 @@ def logged(trainer, name):
 
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def launch(*command, timeout_s=400):
-    """Runs Python with these arguments, and the tests' modules in reach."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
-    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout_s
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
