@@ -277,22 +277,6 @@ def test_what_cannot_be_used(tmp_path, tiny, monkeypatch, arguments, message):
         transcribe_dataset(**{"source": "source", "output": "out", "model": tiny} | arguments)
 
 
-def test_one_actor_at_least_has_room(monkeypatch):
-    seen = {}
-
-    def init(**settings):
-        seen.update(settings)
-        raise ValueError("seen")
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(dataset, "num_cores", lambda: 2)
-    for actors, threads, cores in ((None, 1, 2), (None, 2, 2), (None, 4, 4), (3, 2, 6)):
-        with pytest.raises(ValueError, match="seen"):
-            list(dataset._run_actors([], {}, actors, threads, 0.0))
-        assert seen["num_cpus"] == cores, (actors, threads)
-
-
 class Actor:
     """Of a Ray whose results come in any order. What is called gives a reference, which is a call of no result yet."""
 
@@ -316,6 +300,29 @@ def ray_of(make, num_cores, wait, get):
         patch.setattr(ray, "wait", wait)
         patch.setattr(ray, "get", get)
         yield
+
+
+def test_how_many_actors_start_and_what_if_none_does(monkeypatch):
+    seen = {}
+
+    def init(**settings):
+        seen.update(settings)
+        raise ValueError("seen")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(dataset, "num_cores", lambda: 2)
+    for actors, threads, cores in ((None, 1, 2), (None, 2, 2), (None, 4, 4), (3, 2, 6)):
+        with pytest.raises(ValueError, match="seen"):
+            list(dataset._run_actors([], {}, actors, threads, 0.0))
+        assert seen["num_cpus"] == cores, (actors, threads)
+
+    def fail(call):
+        raise ray.exceptions.RaySystemError("Traceback\nno such module\n")
+
+    with ray_of(Actor, 2, lambda calls: (calls[:1], []), fail):
+        (result,) = dataset._run_actors([{"path": 0}, {"path": 1}], {}, None, 1, 0.0)
+    assert result["failure"] == "no actor starts: no such module."
 
 
 @given(seed=st.integers(0, 2**32), num_actors=st.integers(1, 6), num_units=st.integers(1, 40))
@@ -344,15 +351,6 @@ def test_shards_go_to_actors_that_are_there(seed, num_actors, num_units):
         # One more at most than it works on, and none where it is not known to run.
         assert actor.most <= (2 if num_units >= 4 * len(made) else 1)
         assert [call.unit for call in actor.calls] in ([[{}]] if number in late else [[], [{}]])
-
-
-def test_actors_that_cannot_start_end_the_run():
-    def fail(call):
-        raise ray.exceptions.RaySystemError("Traceback\nno such module\n")
-
-    with ray_of(Actor, 2, lambda calls: (calls[:1], []), fail):
-        (result,) = dataset._run_actors([{"path": 0}, {"path": 1}], {}, None, 1, 0.0)
-    assert result["failure"] == "no actor starts: no such module."
 
 
 # --- kills ---
