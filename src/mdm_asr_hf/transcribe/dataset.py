@@ -185,7 +185,7 @@ class ShardWorker:
                 {".parquet": _write_parquet, ".jsonl": _write_jsonl}[path.suffix](lines, temporary)
             tries.unlink(missing_ok=True)
         except Exception as error:
-            return {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": _reason(error).rstrip(".") + "."}
+            return _nothing_written(_reason(error))
         errors = sum(line["error"] is not None for line in lines)
         duration_s = sum(line["duration_s"] or 0.0 for line in lines)
         return {"new_rows": len(rows), "errors": errors, "duration_s": duration_s, "failure": ""}
@@ -208,6 +208,10 @@ class ShardWorker:
         if num_broken == len(rows):
             raise reason
         return results
+
+
+def _nothing_written(reason: str) -> dict[str, Any]:
+    return {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": reason.rstrip(".") + "."}
 
 
 def _reason(error: Exception) -> str:
@@ -319,8 +323,7 @@ def _run_actors(
                 result = ray.get(done)
             except ray.exceptions.RayError as error:
                 # Ray starts those that die again: this one cannot start.
-                reason = str(error).strip().splitlines()[-1]
-                yield {"new_rows": 0, "errors": 0, "duration_s": 0.0, "failure": f"no actor starts: {reason}."}
+                yield _nothing_written("no actor starts: " + str(error).strip().splitlines()[-1])
                 return
             if done in starting:
                 actor, num_free = starting.pop(done), num_ahead
